@@ -1,0 +1,1 @@
+"""Training data: annotated responses to programs, programs to packed rows."""

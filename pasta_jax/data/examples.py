@@ -1,0 +1,146 @@
+"""Annotated responses: rows of JSON to programs to laid-out examples.
+
+A row has `prompt`, `response`, `chunks` (character spans with topics, in order; one may contain others) and
+`syncs` (a join stands before that character).
+"""
+
+import dataclasses
+import gzip
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pasta_jax.lang.cost import cost
+from pasta_jax.lang.layout import Layout, PositionRule, layout
+from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise, reading_order
+from pasta_jax.lang.vocabulary import Vocabulary
+
+_NUMBER = re.compile(r"\s*(?:\*\*|#{1,6} )?\(?\d{1,3}[.)]")
+
+
+class DataError(ValueError):
+  """A data file or row that cannot be used; the message names file and line."""
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+  """Rows of a JSON-lines file, plain or gzipped."""
+  path = Path(path)
+  if not path.is_file():
+    raise DataError(f"no such data file: {path}")
+  rows = []
+  opener = gzip.open if path.suffix == ".gz" else open
+  with opener(path, "rt", encoding="utf-8") as lines:
+    for number, line in enumerate(lines, 1):
+      if not line.strip():
+        continue
+      try:
+        row = json.loads(line)
+      except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
+      if not isinstance(row, dict):
+        raise DataError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+      rows.append(row)
+  return rows
+
+
+def program_of(row: dict) -> Program:
+  """The program that an annotated response describes.
+
+  Separators are placed where a thread can know them. Blanks at a chunk's end go to what follows it: to the
+  start of the next chunk, or to the promising thread. The number of a numbered item, with the blanks before
+  it, goes to the promising thread, which counts; other markers stay in the chunk. Raises DataError when spans
+  overlap without nesting or leave the response.
+  """
+  response, name = row["response"], row.get("id")
+  chunks = sorted(row.get("chunks", ()), key=lambda c: (c["start"], -c["end"]))
+  for c in chunks:
+    if not 0 <= c["start"] < c["end"] <= len(response):
+      raise DataError(f"row {name}: chunk {c['start']}..{c['end']} is not inside the response")
+  program = normalise(_nodes(response, 0, len(response), chunks, sorted(row.get("syncs", ())), name))
+  assert reading_order(program) == response
+  return program
+
+
+def _nodes(text: str, at: int, stop: int, chunks: Sequence[dict], syncs: Sequence[int], name) -> list[Node]:
+  """Nodes of text[at:stop], whose chunks (nested ones behind those that contain them) are `chunks`."""
+  nodes: list[Node] = []
+
+  def plain(until: int):
+    """Text up to `until`, with the syncs that stand in it."""
+    nonlocal at
+    for s in [s for s in syncs if at <= s < until]:
+      nodes.extend((Text(text[at:s]), Sync()))
+      at = s
+    nodes.append(Text(text[at:until]))
+    at = until
+
+  last_end = -1
+  while chunks:
+    c = chunks[0]
+    inner = [d for d in chunks[1:] if d["start"] < c["end"]]
+    if c["start"] < max(at, last_end) or c["end"] > stop or any(d["end"] > c["end"] for d in inner):
+      raise DataError(f"row {name}: chunk {c['start']}..{c['end']} overlaps another without nesting")
+    chunks = chunks[1 + len(inner) :]
+    start = at if c["start"] == last_end and not any(at <= s <= c["start"] for s in syncs) else c["start"]
+    number = _NUMBER.match(text, start, c["end"])
+    if number and text[number.end() : c["end"]].strip():
+      start = number.end()
+    if inner:
+      start = min(start, inner[0]["start"])
+    plain(max(start, at))
+    content_end = c["start"] + len(text[c["start"] : c["end"]].rstrip())
+    content_end = max([content_end, start, *(d["end"] for d in inner)])
+    nodes.append(Promise(c["topic"], None, tuple(_nodes(text, start, content_end, inner, syncs, name))))
+    at, last_end = content_end, c["end"]
+  plain(stop)
+  return nodes
+
+
+@dataclasses.dataclass
+class Selection:
+  """Examples chosen for training, and why others were left out."""
+
+  examples: list[Layout]
+  too_long: int
+  too_slow: int  # annotated, but with a theoretical speedup below the wanted one
+  too_plain: int  # without chunks, beyond their share
+
+
+def examples(rows: Iterable[dict], vocabulary: Vocabulary, rule: PositionRule, *, annotated: bool, max_length: int,
+             min_speedup: float = 0.0, plain_share: float = 1.0) -> Selection:
+  """Lays out the rows to train on.
+
+  Left out: examples of more than `max_length` tokens; those with chunks whose theoretical speedup is below
+  `min_speedup`; and, of those without chunks, the last ones beyond `plain_share` of all that stay. The choice
+  is made on the annotated form, so that Baseline-SFT (`annotated=False`) gets the same rows.
+  """
+  chunked: list[Layout] = []
+  plain: list[Layout] = []
+  too_long = too_slow = 0
+  for row in rows:
+    thread = vocabulary.encode(program_of(row), rule)
+    prompt = vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
+    if len(prompt) + thread.total_tokens > max_length:
+      too_long += 1
+      continue
+    if thread.forks and cost(thread, vocabulary.table).theoretical_speedup < min_speedup:
+      too_slow += 1
+      continue
+    group = chunked if thread.forks else plain
+    if not annotated:
+      thread = vocabulary.encode((Text(row["response"]),), rule)
+    group.append(layout(thread, rule, vocabulary.table, prompt))
+  room = len(plain) if plain_share >= 1 else int(len(chunked) * plain_share / (1 - plain_share))
+  return Selection(chunked + plain[:room], too_long, too_slow, max(len(plain) - room, 0))
+
+
+def mix(files: str) -> list[dict]:
+  """Rows of several files: "a.jsonl*2,b.jsonl.gz" reads the first one's rows twice an epoch."""
+  rows: list[dict] = []
+  for entry in filter(None, (e.strip() for e in files.split(","))):
+    path, _, times = entry.partition("*")
+    if times and not times.isdigit():
+      raise DataError(f"data: {entry!r} is not of the form FILE or FILE*TIMES")
+    rows += read_jsonl(path) * int(times or 1)
+  return rows

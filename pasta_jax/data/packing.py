@@ -1,0 +1,110 @@
+"""Examples to fixed shapes: several in a row, told apart by segment ids; the order a function of seed and step."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from pasta_jax.lang.layout import NO_TARGET, Layout
+
+
+@dataclasses.dataclass
+class Batch:
+  """Rows for the trainer; every leaf int32. B rows of T tokens, L nesting levels.
+
+  `segments` is 0 for padding and counts examples from 1 within a row; `hidden` intervals are indices into
+  the row. A query at q sees a key at k iff `layout.is_visible` says so and their segments are equal.
+  """
+
+  tokens: np.ndarray  # [B, T]
+  positions: np.ndarray  # [B, T]
+  hidden: np.ndarray  # [B, T, L, 2]
+  targets: np.ndarray  # [B, T], NO_TARGET where nothing is learned
+  segments: np.ndarray  # [B, T]
+
+  def as_dict(self) -> dict[str, np.ndarray]:
+    return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+def pack_row(examples: Sequence[Layout], length: int, levels: int) -> Batch:
+  """One row (B = 1) that holds the examples one after another, padded to `length`."""
+  row = Batch(
+      tokens=np.zeros((1, length), np.int32),
+      positions=np.zeros((1, length), np.int32),
+      hidden=np.zeros((1, length, levels, 2), np.int32),
+      targets=np.full((1, length), NO_TARGET, np.int32),
+      segments=np.zeros((1, length), np.int32),
+  )
+  at = 0
+  for number, e in enumerate(examples, 1):
+    where = slice(at, at + len(e))
+    row.tokens[0, where], row.positions[0, where], row.targets[0, where] = e.tokens, e.positions, e.targets
+    own = e.hidden.shape[1]
+    if own > levels and e.hidden[:, levels:].any():
+      raise ValueError(f"an example nests chunks {own} deep, the batch holds {levels} levels")
+    filled = e.hidden[:, :levels]
+    row.hidden[0, where, : filled.shape[1]] = filled + at * (filled[..., 1:] > 0)
+    row.segments[0, where] = number
+    at += len(e)
+  return row
+
+
+def concatenate(rows: Sequence[Batch]) -> Batch:
+  """Rows stacked along B."""
+  return Batch(*(np.concatenate([getattr(r, f.name) for r in rows]) for f in dataclasses.fields(Batch)))
+
+
+def fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
+  """Indices of examples for each row: first fit in the given order, so nothing is longer than `length`."""
+  rows: list[list[int]] = []
+  space: list[int] = []
+  for i, n in enumerate(lengths):
+    row = next((r for r, s in enumerate(space) if s >= n), None)
+    if row is None:
+      rows.append([])
+      space.append(length)
+      row = len(rows) - 1
+    rows[row].append(i)
+    space[row] -= n
+  return rows
+
+
+class PackedBatches:
+  """Endless batches; number `step` is a function of (seed, step) alone, so resuming needs the step only."""
+
+  def __init__(self, examples: Sequence[Layout], *, batch_size: int, length: int, levels: int, seed: int):
+    if not examples:
+      raise ValueError("no training example is left: is max_length too small?")
+    self.examples, self.batch_size, self.length, self.levels, self.seed = examples, batch_size, length, levels, seed
+    self._epochs: list[list[list[int]]] = []  # per epoch, the rows
+
+  def _rows(self, epoch: int) -> list[list[int]]:
+    while len(self._epochs) <= epoch:
+      rng = np.random.default_rng((self.seed, len(self._epochs)))
+      order = rng.permutation(len(self.examples))
+      rows = [[int(order[i]) for i in row] for row in
+              fill_rows([len(self.examples[i]) for i in order], self.length)]
+      self._epochs.append([rows[i] for i in rng.permutation(len(rows))])
+    return self._epochs[epoch]
+
+  def steps_in_epoch(self, epoch: int) -> int:
+    """Batches of an epoch; its last, incomplete batch is filled with rows of the same epoch's start."""
+    return -(-len(self._rows(epoch)) // self.batch_size)
+
+  def __call__(self, step: int) -> Batch:
+    """Batch number `step`, counted over all epochs."""
+    epoch = 0
+    while step >= self.steps_in_epoch(epoch):
+      step -= self.steps_in_epoch(epoch)
+      epoch += 1
+    rows = self._rows(epoch)
+    chosen = [rows[i % len(rows)] for i in range(step * self.batch_size, (step + 1) * self.batch_size)]
+    return concatenate([pack_row([self.examples[i] for i in row], self.length, self.levels) for row in chosen])
+
+
+def single_batches(examples: Sequence[Layout], *, batch_size: int, length: int, levels: int) -> list[Batch]:
+  """Every example once, packed; the last batch is padded with empty rows. For validation."""
+  rows = [[examples[i] for i in row] for row in fill_rows([len(e) for e in examples], length)]
+  rows += [[]] * (-len(rows) % batch_size)
+  packed = [pack_row(row, length, levels) for row in rows]
+  return [concatenate(packed[i : i + batch_size]) for i in range(0, len(packed), batch_size)]

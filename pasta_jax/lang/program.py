@@ -1,0 +1,68 @@
+"""The tree of a PASTA-LANG program: text, promises with the chunks they stand for, and syncs."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """Plain text of the thread that it stands in."""
+
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sync:
+  """`<sync/>`: waits for the chunks that this thread promised so far, then sees them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+  """`<promise topic=… tokens=…/>` and the chunk that keeps it.
+
+  `tokens` is the number of positions reserved for the chunk with both its tags; None where no number is
+  written (the `fixed` strategy, or a program whose numbers are still to be computed).
+  """
+
+  topic: str
+  tokens: int | None
+  body: tuple["Node", ...]
+
+
+Node = Text | Sync | Promise
+Program = tuple[Node, ...]
+
+
+def normalise(nodes: Iterable[Node]) -> Program:
+  """Merges neighbouring texts and drops empty ones, in chunks too: one form for each program."""
+  out: list[Node] = []
+  for node in nodes:
+    if isinstance(node, Promise):
+      node = dataclasses.replace(node, body=normalise(node.body))
+    if isinstance(node, Text):
+      if not node.text:
+        continue
+      if out and isinstance(out[-1], Text):
+        out[-1] = Text(out[-1].text + node.text)
+        continue
+    out.append(node)
+  return tuple(out)
+
+
+def reading_order(program: Iterable[Node]) -> str:
+  """The text that the reader sees: each chunk in the place of its promise, no tags."""
+  parts: list[str] = []
+  for node in program:
+    if isinstance(node, Text):
+      parts.append(node.text)
+    elif isinstance(node, Promise):
+      parts.append(reading_order(node.body))
+  return "".join(parts)
+
+
+def promises(program: Iterable[Node]) -> Iterator[Promise]:
+  """Every promise of the program, nested ones included, in reading order."""
+  for node in program:
+    if isinstance(node, Promise):
+      yield node
+      yield from promises(node.body)

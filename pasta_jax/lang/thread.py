@@ -1,0 +1,108 @@
+"""The token form of a program: a tree of threads, each a sequence of its own tokens with forks."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from pasta_jax.lang import automaton
+from pasta_jax.lang.automaton import TokenTable
+
+
+@dataclasses.dataclass(frozen=True)
+class Fork:
+  """A kept promise: the child begins right after the parent's own token number `at`."""
+
+  at: int
+  declared: int | None  # the number written in the promise; None where it has none
+  child: "Thread"
+
+
+@dataclasses.dataclass(frozen=True)
+class Thread:
+  """One thread's own tokens, in order.
+
+  A chunk's tokens begin with `<async>` and end with `</async>` (unless it was cut off); the main thread's
+  end with the end-of-turn token (unless cut off). Forks are ordered by `at`.
+  """
+
+  tokens: tuple[int, ...]
+  forks: tuple[Fork, ...] = ()
+
+  @property
+  def total_tokens(self) -> int:
+    """Tokens of this thread and of all below it."""
+    return len(self.tokens) + sum(f.child.total_tokens for f in self.forks)
+
+  @property
+  def depth(self) -> int:
+    """Levels of chunks below this thread: 0 without forks."""
+    return max((1 + f.child.depth for f in self.forks), default=0)
+
+
+def walk(thread: Thread) -> Iterator[Thread]:
+  """The thread and all below it, parents first, in order of promises."""
+  yield thread
+  for fork in thread.forks:
+    yield from walk(fork.child)
+
+
+def serialise(thread: Thread) -> Iterator[tuple[Thread, int]]:
+  """(thread, index of its own token) for every token, in serialised order: chunks right after promises."""
+  at = 0
+  for fork in thread.forks:
+    for i in range(at, fork.at + 1):
+      yield thread, i
+    at = fork.at + 1
+    yield from serialise(fork.child)
+  for i in range(at, len(thread.tokens)):
+    yield thread, i
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """What one thread's own tokens say, read by the automaton."""
+
+  is_text: np.ndarray  # [n] bool: the reader sees this token
+  is_topic: np.ndarray  # [n] bool
+  declared: dict[int, int | None]  # own index of a promise's last token -> its number
+  ill_formed: int
+  state: int  # after the last token; not TEXT where a promise was cut off
+
+
+def read(thread: Thread, table: TokenTable, *, is_main: bool, numbered: bool = True) -> Reading:
+  """Runs the automaton over one thread's own tokens.
+
+  `numbered` is False under the `fixed` strategy, whose promises carry no number.
+  """
+  n = len(thread.tokens)
+  is_text, is_topic = np.zeros(n, bool), np.zeros(n, bool)
+  declared: dict[int, int | None] = {}
+  state, number, ill = automaton.TEXT, -1, 0
+  for i, token in enumerate(thread.tokens):
+    c = int(table.classes[token])
+    if i == 0 and not is_main and c == automaton.ASYNC:
+      continue  # the interpreter writes a chunk's first tag
+    action = int(automaton.ACTION[state, c])
+    ill += int(automaton.ILL_FORMED[state, c]) + int(c == (automaton.END if is_main else automaton.EOS))
+    plain = c in (automaton.ORDINARY, automaton.DIGITS)
+    is_text[i] = plain and state == automaton.TEXT
+    is_topic[i] = plain and state == automaton.TOPIC
+    if state == automaton.NUMBER and c == automaton.DIGITS:
+      number = automaton.append_digits(number, int(table.value[token]), int(table.scale[token]))
+    if action == automaton.FORK:
+      declared[i] = None if number < 0 else min(number, automaton.MAX_DECLARED)
+      ill += int(numbered and (number < 0 or number > automaton.MAX_DECLARED))
+    if c == automaton.OPEN and state == automaton.TEXT:
+      number = -1
+    state = int(automaton.NEXT_STATE[state, c])
+  return Reading(is_text, is_topic, declared, ill, state)
+
+
+def ill_formed_tags(thread: Thread, table: TokenTable, *, numbered: bool = True) -> int:
+  """Ill-formed tags of a whole response: `read` over every thread, promises that were cut off included."""
+  count = 0
+  for t in walk(thread):
+    reading = read(t, table, is_main=t is thread, numbered=numbered)
+    count += reading.ill_formed + int(reading.state != automaton.TEXT)
+  return count

@@ -1,0 +1,52 @@
+"""One call that turns a name, a file or a folder into weights, architecture and tokenizer."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.download import default_weights
+from pasta_jax.model.gguf_file import load_gguf
+from pasta_jax.model.hf_folder import load_hf_folder
+from pasta_jax.model.tokenizer import Tokenizer
+from pasta_jax.model.weights import WeightsError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@dataclasses.dataclass
+class Checkpoint:
+  """A pretrained decoder on the host.
+
+  `params` holds the names and shapes of `weights.param_shapes(config)`, float32, C-contiguous, in memory
+  of their own. RoPE in Hugging Face's convention: dimension i rotates with i + H/2.
+  """
+
+  name: str
+  config: ModelConfig
+  params: dict[str, np.ndarray]
+  tokenizer: Tokenizer
+
+
+def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -> Checkpoint:
+  """Loads a llama-family checkpoint.
+
+  Args:
+    source: "smollm2-135m-instruct" (downloaded once, see `download.default_weights`), a .gguf file, or a
+      folder in Hugging Face's format.
+    progress: show a bar on stderr, if that is a terminal.
+
+  Raises:
+    WeightsError: nothing usable is found there; the message is one line that says why.
+  """
+  if source == DEFAULT_MODEL:
+    name, path = DEFAULT_MODEL, default_weights()
+  else:
+    path = Path(source).expanduser()
+    name = path.resolve().name.removesuffix(".gguf")
+  if path.is_dir():
+    return Checkpoint(name, *load_hf_folder(path, progress))
+  if path.is_file():
+    return Checkpoint(name, *load_gguf(path, progress))
+  raise WeightsError(f"{source}: neither a GGUF file, nor a model's folder, nor {DEFAULT_MODEL!r}")

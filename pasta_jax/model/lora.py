@@ -1,0 +1,107 @@
+"""PASTA's adapters: low-rank updates and tag rows. Added for training, saved as one file, put back on a model."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pasta_jax.model.build import unstack
+from pasta_jax.model.decoder import Decoder, Linear, LoraParam, TagParam
+
+FORMAT = "pasta-jax-adapter-1"
+
+
+class AdapterError(ValueError):
+  """An adapter that cannot be read, or that belongs to another model."""
+
+
+def linears(model: Decoder) -> dict[str, Linear]:
+  """The linear modules inside the layers, by path ("layers.0.attn.q"); one entry each where stacked."""
+  return {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)
+          if isinstance(module, Linear) and path[0] == "layers"}
+
+
+def add_lora(model: Decoder, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
+  """Puts a zero-effect update of the given rank on every linear module of the layers, in place.
+
+  `a` starts normal with variance 1/in, `b` at zero (Hu et al. 2021); the update is scaled by alpha / rank.
+  """
+  for module in linears(model).values():
+    *lead, n_in, n_out = module.kernel.shape
+    module.lora_a = LoraParam(jax.random.normal(rngs.params(), (*lead, n_in, rank)) * n_in ** -0.5)
+    module.lora_b = LoraParam(jnp.zeros((*lead, rank, n_out)))
+    module.lora_scale = alpha / rank
+
+
+def add_tags(model: Decoder, rows: np.ndarray) -> None:
+  """Appends PASTA's tag rows [6, D] to the vocabulary, apart from the base's, in place."""
+  model.embed.tags = TagParam(jnp.asarray(rows, jnp.float32))
+  if model.head is not None:
+    model.head_tags = TagParam(jnp.asarray(rows, jnp.float32).T)
+
+
+def save_adapter(path: Path, model: Decoder, metadata: Mapping[str, str]) -> None:
+  """Writes the model's updates and tag rows, bfloat16, as one safetensors file; nothing half-written."""
+  if not isinstance(model.layers, nnx.List):
+    model = unstack(model)
+  arrays = {}
+  if model.embed.tags is not None:
+    arrays["embed.tags"] = model.embed.tags[...]
+  if model.head_tags is not None:
+    arrays["head.tags"] = model.head_tags[...]
+  scale = 1.0
+  for name, module in linears(model).items():
+    if module.lora_a is not None and module.lora_b is not None:
+      arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"] = module.lora_a[...], module.lora_b[...]
+      scale = module.lora_scale
+  header = {"format": FORMAT, "scale": repr(scale), "model": json.dumps(model_signature(model)), **metadata}
+  temporary = path.with_name(path.name + ".tmp")
+  save_file({k: np.asarray(v.astype(jnp.bfloat16)) for k, v in arrays.items()}, temporary, header)
+  temporary.replace(path)
+
+
+def model_signature(model: Decoder) -> dict[str, int]:
+  """What an adapter must agree on with the model that it is put on."""
+  c = model.config
+  return {"layers": c.n_layers, "d_model": c.d_model, "d_ff": c.d_ff, "heads": c.n_heads,
+          "kv_heads": c.n_kv_heads, "vocabulary": c.vocab_size}
+
+
+def load_adapter(path: Path, model: Decoder) -> dict[str, str]:
+  """Puts a saved adapter on an unstacked model, in place; returns the file's metadata."""
+  if not path.is_file():
+    raise AdapterError(f"no adapter file at {path}")
+  try:
+    with safe_open(path, "flax") as file:
+      metadata = file.metadata() or {}
+      arrays = {name: file.get_tensor(name).astype(jnp.float32) for name in file.keys()}
+  except (SafetensorError, OSError) as error:
+    raise AdapterError(f"{path} is no readable safetensors file: {error}") from None
+  if metadata.get("format") != FORMAT:
+    raise AdapterError(f"{path} is no pasta-jax adapter (format {metadata.get('format')!r}, not {FORMAT!r})")
+  theirs, ours = json.loads(metadata["model"]), model_signature(model)
+  for key, value in ours.items():
+    if theirs.get(key) != value:
+      raise AdapterError(f"{path} was made for another model: its {key} is {theirs.get(key)}, this one's {value}")
+  if "embed.tags" in arrays:
+    add_tags(model, np.asarray(arrays.pop("embed.tags")))
+  if "head.tags" in arrays:
+    model.head_tags = TagParam(arrays.pop("head.tags"))
+  modules = linears(model)
+  for name, module in modules.items():
+    a, b = arrays.pop(f"{name}.lora_a", None), arrays.pop(f"{name}.lora_b", None)
+    if (a is None) != (b is None):
+      raise AdapterError(f"{path} holds only one factor of {name}")
+    if a is not None and b is not None:
+      if (a.shape[0], b.shape[1]) != module.kernel.shape or a.shape[1] != b.shape[0]:
+        raise AdapterError(f"{path}: factors of {name} are {a.shape} and {b.shape}, its kernel {module.kernel.shape}")
+      module.lora_a, module.lora_b, module.lora_scale = LoraParam(a), LoraParam(b), float(metadata["scale"])
+  if arrays:
+    raise AdapterError(f"{path} holds {min(arrays)}, which this model does not have")
+  return metadata

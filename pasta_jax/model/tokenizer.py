@@ -1,0 +1,277 @@
+"""Text to tokens and back, exactly, with control tokens kept out of the hands of whoever wrote the text.
+
+Only byte-level BPE is supported, the kind that the llama family uses since 2024: each ordinary token is
+a run of bytes, so the bytes of a text's tokens, put together, are the text.
+"""
+
+import datetime
+import functools
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import decoders, models, pre_tokenizers
+
+from pasta_jax.model.weights import WeightsError, read_json, read_text
+
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+class Tokenizer:
+  """A byte-level BPE vocabulary with its chat template.
+
+  Attributes:
+    vocab_size: number of ids, control tokens included. A model may have more (padded) embeddings.
+    eos_id: the token that ends an assistant's turn.
+    bos_id: the token that may begin a text, or None. `encode` never adds it; a chat template may.
+    special_ids: the control tokens: `encode` never yields them.
+    chat_template: Jinja source, "" for a base model.
+  """
+
+  def __init__(self, backend: tokenizers.Tokenizer, eos_id: int, bos_id: int | None, chat_template: str):
+    """Takes over `backend` and changes its settings. ValueError if `eos_id` or `bos_id` is no token."""
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # in the words of `tokenizers`: treat them as ordinary text
+    added = backend.get_added_tokens_decoder()
+    vocab = backend.get_vocab(with_added_tokens=True)
+    self._backend = backend
+    self._bytes = [b""] * (max(vocab.values(), default=-1) + 1)
+    for token, index in vocab.items():
+      self._bytes[index] = token.encode() if index in added else _ordinary_bytes(token)
+    self.vocab_size = len(self._bytes)
+    self.special_ids = frozenset(index for index, token in added.items() if token.special)
+    self.eos_id = eos_id
+    self.bos_id = bos_id
+    self.chat_template = chat_template
+    for named in (eos_id, bos_id):
+      if named is not None and not 0 <= named < self.vocab_size:
+        raise ValueError(f"the token that ends a turn or begins a text, {named}, is not in the vocabulary")
+
+    self._controls = {added[index].content: index for index in self.special_ids}
+    longest_first = sorted(self._controls, key=len, reverse=True)
+    self._any_control = "|".join(map(re.escape, longest_first)) or "(?!)"
+    single = {self._bytes[index] for index in range(self.vocab_size) if index not in self.special_ids}
+    self._absent = bytes(byte for byte in range(256) if bytes([byte]) not in single)
+
+  @classmethod
+  def from_gguf_fields(
+    cls,
+    tokens: Sequence[str],
+    merges: Sequence[str],
+    token_types: Sequence[int],
+    pre: str,
+    eos_id: int | None,
+    bos_id: int | None = None,
+    chat_template: str = "",
+  ) -> "Tokenizer":
+    """From GGUF metadata of a "gpt2" tokenizer. `merges` are pairs such as "h e", best first.
+
+    Raises:
+      ValueError: an unknown pre-tokenizer, or lists that contradict each other.
+    """
+    if pre != "smollm":
+      raise ValueError(f"pre-tokenizer {pre!r} is not supported, only 'smollm'")
+    if len(token_types) != len(tokens):
+      raise ValueError(f"{len(tokens)} tokens, but {len(token_types)} token types")
+    if eos_id is None:
+      raise ValueError("no end-of-turn token is named")
+    try:
+      pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+      bpe = models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=pairs)
+    except Exception as error:  # `tokenizers` raises bare Exception
+      raise ValueError(f"unusable vocabulary: {error}") from error
+    backend = tokenizers.Tokenizer(bpe)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+      [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+      texts = [token for token, its_kind in zip(tokens, token_types, strict=True) if its_kind == kind]
+      backend.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in texts])
+    return cls(backend, eos_id, bos_id, chat_template)
+
+  @classmethod
+  def from_file(cls, tokenizer_json: Path, tokenizer_config: Path) -> "Tokenizer":
+    """From Hugging Face's two files; a `chat_template.jinja` beside them takes precedence over the config's.
+
+    If `tokenizer.json` has a normaliser, texts are exact up to that normaliser only.
+
+    Raises:
+      WeightsError: a file is missing or damaged, not byte-level BPE, or names no end-of-turn token.
+    """
+    text, config = read_text(tokenizer_json), read_json(tokenizer_config)
+    parts = read_json(tokenizer_json)
+    byte_level = [part for part in _walk(parts.get("pre_tokenizer")) if part.get("type") == "ByteLevel"]
+    if (parts.get("model") or {}).get("type") != "BPE" or not byte_level:
+      raise WeightsError(f"{tokenizer_json}: not a byte-level BPE tokenizer, and no other kind is supported")
+    if any(part.get("add_prefix_space") for part in byte_level):
+      raise WeightsError(f"{tokenizer_json}: add_prefix_space changes the text, and is not supported")
+    try:
+      backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # `tokenizers` raises bare Exception
+      raise WeightsError(f"{tokenizer_json}: {error}") from error
+
+    eos, bos = (_token_text(config.get(key)) for key in ("eos_token", "bos_token"))
+    eos_id = backend.token_to_id(eos) if eos else None
+    if eos_id is None:
+      raise WeightsError(f"{tokenizer_config}: eos_token {eos!r} is not a token of the vocabulary")
+    beside = tokenizer_config.with_name("chat_template.jinja")
+    template = read_text(beside) if beside.exists() else _default_template(config.get("chat_template"))
+    return cls(backend, eos_id, backend.token_to_id(bos) if bos else None, template)
+
+  def encode(self, text: str) -> list[int]:
+    """Ordinary tokens of a text: no control token, whatever the text looks like, and none added around it.
+
+    Raises:
+      ValueError: the text has a character that this vocabulary cannot express (SmolLM2 lacks six control
+        characters and the unassigned planes 4 to 11). Dropping it silently would change the text.
+    """
+    raw = text.encode()
+    if raw.translate(None, self._absent) != raw:
+      lost = next(char for char in text if set(char.encode()) & set(self._absent))
+      raise ValueError(f"the vocabulary has no token for the character U+{ord(lost):04X}")
+    return self._backend.encode(text, add_special_tokens=False).ids
+
+  def token_bytes(self, index: int) -> bytes:
+    """Bytes of one token; for a control token, its literal text. Raises ValueError outside the vocabulary.
+
+    A token may end in the middle of a character: decode bytes, not tokens, when streaming.
+    """
+    if not 0 <= index < self.vocab_size:
+      raise ValueError(f"token {index} is not in the vocabulary of {self.vocab_size}")
+    return self._bytes[index]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of tokens, control tokens as their literal text. Bytes that form no character become U+FFFD."""
+    return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+  def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Tokens of a conversation up to where the assistant begins to write.
+
+    The same tokens as Hugging Face's `apply_chat_template(..., add_generation_prompt=True)`, except
+    that control tokens come from the template alone: their look-alikes in a content stay text.
+
+    Args:
+      messages: each with "role" (system, user, assistant or tool) and "content" (text); no other
+        key reaches the template.
+
+    Raises:
+      ValueError: no chat template, a message of another form, or one that the template refuses.
+    """
+    ids: list[int] = []
+    text, shield = self._render(messages)
+    # Text between two control tokens is encoded in one piece, as Hugging Face does: where template and
+    # content meet, characters of both may belong to one token.
+    for piece in re.split(f"({self._any_control})", text):
+      if piece in self._controls:
+        ids.append(self._controls[piece])
+      else:
+        ids += self.encode(piece.replace(shield, ""))
+    return ids
+
+  def digit_values(self) -> dict[int, tuple[int, int]]:
+    """Token → (value, 10 ** number of digits) for ordinary tokens made of ASCII digits and nothing else.
+
+    Reading digit tokens left to right: number = number * 10 ** digits + value.
+    """
+    return {
+      index: (int(raw), 10 ** len(raw))
+      for index, raw in enumerate(self._bytes)
+      if raw.isdigit() and index not in self.special_ids
+    }
+
+  def _render(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
+    """The conversation as text, and the mark that breaks up control tokens' look-alikes in contents.
+
+    The mark goes behind the first character of each look-alike, overlapping ones too. Contents otherwise
+    stay as they are, so a template may trim or search them. The mark cannot be guessed, hence not forged.
+    """
+    if not self.chat_template:
+      raise ValueError("this tokenizer has no chat template")
+    shield = f"\ue000{secrets.token_hex(16)}\ue000"
+    shielded = []
+    for message in messages:
+      role, content = message.get("role"), message.get("content")
+      if role not in _ROLES or not isinstance(content, str):
+        given = f"{role!r} and {type(content).__name__}"
+        raise ValueError(f"a message is a role ({', '.join(_ROLES)}) and a text as content, not {given}")
+      content = re.sub(f"(?s)(?={self._any_control})(.)", lambda found: found[1] + shield, content)
+      shielded.append({"role": role, "content": content})
+    try:
+      text = _compile(self.chat_template).render(
+        messages=shielded,
+        add_generation_prompt=True,
+        eos_token=self._literal(self.eos_id),
+        bos_token=self._literal(self.bos_id),
+      )
+    except (jinja2.TemplateError, TypeError) as error:
+      raise ValueError(f"chat template: {error}") from error
+    return text, shield
+
+  def _literal(self, index: int | None) -> str:
+    return "" if index is None else self.token_bytes(index).decode(errors="replace")
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+  """A chat template in the environment that Hugging Face gives it: templates come with weights, so they
+  are foreign code and run in a sandbox. Cached here, because a compiled template cannot be pickled and a
+  `Tokenizer` must be (data workers)."""
+
+  def raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+  def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)  # Jinja's own escapes HTML
+
+  environment = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+  )
+  environment.filters["tojson"] = tojson
+  environment.globals["raise_exception"] = raise_exception
+  environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+  return environment.from_string(template)
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+  """GPT-2's alphabet: a printable character for each byte. Printable Latin-1 stands for itself, the rest
+  are numbered from U+0100."""
+  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  rest = [byte for byte in range(256) if byte not in printable]
+  return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+def _ordinary_bytes(token: str) -> bytes:
+  """Bytes of a vocabulary entry; an entry outside GPT-2's alphabet (never merged to) is its own text."""
+  alphabet = _byte_of_character()
+  if any(char not in alphabet for char in token):
+    return token.encode()
+  return bytes(alphabet[char] for char in token)
+
+
+def _token_text(entry: Any) -> str | None:
+  """tokenizer_config.json writes a token as a string or as a record with its "content"."""
+  return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def _default_template(entry: Any) -> str:
+  """tokenizer_config.json writes one template as a string, several as records with "name"."""
+  if isinstance(entry, list):
+    return next((each["template"] for each in entry if each.get("name") == "default"), "")
+  return entry or ""
+
+
+def _walk(part: Any) -> list[dict[str, Any]]:
+  """A component of tokenizer.json and the components inside it, if it is a sequence."""
+  if not isinstance(part, dict):
+    return []
+  return [part] + [inner for child in part.get("pretokenizers", []) for inner in _walk(child)]

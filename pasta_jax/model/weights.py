@@ -1,0 +1,128 @@
+"""What every weight reader shares: the error, the list of parameters, and one checked way to read them.
+
+A reader (`gguf_file.py`, `hf_folder.py`) says how its file names each parameter and hands over what the
+file holds; `collect` compares that with the architecture before a single number is converted, so a
+damaged or foreign file is refused in one line instead of failing somewhere inside the model.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from pasta_jax.model.config import ModelConfig
+
+
+class WeightsError(ValueError):
+  """Weights or tokenizer that cannot be used. The message is one line that names the file and the fault."""
+
+
+def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Name → shape of every parameter of a decoder. Kernels are [in, out]; letters as in `ModelConfig`."""
+  d, f = config.d_model, config.d_ff
+  q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+  shapes: dict[str, tuple[int, ...]] = {"embed.embedding": (config.vocab_size, d)}
+  for i in range(config.n_layers):
+    shapes |= {
+      f"layers.{i}.attn_norm.scale": (d,),
+      f"layers.{i}.attn.q.kernel": (d, q),
+      f"layers.{i}.attn.k.kernel": (d, kv),
+      f"layers.{i}.attn.v.kernel": (d, kv),
+      f"layers.{i}.attn.o.kernel": (q, d),
+      f"layers.{i}.mlp_norm.scale": (d,),
+      f"layers.{i}.mlp.gate.kernel": (d, f),
+      f"layers.{i}.mlp.up.kernel": (d, f),
+      f"layers.{i}.mlp.down.kernel": (f, d),
+    }
+  shapes["final_norm.scale"] = (d,)
+  if not config.tie_embeddings:
+    shapes["head.kernel"] = (d, config.vocab_size)
+  return shapes
+
+
+def rename(name: str, table: Mapping[str, str], layer_prefix: str) -> str:
+  """Our parameter name in the words of a file format.
+
+  `table` maps the part after "layers.{i}." (or the whole name, outside the layers) to the file's word;
+  `layer_prefix` is what the file writes before a layer's number, such as "blk.".
+  """
+  if name.startswith("layers."):
+    _, index, rest = name.split(".", 2)
+    return f"{layer_prefix}{index}.{table[rest]}"
+  return table[name]
+
+
+def collect(
+  config: ModelConfig,
+  where: Path,
+  source_name: Callable[[str], str],
+  stored: Mapping[str, tuple[int, ...]],
+  read: Callable[[str, str], np.ndarray],
+  progress: bool,
+) -> dict[str, np.ndarray]:
+  """Reads all parameters, float32 and C-contiguous, in the shapes of `param_shapes`.
+
+  Args:
+    where: file or folder, for messages.
+    source_name: our name → the file's name.
+    stored: the file's name → shape as stored. Kernels are stored [out, in], as PyTorch keeps them.
+    read: (our name, the file's name) → the tensor as stored, any float type.
+    progress: show a bar on stderr, if that is a terminal.
+
+  Raises:
+    WeightsError: a tensor is missing, unknown, or of another shape than the architecture asks for.
+  """
+  shapes = param_shapes(config)
+  names = {ours: source_name(ours) for ours in shapes}
+  for ours, theirs in names.items():
+    if theirs not in stored:
+      raise WeightsError(f"{where}: tensor {theirs} is missing")
+    wanted = _as_stored(ours, shapes[ours])
+    if stored[theirs] != wanted:
+      raise WeightsError(f"{where}: tensor {theirs} has shape {list(stored[theirs])}, not {list(wanted)}")
+  if extra := sorted(set(stored) - set(names.values())):
+    more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+    raise WeightsError(f"{where}: tensor {extra[0]}{more} is not part of this architecture")
+
+  params = {}
+  label = f"Reading {where.name}"
+  hidden = not (progress and sys.stderr.isatty())
+  for ours, theirs in track(names.items(), label, console=stderr_console(), disable=hidden, transient=True):
+    tensor = read(ours, theirs)
+    # Always a copy: what `read` returns may be a view of a mapped file, which others can change.
+    params[ours] = np.array(tensor.T if ours.endswith(".kernel") else tensor, dtype=np.float32, order="C")
+  return params
+
+
+def stderr_console() -> Console:
+  """Progress goes to stderr, so that stdout carries results only."""
+  return Console(stderr=True)
+
+
+def read_text(path: Path) -> str:
+  """A text file beside the weights. Raises WeightsError if it cannot be read."""
+  try:
+    return path.read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    reason = error.strerror if isinstance(error, OSError) else error
+    raise WeightsError(f"{path}: cannot be read ({reason})") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """A JSON object beside the weights. Raises WeightsError if the file cannot be read or holds no object."""
+  try:
+    value = json.loads(read_text(path))
+  except json.JSONDecodeError as error:
+    raise WeightsError(f"{path}: not JSON ({error})") from error
+  if not isinstance(value, dict):
+    raise WeightsError(f"{path}: not a JSON object")
+  return value
+
+
+def _as_stored(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  return shape[::-1] if name.endswith(".kernel") else shape

@@ -1,0 +1,1 @@
+"""Training: the loss under PASTA's mask, and supervised finetuning."""

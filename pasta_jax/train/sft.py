@@ -1,0 +1,132 @@
+"""Supervised finetuning on annotated responses: the PASTA model, and Baseline-SFT on the same data without tags.
+
+Resuming: the step is read from the newest checkpoint, and batch `step` is a function of seed and step, so a run
+that was killed goes on bit for bit as if it had not been.
+"""
+
+import json
+import math
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pasta_jax.data.examples import examples, mix
+from pasta_jax.data.packing import PackedBatches, single_batches
+from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model import lora
+from pasta_jax.model.checkpoint import load_checkpoint
+from pasta_jax.train.loss import sft_loss
+from pasta_jax.train.metrics import MetricWriter, progress_bar
+from pasta_jax.train.state import Checkpoints, TrainState, compute_model, make_model, make_optimiser
+
+
+def make_update(graph, optimiser: optax.GradientTransformation, config):
+  """The jitted update: (state, frozen, batches) -> (state, metrics).
+
+  `batches` has leaves [A, B, T, …]: A batches whose gradients are summed and divided by all their targets,
+  which is what one batch of A x B rows gives. The state's buffers are reused.
+  """
+  loss = partial(sft_loss, chunk=config.loss_chunk, remat=config.remat)
+
+  def one(trainable, frozen, batch):
+    return loss(compute_model(graph, trainable, frozen, config.dtype), batch)
+
+  @partial(jax.jit, donate_argnums=0)
+  def update(state: TrainState, frozen, batches):
+    def add(sums, batch):
+      (_, metrics), gradient = jax.value_and_grad(one, has_aux=True)(state.trainable, frozen, batch)
+      return jax.tree.map(jnp.add, sums, (gradient, metrics)), None
+
+    zero = jnp.zeros(())
+    start = (jax.tree.map(jnp.zeros_like, state.trainable),
+             {"loss": zero, "tokens": jnp.zeros((), jnp.int32), "correct": jnp.zeros((), jnp.int32)})
+    (gradient, sums), _ = jax.lax.scan(add, start, batches)
+    tokens = jnp.maximum(sums["tokens"], 1)
+    gradient = jax.tree.map(lambda g: g / tokens, gradient)
+    updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.trainable)
+    metrics = {"loss": sums["loss"] / tokens, "accuracy": sums["correct"] / tokens, "tokens": sums["tokens"],
+               "gradient_norm": optax.global_norm(gradient)}
+    return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), optimiser_state), metrics
+
+  @jax.jit
+  def evaluate(trainable, frozen, batch):
+    return one(trainable, frozen, batch)[1]
+
+  return update, evaluate
+
+
+def train(config, workdir: Path) -> dict[str, float]:
+  """Runs `config.train` to its last step in `workdir`; returns the last metrics.
+
+  Leaves checkpoints, `metrics.jsonl`, `tensorboard/`, `config.json` and, at the end, `adapter.safetensors`
+  (LoRA) there. SIGTERM saves and stops. Raises FloatingPointError when the loss is not finite.
+  """
+  c = config.train
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
+  checkpoint = load_checkpoint(config.model.source)
+  vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+  rule = PositionRule(config.positions.strategy, config.positions.fixed)
+  load = partial(examples, vocabulary=vocabulary, rule=rule, annotated=c.annotated, max_length=c.length)
+  selection = load(mix(c.data), min_speedup=c.min_speedup, plain_share=c.plain_share)
+  data, held_out = selection.examples, load(mix(c.validation)).examples
+  levels = max(e.hidden.shape[1] for e in data + held_out)
+  shape = dict(batch_size=c.batch_size, length=c.length, levels=levels)
+  batches = PackedBatches(data, seed=c.seed, **shape)
+  validation = single_batches(held_out, **shape) if held_out else []
+  per_epoch = batches.steps_in_epoch(0) / c.accumulate
+  total = c.steps or math.ceil(c.epochs * per_epoch)
+  print(f"{len(data)} examples (left out: {selection.too_long} longer than {c.length} tokens, {selection.too_slow} "
+        f"with a speedup below {c.min_speedup}, {selection.too_plain} beyond the share of plain ones), "
+        f"{len(held_out)} held out; {total} steps, {per_epoch:.0f} an epoch")
+
+  graph, trainable, frozen = make_model(checkpoint, vocabulary, c)
+  optimiser, schedule = make_optimiser(c, total)
+  update, evaluate = make_update(graph, optimiser, c)
+  state = TrainState(jnp.zeros((), jnp.int32), trainable, optimiser.init(trainable))
+  checkpoints = Checkpoints(workdir, c.checkpoint_every)
+  state = checkpoints.restore(state) or state
+  first = int(state.step)
+  writer = MetricWriter(workdir, first)
+
+  stop = []
+  previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+  bar, task = progress_bar("training", total, first)
+  scalars: dict[str, float] = {}
+  with bar:
+    for step in range(first, total):
+      started = time.perf_counter()
+      chosen = [batches(step * c.accumulate + i).as_dict() for i in range(c.accumulate)]
+      state, metrics = update(state, frozen, jax.tree.map(lambda *x: np.stack(x), *chosen))
+      scalars = {k: float(v) for k, v in metrics.items()}
+      if not math.isfinite(scalars["loss"]):
+        raise FloatingPointError(f"loss is {scalars['loss']} at step {step + 1}; the newest checkpoint is kept")
+      scalars |= {"learning_rate": float(schedule(step)), "epoch": (step + 1) / per_epoch,
+                  "tokens_per_second": c.accumulate * c.batch_size * c.length / (time.perf_counter() - started)}
+      last = step + 1 == total
+      if validation and (last or (step + 1) % c.validate_every == 0):
+        sums = [evaluate(state.trainable, frozen, b.as_dict()) for b in validation]
+        tokens = sum(float(s["tokens"]) for s in sums)
+        scalars["validation_loss"] = sum(float(s["loss"]) for s in sums) / tokens
+        scalars["validation_accuracy"] = sum(float(s["correct"]) for s in sums) / tokens
+      writer.write(step + 1, scalars)
+      bar.update(task, completed=step + 1, note=f"loss {scalars['loss']:.3f}")
+      checkpoints.save(state, force=last or bool(stop))
+      if stop:
+        break
+  checkpoints.close()
+  writer.close()
+  signal.signal(signal.SIGTERM, previous)
+  if c.lora_rank and int(state.step) == total:
+    metadata = {"train": json.dumps(json.loads(config.to_json_best_effort())["train"]),
+                "positions": json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})}
+    lora.save_adapter(workdir / "adapter.safetensors", compute_model(graph, state.trainable, frozen, jnp.float32),
+                      metadata)
+  return scalars

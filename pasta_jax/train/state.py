@@ -1,0 +1,107 @@
+"""What a training run keeps: trainable and frozen parameters, the optimiser, and checkpoints of the former."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model import build, lora
+from pasta_jax.model.checkpoint import Checkpoint
+from pasta_jax.model.decoder import Decoder, LoraParam, TagParam
+
+Params = Any  # a pytree of arrays
+
+# Words whose mean embedding a tag row starts from, in the order of `syntax.TAG_TEXTS`.
+TAG_WORDS = (" promise topic about", " number of tokens length", " done next then", " begin start part",
+             " end of this part", " wait now all together")
+
+
+class TrainState(NamedTuple):
+  """Everything that changes from step to step; what a checkpoint holds."""
+
+  step: jax.Array  # int32, updates done
+  trainable: Params
+  optimiser: Params
+
+
+def tag_rows(embedding: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+  """[6, D] first rows for the tags: means of the embeddings of words that describe them."""
+  encode = vocabulary.tokenizer.encode
+  return np.stack([embedding[encode(words)].mean(axis=0) for words in TAG_WORDS])
+
+
+def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config) -> tuple[Any, Params, Params]:
+  """(graph, trainable, frozen) of the model to train, layers stacked.
+
+  `config.lora_rank` 0 trains every parameter. Trainable parameters are float32; frozen ones are stored in
+  `config.dtype`. `graph` turns both back into a Decoder with `nnx.merge`.
+  """
+  full = config.lora_rank == 0
+  dtype = jnp.dtype(jnp.float32 if full else config.dtype)
+  model = build.stack(build.from_params(checkpoint.config, checkpoint.params, dtype))
+  if config.annotated:
+    lora.add_tags(model, tag_rows(checkpoint.params["embed.embedding"], vocabulary))
+  if not full:
+    lora.add_lora(model, config.lora_rank, config.lora_alpha, nnx.Rngs(config.seed))
+  chosen = nnx.Param if full else nnx.Any(nnx.OfType(LoraParam), nnx.OfType(TagParam))
+  return nnx.split(model, chosen, ...)
+
+
+def compute_model(graph, trainable: Params, frozen: Params, dtype: Any) -> Decoder:
+  """The decoder to differentiate through: float32 master weights cast to the dtype of products.
+
+  Norm scales stay float32, as in the frozen form.
+  """
+  def cast(path, leaf):
+    norm = any("norm" in str(p) for p in path)
+    return leaf if norm or leaf.ndim < 2 else leaf.astype(dtype)
+
+  return nnx.merge(graph, jax.tree_util.tree_map_with_path(cast, trainable), frozen)
+
+
+def make_optimiser(config, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """AdamW behind a clip of the global norm; the rate warms up, then falls linearly to zero."""
+  warmup = max(1, int(config.warmup * total_steps))
+  schedule = optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup),
+                                   optax.linear_schedule(config.learning_rate, 0.0, total_steps - warmup)], [warmup])
+  optimiser = optax.chain(optax.clip_by_global_norm(config.clip),
+                          optax.adamw(schedule, b1=0.9, b2=config.adam_b2, weight_decay=config.weight_decay))
+  return optimiser, schedule
+
+
+class Checkpoints:
+  """Orbax checkpoints of a TrainState under `workdir/checkpoints`, written in the background."""
+
+  def __init__(self, workdir: Path, every: int, keep: int = 2):
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every)
+    self._manager = ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+
+  def save(self, state: TrainState, *, force: bool = False) -> None:
+    """Saves if the step is due (or `force`)."""
+    self._manager.save(int(state.step), args=ocp.args.StandardSave(_plain(state)), force=force)
+
+  def restore(self, like: TrainState) -> TrainState | None:
+    """The newest saved state, with the shapes and shardings of `like`; None if nothing was saved."""
+    step = self._manager.latest_step()
+    if step is None:
+      return None
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
+    saved = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(saved))
+
+  def close(self) -> None:
+    """Waits until the last save is on disk."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def _plain(state: TrainState) -> dict[str, Any]:
+  """The state's leaves under stable names: checkpoints do not depend on classes of optax or NNX."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

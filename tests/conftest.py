@@ -1,0 +1,11 @@
+"""Fixtures that several test files share."""
+
+import pytest
+
+from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
+
+
+@pytest.fixture(scope="session")
+def smollm2_checkpoint() -> Checkpoint:
+  """The default model, downloaded on the first run ever. Shared: tests must not change it."""
+  return load_checkpoint(progress=False)

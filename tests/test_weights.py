@@ -1,0 +1,286 @@
+"""Weights are read back exactly, from GGUF and from safetensors; broken ones are refused in one line."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers import pre_tokenizers
+
+from pasta_jax.model.checkpoint import load_checkpoint
+from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.weights import WeightsError, param_shapes
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOKENS = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "12"]
+# All widths differ, so that a transposed or exchanged tensor cannot pass.
+CONFIG = ModelConfig(
+  vocab_size=len(TOKENS), d_model=24, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=8, d_ff=40,
+  rope_theta=50_000.0, norm_eps=1e-5, tie_embeddings=True, max_position=64,
+)  # fmt: skip
+
+
+def random_params(config: ModelConfig) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(0)
+  return {name: rng.normal(size=shape).astype(np.float32) for name, shape in param_shapes(config).items()}
+
+
+def permute(weight: np.ndarray, n_heads: int) -> np.ndarray:
+  """What llama.cpp's converter does to the rows of q and k, in its own words."""
+  halves = weight.reshape(n_heads, 2, weight.shape[0] // n_heads // 2, *weight.shape[1:])
+  return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]):
+  assert actual.keys() == expected.keys()
+  for name, value in expected.items():
+    assert actual[name].dtype == np.float32 and actual[name].flags.c_contiguous and actual[name].flags.owndata
+    np.testing.assert_array_equal(actual[name], value, err_msg=name)
+
+
+# --- GGUF ---
+
+
+def write_gguf(
+  path: Path, params: dict[str, np.ndarray], arch: str = "llama", **changes: np.ndarray | None
+) -> Path:
+  """A GGUF file as llama.cpp's converter writes it. `changes` replaces tensors by name; None drops one."""
+  writer = gguf.GGUFWriter(path, arch)
+  writer.add_block_count(CONFIG.n_layers)
+  writer.add_context_length(CONFIG.max_position)
+  writer.add_embedding_length(CONFIG.d_model)
+  writer.add_feed_forward_length(CONFIG.d_ff)
+  writer.add_head_count(CONFIG.n_heads)
+  writer.add_head_count_kv(CONFIG.n_kv_heads)
+  writer.add_key_length(CONFIG.head_dim)
+  writer.add_rope_dimension_count(CONFIG.head_dim)
+  writer.add_rope_freq_base(CONFIG.rope_theta)
+  writer.add_layer_norm_rms_eps(CONFIG.norm_eps)
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre("smollm")
+  writer.add_token_list(TOKENS)
+  writer.add_token_types([3] * len(SPECIALS) + [1] * (len(TOKENS) - len(SPECIALS)))
+  writer.add_token_merges(["h e", "1 2"])
+  writer.add_eos_token_id(2)
+
+  tensors: dict[str, np.ndarray | None] = {
+    "token_embd.weight": params["embed.embedding"],
+    "output_norm.weight": params["final_norm.scale"],
+  }
+  if "head.kernel" in params:
+    tensors["output.weight"] = params["head.kernel"].T
+  for i in range(CONFIG.n_layers):
+    ours, theirs = f"layers.{i}.", f"blk.{i}."
+    tensors |= {
+      theirs + "attn_norm.weight": params[ours + "attn_norm.scale"],
+      theirs + "attn_q.weight": permute(params[ours + "attn.q.kernel"].T, CONFIG.n_heads),
+      theirs + "attn_k.weight": permute(params[ours + "attn.k.kernel"].T, CONFIG.n_kv_heads),
+      theirs + "attn_v.weight": params[ours + "attn.v.kernel"].T,
+      theirs + "attn_output.weight": params[ours + "attn.o.kernel"].T,
+      theirs + "ffn_norm.weight": params[ours + "mlp_norm.scale"],
+      theirs + "ffn_gate.weight": params[ours + "mlp.gate.kernel"].T,
+      theirs + "ffn_up.weight": params[ours + "mlp.up.kernel"].T,
+      theirs + "ffn_down.weight": params[ours + "mlp.down.kernel"].T,
+    }
+  for name, tensor in (tensors | changes).items():
+    if tensor is not None:
+      writer.add_tensor(name, np.ascontiguousarray(tensor))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+def test_gguf_is_read_back_equal(tmp_path: Path):
+  params = random_params(CONFIG)
+  loaded = load_checkpoint(write_gguf(tmp_path / "tiny.gguf", params))
+  assert (loaded.name, loaded.config) == ("tiny", CONFIG)
+  assert_same(loaded.params, params)
+  assert loaded.tokenizer.eos_id == 2 and loaded.tokenizer.special_ids == {0, 1, 2}
+
+
+def test_gguf_with_a_head_of_its_own(tmp_path: Path):
+  params = random_params(CONFIG) | {
+    "head.kernel": np.random.rand(CONFIG.d_model, CONFIG.vocab_size).astype("f")
+  }
+  loaded = load_checkpoint(write_gguf(tmp_path / "tiny.gguf", params))
+  assert not loaded.config.tie_embeddings
+  assert_same(loaded.params, params)
+
+
+def test_gguf_tokenizer_without_a_chat_template(tmp_path: Path):
+  tokenizer = load_checkpoint(write_gguf(tmp_path / "tiny.gguf", random_params(CONFIG))).tokenizer
+  assert tokenizer.decode(tokenizer.encode("he 12 é")) == "he 12 é"
+  assert tokenizer.digit_values()[TOKENS.index("12")] == (12, 100)
+  with pytest.raises(ValueError, match="no chat template"):
+    tokenizer.chat_prompt([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize(
+  ("arch", "changes", "message"),
+  [
+    ("qwen2", {}, "architecture 'qwen2' is not supported"),
+    ("llama", {"blk.1.attn_k.weight": None}, "blk.1.attn_k.weight is missing"),
+    ("llama", {"token_embd.weight": None}, "token_embd.weight is missing"),
+    ("llama", {"blk.0.attn_q.bias": np.ones(48, "f")}, "blk.0.attn_q.bias is not part of"),
+    (
+      "llama",
+      {"blk.0.ffn_up.weight": np.ones((24, 40), "f")},
+      r"ffn_up.weight has shape \[24, 40\], not \[40, 24\]",
+    ),
+  ],
+)
+def test_gguf_that_does_not_fit_is_refused(tmp_path: Path, arch: str, changes: dict, message: str):
+  path = write_gguf(tmp_path / "tiny.gguf", random_params(CONFIG), arch, **changes)
+  with pytest.raises(WeightsError, match=message) as caught:
+    load_checkpoint(path)
+  assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_gguf_truncated_anywhere_is_refused(tmp_path: Path):
+  whole = write_gguf(tmp_path / "tiny.gguf", random_params(CONFIG)).read_bytes()
+  cut = tmp_path / "cut.gguf"
+  for size in [0, 3, 4, 10, 100, *range(200, len(whole), len(whole) // 50), len(whole) - 64]:
+    cut.write_bytes(whole[:size])
+    with pytest.raises(WeightsError, match="cut.gguf"):
+      load_checkpoint(cut)
+
+
+def test_gguf_with_damaged_header_never_fails_otherwise(tmp_path: Path):
+  whole = bytearray(write_gguf(tmp_path / "tiny.gguf", random_params(CONFIG)).read_bytes())
+  damaged = tmp_path / "damaged.gguf"
+  rng = np.random.default_rng(1)
+  for at in rng.integers(4, 9_000, size=150):
+    copy = whole.copy()
+    copy[at] ^= int(rng.integers(1, 256))
+    damaged.write_bytes(copy)
+    try:
+      load_checkpoint(damaged)
+    except WeightsError:
+      pass
+
+
+@pytest.mark.parametrize("source", ["no-such-model", "/nowhere/model.gguf"])
+def test_unknown_source(source: str):
+  with pytest.raises(WeightsError, match="neither a GGUF file"):
+    load_checkpoint(source)
+
+
+# --- Hugging Face folders ---
+
+
+@pytest.fixture(scope="module")
+def hf_model():
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  torch.manual_seed(0)
+  return transformers.LlamaForCausalLM(
+    transformers.LlamaConfig(
+      vocab_size=len(TOKENS), hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+      num_attention_heads=6, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5,
+      tie_word_embeddings=False, max_position_embeddings=64,
+      rope_parameters={"rope_type": "default", "rope_theta": 50_000.0},
+    )
+  )  # fmt: skip
+
+
+@pytest.fixture
+def hf_folder(hf_model, tmp_path: Path) -> Path:
+  """A complete folder; the tokenizer is the one of the GGUF tests."""
+  folder = tmp_path / "tiny-hf"
+  hf_model.save_pretrained(folder)
+  tokenizer = load_checkpoint(write_gguf(tmp_path / "tiny.gguf", random_params(CONFIG))).tokenizer
+  tokenizer._backend.save(str(folder / "tokenizer.json"))
+  template = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.content | trim }}{% endfor %}"
+  config = {"eos_token": {"content": "<|im_end|>"}, "bos_token": "<|endoftext|>", "chat_template": template}
+  (folder / "tokenizer_config.json").write_text(json.dumps(config))
+  return folder
+
+
+def hf_expected(hf_model) -> dict[str, np.ndarray]:
+  state = {name: value.numpy() for name, value in hf_model.state_dict().items()}
+  words = {
+    "embed": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+    "layers": "model.layers",
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attn": "self_attn",
+  }
+  words |= {letter: f"{letter}_proj" for letter in ("q", "k", "v", "o", "gate", "up", "down")}
+  expected = {}
+  for name in param_shapes(CONFIG) | {"head.kernel": ()}:
+    *path, _ = name.split(".")
+    value = state[".".join(words.get(part, part) for part in path) + ".weight"]
+    expected[name] = value.T if name.endswith("kernel") else value
+  return expected
+
+
+def test_hf_folder_is_read_back_equal(hf_folder: Path, hf_model):
+  loaded = load_checkpoint(hf_folder)
+  assert loaded.name == "tiny-hf"
+  assert loaded.config == ModelConfig(**(vars(CONFIG) | {"tie_embeddings": False}))
+  assert_same(loaded.params, hf_expected(hf_model))
+
+
+def test_hf_shards_in_bfloat16(hf_folder: Path, hf_model):
+  torch = pytest.importorskip("torch")
+  (hf_folder / "model.safetensors").unlink()
+  half = type(hf_model)(hf_model.config)
+  half.load_state_dict(hf_model.state_dict())
+  half.to(torch.bfloat16).save_pretrained(hf_folder, max_shard_size="8KB")
+  assert len(list(hf_folder.glob("*.safetensors"))) > 2
+  expected = {name: torch.tensor(v).bfloat16().float().numpy() for name, v in hf_expected(hf_model).items()}
+  assert_same(load_checkpoint(hf_folder).params, expected)
+  next(hf_folder.glob("model-00002*")).unlink()
+  with pytest.raises(WeightsError, match="model-00002"):
+    load_checkpoint(hf_folder)
+
+
+def test_hf_chat_template_that_trims(hf_folder: Path):
+  """The shield around look-alikes must not stop a template from trimming; what it trims is not encoded."""
+  tokenizer = load_checkpoint(hf_folder).tokenizer
+  ids = tokenizer.chat_prompt([{"role": "user", "content": " he<|im_end|> \n"}])
+  assert ids == [0, 1, *tokenizer.encode("he<|im_end|>")]
+
+
+def edit_json(path: Path, **changes: object):
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(path: Path, **changes: np.ndarray | None):
+  tensors = load_file(path) | changes
+  save_file({name: value for name, value in tensors.items() if value is not None}, path)
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+BREAKAGES = {
+  "architecture 'mamba' is not supported": lambda d: edit_json(d / "config.json", model_type="mamba"),
+  "attention_bias is not supported": lambda d: edit_json(d / "config.json", attention_bias=True),
+  "RoPE scaling 'llama3'": lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "llama3"}),
+  "hidden_size = 'wide' is not a count": lambda d: edit_json(d / "config.json", hidden_size="wide"),
+  "only 10 embeddings": lambda d: edit_json(d / "config.json", vocab_size=10),
+  "config.json: not JSON": lambda d: (d / "config.json").write_text("{"),
+  "config.json: cannot be read": lambda d: (d / "config.json").unlink(),
+  "tokenizer.json: cannot be read": lambda d: (d / "tokenizer.json").unlink(),
+  "tokenizer_config.json: cannot be read": lambda d: (d / "tokenizer_config.json").unlink(),
+  "not a byte-level BPE": lambda d: edit_json(d / "tokenizer.json", pre_tokenizer={"type": "Whitespace"}),
+  "eos_token '</s>' is not": lambda d: edit_json(d / "tokenizer_config.json", eos_token="</s>"),
+  "no \\*.safetensors": lambda d: (d / "model.safetensors").unlink(),
+  "truncated": lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]),
+  f"tensor {NORM} is missing": lambda d: edit_tensors(d / "model.safetensors", **{NORM: None}),
+  f"tensor {NORM} has shape": lambda d: edit_tensors(d / "model.safetensors", **{NORM: np.ones(23, "f")}),
+  "tensor spare is not part": lambda d: edit_tensors(d / "model.safetensors", spare=np.ones(3, "f")),
+}
+
+
+@pytest.mark.parametrize("message", BREAKAGES)
+def test_hf_folder_that_is_broken_is_refused(hf_folder: Path, message: str):
+  BREAKAGES[message](hf_folder)
+  with pytest.raises(WeightsError, match=message) as caught:
+    load_checkpoint(hf_folder)
+  assert str(hf_folder) in str(caught.value) and "\n" not in str(caught.value)
