@@ -93,7 +93,7 @@ class TokenTable:
     return cls(tags, classes, value, scale)
 
 
-MAX_DECLARED = 9_999  # a larger number is absurd: ill-formed, and read as this
+MAX_DECLARED = 999  # a larger number is absurd: ill-formed, and read as this
 
 
 def append_digits(number, value, scale):

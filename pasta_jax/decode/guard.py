@@ -1,0 +1,52 @@
+"""Which classes of token a guarded branch may write next: well-formed tags only, within the limits.
+
+Unguarded, every token may come and has a meaning (`lang.automaton`); guarded, ill-formed ones cannot. Ordinary
+text is never touched. The guard reads only what the branch can see and the limits, so it keeps exactness.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pasta_jax.decode.config import Limits, Switches
+from pasta_jax.lang import automaton as A
+
+
+class View(NamedTuple):
+  """What the guard knows of a branch, behind the token that it just read. All scalars (one branch)."""
+
+  state: jax.Array
+  is_main: jax.Array  # bool
+  index: jax.Array  # of the token just read in the thread's own tokens
+  number: jax.Array
+  topic_length: jax.Array
+  topic_known: jax.Array  # bool: a promise that the branch can see has exactly this topic
+  may_open: jax.Array  # bool: limits on count and depth allow another promise
+  may_sync: jax.Array  # bool: there is a chunk to join
+
+
+def allowed(view: View, limits: Limits, switches: Switches) -> jax.Array:
+  """[N_CLASSES] bool. At least one class is always allowed."""
+  well_formed = jnp.asarray(A.WELL_FORMED)[view.state]
+  if not switches.guard:
+    well_formed = jnp.ones_like(well_formed)
+  if not switches.promises:
+    return well_formed.at[jnp.array([A.OPEN, A.MIDDLE, A.CLOSE, A.ASYNC, A.END, A.SYNC])].set(False)
+  if not switches.guard:
+    return well_formed
+  in_text, in_topic, in_number = (view.state == s for s in (A.TEXT, A.TOPIC, A.NUMBER))
+  full = view.topic_length >= limits.max_topic
+  topic_done = (view.topic_length > 0) & (~view.topic_known | full)
+  numbered = switches.rule.numbered
+  rules = {
+      A.ORDINARY: ~(in_topic & full),
+      A.DIGITS: jnp.where(in_number, view.number < 100, ~(in_topic & full)),
+      A.OPEN: view.may_open,
+      A.MIDDLE: topic_done & numbered,
+      A.CLOSE: jnp.where(in_topic, topic_done & (not numbered), view.number >= 0),
+      A.END: in_text & ~view.is_main & (view.index > 0),
+      A.SYNC: in_text & view.may_sync,
+      A.EOS: in_text & view.is_main,
+  }
+  return well_formed & jnp.stack([rules.get(c, jnp.zeros((), bool)) for c in range(A.N_CLASSES)])

@@ -1,0 +1,150 @@
+"""The interpreter: prefill, then segments of a compiled loop on the device, steered and drained by the host.
+
+A segment is a `lax.while_loop` over `step` for one width and one pool bucket. It runs until the request is
+finished, its steps are spent, the pool's bucket is full, or the number of live branches asks for another
+width; then the host reads a few scalars and starts the next segment.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pasta_jax.decode.config import Limits, SamplingConfig, Switches
+from pasta_jax.decode.sampling import Sampling, as_arrays
+from pasta_jax.decode.state import POOL, UNFINISHED, State, grow, initial, summary
+from pasta_jax.decode.step import Tables, step
+from pasta_jax.decode.trace import Trace, read_trace
+from pasta_jax.lang import automaton
+from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model.decoder import Decoder, causal_mask, dense_attention
+
+PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+class DecodeError(ValueError):
+  """A request that cannot be decoded; the message says why."""
+
+
+def spared_by_penalty(vocabulary: Vocabulary) -> np.ndarray:
+  """[V] bool, True where a token is penalised for repetition: ordinary tokens with a word of four letters or more.
+
+  Digits, punctuation, blanks, short function words and the tags are spared: text needs them again and again,
+  and tags must not depend on what was said before.
+  """
+  table = vocabulary.table
+  penalised = np.zeros(vocabulary.size, bool)
+  for token in range(vocabulary.tokenizer.vocab_size):
+    if table.classes[token] == automaton.ORDINARY:
+      text = vocabulary.tokenizer.token_bytes(token).decode("utf-8", "replace").strip()
+      penalised[token] = text.isalpha() and len(text) >= 4
+  return penalised
+
+
+@dataclasses.dataclass
+class Interpreter:
+  """Decodes requests with one model. Compiled segments are kept for as long as it lives.
+
+  `model` is in the form of `build.for_decoding`. `limits` and `switches` are compiled in.
+  """
+
+  model: Decoder
+  vocabulary: Vocabulary
+  limits: Limits = Limits()
+  switches: Switches = Switches()
+
+  def __post_init__(self):
+    rows = self.model.config.vocab_size
+    if rows < self.vocabulary.size and self.switches.promises:
+      raise DecodeError(f"the model has {rows} vocabulary rows and no tags: load a PASTA adapter, or decode "
+                        "without promises")
+    table = self.vocabulary.table
+    self.tables = Tables(*(jnp.asarray(x[:rows]) for x in (table.classes, table.value, table.scale,
+                                                           spared_by_penalty(self.vocabulary))),
+                         async_tag=jnp.int32(table.tags.async_))
+    self.graph, self.params = nnx.split(self.model)
+    self._prefill = jax.jit(self._prefill_pure, static_argnames=("capacity",))
+    self._segment = jax.jit(self._segment_pure, static_argnames=("width", "switches"), donate_argnums=(1,))
+    self._grow = jax.jit(grow, static_argnames=("capacity",), donate_argnums=(0,))
+
+  # Pure functions, compiled once for each static shape.
+
+  def _prefill_pure(self, params: Any, prompt: jax.Array, length: jax.Array, seed: jax.Array, *, capacity: int) -> State:
+    model = nnx.merge(self.graph, params)
+    size = prompt.shape[0]
+    attend = dense_attention(causal_mask(size), model.dtype)
+    _, cached = model(prompt[None], jnp.arange(size)[None], attend)
+    dtype = model.dtype
+    return initial([k[0].astype(dtype) for k, _ in cached], [v[0].astype(dtype) for _, v in cached], prompt, length,
+                   seed, max_threads=self.limits.max_threads, capacity=capacity,
+                   logits=model.config.vocab_size if self.switches.capture else 0)
+
+  def _segment_pure(self, params: Any, state: State, sampling: Sampling, steps: jax.Array, *, width: int,
+                    switches: Switches) -> tuple[State, dict[str, jax.Array]]:
+    model = nnx.merge(self.graph, params)
+    capacity = state.log.token.shape[0]
+    narrower = max((w for w in self.limits.widths if w < width), default=0)
+    widest = width == self.limits.widths[-1]
+
+    def goes_on(carry):
+      state, left = carry
+      fits = (state.runnable > narrower) & (widest | (state.runnable <= width))
+      return (state.finish == UNFINISHED) & (left > 0) & (state.used + width <= capacity) & fits
+
+    def body(carry):
+      state, left = carry
+      return step(model, state, self.tables, sampling, width=width, limits=self.limits, switches=switches), left - 1
+
+    state, _ = jax.lax.while_loop(goes_on, body, (state, steps))
+    return state, summary(state)
+
+  # The host's side.
+
+  def start(self, prompt: Sequence[int], seed: int = 0) -> State:
+    """The state behind the prefill of a prompt. Raises DecodeError if it is empty or too long."""
+    if not prompt:
+      raise DecodeError("the prompt is empty")
+    longest = self.limits.buckets[-1] - self.limits.widths[-1]
+    if len(prompt) > longest:
+      raise DecodeError(f"the prompt has {len(prompt)} tokens, the pool has room for {longest}: shorten it, or "
+                        "raise decode.capacity")
+    size = next((b for b in PROMPT_BUCKETS if b >= len(prompt)), len(prompt))
+    padded = np.zeros(size, np.int32)
+    padded[: len(prompt)] = prompt
+    capacity = next(c for c in self._capacities() if c >= size + self.limits.widths[-1])
+    return self._prefill(self.params, padded, np.int32(len(prompt)), np.uint32(seed & 0xFFFFFFFF), capacity=capacity)
+
+  def _capacities(self) -> list[int]:
+    """Array lengths of the pool: the buckets, and one with room for the lanes of a step behind the last."""
+    last = self.limits.buckets[-1] + max(self.limits.widths[-1], PROMPT_BUCKETS[0])
+    return [*self.limits.buckets, -(-last // 128) * 128, 4 * self.limits.buckets[-1]]
+
+  def run(self, prompt: Sequence[int], sampling: SamplingConfig = SamplingConfig(), *,
+          watch: Callable[[Trace], None] | None = None, every: int = 16) -> Trace:
+    """Decodes one response.
+
+    `watch` is called with the trace so far at least every `every` steps, and at the end.
+    """
+    state = self.start(prompt, sampling.seed)
+    switches = dataclasses.replace(
+        self.switches, greedy=sampling.temperature == 0, sorts=sampling.top_k > 0 or sampling.top_p < 1,
+        penalises=sampling.repetition_penalty != 1)
+    numbers = as_arrays(sampling)
+    runnable, used, finish = 1, len(prompt) - 1, UNFINISHED
+    while finish == UNFINISHED:
+      width = next((w for w in self.limits.widths if w >= runnable), self.limits.widths[-1])
+      size = state.log.token.shape[0]
+      if used + width > size:
+        state = self._grow(state, capacity=next(c for c in self._capacities() if c > size))
+      state, scalars = self._segment(self.params, state, numbers, np.int32(every if watch else 1 << 30),
+                                     width=width, switches=switches)
+      scalars = jax.device_get(scalars)
+      runnable, used, finish = (int(scalars[k]) for k in ("runnable", "used", "finish"))
+      if watch:
+        watch(read_trace(state, self.vocabulary, self.switches.rule))
+    return read_trace(state, self.vocabulary, self.switches.rule)

@@ -1,0 +1,54 @@
+"""From logits to a token: penalty, temperature, top-k, top-p, min-p. Pure functions of one branch ([V])."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pasta_jax.decode.config import SamplingConfig, Switches
+from pasta_jax.model.decoder import NEGATIVE
+
+
+class Sampling(NamedTuple):
+  """`SamplingConfig` as arrays: changing a number does not compile anything anew."""
+
+  temperature: jax.Array
+  top_k: jax.Array
+  top_p: jax.Array
+  min_p: jax.Array
+  repetition_penalty: jax.Array
+
+
+def as_arrays(c: SamplingConfig) -> Sampling:
+  """The numbers of a config on the device."""
+  f = jnp.float32
+  return Sampling(f(c.temperature), jnp.int32(c.top_k), f(c.top_p), f(c.min_p), f(c.repetition_penalty))
+
+
+def penalise(logits: jax.Array, tokens: jax.Array, remembered: jax.Array, penalty: jax.Array) -> jax.Array:
+  """Repetition penalty (Keskar et al. 2019): a remembered token's positive logit is divided, a negative one
+  multiplied by `penalty`, once however often it was seen.
+
+  `tokens` [P] are the pool's, `remembered` [P] those among them that count: the memory is the row of
+  visibility itself, so it forks and joins with it.
+  """
+  old = logits[tokens]
+  new = jnp.where(old > 0, old / penalty, old * penalty)
+  return logits.at[jnp.where(remembered, tokens, logits.shape[0])].set(new, mode="drop")
+
+
+def draw(logits: jax.Array, key: jax.Array, sampling: Sampling, switches: Switches) -> jax.Array:
+  """The next token. `key` is the thread's, folded with the token's index in its thread."""
+  if switches.greedy:
+    return jnp.argmax(logits).astype(jnp.int32)
+  logits = logits / jnp.maximum(sampling.temperature, 1e-6)
+  if switches.sorts:
+    order = jnp.sort(logits, descending=True)
+    rank_limit = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[0])
+    kept = jnp.arange(logits.shape[0]) < rank_limit
+    weights = jax.nn.softmax(jnp.where(kept, order, NEGATIVE))
+    kept &= jnp.cumsum(weights) - weights < sampling.top_p  # the likeliest token always stays
+    logits = jnp.where(logits < jnp.min(jnp.where(kept, order, jnp.inf)), NEGATIVE, logits)
+  floor = jnp.max(logits) + jnp.log(jnp.maximum(sampling.min_p, 1e-30))
+  logits = jnp.where(logits < floor, NEGATIVE, logits)
+  return jax.random.categorical(key, logits).astype(jnp.int32)
