@@ -1,26 +1,73 @@
-"""Entry point: `python main.py --mode=train|decode|eval --config=configs/….py`. See README.md."""
+"""Entry point: `python main.py --mode=train|decode|eval --config=configs/….py --workdir=…`. See README.md."""
 
 import os
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("mode", "decode", ["train", "decode", "eval"], "what to do")
-flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, results")
-config_flags.DEFINE_config_file("config", "configs/smollm2_135m.py", "experiment, e.g. configs/x.py:argument",
-                                lock_config=True)
+config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs/smollm2_135m.py"),
+                                "experiment: a file, or file.py:argument", lock_config=True)
+flags.DEFINE_string("workdir", None, "folder of the run (train, eval): checkpoints, metrics, results")
+flags.DEFINE_string("prompt", None, "decode: the prompt; read from standard input where that is piped")
+flags.DEFINE_string("prompts_file", None, "decode: JSON lines with \"prompt\", instead of one prompt")
+flags.DEFINE_string("output", None, "decode: where the answers to --prompts_file go; standard output if not given")
+flags.DEFINE_string("timeline", None, "decode: draw the answer's threads in this .html or .svg file")
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments {argv[1:]}")
+def run() -> None:
+  """One call a mode. Errors that a user can mend are ValueErrors and OSErrors of one line."""
+  import jax
+
+  from pasta_jax.decode.generate import use_compilation_cache
+  from pasta_jax.model.download import cache_folder
+
+  use_compilation_cache(cache_folder() / "compiled")
+  logging.info("devices: %s", jax.devices())
+  if FLAGS.mode != "decode" and not FLAGS.workdir:
+    raise ValueError(f"--mode={FLAGS.mode} needs --workdir=FOLDER")
   if FLAGS.mode == "train":
     from pasta_jax.train import sft
     sft.train(FLAGS.config, Path(FLAGS.workdir))
+  elif FLAGS.mode == "eval":
+    from pasta_jax.evaluate.run import evaluate
+    evaluate(FLAGS.config, Path(FLAGS.workdir))
+  else:
+    from pasta_jax.decode import command
+    if FLAGS.prompts_file:
+      command.decode_file(FLAGS.config, FLAGS.prompts_file, FLAGS.output)
+      return
+    prompt = FLAGS.prompt
+    if prompt is None and not sys.stdin.isatty():
+      prompt = sys.stdin.read()
+    if prompt is None:
+      raise ValueError("--mode=decode needs --prompt=\"…\", --prompts_file=FILE, or a prompt on standard input")
+    command.decode_prompt(FLAGS.config, prompt, timeline=FLAGS.timeline)
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  logging.set_verbosity(logging.WARNING)  # orbax and jax tell a lot at INFO
+  try:
+    run()
+  except (ValueError, OSError, FloatingPointError) as error:
+    if os.environ.get("PASTA_DEBUG"):
+      raise
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  try:
+    app.run(main)
+  except AttributeError as error:  # an unknown field in --config.…
+    if os.environ.get("PASTA_DEBUG"):
+      raise
+    sys.exit(f"error: {str(error).splitlines()[0]}")

@@ -5,7 +5,7 @@
     python main.py --mode=train --config=configs/smollm2_135m.py:baseline --workdir=runs/baseline
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -13,7 +13,10 @@ def get_config(arg: str = "") -> ConfigDict:
   if arg not in ("", "baseline"):
     raise ValueError(f"smollm2_135m: unknown argument {arg!r}; leave it out, or write ':baseline'")
   c = ConfigDict()
-  c.model = ConfigDict(dict(source="smollm2-135m-instruct"))
+  c.model = ConfigDict(dict(
+      source="smollm2-135m-instruct",  # or a .gguf file, or a Hugging Face folder
+      adapter="baseline" if arg == "baseline" else "pasta",  # the package's own; a file; "" for the base model
+  ))
   c.positions = ConfigDict(dict(strategy="pred_10x", fixed=60))
   c.train = ConfigDict(dict(
       annotated=arg != "baseline",
@@ -39,5 +42,34 @@ def get_config(arg: str = "") -> ConfigDict:
       seed=0,
       validate_every=50,
       checkpoint_every=25,
+  ))
+  c.decode = ConfigDict(dict(
+      parallel=arg != "baseline",  # False: the same weights one token at a time, no promises
+      dtype="bfloat16",  # float32: parallel equals sequential token by token, whatever the width
+      max_new_tokens=512,
+      slots=8,  # branches that a step holds
+      capacity=4096,  # entries of the key-value pool
+      max_threads=24,
+      max_depth=2,
+      max_topic=12,
+      guard=True,  # only well-formed tags can be written
+      temperature=0.0,
+      top_k=0,
+      top_p=1.0,
+      min_p=0.0,
+      repetition_penalty=1.1,
+      seed=0,
+      live=True,  # show the branches while they are written, where standard output is a terminal
+      compare=True,  # one prompt: decode it without promises as well, for the measured speed-up
+      requests=4,  # prompts at once for --prompts_file
+  ))
+  c.eval = ConfigDict(dict(
+      prompts="data/prompts.jsonl",  # JSON lines with "prompt" and "id"
+      limit=0,  # 0: all
+      systems="pasta,sequential",  # of pasta, sequential, baseline, base
+      timed=True,  # one response at a time, by the clock; False: many at once, theoretical figures only
+      repeats=1,  # timed: decode each prompt so often; the last one counts (2 on accelerators)
+      requests=8,  # not timed: prompts at once
+      width=4,  # not timed: branches of each in a step
   ))
   return c

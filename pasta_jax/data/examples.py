@@ -8,6 +8,7 @@ import dataclasses
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,20 +29,45 @@ def read_jsonl(path: str | Path) -> list[dict]:
   path = Path(path)
   if not path.is_file():
     raise DataError(f"no such data file: {path}")
-  rows = []
   opener = gzip.open if path.suffix == ".gz" else open
-  with opener(path, "rt", encoding="utf-8") as lines:
-    for number, line in enumerate(lines, 1):
-      if not line.strip():
-        continue
-      try:
-        row = json.loads(line)
-      except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
-      if not isinstance(row, dict):
-        raise DataError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
-      rows.append(row)
+  try:
+    with opener(path, "rt", encoding="utf-8") as file:
+      lines = file.readlines()
+  except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # the middle two: a damaged .gz
+    raise DataError(f"{path}: {error}") from None
+  rows = []
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
+    if not isinstance(row, dict):
+      raise DataError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+    rows.append(row)
   return rows
+
+
+def _fields(row: dict) -> tuple[str, list[dict], list[int]]:
+  """Response, chunks (outer ones before those they contain) and syncs of a row, checked."""
+  name, response = row.get("id"), row.get("response")
+  if not isinstance(response, str):
+    raise DataError(f"row {name}: no response")
+  try:
+    chunks = sorted(row.get("chunks", ()), key=lambda c: (c["start"], -c["end"]))
+    syncs = sorted(set(row.get("syncs", ())))
+    for c in chunks:
+      if not 0 <= c["start"] < c["end"] <= len(response):
+        raise DataError(f"row {name}: chunk {c['start']}..{c['end']} is not inside the response")
+      if not isinstance(c["topic"], str):
+        raise DataError(f"row {name}: chunk {c['start']}..{c['end']} has no topic")
+    for s in syncs:
+      if not 0 <= s <= len(response):
+        raise DataError(f"row {name}: sync {s} is not inside the response")
+  except (KeyError, TypeError) as error:
+    raise DataError(f"row {name}: chunks need start, end and topic, syncs are offsets ({error!r})") from None
+  return response, chunks, syncs
 
 
 def program_of(row: dict) -> Program:
@@ -49,27 +75,29 @@ def program_of(row: dict) -> Program:
 
   Separators are placed where a thread can know them. Blanks at a chunk's end go to what follows it: to the
   start of the next chunk, or to the promising thread. The number of a numbered item, with the blanks before
-  it, goes to the promising thread, which counts; other markers stay in the chunk. Raises DataError when spans
-  overlap without nesting or leave the response.
+  it, goes to the promising thread, which counts; other markers stay in the chunk. A sync at a chunk's first
+  character is the promising thread's. Raises DataError when spans overlap without nesting or leave the
+  response.
   """
-  response, name = row["response"], row.get("id")
-  chunks = sorted(row.get("chunks", ()), key=lambda c: (c["start"], -c["end"]))
-  for c in chunks:
-    if not 0 <= c["start"] < c["end"] <= len(response):
-      raise DataError(f"row {name}: chunk {c['start']}..{c['end']} is not inside the response")
-  program = normalise(_nodes(response, 0, len(response), chunks, sorted(row.get("syncs", ())), name))
+  response, chunks, syncs = _fields(row)
+  nodes = _nodes(response, 0, len(response), chunks, syncs, row.get("id"))
+  program = normalise([*nodes, *(Sync() for _ in syncs)])  # one at the very end stands before no character
   assert reading_order(program) == response
   return program
 
 
-def _nodes(text: str, at: int, stop: int, chunks: Sequence[dict], syncs: Sequence[int], name) -> list[Node]:
-  """Nodes of text[at:stop], whose chunks (nested ones behind those that contain them) are `chunks`."""
+def _nodes(text: str, at: int, stop: int, chunks: Sequence[dict], syncs: list[int], name) -> list[Node]:
+  """Nodes of text[at:stop], whose chunks (nested ones behind those that contain them) are `chunks`.
+
+  Text is read once from left to right: syncs that were placed are taken out of `syncs`.
+  """
   nodes: list[Node] = []
 
-  def plain(until: int):
-    """Text up to `until`, with the syncs that stand in it."""
+  def plain(until: int, last_sync: int):
+    """Text up to `until`, with the syncs at offsets up to `last_sync`."""
     nonlocal at
-    for s in [s for s in syncs if at <= s < until]:
+    while syncs and syncs[0] <= last_sync:
+      s = syncs.pop(0)
       nodes.extend((Text(text[at:s]), Sync()))
       at = s
     nodes.append(Text(text[at:until]))
@@ -79,21 +107,21 @@ def _nodes(text: str, at: int, stop: int, chunks: Sequence[dict], syncs: Sequenc
   while chunks:
     c = chunks[0]
     inner = [d for d in chunks[1:] if d["start"] < c["end"]]
-    if c["start"] < max(at, last_end) or c["end"] > stop or any(d["end"] > c["end"] for d in inner):
+    if any(d["end"] > c["end"] for d in inner):
       raise DataError(f"row {name}: chunk {c['start']}..{c['end']} overlaps another without nesting")
     chunks = chunks[1 + len(inner) :]
-    start = at if c["start"] == last_end and not any(at <= s <= c["start"] for s in syncs) else c["start"]
+    start = at if c["start"] == last_end and not (syncs and syncs[0] <= c["start"]) else c["start"]
     number = _NUMBER.match(text, start, c["end"])
     if number and text[number.end() : c["end"]].strip():
       start = number.end()
     if inner:
       start = min(start, inner[0]["start"])
-    plain(max(start, at))
+    plain(start, start)
     content_end = c["start"] + len(text[c["start"] : c["end"]].rstrip())
     content_end = max([content_end, start, *(d["end"] for d in inner)])
     nodes.append(Promise(c["topic"], None, tuple(_nodes(text, start, content_end, inner, syncs, name))))
     at, last_end = content_end, c["end"]
-  plain(stop)
+  plain(stop, stop - 1)
   return nodes
 
 
@@ -119,8 +147,12 @@ def examples(rows: Iterable[dict], vocabulary: Vocabulary, rule: PositionRule, *
   plain: list[Layout] = []
   too_long = too_slow = 0
   for row in rows:
-    thread = vocabulary.encode(program_of(row), rule)
-    prompt = vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
+    program = program_of(row)
+    try:
+      thread = vocabulary.encode(program, rule)
+      prompt = vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
+    except (ValueError, KeyError) as error:  # a character that the vocabulary lacks; no prompt
+      raise DataError(f"row {row.get('id')}: {error}") from None
     if len(prompt) + thread.total_tokens > max_length:
       too_long += 1
       continue
@@ -139,8 +171,8 @@ def mix(files: str) -> list[dict]:
   """Rows of several files: "a.jsonl*2,b.jsonl.gz" reads the first one's rows twice an epoch."""
   rows: list[dict] = []
   for entry in filter(None, (e.strip() for e in files.split(","))):
-    path, _, times = entry.partition("*")
-    if times and not times.isdigit():
+    path, star, times = entry.partition("*")
+    if star and not re.fullmatch("[0-9]+", times):
       raise DataError(f"data: {entry!r} is not of the form FILE or FILE*TIMES")
     rows += read_jsonl(path) * int(times or 1)
   return rows

@@ -55,7 +55,12 @@ def concatenate(rows: Sequence[Batch]) -> Batch:
 
 
 def fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
-  """Indices of examples for each row: first fit in the given order, so nothing is longer than `length`."""
+  """Indices of examples for each row: first fit in the given order.
+
+  Raises ValueError if an example is longer than a row.
+  """
+  if max(lengths, default=0) > length:
+    raise ValueError(f"an example of {max(lengths)} tokens does not fit a row of {length}")
   rows: list[list[int]] = []
   space: list[int] = []
   for i, n in enumerate(lengths):

@@ -18,7 +18,7 @@ class View(NamedTuple):
 
   state: jax.Array
   is_main: jax.Array  # bool
-  index: jax.Array  # of the token just read in the thread's own tokens
+  index: jax.Array  # type: ignore[assignment]  # of the token just read in the thread's own tokens
   number: jax.Array
   topic_length: jax.Array
   topic_known: jax.Array  # bool: a promise that the branch can see has exactly this topic
@@ -50,3 +50,11 @@ def allowed(view: View, limits: Limits, switches: Switches) -> jax.Array:
       A.EOS: in_text & view.is_main,
   }
   return well_formed & jnp.stack([rules.get(c, jnp.zeros((), bool)) for c in range(A.N_CLASSES)])
+
+
+def absurd(view: View, value: jax.Array, scale: jax.Array) -> jax.Array:
+  """[V] bool: tokens that would make the promise's number larger than a number may be.
+
+  Where tokens have one digit each, `allowed` says as much; one of several digits can leap over the bound.
+  """
+  return (view.state == A.NUMBER) & (A.append_digits(view.number, value, scale) > A.MAX_DECLARED)

@@ -7,7 +7,6 @@ width; then the host reads a few scalars and starts the next segment.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from flax import nnx
 
 from pasta_jax.decode.config import Limits, SamplingConfig, Switches
 from pasta_jax.decode.sampling import Sampling, as_arrays
-from pasta_jax.decode.state import POOL, UNFINISHED, State, grow, initial, summary
+from pasta_jax.decode.state import UNFINISHED, State, grow, initial, summary
 from pasta_jax.decode.step import Tables, step
 from pasta_jax.decode.trace import Trace, read_trace
 from pasta_jax.lang import automaton
@@ -44,6 +43,13 @@ def spared_by_penalty(vocabulary: Vocabulary) -> np.ndarray:
       text = vocabulary.tokenizer.token_bytes(token).decode("utf-8", "replace").strip()
       penalised[token] = text.isalpha() and len(text) >= 4
   return penalised
+
+
+def switched(switches: Switches, sampling: SamplingConfig) -> Switches:
+  """The switches with only those parts of sampling compiled in that the numbers ask for."""
+  return dataclasses.replace(
+      switches, greedy=sampling.temperature == 0, sorts=sampling.top_k > 0 or sampling.top_p < 1,
+      penalises=sampling.repetition_penalty != 1)
 
 
 @dataclasses.dataclass
@@ -74,7 +80,8 @@ class Interpreter:
 
   # Pure functions, compiled once for each static shape.
 
-  def _prefill_pure(self, params: Any, prompt: jax.Array, length: jax.Array, seed: jax.Array, *, capacity: int) -> State:
+  def _prefill_pure(self, params: Any, prompt: jax.Array, length: jax.Array, seed: jax.Array, *,
+                    capacity: int) -> State:
     model = nnx.merge(self.graph, params)
     size = prompt.shape[0]
     attend = dense_attention(causal_mask(size), model.dtype)
@@ -105,24 +112,46 @@ class Interpreter:
 
   # The host's side.
 
-  def start(self, prompt: Sequence[int], seed: int = 0) -> State:
-    """The state behind the prefill of a prompt. Raises DecodeError if it is empty or too long."""
+  def start(self, prompt: Sequence[int], seed: int = 0, capacity: int | None = None) -> State:
+    """The state behind the prefill of a prompt, in the smallest bucket that holds it or in one of `capacity`.
+
+    Raises DecodeError if the prompt is empty or too long.
+    """
     if not prompt:
       raise DecodeError("the prompt is empty")
     longest = self.limits.buckets[-1] - self.limits.widths[-1]
     if len(prompt) > longest:
       raise DecodeError(f"the prompt has {len(prompt)} tokens, the pool has room for {longest}: shorten it, or "
                         "raise decode.capacity")
-    size = next((b for b in PROMPT_BUCKETS if b >= len(prompt)), len(prompt))
+    size = min(next(b for b in (*PROMPT_BUCKETS, len(prompt)) if b >= len(prompt)), self.limits.buckets[-1])
     padded = np.zeros(size, np.int32)
     padded[: len(prompt)] = prompt
-    capacity = next(c for c in self._capacities() if c >= size + self.limits.widths[-1])
+    capacity = capacity or next(c for c in self._capacities() if c >= size + self.limits.widths[-1])
     return self._prefill(self.params, padded, np.int32(len(prompt)), np.uint32(seed & 0xFFFFFFFF), capacity=capacity)
 
   def _capacities(self) -> list[int]:
     """Array lengths of the pool: the buckets, and one with room for the lanes of a step behind the last."""
-    last = self.limits.buckets[-1] + max(self.limits.widths[-1], PROMPT_BUCKETS[0])
-    return [*self.limits.buckets, -(-last // 128) * 128, 4 * self.limits.buckets[-1]]
+    last = self.limits.buckets[-1]
+    return [*self.limits.buckets, last + -(-self.limits.widths[-1] // 128) * 128]
+
+  def warm_up(self, prompt_length: int, sampling: SamplingConfig = SamplingConfig(), *,
+              note: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Compiles everything that a prompt of this length may need, so that no timing holds a compilation.
+
+    `note(done, total)` is told of progress.
+    """
+    switches, numbers = switched(self.switches, sampling), as_arrays(sampling)
+    state = self.start([1] * prompt_length)
+    most = prompt_length + self.limits.max_new_tokens + self.limits.widths[-1]
+    sizes = [c for c in self._capacities() if c >= state.log.token.shape[0]]
+    sizes = [c for i, c in enumerate(sizes) if i == 0 or sizes[i - 1] < most]
+    shapes = [(size, width) for size in sizes for width in self.limits.widths]
+    for done, (size, width) in enumerate(shapes):
+      note(done, len(shapes))
+      if size > state.log.token.shape[0]:
+        state = self._grow(state, capacity=size)
+      state, _ = self._segment(self.params, state, numbers, np.int32(0), width=width, switches=switches)
+    note(len(shapes), len(shapes))
 
   def run(self, prompt: Sequence[int], sampling: SamplingConfig = SamplingConfig(), *,
           watch: Callable[[Trace], None] | None = None, every: int = 16) -> Trace:
@@ -131,10 +160,7 @@ class Interpreter:
     `watch` is called with the trace so far at least every `every` steps, and at the end.
     """
     state = self.start(prompt, sampling.seed)
-    switches = dataclasses.replace(
-        self.switches, greedy=sampling.temperature == 0, sorts=sampling.top_k > 0 or sampling.top_p < 1,
-        penalises=sampling.repetition_penalty != 1)
-    numbers = as_arrays(sampling)
+    switches, numbers = switched(self.switches, sampling), as_arrays(sampling)
     runnable, used, finish = 1, len(prompt) - 1, UNFINISHED
     while finish == UNFINISHED:
       width = next((w for w in self.limits.widths if w >= runnable), self.limits.widths[-1])

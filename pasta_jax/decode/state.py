@@ -51,7 +51,7 @@ class Threads(NamedTuple):
   status: jax.Array  # [M] int32
   token: jax.Array  # [M] int32, chosen but not yet read back
   kind: jax.Array  # [M] int32, class of that token (`lang.automaton`)
-  index: jax.Array  # [M] int32, of that token in the thread's own tokens; -1: the prompt's last
+  index: jax.Array  # type: ignore[assignment]  # [M] int32, of that token in the thread's own tokens; -1: the prompt's last
   position: jax.Array  # [M] int32, where that token will stand
   round: jax.Array  # [M] int32, in which it will be read back
   state: jax.Array  # [M] int32, of the tag automaton, before that token
@@ -111,7 +111,8 @@ def initial(keys: list[jax.Array], values: list[jax.Array], prompt: jax.Array, l
             round=fill(p, 0), step=fill(p, 0), log_p=jnp.zeros(p), logits=jnp.zeros((p, logits)))
   main = jnp.arange(m) == 0
   threads = Threads(
-      status=jnp.where(main, RUNNING, FREE), token=jnp.where(main, prompt[n], 0), kind=fill(m, ORDINARY), index=fill(m, -1),
+      status=jnp.where(main, RUNNING, FREE), token=jnp.where(main, prompt[n], 0),
+      kind=fill(m, ORDINARY), index=fill(m, -1),
       position=jnp.where(main, n, 0), round=fill(m, 1), state=fill(m, 0), number=fill(m, -1),
       topic=jnp.zeros(m, jnp.uint32), topic_length=fill(m, 0), children=fill(m, 0), depth=fill(m, 0),
       parent=fill(m, -1), owner=fill(m, -1), ordinal=fill(m, 0), declared=fill(m, -1),
@@ -126,7 +127,10 @@ def initial(keys: list[jax.Array], values: list[jax.Array], prompt: jax.Array, l
 def grow(state: State, capacity: int) -> State:
   """The same state with a larger pool."""
   more = capacity - state.log.token.shape[0]
-  along = lambda axis: lambda x: jnp.pad(x, [(0, more if i == axis % x.ndim else 0) for i in range(x.ndim)])  # noqa: E731
+
+  def along(axis):
+    return lambda x: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+
   pool = Pool([along(2)(k) for k in state.pool.keys], [along(1)(v) for v in state.pool.values])
   log = jax.tree.map(along(0), state.log)
   threads = state.threads._replace(visible=along(1)(state.threads.visible))

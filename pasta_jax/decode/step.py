@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pasta_jax.decode import guard
 from pasta_jax.decode.config import Limits, Switches
 from pasta_jax.decode.sampling import Sampling, draw, penalise
-from pasta_jax.decode.state import DONE, FREE, LENGTH, POOL, RUNNING, STOP, UNFINISHED, WAITING, State, Threads
+from pasta_jax.decode.state import DONE, FREE, LENGTH, POOL, RUNNING, STOP, UNFINISHED, WAITING, State
 from pasta_jax.lang import automaton as A
 from pasta_jax.model.decoder import NEGATIVE, Decoder
 
@@ -65,10 +65,14 @@ def branch_step(model: Decoder, state: State, branch: Branch, tables: Tables, sa
   logits = model.logits(hidden)
   scores = logits
   if switches.penalises:
-    written = branch.visible & (state.log.thread >= 0) & tables.penalised[state.log.token]
-    scores = penalise(scores, state.log.token, written & (branch.view.state == A.TEXT), sampling.repetition_penalty)
-  allowed = guard.allowed(branch.view, limits, switches)
-  scores = jnp.where(allowed[tables.classes], scores, NEGATIVE)
+    # The token that is being read has no entry yet, but must not be said twice in a row either.
+    tokens = jnp.append(state.log.token, branch.token)
+    written = jnp.append(branch.visible & (state.log.thread >= 0), branch.view.index >= 0) & tables.penalised[tokens]
+    scores = penalise(scores, tokens, written & (branch.view.state == A.TEXT), sampling.repetition_penalty)
+  allowed = guard.allowed(branch.view, limits, switches)[tables.classes]
+  if switches.guard:
+    allowed &= ~guard.absurd(branch.view, tables.value, tables.scale)
+  scores = jnp.where(allowed, scores, NEGATIVE)
   key = jax.random.fold_in(jax.random.wrap_key_data(branch.key), branch.view.index + 1)
   token = draw(scores, key, sampling, switches)
   log_p = logits[token] - jax.nn.logsumexp(logits)
@@ -123,12 +127,17 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
   new, chosen, log_p, logits = jax.vmap(
       lambda b: branch_step(model, state, b, tables, sampling, limits, switches))(branch)
 
-  # Into the pool and the log, side by side.
+  # Into the pool and the log, side by side. What is written is made to depend on the tokens chosen (ids are
+  # never negative), that is, on every read of the pool: XLA then updates the pool in place, where it would
+  # otherwise copy each layer's arrays twice a step.
   put = jax.lax.dynamic_update_slice
   zero = jnp.zeros((), jnp.int32)
-  keys = [put(pool, k.transpose(1, 2, 0), (zero, zero, state.used)) for pool, (k, _) in zip(state.pool.keys, new)]
-  values = [put(pool, v.transpose(1, 0, 2), (zero, state.used, zero)) for pool, (_, v) in zip(state.pool.values, new)]
-  note = lambda log, x: put(log, x.astype(log.dtype), (state.used,))  # noqa: E731
+  late = lambda x: jnp.where((chosen >= 0)[:, None, None], x, 0)
+  keys = [put(pool, late(k).transpose(1, 2, 0), (zero, zero, state.used))
+          for pool, (k, _) in zip(state.pool.keys, new)]
+  values = [put(pool, late(v).transpose(1, 0, 2), (zero, state.used, zero))
+            for pool, (_, v) in zip(state.pool.values, new)]
+  note = lambda log, x: put(log, x.astype(log.dtype), (state.used,))
   log = state.log._replace(
       token=note(state.log.token, token), thread=note(state.log.thread, jnp.where(index < 0, -1, at)),
       position=note(state.log.position, t.position[at]), round=note(state.log.round, jnp.full(width, state.round)),
@@ -144,7 +153,7 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
   gap = jnp.where(forks, switches.rule.gap(declared), 0)
   seen = rows | ((entry[:, None] == jnp.arange(rows.shape[1])) & live[:, None])
   own = jnp.where(live, lane, m)
-  set_own = lambda field, x: field.at[own].set(x.astype(field.dtype), mode="drop")  # noqa: E731
+  set_own = lambda field, x: field.at[own].set(x.astype(field.dtype), mode="drop")
   t = t._replace(
       status=set_own(t.status, status), token=set_own(t.token, jnp.where(ends, token, chosen)),
       kind=set_own(t.kind, jnp.where(ends, kind, next_kind)), index=set_own(t.index, jnp.where(ends, index, index + 1)),
@@ -157,8 +166,8 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
   path = jax.vmap(lambda key, n: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), n)))
   # Folded twice, so that no token's key is a child's key.
   child_key = path(path(branch.key, jnp.full(width, 0x7FFFFFFF)), t.children[at])
-  set_child = lambda field, x: field.at[child].set(x.astype(field.dtype), mode="drop")  # noqa: E731
-  every = lambda value: jnp.full(width, value)  # noqa: E731
+  set_child = lambda field, x: field.at[child].set(x.astype(field.dtype), mode="drop")
+  every = lambda value: jnp.full(width, value)
   t = t._replace(
       status=set_child(t.status, every(RUNNING)), token=set_child(t.token, every(tables.async_tag)),
       kind=set_child(t.kind, every(A.ORDINARY)),  # the interpreter wrote it: it is only read
@@ -219,7 +228,7 @@ def end_of_round(state: State, limits: Limits, switches: Switches) -> State:
   writing = (t.state != A.TEXT) & (running | (status == WAITING))
   pending_open = running & (t.state == A.TEXT) & (t.kind == A.OPEN)
   room = m - state.n_threads - (writing | pending_open).sum()
-  keep = lambda new, old: jnp.where(over, new, old)  # noqa: E731
+  keep = lambda new, old: jnp.where(over, new, old)
   left = ((t.status == RUNNING) & (t.round == state.round)).sum()
   return state._replace(
       threads=t, round=state.round + over, served=keep(0, state.served), room=keep(room, state.room),

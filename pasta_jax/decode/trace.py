@@ -1,6 +1,7 @@
 """What happened in a response: the device's log and thread table, read back as a program of `lang`."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from pasta_jax.decode.state import DONE, FINISH_REASONS, State
 from pasta_jax.lang.cost import Cost, cost
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.program import Program, reading_order
-from pasta_jax.lang.thread import Fork, Thread, ill_formed_tags, read
+from pasta_jax.lang.thread import Fork, Reading, Thread, ill_formed_tags, read
 from pasta_jax.lang.vocabulary import Vocabulary
 
 
@@ -60,64 +61,63 @@ class Trace:
 
 def read_trace(state: State, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
   """Reads a state back. The state is not changed; the pool's keys and values are not copied."""
-  log, t, used, prompt_entries, steps, finish, n = jax.device_get(
-      (state.log._replace(logits=None), state.threads._replace(visible=None), state.used, state.prompt, state.steps,
-       state.finish, state.n_threads))
-  used, prompt_entries = int(used), int(prompt_entries)
-  prompt = log.token[: prompt_entries + 1] if used > prompt_entries else np.append(log.token[:prompt_entries], t.token[0])
-  owner_of = np.asarray(log.thread[:used])
-  order = np.argsort(owner_of, kind="stable")
-  bounds = np.searchsorted(owner_of[order], np.arange(int(n) + 1))
-  paths: list[tuple[int, ...]] = []
-  tokens_of: list[list[int]] = []
-  for i in range(int(n)):
-    paths.append(() if i == 0 else (*paths[t.parent[i]], int(t.ordinal[i])))
-  traces = []
-  for i in range(int(n)):
-    entries = order[bounds[i] : bounds[i + 1]]
-    tokens = log.token[entries]
-    # Entry e of a thread holds its token; the token was chosen behind the thread's previous entry.
-    before = np.concatenate([[prompt_entries if i == 0 else int(t.fork_entry[i])], entries])[: len(entries)]
-    rounds, written, log_p = log.round[before], log.step[before], log.log_p[before].astype(np.float32)
-    positions, entry = log.position[entries], entries
-    waits = t.token[i : i + 1]
-    if t.status[i] != DONE or i == 0:  # the token that was chosen last and is not read back
-      if t.index[i] >= 0:
-        last = entries[-1] if len(entries) else (prompt_entries if i == 0 else int(t.fork_entry[i]))
-        tokens, rounds = np.append(tokens, waits), np.append(rounds, log.round[last])
-        written, log_p = np.append(written, log.step[last]), np.append(log_p, log.log_p[last])
-        positions, entry = np.append(positions, t.position[i]), np.append(entry, -1)
+  small = state.log._replace(logits=state.used), state.threads._replace(visible=state.used)  # the large ones stay
+  (log, table), used, prompt_entries, steps, finish, n = jax.device_get(
+      (small, state.used, state.prompt, state.steps, state.finish, state.n_threads))
+  n, used = int(n), int(used)
+  last_prompt = log.token[prompt_entries] if used > prompt_entries else table.token[0]
+  prompt = np.append(log.token[:prompt_entries], last_prompt)
+  owner = log.thread[:used]
+  order = np.argsort(owner, kind="stable")
+  bounds = np.searchsorted(owner[order], np.arange(n + 1))
+
+  traces: list[ThreadTrace] = []
+  readings: list[Reading] = []
+  promised = 0  # promises that were read back, kept or not
+  for i in range(n):  # parents come first
+    trace = _thread_trace(i, order[bounds[i] : bounds[i + 1]], log, table, int(prompt_entries), vocabulary)
     if i:
-      log_p[:1] = np.nan
-    last_token = int(tokens[-1]) if len(tokens) else -1
-    ends = vocabulary.tags.eos if i == 0 else (vocabulary.tags.end, *vocabulary.tags.eos)
-    tokens_of.append(tokens.tolist())
-    traces.append(ThreadTrace(
-        number=i, path=paths[i], parent=int(t.parent[i]), topic="",
-        declared=None if t.declared[i] < 0 else int(t.declared[i]), fork_index=int(t.fork_index[i]), tokens=tokens,
-        positions=positions, entries=entry.astype(np.int32), rounds=rounds, steps=written, log_p=log_p,
-        finished=last_token in ends))
+      parent = traces[trace.parent]
+      topic = vocabulary.text(readings[trace.parent].topics.get(trace.fork_index, ()))
+      trace = dataclasses.replace(trace, path=(*parent.path, int(table.ordinal[i])), topic=topic.strip())
+    reading = read(Thread(tuple(trace.tokens.tolist())), vocabulary.table, is_main=i == 0, numbered=rule.numbered)
+    promised += sum(trace.entries[k] >= 0 for k in reading.declared)
+    traces.append(trace)
+    readings.append(reading)
 
   def tree(i: int) -> Thread:
-    below = [traces[c] for c in range(i + 1, int(n)) if traces[c].parent == i]
-    return Thread(tuple(tokens_of[i]), tuple(Fork(c.fork_index, c.declared, tree(c.number)) for c in below))
+    below = [t for t in traces[i + 1 :] if t.parent == i]
+    forks = tuple(Fork(t.fork_index, t.declared, tree(t.number)) for t in below)
+    return Thread(tuple(traces[i].tokens.tolist()), forks)
 
   main = tree(0)
-  kept: dict[int, int] = {}
-  wanted = 0
-  for i, trace in enumerate(traces):
-    reading = read(Thread(tuple(tokens_of[i])), vocabulary.table, is_main=i == 0, numbered=rule.numbered)
-    read_back = {k for k in reading.declared if trace.entries[k] >= 0}
-    wanted += len(read_back)
-    for c in traces:
-      if c.parent == i:
-        start = max(k for k in range(c.fork_index) if trace.tokens[k] == vocabulary.tags.open) + 1
-        topic = [int(x) for k, x in enumerate(trace.tokens[start : c.fork_index], start) if reading.is_topic[k]]
-        traces[c.number] = dataclasses.replace(c, topic=vocabulary.text(topic).strip())
-        kept[c.number] = i
-  logits = np.asarray(state.log.logits[:used]) if state.log.logits.shape[1] else None
   return Trace(
-      threads=tuple(traces), prompt=np.asarray(prompt), thread=main, program=vocabulary.decode(main, rule),
-      steps=int(steps), finish_reason=FINISH_REASONS[int(finish)], cost=cost(main, vocabulary.table),
-      ill_formed=ill_formed_tags(main, vocabulary.table, numbered=rule.numbered), refused=wanted - len(kept),
-      logits=logits)
+      threads=tuple(traces), prompt=prompt, thread=main, program=vocabulary.decode(main, rule), steps=int(steps),
+      finish_reason=FINISH_REASONS[int(finish)], cost=cost(main, vocabulary.table),
+      ill_formed=ill_formed_tags(main, vocabulary.table, numbered=rule.numbered), refused=promised - (n - 1),
+      logits=np.asarray(state.log.logits[:used]) if state.log.logits.shape[1] else None)
+
+
+def _thread_trace(i: int, entries: np.ndarray, log: Any, table: Any, prompt_entries: int,
+                  vocabulary: Vocabulary) -> ThreadTrace:
+  """Thread `i`, whose tokens stand at the pool's `entries`; its path and topic are left for the caller.
+
+  `log` and `table` are the state's Log and Threads on the host.
+  """
+  # A token was chosen behind the thread's entry before it: the promise's for a chunk, the prompt's for the response.
+  chosen_at = np.concatenate([[table.fork_entry[i] if i else prompt_entries], entries]).astype(np.int32)
+  tokens, positions, at = log.token[entries], log.position[entries], entries.astype(np.int32)
+  pending = table.index[i] >= 0 and (i == 0 or table.status[i] != DONE)  # chosen, but not read back
+  if pending:
+    tokens, positions = np.append(tokens, table.token[i]), np.append(positions, table.position[i])
+    at = np.append(at, np.int32(-1))
+  chosen_at = chosen_at[: len(tokens)]
+  log_p = log.log_p[chosen_at].astype(np.float32)
+  if i:
+    log_p[:1] = np.nan
+  ends = (vocabulary.tags.end, *vocabulary.tags.eos) if i else vocabulary.tags.eos
+  return ThreadTrace(
+      number=i, path=(), parent=int(table.parent[i]), topic="",
+      declared=None if table.declared[i] < 0 else int(table.declared[i]), fork_index=int(table.fork_index[i]),
+      tokens=tokens, positions=positions, entries=at, rounds=log.round[chosen_at], steps=log.step[chosen_at],
+      log_p=log_p, finished=len(tokens) > 0 and int(tokens[-1]) in ends)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pasta_jax.lang.automaton import TokenTable
+from pasta_jax.lang.automaton import MAX_DECLARED, TokenTable
 from pasta_jax.lang.thread import Thread, serialise
 
 STRATEGIES = ("pred_10x", "pred_1x", "fixed", "oracle", "max", "sum")
@@ -28,7 +28,8 @@ class PositionRule:
   max        length, rounded up to tens    none                               behind the furthest joined position
   sum        length, rounded up to tens    none                               behind as many positions as tokens joined
 
-  A promise without a number reserves `fixed` positions.
+  A promise without a number reserves `fixed` positions. Lengths above the largest number that a promise can
+  say, `automaton.MAX_DECLARED`, are written as the largest that fits: the chunk outgrows its gap.
   """
 
   strategy: str = "pred_10x"
@@ -47,7 +48,9 @@ class PositionRule:
     """The number to write in the promise of a chunk that spans `length` positions."""
     if not self.numbered:
       return None
-    return length if self.strategy == "pred_1x" else -(-length // 10) * 10
+    if self.strategy == "pred_1x":
+      return min(length, MAX_DECLARED)
+    return min(-(-length // 10), MAX_DECLARED // 10) * 10
 
   def gap(self, declared, true_length=None):
     """Positions reserved for a chunk; `declared` is the promise's number, negative where it has none.
@@ -60,11 +63,11 @@ class PositionRule:
       return true_length
     if self.strategy in ("max", "sum"):
       return declared * 0
+    if self.strategy == "fixed":
+      return declared * 0 + self.fixed
     given = declared >= 0
-    number = declared * given + self.fixed * (1 - given)
-    if self.strategy == "pred_10x":
-      return (number + 9) // 10 * 10
-    return number if self.strategy == "pred_1x" else declared * 0 + self.fixed
+    number = (declared + 9) // 10 * 10 if self.strategy == "pred_10x" else declared
+    return number * given + self.fixed * (1 - given)
 
   def at_sync(self, position, furthest, joined):
     """Position of a sync: `position` if nothing were joined, `furthest` one behind the last joined token's,
@@ -128,7 +131,8 @@ class _Walk:
     """
     name, self.n_threads = self.n_threads, self.n_threads + 1
     forks = {f.at: f for f in thread.forks}
-    position, waiting = start, []
+    position = start
+    waiting: list[_Open] = []
     for i, token in enumerate(thread.tokens):
       if token == self.sync:
         position = self.rule.at_sync(position, max((w.furthest for w in waiting), default=0),
@@ -168,6 +172,7 @@ class _Open:
 
 def layout(thread: Thread, rule: PositionRule, table: TokenTable, prompt: Sequence[int] = ()) -> Layout:
   """Lays out a prompt and the response that `thread` is the main thread of."""
+  prompt = list(prompt)
   walk_ = _Walk(rule, table.tags.sync, len(prompt), thread.total_tokens, thread.depth)
   _, waiting = walk_.thread(thread, len(prompt), 0, len(prompt) - 1 if prompt else None)
   walk_._join(waiting, walk_.end)

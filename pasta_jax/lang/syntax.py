@@ -5,8 +5,8 @@ hold anything, also text that looks like a tag: a tag's opening that is meant as
 (`\<sync/>`), and backslashes that stand right before a tag's opening are doubled. All other text stands
 as it is. In a topic, `"` and `\` carry a backslash.
 
-`parse(print_program(p)) == normalise(p)` for every program, and `print_program(parse(s)) == s` for every
-serialised form that the printer can write.
+`parse(print_program(p)) == normalise(p)` for every program (chunks at most MAX_DEPTH deep, numbers of at most
+nine digits), and `print_program(parse(s)) == s` for every serialised form that the printer can write.
 """
 
 import re
@@ -20,7 +20,8 @@ TAG_TEXTS = (OPEN, MIDDLE, CLOSE, ASYNC, END, SYNC)  # the fixed parts, one spec
 
 MAX_DEPTH = 64  # of nested chunks in text that is parsed
 
-_TAG = re.compile(r"(\\*)(" + "|".join(re.escape(t) for t in (OPEN, ASYNC, END, SYNC)) + ")")
+# The possessive run, tried at its first backslash only, keeps a long run of them linear.
+_TAG = re.compile(r"(?<!\\)(\\*+)(" + "|".join(re.escape(t) for t in (OPEN, ASYNC, END, SYNC)) + ")")
 _TOPIC = re.compile(r'((?:[^"\\]|\\.)*)"(?: tokens="([^"]*)")?/>', re.DOTALL)
 _ESCAPE = re.compile(r'\\(.)', re.DOTALL)
 

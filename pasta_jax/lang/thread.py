@@ -66,6 +66,7 @@ class Reading:
   is_text: np.ndarray  # [n] bool: the reader sees this token
   is_topic: np.ndarray  # [n] bool
   declared: dict[int, int | None]  # own index of a promise's last token -> its number
+  topics: dict[int, tuple[int, ...]]  # the same index -> the tokens of its topic
   ill_formed: int
   state: int  # after the last token; not TEXT where a promise was cut off
 
@@ -78,25 +79,29 @@ def read(thread: Thread, table: TokenTable, *, is_main: bool, numbered: bool = T
   n = len(thread.tokens)
   is_text, is_topic = np.zeros(n, bool), np.zeros(n, bool)
   declared: dict[int, int | None] = {}
+  topics: dict[int, tuple[int, ...]] = {}
+  topic: list[int] = []
   state, number, ill = automaton.TEXT, -1, 0
   for i, token in enumerate(thread.tokens):
     c = int(table.classes[token])
     if i == 0 and not is_main and c == automaton.ASYNC:
       continue  # the interpreter writes a chunk's first tag
     action = int(automaton.ACTION[state, c])
-    ill += int(automaton.ILL_FORMED[state, c]) + int(c == (automaton.END if is_main else automaton.EOS))
+    ill += bool(automaton.ILL_FORMED[state, c]) or c == (automaton.END if is_main else automaton.EOS)
     plain = c in (automaton.ORDINARY, automaton.DIGITS)
     is_text[i] = plain and state == automaton.TEXT
     is_topic[i] = plain and state == automaton.TOPIC
+    if is_topic[i]:
+      topic.append(token)
     if state == automaton.NUMBER and c == automaton.DIGITS:
       number = automaton.append_digits(number, int(table.value[token]), int(table.scale[token]))
     if action == automaton.FORK:
-      declared[i] = None if number < 0 else min(number, automaton.MAX_DECLARED)
+      declared[i], topics[i] = None if number < 0 else min(number, automaton.MAX_DECLARED), tuple(topic)
       ill += int(numbered and (number < 0 or number > automaton.MAX_DECLARED))
     if c == automaton.OPEN and state == automaton.TEXT:
-      number = -1
+      number, topic = -1, []
     state = int(automaton.NEXT_STATE[state, c])
-  return Reading(is_text, is_topic, declared, ill, state)
+  return Reading(is_text, is_topic, declared, topics, ill, state)
 
 
 def ill_formed_tags(thread: Thread, table: TokenTable, *, numbered: bool = True) -> int:

@@ -1,9 +1,8 @@
 """Programs to threads of tokens and back. Tags are single special tokens behind the base vocabulary."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from pasta_jax.lang import automaton
 from pasta_jax.lang.automaton import Tags, TokenTable
 from pasta_jax.lang.layout import PositionRule, span
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise
@@ -20,6 +19,7 @@ class TextTokenizer(Protocol):
 
   def encode(self, text: str) -> list[int]: ...
   def token_bytes(self, token: int) -> bytes: ...
+  def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]: ...
   def digit_values(self) -> dict[int, tuple[int, int]]: ...
 
 
@@ -37,7 +37,9 @@ class Vocabulary:
     self.tokenizer = tokenizer
     self.base_size = tokenizer.vocab_size if base_size is None else base_size
     self.size = self.base_size + len(TAG_TEXTS)
-    self.tags = Tags(*range(self.base_size, self.size), eos=(tokenizer.eos_id, *sorted(set(tokenizer.special_ids) - {tokenizer.eos_id})))
+    controls = sorted(set(tokenizer.special_ids) - {tokenizer.eos_id})
+    b = self.base_size
+    self.tags = Tags(b, b + 1, b + 2, b + 3, b + 4, b + 5, eos=(tokenizer.eos_id, *controls))
     self.table = TokenTable.build(self.size, self.tags, tokenizer.digit_values())
 
   # Programs to tokens.
@@ -69,8 +71,12 @@ class Vocabulary:
   # Tokens to programs.
 
   def text(self, tokens: Sequence[int]) -> str:
-    """Ordinary tokens as text; bytes that are no UTF-8 (a character cut off) become U+FFFD."""
-    return b"".join(self.tokenizer.token_bytes(int(t)) for t in tokens).decode("utf-8", "replace")
+    """Ordinary tokens as text; bytes that are no UTF-8 (a character cut off) become U+FFFD.
+
+    A model may write a row of its embedding that no token has; that leaves nothing.
+    """
+    known = (int(t) for t in tokens if t < self.tokenizer.vocab_size)
+    return b"".join(self.tokenizer.token_bytes(t) for t in known).decode("utf-8", "replace")
 
   def label(self, token: int) -> str:
     """One token as a person would want it in a dump: a tag's text, or the token's own."""
@@ -82,15 +88,9 @@ class Vocabulary:
     forks = {f.at: f for f in thread.forks}
     nodes: list[Node] = []
     text: list[int] = []
-    topic: list[int] = []
     for i, token in enumerate(thread.tokens):
       if reading.is_text[i]:
         text.append(token)
-        continue
-      if reading.is_topic[i]:
-        topic.append(token)
-      elif token == self.tags.open:
-        topic = []
       fork = forks.get(i)
       if fork is None and token != self.tags.sync:
         continue
@@ -98,24 +98,9 @@ class Vocabulary:
       text = []
       if fork is not None:
         body = self.decode(fork.child, rule, is_main=False)
-        nodes.append(Promise(self.text(topic).removeprefix(" "), reading.declared.get(i), body))
-        topic = []
+        topic = self.text(reading.topics.get(i, ())).removeprefix(" ")
+        nodes.append(Promise(topic, reading.declared.get(i), body))
       else:
         nodes.append(Sync())
     nodes.append(Text(self.text(text)))
     return normalise(nodes)
-
-  def topics(self, thread: Thread) -> list[tuple[int, ...]]:
-    """Topic tokens of the thread's kept promises, in order."""
-    forks = {f.at for f in thread.forks}
-    topics, topic = [], []
-    for i, token in enumerate(thread.tokens):
-      c = self.table.classes[token]
-      if c == automaton.OPEN:
-        topic = []
-      elif c in (automaton.ORDINARY, automaton.DIGITS):
-        topic.append(token)
-      elif c == automaton.MIDDLE or (i in forks and topic):
-        topics.append(tuple(topic))
-        topic = []
-    return topics

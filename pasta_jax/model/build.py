@@ -54,7 +54,8 @@ def unstack(model: Decoder) -> Decoder:
   """The inverse of `stack`."""
   graph, state = nnx.split(model.layers)
   n = model.config.n_layers
-  return _with_layers(model, nnx.List([nnx.merge(graph, jax.tree.map(lambda x: x[i], state)) for i in range(n)]))
+  one = lambda i: nnx.merge(graph, jax.tree.map(lambda x: x[i], state))
+  return _with_layers(model, nnx.List([one(i) for i in range(n)]))
 
 
 def _with_layers(model: Decoder, layers: Any) -> Decoder:

@@ -192,13 +192,13 @@ class Decoder(nnx.Module):
     """
     x = self.embed(tokens)
     angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
-    call = lambda layer, x, cache: layer(x, angles, attend, cache)  # noqa: E731
+    call = lambda layer, x, cache: layer(x, angles, attend, cache)
     if isinstance(self.layers, nnx.List):
       collected = []
       for i, layer in enumerate(self.layers):
         cache = None if caches is None else caches[i]
         graph, state = nnx.split(layer)
-        run = lambda s, x, c, graph=graph: call(nnx.merge(graph, s), x, c)  # noqa: E731
+        run = lambda s, x, c, graph=graph: call(nnx.merge(graph, s), x, c)
         x, out = (jax.checkpoint(run) if remat else run)(state, x, cache)
         collected.append(out)
       return self.final_norm(x), collected

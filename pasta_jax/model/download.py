@@ -39,7 +39,7 @@ def default_weights(cache_dir: Path | None = None) -> Path:
   Raises:
     WeightsError: the file can neither be found nor fetched, or what was found is not the pinned file.
   """
-  cache = cache_dir if cache_dir is not None else _cache_dir()
+  cache = cache_dir if cache_dir is not None else cache_folder()
   target = cache / GGUF_NAME
   try:
     cache.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def default_weights(cache_dir: Path | None = None) -> Path:
   return target
 
 
-def _cache_dir() -> Path:
+def cache_folder() -> Path:
   if chosen := os.environ.get("PASTA_CACHE"):
     return Path(chosen).expanduser()
   base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -1,4 +1,4 @@
-"""PASTA's adapters: low-rank updates and tag rows. Added for training, saved as one file, put back on a model."""
+"""PASTA's adapters: low-rank updates and tag rows. Added for training, saved as one file, put back."""
 
 import json
 from collections.abc import Mapping
@@ -74,7 +74,10 @@ def model_signature(model: Decoder) -> dict[str, int]:
 
 
 def load_adapter(path: Path, model: Decoder) -> dict[str, str]:
-  """Puts a saved adapter on an unstacked model, in place; returns the file's metadata."""
+  """Puts a saved adapter on an unstacked model, in place; returns the file's metadata.
+
+  Raises AdapterError, one line, if the file cannot be read or does not fit; the model is then as it was.
+  """
   if not path.is_file():
     raise AdapterError(f"no adapter file at {path}")
   try:
@@ -85,23 +88,41 @@ def load_adapter(path: Path, model: Decoder) -> dict[str, str]:
     raise AdapterError(f"{path} is no readable safetensors file: {error}") from None
   if metadata.get("format") != FORMAT:
     raise AdapterError(f"{path} is no pasta-jax adapter (format {metadata.get('format')!r}, not {FORMAT!r})")
-  theirs, ours = json.loads(metadata["model"]), model_signature(model)
-  for key, value in ours.items():
+  try:
+    theirs, scale = dict(json.loads(metadata["model"])), float(metadata["scale"])
+  except (KeyError, ValueError, TypeError):
+    raise AdapterError(f"{path}: its header names no model or no scale") from None
+  for key, value in model_signature(model).items():
     if theirs.get(key) != value:
-      raise AdapterError(f"{path} was made for another model: its {key} is {theirs.get(key)}, this one's {value}")
-  if "embed.tags" in arrays:
-    add_tags(model, np.asarray(arrays.pop("embed.tags")))
-  if "head.tags" in arrays:
-    model.head_tags = TagParam(arrays.pop("head.tags"))
-  modules = linears(model)
-  for name, module in modules.items():
+      raise AdapterError(
+          f"{path} was made for another model: its {key} is {theirs.get(key)}, this one's {value}")
+
+  tags = arrays.pop("embed.tags", None)
+  head_tags = arrays.pop("head.tags", None) if model.head is not None else None
+  if tags is not None and (tags.ndim != 2 or tags.shape[1] != model.config.d_model):
+    raise AdapterError(f"{path}: embed.tags is {tags.shape}, not rows of {model.config.d_model}")
+  if model.head is not None and (None if tags is None else tags.shape[::-1]) != (
+      None if head_tags is None else head_tags.shape):
+    raise AdapterError(f"{path}: embed.tags and head.tags do not fit together, or one is missing")
+  factors = {}
+  for name, module in linears(model).items():
     a, b = arrays.pop(f"{name}.lora_a", None), arrays.pop(f"{name}.lora_b", None)
     if (a is None) != (b is None):
       raise AdapterError(f"{path} holds only one factor of {name}")
     if a is not None and b is not None:
-      if (a.shape[0], b.shape[1]) != module.kernel.shape or a.shape[1] != b.shape[0]:
-        raise AdapterError(f"{path}: factors of {name} are {a.shape} and {b.shape}, its kernel {module.kernel.shape}")
-      module.lora_a, module.lora_b, module.lora_scale = LoraParam(a), LoraParam(b), float(metadata["scale"])
+      n_in, n_out = module.kernel.shape
+      if a.ndim != 2 or a.shape[0] != n_in or b.shape != (a.shape[1], n_out):
+        raise AdapterError(f"{path}: factors of {name} are {a.shape} and {b.shape}, its kernel {n_in, n_out}")
+      factors[name] = a, b
   if arrays:
     raise AdapterError(f"{path} holds {min(arrays)}, which this model does not have")
+
+  if tags is not None:
+    model.embed.tags = TagParam(tags)
+  if head_tags is not None:
+    model.head_tags = TagParam(head_tags)
+  for name, module in linears(model).items():
+    if name in factors:
+      module.lora_a, module.lora_b = map(LoraParam, factors[name])
+      module.lora_scale = scale
   return metadata

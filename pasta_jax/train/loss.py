@@ -51,7 +51,7 @@ def token_log_likelihood(model: Decoder, batch: Batch, *, chunk: int = 1024,
 
   log_p, correct = jax.lax.map(lambda xs: score(*xs), (flat.reshape(-1, chunk, flat.shape[-1]),
                                                        targets.reshape(-1, chunk)))
-  unpad = lambda x: x.reshape(-1)[: shape[0] * shape[1]].reshape(shape)  # noqa: E731
+  unpad = lambda x: x.reshape(-1)[: shape[0] * shape[1]].reshape(shape)
   return unpad(log_p), unpad(correct)
 
 

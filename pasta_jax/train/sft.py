@@ -1,11 +1,12 @@
-"""Supervised finetuning on annotated responses: the PASTA model, and Baseline-SFT on the same data without tags.
+"""Supervised finetuning on annotated responses: PASTA, and Baseline-SFT on the same data without tags.
 
-Resuming: the step is read from the newest checkpoint, and batch `step` is a function of seed and step, so a run
-that was killed goes on bit for bit as if it had not been.
+Resuming: the step is read from the newest checkpoint, and batch `step` is a function of seed and step, so a
+run that was killed goes on bit for bit as if it had not been.
 """
 
 import json
 import math
+import os
 import signal
 import time
 from functools import partial
@@ -22,8 +23,9 @@ from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import lora
 from pasta_jax.model.checkpoint import load_checkpoint
+from pasta_jax.progress import progress_bar
 from pasta_jax.train.loss import sft_loss
-from pasta_jax.train.metrics import MetricWriter, progress_bar
+from pasta_jax.train.metrics import MetricWriter
 from pasta_jax.train.state import Checkpoints, TrainState, compute_model, make_model, make_optimiser
 
 
@@ -62,71 +64,130 @@ def make_update(graph, optimiser: optax.GradientTransformation, config):
   return update, evaluate
 
 
-def train(config, workdir: Path) -> dict[str, float]:
+def train(config, workdir: str | Path | None) -> dict[str, float]:
   """Runs `config.train` to its last step in `workdir`; returns the last metrics.
 
   Leaves checkpoints, `metrics.jsonl`, `tensorboard/`, `config.json` and, at the end, `adapter.safetensors`
-  (LoRA) there. SIGTERM saves and stops. Raises FloatingPointError when the loss is not finite.
+  (LoRA) there. SIGTERM saves and stops. Raises FloatingPointError when loss or gradient is not finite, and
+  ValueError, one line, when folder, data, model or an earlier run in `workdir` cannot be used; the folder is
+  then as it was.
   """
   c = config.train
-  workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
+  workdir = _checked_workdir(workdir)  # before minutes of loading
+  rows, held_out_rows = mix(c.data), mix(c.validation)
   checkpoint = load_checkpoint(config.model.source)
   vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
   rule = PositionRule(config.positions.strategy, config.positions.fixed)
   load = partial(examples, vocabulary=vocabulary, rule=rule, annotated=c.annotated, max_length=c.length)
-  selection = load(mix(c.data), min_speedup=c.min_speedup, plain_share=c.plain_share)
-  data, held_out = selection.examples, load(mix(c.validation)).examples
+  selection = load(rows, min_speedup=c.min_speedup, plain_share=c.plain_share)
+  data, held_out = selection.examples, load(held_out_rows).examples
+  left_out = (f"left out: {selection.too_long} longer than {c.length} tokens, {selection.too_slow} with a "
+              f"speedup below {c.min_speedup}, {selection.too_plain} beyond the share of plain ones")
+  if not data:
+    raise ValueError(f"no example of train.data={c.data!r} is left to train on ({left_out})")
   levels = max(e.hidden.shape[1] for e in data + held_out)
   shape = dict(batch_size=c.batch_size, length=c.length, levels=levels)
   batches = PackedBatches(data, seed=c.seed, **shape)
   validation = single_batches(held_out, **shape) if held_out else []
   per_epoch = batches.steps_in_epoch(0) / c.accumulate
   total = c.steps or math.ceil(c.epochs * per_epoch)
-  print(f"{len(data)} examples (left out: {selection.too_long} longer than {c.length} tokens, {selection.too_slow} "
-        f"with a speedup below {c.min_speedup}, {selection.too_plain} beyond the share of plain ones), "
-        f"{len(held_out)} held out; {total} steps, {per_epoch:.0f} an epoch")
+  print(f"{len(data)} examples ({left_out}), {len(held_out)} held out; "
+        f"{total} steps, {per_epoch:.0f} an epoch")
 
   graph, trainable, frozen = make_model(checkpoint, vocabulary, c)
   optimiser, schedule = make_optimiser(c, total)
   update, evaluate = make_update(graph, optimiser, c)
   state = TrainState(jnp.zeros((), jnp.int32), trainable, optimiser.init(trainable))
-  checkpoints = Checkpoints(workdir, c.checkpoint_every)
-  state = checkpoints.restore(state) or state
-  first = int(state.step)
-  writer = MetricWriter(workdir, first)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir, c.checkpoint_every)
+  except OSError as error:
+    raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from None
 
-  stop = []
+  stop: list[bool] = []
   previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-  bar, task = progress_bar("training", total, first)
+  writer = None
   scalars: dict[str, float] = {}
-  with bar:
-    for step in range(first, total):
-      started = time.perf_counter()
-      chosen = [batches(step * c.accumulate + i).as_dict() for i in range(c.accumulate)]
-      state, metrics = update(state, frozen, jax.tree.map(lambda *x: np.stack(x), *chosen))
-      scalars = {k: float(v) for k, v in metrics.items()}
-      if not math.isfinite(scalars["loss"]):
-        raise FloatingPointError(f"loss is {scalars['loss']} at step {step + 1}; the newest checkpoint is kept")
-      scalars |= {"learning_rate": float(schedule(step)), "epoch": (step + 1) / per_epoch,
-                  "tokens_per_second": c.accumulate * c.batch_size * c.length / (time.perf_counter() - started)}
-      last = step + 1 == total
-      if validation and (last or (step + 1) % c.validate_every == 0):
-        sums = [evaluate(state.trainable, frozen, b.as_dict()) for b in validation]
-        tokens = sum(float(s["tokens"]) for s in sums)
-        scalars["validation_loss"] = sum(float(s["loss"]) for s in sums) / tokens
-        scalars["validation_accuracy"] = sum(float(s["correct"]) for s in sums) / tokens
-      writer.write(step + 1, scalars)
-      bar.update(task, completed=step + 1, note=f"loss {scalars['loss']:.3f}")
-      checkpoints.save(state, force=last or bool(stop))
-      if stop:
-        break
-  checkpoints.close()
-  writer.close()
-  signal.signal(signal.SIGTERM, previous)
+  try:
+    state = checkpoints.restore(state) or state
+    first = int(state.step)
+    if first > total:
+      raise ValueError(f"{workdir} is at step {first} already, behind the {total} steps asked for")
+    _write_config(workdir / "config.json", config, first)
+    writer = MetricWriter(workdir, first)
+    bar, task = progress_bar("training", total, first)
+    with bar:
+      for step in range(first, total):
+        started = time.perf_counter()
+        chosen = [batches(step * c.accumulate + i).as_dict() for i in range(c.accumulate)]
+        state, metrics = update(state, frozen, jax.tree.map(lambda *x: np.stack(x), *chosen))
+        scalars = {k: float(v) for k, v in metrics.items()}
+        for name in ("loss", "gradient_norm"):  # a finite loss with another gradient spoils the state as well
+          if not math.isfinite(scalars[name]):
+            raise FloatingPointError(
+                f"{name} is {scalars[name]} at step {step + 1}; the newest checkpoint is kept")
+        tokens = c.accumulate * c.batch_size * c.length
+        scalars |= {"learning_rate": float(schedule(step)), "epoch": (step + 1) / per_epoch,
+                    "tokens_per_second": tokens / (time.perf_counter() - started)}
+        last = step + 1 == total
+        if validation and (last or (step + 1) % c.validate_every == 0):
+          sums = [evaluate(state.trainable, frozen, b.as_dict()) for b in validation]
+          tokens = sum(float(s["tokens"]) for s in sums)
+          scalars["validation_loss"] = sum(float(s["loss"]) for s in sums) / tokens
+          scalars["validation_accuracy"] = sum(float(s["correct"]) for s in sums) / tokens
+        writer.write(step + 1, scalars)
+        bar.update(task, completed=step + 1, note=f"loss {scalars['loss']:.3f}")
+        stopping = bool(stop)  # read once: a signal that comes during the save gets a save of its own
+        checkpoints.save(state, force=last or stopping)
+        if stopping and not last:
+          print(f"stopped by SIGTERM behind step {step + 1} of {total}; the same command goes on from there")
+          break
+  finally:
+    checkpoints.close()
+    if writer is not None:
+      writer.close()
+    signal.signal(signal.SIGTERM, previous)
   if c.lora_rank and int(state.step) == total:
     metadata = {"train": json.dumps(json.loads(config.to_json_best_effort())["train"]),
                 "positions": json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})}
-    lora.save_adapter(workdir / "adapter.safetensors", compute_model(graph, state.trainable, frozen, jnp.float32),
-                      metadata)
+    model = compute_model(graph, state.trainable, frozen, jnp.float32)
+    lora.save_adapter(workdir / "adapter.safetensors", model, metadata)
   return scalars
+
+
+def _checked_workdir(workdir: str | Path | None) -> Path:
+  """The run's folder, which need not exist yet. Raises ValueError if it cannot be made or written."""
+  if workdir is None or not str(workdir):
+    raise ValueError("training needs a folder for its checkpoints and metrics: pass --workdir=runs/NAME")
+  workdir = Path(workdir).expanduser()
+  existing = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
+  if not existing.is_dir():
+    raise ValueError(f"--workdir={workdir}: {existing} is not a folder")
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise ValueError(f"--workdir={workdir}: no permission to write in {existing}")
+  return workdir
+
+
+def _write_config(path: Path, config, first: int) -> None:
+  """Writes the resolved config; says which settings differ from those that a resumed run began with."""
+  if first and path.exists():
+    try:
+      before = _flat(json.loads(path.read_text()))
+    except ValueError:
+      before = {}
+    now = _flat(json.loads(config.to_json_best_effort()))
+    changed = [k for k in sorted(before.keys() & now.keys()) if before[k] != now[k]]
+    if changed:
+      changes = ", ".join(f"{k} {before[k]} -> {now[k]}" for k in changed)
+      print(f"resuming behind step {first} with other settings than before: {changes}")
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(config.to_json_best_effort(indent=2))
+  temporary.replace(path)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
+  """A nested dictionary's leaves by dotted path."""
+  leaves: dict[str, object] = {}
+  for key, value in tree.items():
+    leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+  return leaves

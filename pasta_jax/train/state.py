@@ -1,4 +1,4 @@
-"""What a training run keeps: trainable and frozen parameters, the optimiser, and checkpoints of the former."""
+"""What a training run keeps: trainable and frozen parameters, the optimiser, and checkpoints."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,7 +50,7 @@ def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config) -> tuple[
   if not full:
     lora.add_lora(model, config.lora_rank, config.lora_alpha, nnx.Rngs(config.seed))
   chosen = nnx.Param if full else nnx.Any(nnx.OfType(LoraParam), nnx.OfType(TagParam))
-  return nnx.split(model, chosen, ...)
+  return nnx.split(model, chosen, ...)  # type: ignore[return-value]
 
 
 def compute_model(graph, trainable: Params, frozen: Params, dtype: Any) -> Decoder:
@@ -68,8 +68,9 @@ def compute_model(graph, trainable: Params, frozen: Params, dtype: Any) -> Decod
 def make_optimiser(config, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """AdamW behind a clip of the global norm; the rate warms up, then falls linearly to zero."""
   warmup = max(1, int(config.warmup * total_steps))
-  schedule = optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup),
-                                   optax.linear_schedule(config.learning_rate, 0.0, total_steps - warmup)], [warmup])
+  rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
+  fall = optax.linear_schedule(config.learning_rate, 0.0, total_steps - warmup)
+  schedule = optax.join_schedules([rise, fall], [warmup])
   optimiser = optax.chain(optax.clip_by_global_norm(config.clip),
                           optax.adamw(schedule, b1=0.9, b2=config.adam_b2, weight_decay=config.weight_decay))
   return optimiser, schedule
@@ -80,20 +81,35 @@ class Checkpoints:
 
   def __init__(self, workdir: Path, every: int, keep: int = 2):
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every)
-    self._manager = ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options)
+    self._path = (workdir / "checkpoints").resolve()
+    # With a handler named here, shapes can be read before anything is restored.
+    self._manager = ocp.CheckpointManager(self._path, options=options,
+                                          item_handlers=ocp.StandardCheckpointHandler())
 
   def save(self, state: TrainState, *, force: bool = False) -> None:
-    """Saves if the step is due (or `force`)."""
+    """Saves if the step is due (or `force`). The state's buffers may be donated as soon as this returns."""
     self._manager.save(int(state.step), args=ocp.args.StandardSave(_plain(state)), force=force)
 
   def restore(self, like: TrainState) -> TrainState | None:
-    """The newest saved state, with the shapes and shardings of `like`; None if nothing was saved."""
+    """The newest saved state, with the shapes and shardings of `like`; None if nothing was saved.
+
+    Raises ValueError, one line, if what was saved has other arrays than `like`.
+    """
     step = self._manager.latest_step()
     if step is None:
       return None
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
+    wanted = _plain(like)
+    stored = {name: array.shape for name, array in self._manager.item_metadata(step).tree.items()}
+    for name in sorted(wanted.keys() | stored.keys()):
+      here = wanted[name].shape if name in wanted else None
+      if stored.get(name) != here:
+        there, here = (("absent" if s is None else f"{list(s)}") for s in (stored.get(name), here))
+        raise ValueError(f"{self._path} belongs to a run with another model or configuration: {name} is "
+                         f"{there} there, {here} here; choose another --workdir, or the settings of that run")
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
     saved = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(saved))
+    # By name: a dict's leaves come sorted, the state's in the order of its fields.
+    return jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in wanted])
 
   def close(self) -> None:
     """Waits until the last save is on disk."""

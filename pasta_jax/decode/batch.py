@@ -1,0 +1,82 @@
+"""Many requests at once: the interpreter's step with a request axis in front, finished requests replaced from a queue.
+
+The loop is written by hand around a vmap of `step`, not by vmapping the loop: that would select the whole state,
+pools included, at every step. A finished request's step writes nothing that counts. What a request gets does not
+depend on the others beside it (bit for bit up to the rounding of wider matrix products).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pasta_jax.decode.config import SamplingConfig
+from pasta_jax.decode.interpreter import PROMPT_BUCKETS, DecodeError, Interpreter, switched
+from pasta_jax.decode.sampling import Sampling, as_arrays
+from pasta_jax.decode.state import UNFINISHED, State
+from pasta_jax.decode.step import step
+from pasta_jax.decode.trace import Trace, read_trace
+
+
+class BatchDecoder:
+  """Decodes lists of prompts, `requests` at a time, each with up to `width` branches a step."""
+
+  def __init__(self, interpreter: Interpreter, *, requests: int, width: int):
+    self.interpreter, self.requests, self.width = interpreter, requests, width
+    self._insert = jax.jit(lambda all_, one, r: jax.tree.map(lambda a, o: a.at[r].set(o), all_, one), donate_argnums=0)
+    self._segment = jax.jit(self._segment_pure, static_argnames=("switches",), donate_argnums=(1,))
+
+  def _segment_pure(self, params: Any, states: State, sampling: Sampling, waiting: jax.Array, *, switches):
+    """Runs until a request ends while others wait in the queue, or until all have ended."""
+    model = nnx.merge(self.interpreter.graph, params)
+    one = partial(step, width=self.width, limits=self.interpreter.limits, switches=switches)
+    many = jax.vmap(lambda state: one(model, state, self.interpreter.tables, sampling))
+    ended = (states.finish != UNFINISHED).sum()
+
+    def goes_on(states):
+      finished = (states.finish != UNFINISHED).sum()
+      return jnp.where(waiting, finished == ended, finished < self.requests)
+
+    states = jax.lax.while_loop(goes_on, many, states)
+    return states, states.finish
+
+  def run(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, seeds: Sequence[int] | None = None,
+          done: Callable[[int, Trace], None] | None = None) -> list[Trace]:
+    """The prompts' traces, in their order; `done(i, trace)` is called as each one ends.
+
+    Request i draws from seed `seeds[i]`, else from `sampling.seed`. Raises DecodeError if prompt and limits
+    together exceed the pool.
+    """
+    it = self.interpreter
+    switches, numbers = switched(it.switches, sampling), as_arrays(sampling)
+    need = max(map(len, prompts)) + it.limits.max_new_tokens + self.width
+    need = max(need, next(b for b in PROMPT_BUCKETS if b >= max(map(len, prompts))))
+    capacity = -(-need // 128) * 128
+    if need > it.limits.buckets[-1] + self.width:
+      raise DecodeError(f"a prompt and its response may take {need} pool entries, decode.capacity is "
+                        f"{it.limits.buckets[-1]}")
+    start = lambda i: it.start(prompts[i], sampling.seed if seeds is None else seeds[i], capacity=capacity)
+    slots = [i if i < len(prompts) else -1 for i in range(self.requests)]
+    first = [start(max(i, 0)) for i in slots]
+    states = jax.tree.map(lambda *x: jnp.stack(x), *first)
+    idle = jnp.asarray([i < 0 for i in slots])
+    states = states._replace(finish=jnp.where(idle, 1, states.finish))
+    queue = list(range(len(prompts)))[self.requests :]
+    traces: dict[int, Trace] = {}
+    while any(i >= 0 for i in slots):
+      states, finish = self._segment(it.params, states, numbers, np.bool_(bool(queue)), switches=switches)
+      for r, f in enumerate(np.asarray(finish)):
+        if f == UNFINISHED or slots[r] < 0:
+          continue
+        trace = read_trace(jax.tree.map(lambda x, r=r: x[r], states._replace(pool=None)), it.vocabulary, switches.rule)
+        traces[slots[r]] = trace
+        if done:
+          done(slots[r], trace)
+        slots[r] = queue.pop(0) if queue else -1
+        if slots[r] >= 0:
+          states = self._insert(states, start(slots[r]), np.int32(r))
+    return [traces[i] for i in range(len(prompts))]

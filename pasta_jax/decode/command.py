@@ -1,0 +1,104 @@
+"""`--mode=decode`: one prompt with a live view, or a file of prompts to a file of responses."""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from pasta_jax.data.examples import read_jsonl
+from pasta_jax.decode.batch import BatchDecoder
+from pasta_jax.decode.generate import DecodeError, Generator, Response
+from pasta_jax.decode.live import LiveView, figures_table
+from pasta_jax.decode.record import describe
+from pasta_jax.decode.timeline import timeline_html, timeline_svg
+from pasta_jax.progress import progress_bar
+
+
+def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Response:
+  """Answers one prompt. The answer goes to stdout; progress and figures go to the terminal, or to stderr.
+
+  With `decode.compare` the same weights then answer once more without promises, and the figures say how
+  much longer a token took. `timeline` names an .html or .svg file to draw the response in.
+  """
+  if timeline is not None and Path(timeline).suffix not in (".html", ".svg"):
+    raise DecodeError(f"--timeline={timeline}: the name must end in .html or .svg")
+  d = config.decode
+  generator = Generator(config)
+  tokens = generator.encode(prompt)
+  modes = [d.parallel] + ([False] if d.compare and d.parallel else [])
+  _compile(generator, len(tokens), modes)
+  terminal = sys.stdout.isatty()
+  if terminal and d.live:
+    drawing = 0.0
+    started = time.perf_counter()
+    with LiveView(generator.vocabulary) as view:
+
+      def watch(trace):
+        nonlocal drawing
+        at = time.perf_counter()
+        view.update(trace, at - started - drawing)
+        drawing += time.perf_counter() - at
+
+      response = generator.respond(prompt, parallel=d.parallel, watch=watch, every=8)
+    response = dataclasses.replace(response, seconds=response.seconds - drawing)  # drawing is no decoding
+  else:
+    response = generator.respond(prompt, parallel=d.parallel)
+  print(response.text, flush=True)
+  speedup = None
+  console = Console(stderr=not terminal)
+  if len(modes) > 1:
+    with console.status("the same weights, one token at a time …"):
+      baseline = generator.respond(prompt, parallel=False)
+    a_token = baseline.seconds / max(describe(baseline.trace, generator.vocabulary)["text_tokens"], 1)
+    speedup = a_token * response.trace.cost.text_tokens / response.seconds
+  console.print(figures_table(response.trace, response.seconds, speedup))
+  if timeline is not None:
+    draw = timeline_html if timeline.endswith(".html") else timeline_svg
+    Path(timeline).write_text(draw(response.trace, generator.vocabulary))
+    console.print(f"timeline written to {timeline}")
+  return response
+
+
+def _compile(generator: Generator, prompt_length: int, modes: list[bool]) -> None:
+  """Compiles what the prompt may need, with a bar: the first run takes a while, later ones find it cached."""
+  bar, task = progress_bar("compiling (cached for later runs)", 1)
+  with bar:
+    for parallel in modes:
+      note = lambda done, total: bar.update(task, completed=done, total=total)
+      generator.interpreter(parallel).warm_up(prompt_length, generator.sampling, note=note)
+
+
+def decode_file(config, prompts_file: str, output: str | None) -> None:
+  """Answers every prompt of a JSON-lines file ("prompt", and "id" if there is one).
+
+  Writes one JSON object a response, in the order of the prompts, to `output` (replaced as a whole at the end)
+  or to stdout.
+  """
+  rows = read_jsonl(prompts_file)
+  for number, row in enumerate(rows, 1):
+    if not isinstance(row.get("prompt"), str):
+      raise DecodeError(f"{prompts_file}: row {number} has no text under \"prompt\"")
+  target = None if output is None else Path(output)
+  if target is not None and not target.parent.is_dir():
+    raise DecodeError(f"--output={output}: there is no folder {target.parent}")
+  if not rows:
+    raise DecodeError(f"{prompts_file} holds no prompt")
+  d = config.decode
+  generator = Generator(config)
+  prompts = [generator.encode(row["prompt"]) for row in rows]
+  decoder = BatchDecoder(generator.interpreter(d.parallel), requests=min(d.requests, len(rows)),
+                         width=min(d.slots, 4) if d.parallel else 1)
+  bar, task = progress_bar("decoding", len(rows))
+  with bar:
+    traces = decoder.run(prompts, generator.sampling, done=lambda i, trace: bar.advance(task))
+  lines = [json.dumps({**row, **describe(trace, generator.vocabulary)}, ensure_ascii=False) + "\n"
+           for row, trace in zip(rows, traces)]
+  if target is None:
+    sys.stdout.writelines(lines)
+  else:
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.write_text("".join(lines))
+    temporary.replace(target)

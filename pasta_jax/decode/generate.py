@@ -1,0 +1,118 @@
+"""From a prompt's text to a response: weights, adapter, vocabulary and interpreters behind one object."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from pasta_jax.decode.config import Limits, SamplingConfig, Switches
+from pasta_jax.decode.interpreter import DecodeError, Interpreter
+from pasta_jax.decode.trace import Trace
+from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model import build, lora
+from pasta_jax.model.checkpoint import load_checkpoint
+
+EMBEDDED = {"pasta": "smollm2_135m_pasta.safetensors", "baseline": "smollm2_135m_baseline.safetensors"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+  """One decoded prompt."""
+
+  trace: Trace
+  seconds: float  # wall clock, prefill included, compilation excluded if the shapes were warm
+
+  @property
+  def text(self) -> str:
+    return self.trace.text
+
+
+def adapter_path(name: str) -> Path | None:
+  """The file of an adapter: "" for none, "pasta" for the one in this package, else a path."""
+  if not name:
+    return None
+  if name in EMBEDDED:
+    return Path(str(resources.files("pasta_jax") / "adapters" / EMBEDDED[name]))
+  return Path(name).expanduser()
+
+
+class Generator:
+  """A loaded model that answers prompts, in parallel or sequentially, with the same weights.
+
+  Made from a config's `model`, `positions` and `decode` parts (configs/smollm2_135m.py documents the fields).
+  Raises WeightsError or AdapterError when something cannot be loaded; DecodeError for a prompt that cannot
+  be decoded.
+  """
+
+  def __init__(self, config, *, adapter: str | None = None):
+    d = config.decode
+    checkpoint = load_checkpoint(config.model.source)
+    self.name = checkpoint.name
+    self.vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+    self.rule = PositionRule(config.positions.strategy, config.positions.fixed)
+    model = build.from_params(checkpoint.config, checkpoint.params)
+    path = adapter_path(config.model.adapter if adapter is None else adapter)
+    self.has_tags = False
+    if path is not None:
+      metadata = lora.load_adapter(path, model)
+      self.has_tags = model.embed.tags is not None
+      if "positions" in metadata and self.has_tags:
+        self.rule = PositionRule(**json.loads(metadata["positions"]))
+    self.model = build.for_decoding(model, jnp.dtype(d.dtype))
+    # XLA's CPU backend multiplies one bfloat16 row slower than two, so there a step holds two at least.
+    self._narrowest = 2 if d.dtype == "bfloat16" and jax.default_backend() == "cpu" else 1
+    slots = max(d.slots, self._narrowest)
+    widths = tuple(w for w in (1, 2, 4, 8, 16, 32, 64) if self._narrowest <= w < slots) + (slots,)
+    buckets = tuple(b for b in (256, 512, 1024, 2048, 4096, 8192, 16384) if b < d.capacity) + (d.capacity,)
+    self.limits = Limits(max_new_tokens=d.max_new_tokens, max_threads=d.max_threads, max_depth=d.max_depth,
+                         max_topic=d.max_topic, widths=widths, buckets=buckets)
+    self.sampling = SamplingConfig(temperature=d.temperature, top_k=d.top_k, top_p=d.top_p, min_p=d.min_p,
+                                   repetition_penalty=d.repetition_penalty, seed=d.seed)
+    self._guard = d.guard
+    self._interpreters: dict[bool, Interpreter] = {}
+
+  def interpreter(self, parallel: bool) -> Interpreter:
+    """The interpreter that writes promises, or the one that never does: ordinary decoding."""
+    if parallel and not self.has_tags:
+      raise DecodeError("this model has no PASTA tags: give --config.model.adapter, or decode with "
+                        "--config.decode.parallel=False")
+    if parallel not in self._interpreters:
+      limits = self.limits if parallel else dataclasses.replace(self.limits, widths=(self._narrowest,), max_threads=1)
+      switches = Switches(rule=self.rule, guard=self._guard, promises=parallel)
+      self._interpreters[parallel] = Interpreter(self.model, self.vocabulary, limits, switches)
+    return self._interpreters[parallel]
+
+  def encode(self, prompt: str) -> list[int]:
+    """Tokens of a user's prompt in the model's chat form."""
+    if not prompt.strip():
+      raise DecodeError("the prompt is empty")
+    try:
+      return self.vocabulary.tokenizer.chat_prompt([{"role": "user", "content": prompt}])
+    except ValueError as error:
+      raise DecodeError(f"the prompt cannot be encoded: {error}") from None
+
+  def respond(self, prompt: str, *, parallel: bool = True, sampling: SamplingConfig | None = None,
+              watch: Callable[[Trace], None] | None = None, every: int = 16) -> Response:
+    """Decodes one prompt; `watch` sees the trace grow, every `every` decode steps at least."""
+    tokens = self.encode(prompt)
+    interpreter = self.interpreter(parallel)
+    started = time.perf_counter()
+    trace = interpreter.run(tokens, sampling or self.sampling, watch=watch, every=every)
+    return Response(trace, time.perf_counter() - started)
+
+
+def use_compilation_cache(folder: Path) -> None:
+  """Keeps compiled programs between runs; a folder that cannot be written only costs time."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

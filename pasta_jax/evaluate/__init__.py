@@ -1,0 +1,1 @@
+"""Evaluation: how much faster, and what the responses look like."""

@@ -1,0 +1,212 @@
+"""What a decode step costs here: `python -m pasta_jax.evaluate.benchmark`.
+
+In one run, interleaved, medians: the memory bandwidth that a plain sum reaches; a step with 1, 2, 4, 8, 16 branches;
+pools of several sizes; and, where they are installed, `transformers` and llama.cpp one token at a time on the same
+weights. The floor of a step is the weights' bytes over that bandwidth. A branch ratio flatters a poor single-branch
+step, so absolute times stand beside it.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+from absl import app, flags
+from flax import nnx
+
+from pasta_jax.decode.config import Limits, SamplingConfig, Switches
+from pasta_jax.decode.interpreter import Interpreter, switched
+from pasta_jax.decode.sampling import as_arrays
+from pasta_jax.decode.state import RUNNING, State, grow
+from pasta_jax.lang.automaton import ORDINARY
+from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model import build, lora
+from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("model", "smollm2-135m-instruct", "name, GGUF file or Hugging Face folder")
+flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "precisions")
+flags.DEFINE_list("branches", ["1", "2", "4", "8", "16"], "branches in a step")
+flags.DEFINE_list("pools", ["256", "512", "1024", "2048", "4096"], "pool entries")
+flags.DEFINE_integer("steps", 16, "decode steps in a measurement")
+flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")
+flags.DEFINE_string("json", None, "write the figures to this file too")
+
+MAIN_POOL, MAIN_BRANCHES = 512, 1
+
+
+def busy_state(interpreter: Interpreter, branches: int, capacity: int) -> State:
+  """A state in which `branches` threads are running, each seeing half of a pool of `capacity` entries."""
+  state = interpreter.start([1] * 16)
+  if capacity > state.log.token.shape[0]:
+    state = grow(state, capacity)
+  t = state.threads
+  live = jnp.arange(t.status.shape[0]) < branches
+  seen = jnp.arange(capacity) < capacity // 2
+  t = t._replace(
+      status=jnp.where(live, RUNNING, t.status), token=jnp.full_like(t.token, 100),
+      kind=jnp.full_like(t.kind, ORDINARY),
+      index=jnp.full_like(t.index, 5), position=jnp.full_like(t.position, capacity // 2),
+      visible=jnp.broadcast_to(seen, t.visible.shape))
+  return state._replace(threads=t, used=jnp.int32(capacity // 2), prompt=jnp.int32(capacity // 2),
+                        runnable=jnp.int32(branches), n_threads=jnp.int32(branches))
+
+
+def step_timer(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str, branches: int,
+               capacity: int) -> Callable[[], float]:
+  """A function that runs some decode steps and returns the seconds of one."""
+  if dtype not in _MODELS:
+    model = build.from_params(checkpoint.config, checkpoint.params)
+    lora.add_tags(model, np.zeros((6, checkpoint.config.d_model), np.float32))
+    _MODELS[dtype] = build.for_decoding(model, jnp.dtype(dtype))
+  width = max(branches, 2 if dtype == "bfloat16" and jax.default_backend() == "cpu" else 1)
+  limits = Limits(max_new_tokens=10**6, widths=(width,), buckets=(min(capacity, 256), capacity)
+                  if capacity > 256 else (capacity,))
+  # Text only: every branch stays alive, and the guard, the automaton and the fork logic are all in the step.
+  it = Interpreter(_MODELS[dtype], vocabulary, limits, Switches(promises=False, guard=True))
+  switches, numbers = switched(it.switches, SamplingConfig()), as_arrays(SamplingConfig())
+  start = busy_state(it, branches, capacity)
+
+  def measure() -> float:
+    state = jax.block_until_ready(jax.tree.map(jnp.copy, start))
+    steps = min(FLAGS.steps, capacity // 2 // width - 1)
+    started = time.perf_counter()
+    after, _ = it._segment(it.params, state, numbers, np.int32(steps), width=width, switches=switches)
+    done = int(after.steps)
+    return (time.perf_counter() - started) / max(done, 1)
+
+  measure()  # compiles
+  return measure
+
+
+_MODELS: dict[str, Any] = {}
+
+
+def bandwidth_timer(megabytes: int = 512) -> Callable[[], float]:
+  """A function that returns the bytes a second of one sum over a large array."""
+  x = jnp.ones((megabytes << 18,), jnp.float32)
+  total = jax.jit(jnp.sum)
+  total(x).block_until_ready()
+
+  def measure() -> float:
+    started = time.perf_counter()
+    total(x).block_until_ready()
+    return x.nbytes / (time.perf_counter() - started)
+
+  return measure
+
+
+def transformers_timer(checkpoint: Checkpoint, dtype: str) -> Callable[[], float] | None:
+  """Seconds a token of `transformers`' eager decoding with its cache; None if it is not installed."""
+  try:
+    import torch
+    import transformers
+  except ImportError:
+    return None
+  c = checkpoint.config
+  config = transformers.LlamaConfig(
+      vocab_size=c.vocab_size, hidden_size=c.d_model, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+      num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, intermediate_size=c.d_ff, rope_theta=c.rope_theta,
+      rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings, max_position_embeddings=c.max_position)
+  model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+  prompt = torch.ones((1, MAIN_POOL // 2), dtype=torch.long)
+
+  @torch.inference_mode()
+  def measure() -> float:
+    out = model(prompt, use_cache=True)
+    cache, token = out.past_key_values, prompt[:, :1]
+    started = time.perf_counter()
+    for _ in range(FLAGS.steps):
+      out = model(token, past_key_values=cache, use_cache=True)
+      cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    return (time.perf_counter() - started) / FLAGS.steps
+
+  measure()
+  return measure
+
+
+def llama_cpp_timer() -> Callable[[], float] | None:
+  """Seconds a token of llama.cpp on the GGUF file as it is (Q4_1); None if llama-cpp-python is not installed."""
+  try:
+    import llama_cpp
+  except ImportError:
+    return None
+  from pasta_jax.model.download import default_weights
+  model = llama_cpp.Llama(str(default_weights()), n_ctx=MAIN_POOL, logits_all=False, verbose=False)
+
+  def measure() -> float:
+    model.reset()
+    model.eval([1] * (MAIN_POOL // 2))
+    started = time.perf_counter()
+    for _ in range(FLAGS.steps):
+      model.eval([100])
+    return (time.perf_counter() - started) / FLAGS.steps
+
+  measure()
+  return measure
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  console = rich.console.Console()
+  checkpoint = load_checkpoint(FLAGS.model)
+  vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+  branches, pools = [int(b) for b in FLAGS.branches], [int(p) for p in FLAGS.pools]
+  timers: dict[tuple, Callable[[], float]] = {("bandwidth",): bandwidth_timer()}
+  with console.status("compiling …"):
+    for dtype in FLAGS.dtypes:
+      for b in branches:
+        timers[dtype, b, MAIN_POOL] = step_timer(checkpoint, vocabulary, dtype, b, MAIN_POOL)
+      for p in pools:
+        timers.setdefault((dtype, MAIN_BRANCHES, p), step_timer(checkpoint, vocabulary, dtype, MAIN_BRANCHES, p))
+      if other := transformers_timer(checkpoint, dtype):
+        timers["transformers", dtype] = other
+    if other := llama_cpp_timer():
+      timers["llama.cpp", "Q4_1"] = other
+  taken: dict[tuple, list[float]] = {key: [] for key in timers}
+  with console.status("measuring …"):
+    for _ in range(FLAGS.rounds):
+      for key, measure in timers.items():
+        taken[key].append(measure())
+  median = {key: statistics.median(values) for key, values in taken.items()}
+  show(console, median, branches, pools)
+  if FLAGS.json:
+    with open(FLAGS.json, "w") as file:
+      json.dump({" ".join(map(str, k)): v for k, v in median.items()}, file, indent=2)
+
+
+def show(console: rich.console.Console, median: dict[tuple, float], branches: list[int], pools: list[int]) -> None:
+  """Prints the tables."""
+  bandwidth = median["bandwidth",]
+  console.print(f"{jax.devices()[0].device_kind}, bandwidth {bandwidth / 1e9:.1f} GB/s")
+  for dtype in FLAGS.dtypes:
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(_MODELS[dtype])))
+    table_bytes = _MODELS[dtype].embed.embedding.size * _MODELS[dtype].dtype.itemsize
+    floor = (weights - table_bytes) / bandwidth  # the embedding is looked up, not read
+    one = median[dtype, MAIN_BRANCHES, MAIN_POOL]
+    table = rich.table.Table(title=f"{dtype}: floor of a step {1e3 * floor:.1f} ms")
+    for name in ("step", "ms", "share of the floor", "to one branch", "tokens/s"):
+      table.add_column(name, justify="left" if name == "step" else "right")
+    for b in branches:
+      t = median[dtype, b, MAIN_POOL]
+      table.add_row(f"{b} branches, pool {MAIN_POOL}", f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %", f"{t / one:.2f}",
+                    f"{b / t:.0f}")
+    for p in pools:
+      t = median[dtype, MAIN_BRANCHES, p]
+      table.add_row(f"{MAIN_BRANCHES} branch, pool {p}", f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %",
+                    f"{t / one:.2f}", f"{1 / t:.0f}")
+    for name in (("transformers", dtype), ("llama.cpp", "Q4_1")):
+      if name in median:
+        t = median[name]
+        table.add_row(" ".join(name), f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %", f"{t / one:.2f}", f"{1 / t:.0f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+  app.run(main)

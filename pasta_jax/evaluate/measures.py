@@ -1,0 +1,67 @@
+"""Figures of sets of responses, from their records (`decode.record`). No model here."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+  """NaN where there is none."""
+  logs = [math.log(max(v, 1e-9)) for v in values]
+  return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def bootstrap_interval(values: Sequence[float], samples: int = 2000, seed: int = 0) -> tuple[float, float]:
+  """95 % interval of the geometric mean over prompts."""
+  if not values:
+    return math.nan, math.nan
+  logs = np.log(np.maximum(np.asarray(values), 1e-9))
+  means = np.random.default_rng(seed).choice(logs, (samples, len(logs))).mean(axis=1)
+  low, high = np.exp(np.percentile(means, [2.5, 97.5]))
+  return float(low), float(high)
+
+
+def summarise(rows: Sequence[dict], baseline: Sequence[dict] | None = None) -> dict[str, float]:
+  """Figures over prompts of one system's records; with the records of sequential decoding, speed-ups too.
+
+  `wall_clock_speedup` is seconds of the baseline over seconds of the system, prompt by prompt (the paper's
+  protocol); `same_text_speedup` replaces the baseline's seconds by its seconds a token times the system's
+  `text_tokens`, so that it compares like with like when the two answers differ in length. `efficiency` is the
+  share of the theoretical speedup that the clock sees.
+  """
+  n = max(len(rows), 1)
+  with_promises = [r for r in rows if r["promises"]]
+  lengths = [pair for r in rows for pair in r["lengths"]]
+  share = lambda f: sum(map(bool, map(f, rows))) / n
+  out = {
+      "prompts": len(rows),
+      "promise_share": len(with_promises) / n,
+      "promises_a_response": sum(r["promises"] for r in with_promises) / max(len(with_promises), 1),
+      "theoretical_speedup": geometric_mean(r["theoretical_speedup"] for r in rows),
+      "theoretical_speedup_with_promises": geometric_mean(r["theoretical_speedup"] for r in with_promises),
+      "malformed_share": share(lambda r: r["ill_formed"]),
+      "refused_share": share(lambda r: r["refused"]),
+      "topic_twice_share": share(lambda r: r["topic_twice"]),
+      "loop_share": share(lambda r: r["loops"]),
+      "cut_share": share(lambda r: r["finish_reason"] != "stop"),
+      "text_tokens": sum(r["text_tokens"] for r in rows) / n,
+      "tag_overhead": 1 - sum(r["text_tokens"] for r in rows) / max(sum(r["total_tokens"] for r in rows), 1),
+      "length_error": float(np.median([abs(d - t) / t for d, t in lengths])) if lengths else math.nan,
+      "outgrown_share": sum(t > d for d, t in lengths) / max(len(lengths), 1),
+  }
+  timed = [r for r in rows if r.get("seconds")]
+  if timed:
+    out["tokens_a_second"] = sum(r["text_tokens"] for r in timed) / sum(r["seconds"] for r in timed)
+  if baseline:
+    by_id = {r["id"]: r for r in baseline if r.get("seconds")}
+    pairs = [(r, by_id[r["id"]]) for r in timed if r["id"] in by_id]
+    wall = [b["seconds"] / r["seconds"] for r, b in pairs]
+    same = [b["seconds"] / b["text_tokens"] * r["text_tokens"] / r["seconds"] for r, b in pairs]
+    out["wall_clock_speedup"] = geometric_mean(wall)
+    out["wall_clock_low"], out["wall_clock_high"] = bootstrap_interval(wall)
+    out["same_text_speedup"] = geometric_mean(same)
+    out["efficiency"] = geometric_mean(
+        s / r["theoretical_speedup"] for s, (r, _) in zip(same, pairs))
+    out["slower_share"] = sum(w < 1 for w in wall) / max(len(wall), 1)
+  return out

@@ -1,0 +1,13 @@
+"""A progress bar on stderr, for everything that takes long."""
+
+import rich.console
+import rich.progress
+
+
+def progress_bar(what: str, total: int, done: int = 0) -> tuple[rich.progress.Progress, rich.progress.TaskID]:
+  """A bar with count and time left; `update(task, note=…)` shows figures behind it."""
+  bar = rich.progress.Progress(
+      rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
+      rich.progress.MofNCompleteColumn(), rich.progress.TimeRemainingColumn(),
+      rich.progress.TextColumn("{task.fields[note]}"), console=rich.console.Console(stderr=True))
+  return bar, bar.add_task(what, total=total, completed=done, note="")

@@ -1,0 +1,694 @@
+"""Training: the loss is the likelihood that the language defines; a killed run goes on as if never killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tokenizers
+from flax import nnx
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file, save_file
+from tokenizers import decoders, pre_tokenizers, trainers
+
+from configs.smollm2_135m import get_config
+from pasta_jax.data.examples import DataError, examples, program_of, read_jsonl
+from pasta_jax.data.packing import PackedBatches, concatenate, pack_row
+from pasta_jax.lang.layout import NO_TARGET, PositionRule, layout
+from pasta_jax.lang.program import Promise, Sync, Text
+from pasta_jax.lang.thread import Thread
+from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model import build, lora
+from pasta_jax.model.checkpoint import load_checkpoint
+from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.weights import WeightsError, param_shapes
+from pasta_jax.train import sft
+from pasta_jax.train.loss import attention_mask, sft_loss, token_log_likelihood
+from pasta_jax.train.state import Checkpoints, TrainState, compute_model, make_model
+
+ROOT = Path(__file__).parent.parent
+SEED_DATA = ROOT / "data" / "seed.jsonl"
+CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+  "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+  "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+RULE = PositionRule("pred_10x")
+LENGTH = 320
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+  """Nearly all the time here is XLA's; what it makes of so small a model need not be fast."""
+  before = jax.config.read("jax_disable_most_optimizations")
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
+
+
+# --- a model, a tokenizer and data, all small ---
+
+
+def model_config(**changes) -> ModelConfig:
+  return ModelConfig(**dict(
+    vocab_size=520, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48,
+    rope_theta=10_000.0, norm_eps=1e-5, tie_embeddings=True, max_position=1024,
+  ) | changes)  # fmt: skip
+
+
+def write_model(folder: Path, config: ModelConfig) -> Path:
+  """A Hugging Face folder: random weights, and a byte-level BPE learned from the seed data."""
+  folder.mkdir()
+  rng = np.random.default_rng(0)
+  words = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
+           "layers": "model.layers", "attn": "self_attn", "attn_norm": "input_layernorm",
+           "mlp_norm": "post_attention_layernorm"}
+  words |= {name: f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+  tensors = {}
+  for name, shape in param_shapes(config).items():
+    *path, kind = name.split(".")
+    value = rng.normal(size=shape).astype("f")
+    value = 1 + 0.1 * value if kind == "scale" else value * config.d_model ** -0.5
+    tensors[".".join(words.get(part, part) for part in path) + ".weight"] = np.ascontiguousarray(
+      value.T if kind == "kernel" else value)
+  save_file(tensors, folder / "model.safetensors")
+  (folder / "config.json").write_text(json.dumps({
+    "model_type": "llama", "vocab_size": config.vocab_size, "hidden_size": config.d_model,
+    "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
+    "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim, "intermediate_size": config.d_ff,
+    "rope_theta": config.rope_theta, "rms_norm_eps": config.norm_eps,
+    "tie_word_embeddings": config.tie_embeddings, "max_position_embeddings": config.max_position,
+  }))  # fmt: skip
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+  backend.pre_tokenizer = pre_tokenizers.Sequence(
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+  backend.decoder = decoders.ByteLevel()
+  backend.train_from_iterator(
+    (row["response"] for row in read_jsonl(SEED_DATA)),
+    trainers.BpeTrainer(vocab_size=512, special_tokens=CONTROLS, show_progress=False,
+                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+  backend.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(
+    json.dumps({"eos_token": "<|im_end|>", "chat_template": TEMPLATE}))
+  return folder
+
+
+def shorter(row: dict) -> dict:
+  """The row with words left out, so that 320 tokens hold it: every span keeps its first 24 characters."""
+  ends = (c[k] for c in row["chunks"] for k in ("start", "end"))
+  cuts = sorted({0, len(row["response"]), *row["syncs"], *ends})
+  text, at = "", {}
+  for start, stop in zip(cuts, cuts[1:]):
+    at[start] = len(text)
+    text += row["response"][start : min(stop, start + 24)]
+  at[cuts[-1]] = len(text)
+  chunks = [c | {"start": at[c["start"]], "end": at[c["end"]]} for c in row["chunks"]]
+  return row | {"prompt": row["prompt"][:30], "response": text, "chunks": chunks,
+                "syncs": [at[s] for s in row["syncs"]]}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+  """A folder with `model/` and `data.jsonl`: 24 shortened rows of the seed data, 4 nested and 3 plain."""
+  folder = tmp_path_factory.mktemp("tiny")
+  write_model(folder / "model", model_config())
+  rows = [shorter(row) for row in read_jsonl(SEED_DATA)]
+  is_nested = lambda row: any(isinstance(n, Promise) and any(isinstance(m, Promise) for m in n.body)
+                              for n in program_of(row))
+  nested = [row for row in rows if is_nested(row)][:4]
+  plain = [row for row in rows if not row["chunks"]][:3]
+  flat = [row for row in rows if row["chunks"] and not is_nested(row)][:17]
+  assert len(nested) == 4 and len(plain) == 3
+  (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in nested + flat + plain))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny):
+  return load_checkpoint(tiny / "model")
+
+
+@pytest.fixture(scope="module")
+def vocabulary(checkpoint):
+  return Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def laid_out(tiny, vocabulary):
+  rows = read_jsonl(tiny / "data.jsonl")
+  return examples(rows, vocabulary, RULE, annotated=True, max_length=LENGTH).examples
+
+
+def settings(tiny: Path, **train) -> ConfigDict:
+  config = get_config()
+  config.model.source = str(tiny / "model")
+  config.train.update(dict(
+    data=str(tiny / "data.jsonl"), min_speedup=0.0, plain_share=1.0, length=LENGTH, batch_size=2, steps=6,
+    learning_rate=1e-2, lora_rank=2, lora_alpha=4.0, dtype="float32", remat=False, loss_chunk=256,
+    checkpoint_every=2,
+  ) | train)  # fmt: skip
+  return config
+
+
+# --- an independent account of the same thing, in float64 ---
+
+
+class Account:
+  """What a thread tree says, found by running it: each thread owns a set of visible entries, a fork copies
+  it, a join adds the children's. Nothing here knows of intervals over serialised indices.
+  """
+
+  def __init__(self, thread: Thread, prompt: list[int], vocabulary: Vocabulary):
+    self.vocabulary = vocabulary
+    self.tokens: list[int] = []
+    self.positions: list[int] = []
+    self.sees: list[set[int]] = []
+    self.targets: list[int] = []
+    seen: set[int] = set()
+    for i, token in enumerate(prompt):
+      seen = self._enter(token, i, seen, NO_TARGET)
+    self.targets[-1] = thread.tokens[0]
+    self._run(thread, len(prompt), seen, main=True)
+
+  def _enter(self, token, position, seen, target) -> set[int]:
+    seen = seen | {len(self.tokens)}
+    self.tokens.append(token)
+    self.positions.append(position)
+    self.sees.append(seen)
+    self.targets.append(target)
+    return seen
+
+  def _run(self, thread, position, seen, main=False):
+    """Returns what the thread sees at its end, and the visible sets of children nobody joined."""
+    children = {fork.at: fork for fork in thread.forks}
+    waiting: list[set[int]] = []
+    for i, token in enumerate(thread.tokens):
+      if token == self.vocabulary.tags.sync:
+        seen = seen.union(*waiting)
+        waiting = []
+      following = thread.tokens[i + 1] if i + 1 < len(thread.tokens) else NO_TARGET
+      seen = self._enter(token, position, seen, following)
+      position += 1
+      if i in children:
+        child_seen, orphans = self._run(children[i].child, position, seen)
+        waiting += [child_seen, *orphans]
+        position += -(-children[i].declared // 10) * 10
+    return seen, waiting
+
+  def mask(self) -> np.ndarray:
+    mask = np.zeros((len(self.tokens),) * 2, bool)
+    for q, keys in enumerate(self.sees):
+      mask[q, list(keys)] = True
+    return mask
+
+
+def numpy_log_likelihood(config: ModelConfig, params: dict, tags, tokens, positions, mask, targets) -> float:
+  """Σ log p of the targets: a llama decoder in float64, written out for one example."""
+  p = {name: np.asarray(value, np.float64) for name, value in params.items()}
+  table = np.concatenate([p["embed.embedding"], np.asarray(tags, np.float64)])
+  norm = lambda x, scale: x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * scale
+  half = config.head_dim // 2
+  angle = np.asarray(positions)[:, None] / config.rope_theta ** (np.arange(half) / half)
+  turn = np.exp(1j * angle)[:, None]  # RoPE as a complex product
+
+  def rope(x):
+    z = (x[..., :half] + 1j * x[..., half:]) * turn
+    return np.concatenate([z.real, z.imag], -1)
+
+  x = table[tokens]
+  n = len(tokens)
+  for i in range(config.n_layers):
+    w = lambda name, i=i: p[f"layers.{i}.{name}"]
+    y = norm(x, w("attn_norm.scale"))
+    q = rope((y @ w("attn.q.kernel")).reshape(n, config.n_heads, -1))
+    k, v = ((y @ w(f"attn.{c}.kernel")).reshape(n, config.n_kv_heads, -1) for c in "kv")
+    k = rope(k)
+    out = np.zeros_like(q)
+    for head in range(config.n_heads):
+      group = head // (config.n_heads // config.n_kv_heads)
+      scores = np.where(mask, q[:, head] @ k[:, group].T / np.sqrt(config.head_dim), -np.inf)
+      weights = np.exp(scores - scores.max(-1, keepdims=True))
+      out[:, head] = weights / weights.sum(-1, keepdims=True) @ v[:, group]
+    x = x + out.reshape(n, -1) @ w("attn.o.kernel")
+    y = norm(x, w("mlp_norm.scale"))
+    gate = y @ w("mlp.gate.kernel")
+    x = x + (gate / (1 + np.exp(-gate)) * (y @ w("mlp.up.kernel"))) @ w("mlp.down.kernel")
+  scores = norm(x, p["final_norm.scale"]) @ table.T
+  scores -= scores.max(-1, keepdims=True)
+  log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+  return sum(log_p[at, target] for at, target in enumerate(targets) if target != NO_TARGET)
+
+
+NESTED = (
+  Text("Intro. "),
+  Promise("a", None, (Text("first "), Promise("b", None, (Text("inner one"),)), Text("mid "),
+                      Promise("c", None, (Text("inner two"),)), Sync(), Text("tail"))),
+  Promise("d", None, (Text("second "), Promise("e", None, (Text("orphan"),)))),
+  Text("meanwhile"), Sync(), Text("joined "), Promise("f", None, (Text("never joined"),)), Text("end"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def nested(checkpoint, vocabulary):
+  """(layout, account) of one nested example behind a prompt."""
+  prompt = checkpoint.tokenizer.chat_prompt([{"role": "user", "content": "Why?"}])
+  thread = vocabulary.encode(NESTED, RULE)
+  return layout(thread, RULE, vocabulary.table, prompt), Account(thread, prompt, vocabulary)
+
+
+@pytest.fixture(scope="module")
+def full(tiny, checkpoint, vocabulary):
+  """(graph, trainable) of the model whose every parameter is trained, float32."""
+  graph, trainable, frozen = make_model(checkpoint, vocabulary, settings(tiny, lora_rank=0).train)
+  assert not jax.tree.leaves(frozen)
+  return graph, trainable
+
+
+def as_batch(*rows, length: int = 0) -> dict[str, np.ndarray]:
+  """A batch of rows, each a list of layouts, of `length` or else the shortest length that holds them."""
+  length = length or max(sum(len(e) for e in row) for row in rows)
+  levels = max(e.hidden.shape[1] for row in rows for e in row)
+  return concatenate([pack_row(row, length, levels) for row in rows]).as_dict()
+
+
+def loss_of(graph, trainable, batch, **options):
+  return sft_loss(nnx.merge(graph, trainable), batch, **options)[0]
+
+
+value_and_gradient = jax.jit(jax.value_and_grad(loss_of, argnums=1), static_argnums=0,
+                             static_argnames=("chunk", "remat"))
+
+
+# --- the loss ---
+
+
+def test_layout_is_what_running_the_threads_gives(nested):
+  laid, account = nested
+  np.testing.assert_array_equal(laid.tokens, account.tokens)
+  np.testing.assert_array_equal(laid.positions, account.positions)
+  np.testing.assert_array_equal(laid.targets, account.targets)
+  batch = as_batch([laid])
+  np.testing.assert_array_equal(np.asarray(attention_mask(batch))[0], account.mask())
+
+
+@pytest.mark.parametrize("chunk", [1024, 37])
+def test_loss_equals_an_independent_computation(nested, full, checkpoint, chunk: int):
+  laid, account = nested
+  graph, trainable = full
+  model = nnx.merge(graph, trainable)
+  expected = numpy_log_likelihood(checkpoint.config, checkpoint.params, model.embed.tags[...], account.tokens,
+                                  account.positions, account.mask(), account.targets)
+  total, sums = sft_loss(model, as_batch([laid]), chunk=chunk)
+  assert float(total) == pytest.approx(-expected, rel=1e-5)
+  assert int(sums["tokens"]) == sum(t != NO_TARGET for t in account.targets)
+  causal = numpy_log_likelihood(checkpoint.config, checkpoint.params, model.embed.tags[...], account.tokens,
+                                account.positions, np.tril(np.ones_like(account.mask())), account.targets)
+  assert abs(causal - expected) > 1e-3 * abs(expected)  # the mask matters
+
+
+def test_gradients_equal_finite_differences(nested, full, checkpoint):
+  """Central differences in float64, at the coordinate of each parameter where the gradient is largest."""
+  laid, account = nested
+  graph, trainable = full
+  _, gradient = value_and_gradient(graph, trainable, as_batch([laid]))
+  tags = np.asarray(nnx.merge(graph, trainable).embed.tags[...], np.float64)
+  params = {name: value.astype(np.float64) for name, value in checkpoint.params.items()}
+  run = lambda: -numpy_log_likelihood(checkpoint.config, params, tags, account.tokens, account.positions,
+                                      account.mask(), account.targets)
+  g = nnx.merge(graph, gradient)
+  layer = lambda i, get: get(jax.tree.map(lambda x: x[i], g.layers))
+  pairs = {
+    "embed.embedding": (params["embed.embedding"], g.embed.embedding[...]),
+    "tags": (tags, g.embed.tags[...]),
+    "final_norm.scale": (params["final_norm.scale"], g.final_norm.scale[...]),
+    "q": (params["layers.0.attn.q.kernel"], layer(0, lambda m: m.attn.q.kernel[...])),
+    "k": (params["layers.1.attn.k.kernel"], layer(1, lambda m: m.attn.k.kernel[...])),
+    "v": (params["layers.0.attn.v.kernel"], layer(0, lambda m: m.attn.v.kernel[...])),
+    "o": (params["layers.1.attn.o.kernel"], layer(1, lambda m: m.attn.o.kernel[...])),
+    "gate": (params["layers.0.mlp.gate.kernel"], layer(0, lambda m: m.mlp.gate.kernel[...])),
+    "down": (params["layers.1.mlp.down.kernel"], layer(1, lambda m: m.mlp.down.kernel[...])),
+    "norm": (params["layers.0.attn_norm.scale"], layer(0, lambda m: m.attn_norm.scale[...])),
+  }
+  for name, (value, slope) in pairs.items():
+    slope = np.asarray(slope)
+    at = np.unravel_index(np.abs(slope).argmax(), slope.shape)
+    middle, step = value[at], 1e-5
+    value[at] = middle + step
+    above = run()
+    value[at] = middle - step
+    below = run()
+    value[at] = middle
+    assert slope[at] == pytest.approx((above - below) / (2 * step), rel=2e-3), name
+
+
+def test_rematerialised_gradients_are_the_same(nested, full):
+  graph, trainable = full
+  plain, again = (value_and_gradient(graph, trainable, as_batch([nested[0]]), remat=r) for r in (False, True))
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), plain, again)
+
+
+def test_what_carries_no_loss(laid_out, full, vocabulary):
+  """Prompts, the ends of chunks and padding have no target; the tags that the interpreter writes are none."""
+  tags = vocabulary.tags
+  for e in laid_out:
+    prompt = (e.index < 0).sum()
+    assert (e.targets[: prompt - 1] == NO_TARGET).all() and e.targets[prompt - 1] == e.tokens[prompt]
+    assert (e.targets[e.tokens == tags.end] == NO_TARGET).all()
+    assert not (e.targets == tags.async_).any()
+    assert (e.targets != NO_TARGET).sum() == len(e) - prompt - (e.tokens == tags.async_).sum()
+    assert e.targets[-1] == NO_TARGET  # the end of the turn, or of a last chunk
+  batch = as_batch(laid_out[:2], laid_out[2:3])
+  log_p, correct = token_log_likelihood(nnx.merge(*full), batch)
+  silent = batch["targets"] == NO_TARGET
+  assert silent[1].sum() > len(laid_out[0]) / 2  # padding is among them
+  assert not np.asarray(log_p)[silent].any() and not np.asarray(correct)[silent].any()
+  assert (np.asarray(log_p)[~silent] < 0).all()
+
+
+def test_packed_rows_equal_single_rows(laid_out, full):
+  """Each target's likelihood is the same in a row of its own, and behind others in a row."""
+  score = jax.jit(lambda batch: token_log_likelihood(nnx.merge(*full), batch, chunk=200)[0])
+  few = laid_out[:6]
+  alone = np.asarray(score(as_batch(*([e] for e in few))))
+  groups = ((0, 1), (5, 2, 4), (3,))
+  packed = np.asarray(score(as_batch(*([few[i] for i in group] for group in groups))))
+  for row, group in enumerate(groups):
+    at = 0
+    for i in group:
+      np.testing.assert_allclose(packed[row, at : at + len(few[i])], alone[i, : len(few[i])], atol=2e-5)
+      at += len(few[i])
+
+
+# --- the update ---
+
+
+def sgd_update(tiny, graph, trainable, batches, **train):
+  """The trainer's update under plain gradient descent at rate 1: what it takes away is the gradient."""
+  optimiser = optax.sgd(1.0)
+  update, _ = sft.make_update(graph, optimiser, settings(tiny, **train).train)
+  copy = jax.tree.map(jnp.array, trainable)  # the update takes its argument's buffers
+  nothing = nnx.State({})  # is frozen: the whole model is trained
+  state, metrics = update(TrainState(jnp.zeros((), jnp.int32), copy, optimiser.init(copy)), nothing, batches)
+  assert int(state.step) == 1
+  return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), trainable, state.trainable), metrics
+
+
+def test_accumulated_gradients_equal_the_big_batch(tiny, laid_out, full):
+  """Even where the small ones have different numbers of targets: the mean is over tokens, not batches."""
+  graph, trainable = full
+  packed = PackedBatches(laid_out, batch_size=1, length=LENGTH, levels=2, seed=0)
+  rows = [packed(i).as_dict() for i in range(3)] + [
+    concatenate([pack_row(laid_out[:1], LENGTH, 2)]).as_dict()]
+  counts = [(row["targets"] != NO_TARGET).sum() for row in rows]
+  assert max(counts) > 1.2 * min(counts)
+  small = jax.tree.map(lambda *x: np.stack(x), *rows)  # [4, 1, T]
+  big = jax.tree.map(lambda x: x.swapaxes(0, 1), small)  # [1, 4, T]
+  (first, a), (second, b) = (sgd_update(tiny, graph, trainable, batches) for batches in (small, big))
+  jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), first, second)
+  for name in ("loss", "tokens", "accuracy", "gradient_norm"):
+    assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-5)
+  assert int(a["tokens"]) == sum(counts)
+  batch = jax.tree.map(lambda x: x[0], big)
+  total, gradient = value_and_gradient(graph, trainable, batch)
+  assert float(a["loss"]) == pytest.approx(float(total) / sum(counts), rel=1e-5)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y / sum(counts), atol=1e-5), first, gradient)
+
+
+EIGHT_DEVICES = """
+import jax, numpy as np, optax, sys
+from pathlib import Path
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+sys.path.insert(0, "tests")
+import test_training as t
+from pasta_jax.train import sft
+from pasta_jax.train.state import TrainState, make_model
+
+tiny = Path(sys.argv[1])
+checkpoint = t.load_checkpoint(tiny / "model")
+vocabulary = t.Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+rows = t.read_jsonl(tiny / "data.jsonl")
+laid = t.examples(rows, vocabulary, t.RULE, annotated=True, max_length=t.LENGTH).examples
+config = t.settings(tiny).train
+graph, trainable, frozen = make_model(checkpoint, vocabulary, config)
+optimiser = optax.sgd(1.0)
+update, _ = sft.make_update(graph, optimiser, config)
+batch = t.PackedBatches(laid, batch_size=8, length=t.LENGTH, levels=2, seed=0)(0).as_dict()
+batch = jax.tree.map(lambda x: x[None], batch)
+assert len(jax.devices()) == 8
+results = []
+for n in (1, 8):
+  mesh = Mesh(np.array(jax.devices()[:n]), ("data",))
+  everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "data"))
+  state = TrainState(np.int32(0), jax.tree.map(np.array, trainable), optimiser.init(trainable))
+  state, metrics = update(jax.device_put(state, everywhere), jax.device_put(frozen, everywhere),
+                          jax.device_put(batch, split))
+  assert len(metrics["loss"].sharding.device_set) == n
+  results.append(jax.tree.map(np.asarray, (state.trainable, metrics)))
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), *results)
+moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), trainable, results[0][0])
+assert max(jax.tree.leaves(moved)) > 1e-3
+print("equal, loss", float(results[0][1]["loss"]))
+"""
+
+
+def test_eight_devices_give_what_one_gives(tiny):
+  """The trainer uses one device; its update is a pure function, which placing the batch on eight shards."""
+  flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+  environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu",
+                              "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+  done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES, str(tiny)], cwd=ROOT, env=environment,
+                        capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert done.stdout.startswith("equal")
+
+
+# --- whole runs ---
+
+
+def saved_state(workdir: Path) -> dict[str, np.ndarray]:
+  """The newest checkpoint's arrays by name, read by Orbax alone."""
+  import orbax.checkpoint as ocp
+  newest = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
+  with ocp.StandardCheckpointer() as checkpointer:
+    return {k: np.asarray(v) for k, v in checkpointer.restore(newest.resolve() / "default").items()}
+
+
+def metric_lines(workdir: Path) -> list[dict]:
+  lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny, tmp_path_factory) -> Path:
+  workdir = tmp_path_factory.mktemp("whole") / "new" / "run"
+  sft.train(settings(tiny, validation=str(tiny / "data.jsonl"), validate_every=4), workdir)
+  return workdir
+
+
+def terminate_behind(monkeypatch: pytest.MonkeyPatch, step: int):
+  """SIGTERM to this process while that step's metrics are written."""
+  write = sft.MetricWriter.write
+
+  def and_terminate(self, at, scalars):
+    write(self, at, scalars)
+    if at == step:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  monkeypatch.setattr(sft.MetricWriter, "write", and_terminate)
+
+
+def test_a_run_leaves_what_it_promises(whole_run: Path, tiny: Path, checkpoint):
+  assert {p.name for p in whole_run.iterdir()} == {
+    "adapter.safetensors", "checkpoints", "config.json", "metrics.jsonl", "tensorboard"}
+  lines = metric_lines(whole_run)
+  assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+  assert ["validation_loss" in line for line in lines] == [False, False, False, True, False, True]
+  assert json.loads((whole_run / "config.json").read_text())["train"]["length"] == LENGTH
+  model = build.from_params(checkpoint.config, checkpoint.params)
+  metadata = lora.load_adapter(whole_run / "adapter.safetensors", model)
+  assert json.loads(metadata["positions"])["strategy"] == "pred_10x"
+  assert json.loads(metadata["train"])["lora_rank"] == 2
+  assert np.abs(model.layers[1].mlp.down.lora_b[...]).max() > 0  # trained
+
+
+def test_killed_and_resumed_equals_never_killed(whole_run, tiny, tmp_path, monkeypatch, capsys):
+  """Behind step 3, which is no step that a checkpoint is due at; then again in the same folder."""
+  config = settings(tiny, validation=str(tiny / "data.jsonl"), validate_every=4)
+  with monkeypatch.context() as patch:
+    terminate_behind(patch, 3)
+    handler = signal.getsignal(signal.SIGTERM)
+    sft.train(config, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is handler
+  assert "stopped by SIGTERM behind step 3 of 6" in capsys.readouterr().out
+  assert int(saved_state(tmp_path)["step"]) == 3 and not (tmp_path / "adapter.safetensors").exists()
+  with open(tmp_path / "metrics.jsonl", "a") as file:  # a step whose checkpoint was lost, and a line cut off
+    file.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')
+  last = sft.train(config, tmp_path)
+  assert "other settings" not in capsys.readouterr().out
+
+  assert metric_lines(tmp_path) == metric_lines(whole_run)
+  assert last["loss"] == metric_lines(whole_run)[-1]["loss"]
+  actual, expected = saved_state(tmp_path), saved_state(whole_run)
+  assert actual.keys() == expected.keys() and int(expected["step"]) == 6
+  for name, value in expected.items():
+    np.testing.assert_array_equal(actual[name], value, err_msg=name)
+  ours, theirs = (load_file(d / "adapter.safetensors") for d in (tmp_path, whole_run))
+  assert ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)
+
+
+def test_resuming_with_other_settings_says_so(whole_run, tiny, tmp_path, capsys):
+  """What the arrays do not show: the run goes on, and tells which settings changed."""
+  shutil.copytree(whole_run, tmp_path / "copy")
+  sft.train(settings(tiny, seed=1, lora_alpha=5.0), tmp_path / "copy")
+  out = capsys.readouterr().out
+  assert "train.seed 0 -> 1" in out and "train.lora_alpha 4.0 -> 5.0" in out and "train.length" not in out
+  with pytest.raises(ValueError, match="at step 6 already, behind the 5 steps"):
+    sft.train(settings(tiny, steps=5), tmp_path / "copy")
+
+
+@pytest.mark.parametrize("what", ["rank", "full", "model", "baseline"])
+def test_resuming_with_other_arrays_is_refused(whole_run, tiny, tmp_path, what: str):
+  config = settings(tiny)
+  if what == "rank":
+    config.train.lora_rank = 3
+  elif what == "full":
+    config.train.lora_rank = 0
+  elif what == "baseline":
+    config.train.annotated = False
+  else:
+    config.model.source = str(write_model(tmp_path / "wider", model_config(d_ff=56)))
+  before = {p: p.stat().st_mtime_ns for p in whole_run.rglob("*")}
+  with pytest.raises(ValueError, match="another model or configuration") as caught:
+    sft.train(config, whole_run)
+  assert "\n" not in str(caught.value) and str(whole_run) in str(caught.value)
+  assert {p: p.stat().st_mtime_ns for p in whole_run.rglob("*")} == before
+
+
+def test_a_checkpoint_holds_its_step_whatever_the_next_step_does(tmp_path: Path):
+  """Saves run in the background while the next update reuses the state's buffers; fields keep their place."""
+  step = jax.jit(lambda s: TrainState(s.step + 1, jax.tree.map(lambda x: x * 2, s.trainable), s.optimiser),
+                 donate_argnums=0)
+  weights = lambda: {"z": jnp.ones((512, 512)), "a": jnp.arange(4.0)}
+  first = lambda: TrainState(jnp.int32(7), weights(), (jnp.zeros((3,)),))
+  checkpoints = Checkpoints(tmp_path, 1)
+  state = first()
+  checkpoints.save(state)
+  for _ in range(3):
+    state = step(state)
+  checkpoints.close()
+  again = Checkpoints(tmp_path, 1)
+  restored = again.restore(state)
+  jax.tree.map(np.testing.assert_array_equal, restored, first())
+  again.close()
+
+
+@pytest.mark.parametrize("name", ["loss", "gradient_norm"])
+def test_numbers_that_are_not_finite_stop_the_run(tiny, tmp_path, monkeypatch, name: str):
+  """At step 4: the checkpoint of step 2 stays the newest, and that is the one a rerun starts from."""
+  def poisoned(graph, optimiser, config):
+    def update(state, frozen, batches):
+      del frozen, batches
+      value = {"loss": 1.0, "accuracy": 0.0, "tokens": 1, "gradient_norm": 1.0}
+      if int(state.step) == 3:
+        value[name] = np.nan
+      return state._replace(step=state.step + 1), value
+    return update, None
+
+  monkeypatch.setattr(sft, "make_update", poisoned)
+  handler = signal.getsignal(signal.SIGTERM)
+  with pytest.raises(FloatingPointError, match=f"{name} is nan at step 4"):
+    sft.train(settings(tiny), tmp_path)
+  assert signal.getsignal(signal.SIGTERM) is handler
+  assert int(saved_state(tmp_path)["step"]) == 2
+  assert [line["step"] for line in metric_lines(tmp_path)] == [1, 2, 3]
+
+
+def test_loss_falls_and_the_base_stays(tiny, tmp_path, checkpoint):
+  """Twenty steps on four rows. The frozen half is what was loaded, bit for bit."""
+  rows = (tiny / "data.jsonl").read_text().splitlines()[4:8]
+  (tmp_path / "few.jsonl").write_text("\n".join(rows))
+  seen = {}
+  make = sft.make_update
+
+  def watched(graph, optimiser, config):
+    update, evaluate = make(graph, optimiser, config)
+    def and_keep(state, frozen, batches):
+      state, metrics = update(state, frozen, batches)
+      seen.update(frozen=frozen, model=compute_model(graph, state.trainable, frozen, jnp.float32))
+      return state, metrics
+    return and_keep, evaluate
+
+  config = settings(tiny, data=str(tmp_path / "few.jsonl"), steps=20, lora_rank=8, lora_alpha=32.0,
+                    batch_size=1, learning_rate=3e-2, checkpoint_every=100)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sft, "make_update", watched)
+    sft.train(config, tmp_path / "run")
+  losses = [line["loss"] for line in metric_lines(tmp_path / "run")]
+  assert len(losses) == 20 and losses[-1] < 0.8 * losses[0] and np.mean(losses[-5:]) < np.mean(losses[:5])
+  model = build.unstack(seen["model"])
+  np.testing.assert_array_equal(model.embed.embedding[...], checkpoint.params["embed.embedding"])
+  for name, module in lora.linears(model).items():
+    np.testing.assert_array_equal(module.kernel[...], checkpoint.params[f"{name}.kernel"])
+    assert np.abs(module.lora_b[...]).max() > 0
+
+
+def test_baseline_has_no_tags(tiny, tmp_path, checkpoint, vocabulary):
+  """No tag rows, no tags in the data, and the text is the response in reading order."""
+  rows = read_jsonl(tiny / "data.jsonl")
+  plain = examples(rows, vocabulary, RULE, annotated=False, max_length=LENGTH).examples
+  assert all((e.tokens < vocabulary.base_size).all() and not e.hidden.any() for e in plain)
+  assert all((np.diff(e.positions) == 1).all() for e in plain)
+  told = {vocabulary.text(e.tokens[e.index >= 0][:-1]) for e in plain}
+  assert told == {row["response"] for row in rows}
+  sft.train(settings(tiny, annotated=False, steps=2), tmp_path)
+  tensors = load_file(tmp_path / "adapter.safetensors")
+  assert tensors and not any("tags" in name for name in tensors)
+  model = build.from_params(checkpoint.config, checkpoint.params)
+  lora.load_adapter(tmp_path / "adapter.safetensors", model)
+  assert model.embed.table().shape[0] == checkpoint.config.vocab_size
+
+
+# --- what cannot be used ---
+
+
+@pytest.mark.parametrize(
+  ("changes", "message", "kind"),
+  [
+    ({"data": "/nowhere/x.jsonl"}, "no such data file: /nowhere/x.jsonl", DataError),
+    ({"validation": "/nowhere/y.jsonl"}, "no such data file: /nowhere/y.jsonl", DataError),
+    ({"data": ""}, "no example of train.data='' is left", ValueError),
+    ({"length": 20}, "left out: 24 longer than 20 tokens", ValueError),
+    ({"source": "/nowhere/model"}, "neither a GGUF file", WeightsError),
+  ],
+)
+def test_what_cannot_be_trained_on_leaves_nothing(tiny, tmp_path, changes: dict, message: str, kind: type):
+  config = settings(tiny, **{k: v for k, v in changes.items() if k != "source"})
+  config.model.source = changes.get("source", config.model.source)
+  with pytest.raises(kind, match=message) as caught:
+    sft.train(config, tmp_path / "run")
+  assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_folders_that_cannot_be_written(tiny, tmp_path):
+  (tmp_path / "file").write_text("")
+  for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+    with pytest.raises(ValueError, match=f"--workdir={workdir}: {tmp_path / 'file'} is not a folder"):
+      sft.train(settings(tiny), workdir)
+  for missing in (None, ""):
+    with pytest.raises(ValueError, match="pass --workdir"):
+      sft.train(settings(tiny), missing)
+  locked = tmp_path / "locked"
+  locked.mkdir(mode=0o500)
+  with pytest.MonkeyPatch.context() as patch:  # root may write anywhere, so the answer is given for it
+    patch.setattr(os, "access", lambda path, _: Path(path) != locked)
+    with pytest.raises(ValueError, match="no permission to write"):
+      sft.train(settings(tiny), locked / "run")
