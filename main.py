@@ -9,8 +9,8 @@ from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("mode", "decode", ["train", "decode", "eval"], "what to do")
-config_flags.DEFINE_config_file("config", str(Path(__file__).parent / "configs/smollm2_135m.py"),
-                                "experiment: a file, or file.py:argument", lock_config=True)
+config_flags.DEFINE_config_file("config", None, "experiment: a file, or file.py:argument; configs/smollm2_135m.py "
+                                "if not given", lock_config=True)
 flags.DEFINE_string("workdir", None, "folder of the run (train, eval): checkpoints, metrics, results")
 flags.DEFINE_string("prompt", None, "decode: the prompt; read from standard input where that is piped")
 flags.DEFINE_string("prompts_file", None, "decode: JSON lines with \"prompt\", instead of one prompt")
@@ -64,10 +64,19 @@ def main(argv: list[str]) -> None:
     sys.exit(130)
 
 
-if __name__ == "__main__":
+def parse(argv: list[str]) -> list[str]:
+  """absl's parsing; an unknown field or file of --config is one line too."""
+  if not any(a.lstrip("-").startswith("config=") or a.lstrip("-") == "config" for a in argv):
+    argv.insert(1, f"--config={Path(__file__).parent / 'configs/smollm2_135m.py'}")
+  sys.argv[:] = argv  # where ml_collections looks for the fields that are set
   try:
-    app.run(main)
-  except AttributeError as error:  # an unknown field in --config.…
-    if os.environ.get("PASTA_DEBUG"):
-      raise
-    sys.exit(f"error: {str(error).splitlines()[0]}")
+    rest = app.parse_flags_with_usage(argv)
+    FLAGS.config.keys()  # a file that could not be loaded speaks up here
+    return rest
+  except (AttributeError, KeyError, ValueError, OSError) as error:
+    lines = str(error).replace("\\n", "\n").splitlines()
+    sys.exit("error: --config: " + " ".join(line.strip(" '\"\\") for line in lines))
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=parse)

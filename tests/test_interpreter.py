@@ -36,12 +36,12 @@ def result(trace: Trace) -> list[str]:
   """All that may not depend on the schedule, in lines that compare well."""
   lines = [f"{trace.finish_reason}, {trace.ill_formed} ill-formed, {trace.refused} refused", trace.text]
   for t in trace.threads:
-    lines += [f"{t.number} {t.path} of {t.parent} at {t.fork_index}", f"{t.topic!r} {t.declared} {t.finished}",
+    lines += [f"{t.number} {t.path} of {t.parent} at {t.fork_index}, {t.topic!r} {t.declared} {t.finished}",
               tiny.words(t.tokens), f"positions {t.positions.tolist()}", f"rounds {t.rounds.tolist()}"]
   return lines
 
 
-# Schedule invariance. Per case: guard, limits, sampling, the shapes to compare, finish reasons that must occur.
+# Schedule invariance. Per case: guard, limits, sampling, shapes to compare, finish reasons that must occur.
 
 _SAMPLED = SamplingConfig(temperature=1.0)
 _CASES = {
@@ -82,7 +82,7 @@ def test_the_schedule_changes_nothing(case):
   each()
   print(case, dict(tally))
   assert reasons == {r for r in ("stop", "length", "pool", "unfinished") if tally[r]}, tally
-  assert tally["promises"] >= 0.4 * tally["programs"] and tally["nested"], tally
+  assert tally["promises"] >= 0.3 * tally["programs"] and tally["nested"], tally
   if case.startswith("few"):
     assert tally["full"] >= 3 and (guard or tally["refused"] >= 3), tally
 
@@ -120,6 +120,7 @@ def check_bounds(trace: Trace, limits: Limits, guard: bool):
   assert trace.steps <= limits.max_new_tokens
   ill, refused, topics = recount(trace)
   assert (trace.ill_formed, trace.refused) == (ill, refused)
+  assert type(trace.refused) is int and type(trace.ill_formed) is int  # they are written as JSON
   if trace.finish_reason == "stop":
     assert all(t.finished for t in trace.threads)
   else:
@@ -143,7 +144,7 @@ def test_every_response_ends_within_its_limits(changed, guard):
   tally: collections.Counter = collections.Counter()
 
   @tiny.examples(24)
-  @given(tiny.seeds, tiny.prompts, st.sampled_from(["storm", "storm", "clockwork", "clockwork", "endless", "habits"]))
+  @given(tiny.seeds, tiny.prompts, st.sampled_from(["storm"] * 2 + ["clockwork"] * 2 + ["endless", "habits"]))
   def each(seed, prompt, kind):
     trace = with_params(run, tiny.weights(seed, kind)).run(prompt, SamplingConfig(temperature=1.0, seed=seed))
     check_bounds(trace, limits, guard)
@@ -182,7 +183,8 @@ def test_promises_need_rows_for_their_tags():
 
 
 @pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"max_threads": 0}, {"max_topic": 0},
-                                   {"widths": ()}, {"widths": (2, 1)}, {"widths": (0, 1)}, {"buckets": (64, 64)}], ids=str)
+                                   {"widths": ()}, {"widths": (2, 1)}, {"widths": (0, 1)},
+                                   {"buckets": (64, 64)}], ids=str)
 def test_wrong_limits_are_named(wrong):
   with pytest.raises(ValueError, match=f"decode.{min(wrong)}"):
     Limits(**wrong)
@@ -263,7 +265,8 @@ def test_draws_stay_inside_top_k_top_p_and_min_p():
   run, cut = interpreter(guard=False, capture=True), []
 
   @tiny.examples(20)
-  @given(tiny.seeds, tiny.prompts, st.integers(1, 6), st.floats(0.05, 0.95), st.floats(0.01, 0.9), st.floats(0.5, 4))
+  @given(tiny.seeds, tiny.prompts, st.integers(1, 6), st.floats(0.05, 0.95), st.floats(0.01, 0.9),
+         st.floats(0.5, 4))
   def each(seed, prompt, top_k, top_p, min_p, temperature):
     with_params(run, tiny.weights(seed))
     for numbers in (dict(top_k=top_k), dict(top_p=top_p), dict(min_p=min_p)):

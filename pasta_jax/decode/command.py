@@ -23,6 +23,8 @@ def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Respon
   With `decode.compare` the same weights then answer once more without promises, and the figures say how
   much longer a token took. `timeline` names an .html or .svg file to draw the response in.
   """
+  if not prompt.strip():
+    raise DecodeError("the prompt is empty")
   if timeline is not None and Path(timeline).suffix not in (".html", ".svg"):
     raise DecodeError(f"--timeline={timeline}: the name must end in .html or .svg")
   d = config.decode

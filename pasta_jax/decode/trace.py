@@ -81,7 +81,7 @@ def read_trace(state: State, vocabulary: Vocabulary, rule: PositionRule) -> Trac
       topic = vocabulary.text(readings[trace.parent].topics.get(trace.fork_index, ()))
       trace = dataclasses.replace(trace, path=(*parent.path, int(table.ordinal[i])), topic=topic.strip())
     reading = read(Thread(tuple(trace.tokens.tolist())), vocabulary.table, is_main=i == 0, numbered=rule.numbered)
-    promised += sum(trace.entries[k] >= 0 for k in reading.declared)
+    promised += sum(int(trace.entries[k]) >= 0 for k in reading.declared)
     traces.append(trace)
     readings.append(reading)
 

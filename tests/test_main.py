@@ -1,0 +1,110 @@
+"""The modes as a user runs them, on a tiny model; and what a user reads when something is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from folders import SEED_DATA, model_config, write_model
+
+from configs.smollm2_135m import get_config
+from pasta_jax.data.examples import DataError
+from pasta_jax.decode import command
+from pasta_jax.decode.generate import DecodeError, Generator
+from pasta_jax.evaluate.run import EvalError, evaluate
+from pasta_jax.model.lora import AdapterError
+from pasta_jax.train import sft
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """A config whose adapter was trained by the trainer for four steps on the seed data, and its folder."""
+  folder = tmp_path_factory.mktemp("modes")
+  config = get_config()
+  config.model.source = str(write_model(folder / "model", model_config()))
+  config.train.update(data=str(SEED_DATA), length=1024, batch_size=1, steps=4, lora_rank=2, dtype="float32",
+                      validate_every=4, validation=str(SEED_DATA), min_speedup=2.2)
+  sft.train(config, folder / "run")
+  config.model.adapter = str(folder / "run" / "adapter.safetensors")
+  config.decode.update(max_new_tokens=40, slots=2, capacity=1024, temperature=1.0, dtype="float32")
+  prompts = [{"id": str(i), "prompt": text} for i, text in enumerate(["Plan a trip.", "Why?", "Name three birds."])]
+  (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+  return config, folder
+
+
+def test_decode_one_prompt(trained, capsys, tmp_path):
+  config, _ = trained
+  response = command.decode_prompt(config, "Plan a trip.", timeline=str(tmp_path / "run.html"))
+  out = capsys.readouterr()
+  assert out.out == response.text + "\n"  # piped: the answer alone
+  for figure in ("Tokens", "Decode steps", "Longest path", "Theoretical", "Wall clock", "Measured speed-up", "Peak"):
+    assert figure in out.err
+  assert "<svg" in (tmp_path / "run.html").read_text()
+
+
+def test_decode_a_file_gives_what_single_prompts_give(trained, tmp_path):
+  config, folder = trained
+  command.decode_file(config, str(folder / "prompts.jsonl"), str(tmp_path / "out.jsonl"))
+  rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+  assert [r["id"] for r in rows] == ["0", "1", "2"]
+  generator = Generator(config)
+  assert [r["text"] for r in rows] == [generator.respond(r["prompt"]).text for r in rows]
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_eval_resumes_and_sums_up(trained, tmp_path, timed):
+  config, folder = trained
+  config = config.copy_and_resolve_references()
+  config.eval.update(prompts=str(folder / "prompts.jsonl"), timed=timed, requests=2, width=2, limit=2)
+  evaluate(config, tmp_path)
+  first = (tmp_path / "pasta.jsonl").read_text()
+  config.eval.limit = 0
+  figures = evaluate(config, tmp_path)
+  assert (tmp_path / "pasta.jsonl").read_text().startswith(first)
+  assert figures["pasta"]["prompts"] == figures["sequential"]["prompts"] == 3
+  assert ("wall_clock_speedup" in figures["pasta"]) == timed
+  assert json.loads((tmp_path / "summary.json").read_text()).keys() == {"pasta", "sequential"}
+
+
+def test_no_promises_without_tags(trained):
+  config, _ = trained
+  with pytest.raises(DecodeError, match="no PASTA tags"):
+    Generator(config, adapter="").respond("Plan a trip.")
+  assert Generator(config, adapter="").respond("Plan a trip.", parallel=False).trace.cost.n_promises == 0
+
+
+def test_wrong_input_is_one_clear_error(trained, tmp_path):
+  config, folder = trained
+  with pytest.raises(DecodeError, match="the prompt is empty"):
+    command.decode_prompt(config, "  \n")
+  with pytest.raises(DecodeError, match="the prompt has .* tokens, the pool has room"):
+    Generator(config).respond("word " * 2000)
+  with pytest.raises(DecodeError, match="there is no folder"):
+    command.decode_file(config, str(folder / "prompts.jsonl"), str(tmp_path / "none" / "out.jsonl"))
+  with pytest.raises(DataError, match="no such data file"):
+    command.decode_file(config, str(tmp_path / "none.jsonl"), None)
+  with pytest.raises(AdapterError, match="no adapter file"):
+    Generator(config, adapter=str(tmp_path / "none.safetensors"))
+  other = config.copy_and_resolve_references()
+  other.eval.systems = "pasta,typo"
+  with pytest.raises(EvalError, match="unknown system 'typo'"):
+    evaluate(other, tmp_path / "eval")
+  assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--config.decode.slot=3"], "slot"),
+    (["--config=configs/none.py"], "configs/none.py"),
+    (["--mode=train"], "--workdir"),
+    (["--mode=eval", "--workdir=/proc/none", "--config.eval.prompts=data/seed.jsonl"], "/proc/none"),
+    (["--prompt="], "prompt is empty"),
+    (["stray"], "stray"),
+], ids=lambda x: "" if isinstance(x, str) else x[0])
+def test_the_command_line_says_it_in_one_line(arguments, words):
+  run = subprocess.run([sys.executable, "main.py", *arguments], cwd=ROOT, capture_output=True, text=True,
+                       stdin=subprocess.DEVNULL, timeout=300)
+  assert run.returncode != 0
+  assert words in run.stderr and "Traceback" not in run.stderr
