@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import tiny
+
 from pasta_jax.decode.config import Limits, SamplingConfig, Switches
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.record import describe, loops

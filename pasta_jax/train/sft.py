@@ -148,7 +148,10 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
       writer.close()
     signal.signal(signal.SIGTERM, previous)
   if c.lora_rank and int(state.step) == total:
-    metadata = {"train": json.dumps(json.loads(config.to_json_best_effort())["train"]),
+    recipe = json.loads(config.to_json_best_effort())["train"]
+    for field in ("data", "validation"):  # names only: the adapter goes to places where these folders are not
+      recipe[field] = ",".join(Path(entry).name for entry in recipe[field].split(",") if entry)
+    metadata = {"train": json.dumps(recipe),
                 "positions": json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})}
     model = compute_model(graph, state.trainable, frozen, jnp.float32)
     lora.save_adapter(workdir / "adapter.safetensors", model, metadata)
