@@ -248,9 +248,10 @@ class Reference:
         if token < len(tiny.WORDS) and len(tiny.WORDS[token]) >= 4:
           scores[token] *= self.penalty if scores[token] < 0 else 1 / self.penalty
     if self.guard:
-      known = any(topic == automaton.topic for row, topic in self.topics.items() if row in seen)
+      taken = {topic[-1] for row, topic in self.topics.items()
+               if row in seen and topic and topic[:-1] == automaton.topic}
       for token in range(len(scores)):
-        if not self.may_write(token, path, tokens, automaton, bool(pending), known):
+        if not self.may_write(token, path, tokens, automaton, bool(pending), taken):
           scores[token] = -np.inf
     best = int(np.argmax(scores))
     hint = self.hints.get(path)
@@ -261,13 +262,15 @@ class Reference:
         return theirs
     return best
 
-  def may_write(self, token, path, tokens, automaton, can_join, known) -> bool:
+  def may_write(self, token, path, tokens, automaton, can_join, taken) -> bool:
     """The guard, restated."""
     kind, n = automaton.kind(token), len(automaton.topic)
-    done = n > 0 and (not known or n >= LIMITS.max_topic)
+    done = n > 0
     if automaton.state == "text":
       return {"ordinary": True, "digits": True, "open": len(path) < LIMITS.max_depth,
               "end": bool(path) and len(tokens) > 1, "sync": can_join, "eos": not path}.get(kind, False)
+    if automaton.state == "topic" and token in taken:
+      return False
     if automaton.state == "topic":
       return {"ordinary": n < LIMITS.max_topic, "digits": n < LIMITS.max_topic,
               "middle": done and self.numbered, "close": done and not self.numbered}.get(kind, False)

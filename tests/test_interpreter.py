@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pasta_jax.decode.config import Limits, SamplingConfig, Switches
 from pasta_jax.decode.interpreter import DecodeError, Interpreter
 from pasta_jax.decode.trace import Trace
+from pasta_jax.lang.thread import Thread, read
 
 VOCABULARY = tiny.VOCABULARY
 
@@ -287,3 +288,51 @@ def test_draws_stay_inside_top_k_top_p_and_min_p():
 
   each()
   assert np.mean(cut) > 0.1  # not only the likeliest
+
+
+def _grams(trace, n: int) -> list[tuple[int, ...]]:
+  """Runs of n own tokens whose last one is ordinary text, of every thread."""
+  found = []
+  for t in trace.threads:
+    text = read(Thread(tuple(t.tokens.tolist())), VOCABULARY.table, is_main=t.number == 0).is_text
+    found += [tuple(t.tokens[i - n + 1 : i + 1].tolist()) for i in range(n - 1, t.length) if text[i]]
+  return found
+
+
+def test_no_run_of_tokens_comes_twice():
+  limits = dataclasses.replace(ROOMY, max_new_tokens=60)
+  plain = Interpreter(tiny.model(), VOCABULARY, limits, Switches(promises=False))
+  guarded = Interpreter(tiny.model(), VOCABULARY, limits, Switches(promises=False, no_repeat=3))
+  repeated = 0
+  for seed in range(12):
+    plain.params = guarded.params = tiny.weights(seed, "silent")
+    before, after = _grams(plain.run([1, 2]), 3), _grams(guarded.run([1, 2]), 3)
+    repeated += len(set(before)) < len(before)
+    assert len(set(after)) == len(after)
+  assert repeated >= 6  # without the ban they loop
+
+
+def test_the_bias_changes_how_often_promises_come():
+  run = Interpreter(tiny.model(), VOCABULARY, ROOMY, Switches())
+  counts = {}
+  for bias in (-4.0, 0.0, 4.0):
+    counts[bias] = 0
+    for seed in range(8):
+      run.params = tiny.weights(seed)
+      counts[bias] += run.run([1, 2], SamplingConfig(temperature=1.0, promise_bias=bias)).cost.n_promises
+  assert counts[-4.0] < counts[0.0] < counts[4.0]
+
+
+def test_no_promise_is_opened_where_it_would_be_cut_off():
+  """With a tail as long as a promise, a response that hits its limit ends inside no promise."""
+  limits = dataclasses.replace(ROOMY, max_new_tokens=50, max_depth=1)
+  cut = {}
+  for tail in (0, 12):
+    run = Interpreter(tiny.model(), VOCABULARY, dataclasses.replace(limits, tail=tail), Switches())
+    traces = []
+    for seed in range(30):
+      run.params = tiny.weights(seed)
+      traces.append(run.run([1, 2], SamplingConfig(temperature=1.0, seed=seed, promise_bias=2.0)))
+    cut[tail] = sum(t.ill_formed > 0 for t in traces)
+    assert any(t.finish_reason == "length" and t.cost.n_promises for t in traces)
+  assert cut[12] < cut[0]

@@ -13,6 +13,7 @@ class Limits:
   max_threads: int = 24  # the main thread included
   max_depth: int = 2  # levels of chunks
   max_topic: int = 12  # tokens of a guarded topic
+  tail: int = 0  # guarded promises are opened only while this many tokens are left for each live thread
   widths: tuple[int, ...] = (1, 2, 4, 8)  # branches a step can hold; the last is the number of slots
   buckets: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)  # pool entries; the last is its capacity
 
@@ -36,6 +37,7 @@ class Switches:
   greedy: bool = True
   sorts: bool = False  # top-k or top-p is on
   penalises: bool = False  # the repetition penalty is on
+  no_repeat: int = 0  # no run of so many tokens comes twice in what a thread sees and wrote; 0: off
   capture: bool = False  # keep every step's logits in the trace (for tests: capacity x V floats)
 
 
@@ -48,6 +50,7 @@ class SamplingConfig:
   top_p: float = 1.0
   min_p: float = 0.0
   repetition_penalty: float = 1.0
+  promise_bias: float = 0.0  # added to the logit of a promise's opening: more (or fewer) promises
   seed: int = 0
 
   def __post_init__(self):

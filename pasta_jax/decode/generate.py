@@ -71,10 +71,10 @@ class Generator:
     widths = tuple(w for w in (1, 2, 4, 8, 16, 32, 64) if self._narrowest <= w < slots) + (slots,)
     buckets = tuple(b for b in (256, 512, 1024, 2048, 4096, 8192, 16384) if b < d.capacity) + (d.capacity,)
     self.limits = Limits(max_new_tokens=d.max_new_tokens, max_threads=d.max_threads, max_depth=d.max_depth,
-                         max_topic=d.max_topic, widths=widths, buckets=buckets)
-    self.sampling = SamplingConfig(temperature=d.temperature, top_k=d.top_k, top_p=d.top_p, min_p=d.min_p,
-                                   repetition_penalty=d.repetition_penalty, seed=d.seed)
-    self._guard = d.guard
+                         max_topic=d.max_topic, tail=d.max_topic + 8, widths=widths, buckets=buckets)
+    self.sampling = SamplingConfig(temperature=d.temperature, top_k=d.top_k, top_p=d.top_p, min_p=d.min_p, seed=d.seed,
+                                   repetition_penalty=d.repetition_penalty, promise_bias=d.promise_bias)
+    self._guard, self._no_repeat = d.guard, d.no_repeat
     self._interpreters: dict[bool, Interpreter] = {}
 
   def interpreter(self, parallel: bool) -> Interpreter:
@@ -84,7 +84,7 @@ class Generator:
                         "--config.decode.parallel=False")
     if parallel not in self._interpreters:
       limits = self.limits if parallel else dataclasses.replace(self.limits, widths=(self._narrowest,), max_threads=1)
-      switches = Switches(rule=self.rule, guard=self._guard, promises=parallel)
+      switches = Switches(rule=self.rule, guard=self._guard, promises=parallel, no_repeat=self._no_repeat)
       self._interpreters[parallel] = Interpreter(self.model, self.vocabulary, limits, switches)
     return self._interpreters[parallel]
 

@@ -21,7 +21,6 @@ class View(NamedTuple):
   index: jax.Array  # type: ignore[assignment]  # of the token just read in the thread's own tokens
   number: jax.Array
   topic_length: jax.Array
-  topic_known: jax.Array  # bool: a promise that the branch can see has exactly this topic
   may_open: jax.Array  # bool: limits on count and depth allow another promise
   may_sync: jax.Array  # bool: there is a chunk to join
 
@@ -37,7 +36,7 @@ def allowed(view: View, limits: Limits, switches: Switches) -> jax.Array:
     return well_formed
   in_text, in_topic, in_number = (view.state == s for s in (A.TEXT, A.TOPIC, A.NUMBER))
   full = view.topic_length >= limits.max_topic
-  topic_done = (view.topic_length > 0) & (~view.topic_known | full)
+  topic_done = view.topic_length > 0
   numbered = switches.rule.numbered
   rules = {
       A.ORDINARY: ~(in_topic & full),

@@ -72,7 +72,7 @@ class Interpreter:
     table = self.vocabulary.table
     self.tables = Tables(*(jnp.asarray(x[:rows]) for x in (table.classes, table.value, table.scale,
                                                            spared_by_penalty(self.vocabulary))),
-                         async_tag=jnp.int32(table.tags.async_))
+                         async_tag=jnp.int32(table.tags.async_), open_tag=jnp.int32(table.tags.open))
     self.graph, self.params = nnx.split(self.model)
     self._prefill = jax.jit(self._prefill_pure, static_argnames=("capacity",))
     self._segment = jax.jit(self._segment_pure, static_argnames=("width", "switches"), donate_argnums=(1,))
@@ -89,7 +89,8 @@ class Interpreter:
     dtype = model.dtype
     return initial([k[0].astype(dtype) for k, _ in cached], [v[0].astype(dtype) for _, v in cached], prompt, length,
                    seed, max_threads=self.limits.max_threads, capacity=capacity,
-                   logits=model.config.vocab_size if self.switches.capture else 0)
+                   logits=model.config.vocab_size if self.switches.capture else 0,
+                   recent=max(self.switches.no_repeat - 1, 0))
 
   def _segment_pure(self, params: Any, state: State, sampling: Sampling, steps: jax.Array, *, width: int,
                     switches: Switches) -> tuple[State, dict[str, jax.Array]]:

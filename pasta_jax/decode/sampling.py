@@ -17,12 +17,14 @@ class Sampling(NamedTuple):
   top_p: jax.Array
   min_p: jax.Array
   repetition_penalty: jax.Array
+  promise_bias: jax.Array
 
 
 def as_arrays(c: SamplingConfig) -> Sampling:
   """The numbers of a config on the device."""
   f = jnp.float32
-  return Sampling(f(c.temperature), jnp.int32(c.top_k), f(c.top_p), f(c.min_p), f(c.repetition_penalty))
+  return Sampling(f(c.temperature), jnp.int32(c.top_k), f(c.top_p), f(c.min_p), f(c.repetition_penalty),
+                  f(c.promise_bias))
 
 
 def penalise(logits: jax.Array, tokens: jax.Array, remembered: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -35,6 +37,18 @@ def penalise(logits: jax.Array, tokens: jax.Array, remembered: jax.Array, penalt
   old = logits[tokens]
   new = jnp.where(old > 0, old / penalty, old * penalty)
   return logits.at[jnp.where(remembered, tokens, logits.shape[0])].set(new, mode="drop")
+
+
+def gram_hash(recent: jax.Array) -> jax.Array:
+  """Hash of a thread's last n tokens, [..., n] -> [...] uint32; 0 where there are fewer (a negative entry)."""
+  powers = jnp.asarray([pow(1_000_003, i, 1 << 32) for i in range(recent.shape[-1])], jnp.uint32)
+  mixed = jnp.sum((recent + 1).astype(jnp.uint32) * powers, axis=-1, dtype=jnp.uint32) | jnp.uint32(1)
+  return jnp.where((recent >= 0).all(axis=-1), mixed, jnp.uint32(0))
+
+
+def ban(scores: jax.Array, tokens: jax.Array, which: jax.Array) -> jax.Array:
+  """Scores with those of `tokens` for which `which` holds put out of reach."""
+  return scores.at[jnp.where(which, tokens, scores.shape[0])].set(NEGATIVE, mode="drop")
 
 
 def draw(logits: jax.Array, key: jax.Array, sampling: Sampling, switches: Switches) -> jax.Array:

@@ -41,6 +41,8 @@ class Log(NamedTuple):
   position: jax.Array  # [P] int32
   round: jax.Array  # [P] int32, in which the entry was written
   step: jax.Array  # [P] int32, decode step in which it was written
+  chosen: jax.Array  # [P] int32, the token chosen behind this entry
+  gram: jax.Array  # [P] uint32, hash of the thread's last tokens up to this one (`sampling.gram_hash`); 0: too few
   log_p: jax.Array  # [P] float32, the model's log-probability of the token chosen behind this entry
   logits: jax.Array  # [P, V] float32 where `Switches.capture`, else [P, 0]
 
@@ -57,6 +59,8 @@ class Threads(NamedTuple):
   state: jax.Array  # [M] int32, of the tag automaton, before that token
   number: jax.Array  # [M] int32, read so far in the current promise; -1: no digit yet
   topic: jax.Array  # [M] uint32, hash of the current promise's topic so far
+  topic_before: jax.Array  # [M] uint32, the same without its last token
+  topic_last: jax.Array  # [M] int32, that token
   topic_length: jax.Array  # [M] int32
   children: jax.Array  # [M] int32, promises kept so far
   depth: jax.Array  # [M] int32
@@ -64,7 +68,9 @@ class Threads(NamedTuple):
   owner: jax.Array  # [M] int32: whose next sync joins it; the parent, or who adopted it; -1 once joined
   ordinal: jax.Array  # [M] int32, among the parent's children
   declared: jax.Array  # [M] int32, number in its promise; -1: none
-  kept_topic: jax.Array  # [M] uint32, hash of its promise's topic
+  kept_before: jax.Array  # [M] uint32, hash of its promise's topic without the last token
+  kept_last: jax.Array  # [M] int32, that token; -1 for an empty topic
+  recent: jax.Array  # [M, n] int32, own tokens read last, oldest first; -1: none (n: `Switches.no_repeat` - 1, or 0)
   fork_entry: jax.Array  # [M] int32, pool entry of its promise's last token
   fork_index: jax.Array  # [M] int32, index of that token in the parent's own tokens
   length: jax.Array  # [M] int32, own tokens read back
@@ -95,12 +101,12 @@ def fill(n: int, value: int) -> jax.Array:
 
 
 def initial(keys: list[jax.Array], values: list[jax.Array], prompt: jax.Array, length: jax.Array, seed: jax.Array,
-            *, max_threads: int, capacity: int, logits: int) -> State:
+            *, max_threads: int, capacity: int, logits: int, recent: int = 0) -> State:
   """The state behind a prefill.
 
   `keys`, `values`: per layer [S, K, H] of the padded prompt; `prompt` [S] its tokens and `length` how many of
   them are real. The prompt's last token becomes the main thread's first one to be read. `capacity` P >= S;
-  `logits` is V to capture them, else 0.
+  `logits` is V to capture them, else 0; `recent` the length of `Threads.recent`.
   """
   m, p = max_threads, capacity
   n = length - 1
@@ -108,15 +114,17 @@ def initial(keys: list[jax.Array], values: list[jax.Array], prompt: jax.Array, l
   pool = Pool([jnp.pad(k.transpose(1, 2, 0), ((0, 0), (0, 0), (0, padded))) for k in keys],
               [jnp.pad(v.transpose(1, 0, 2), ((0, 0), (0, padded), (0, 0))) for v in values])
   log = Log(token=jnp.pad(prompt, (0, padded)), thread=fill(p, -1), position=jnp.arange(p, dtype=jnp.int32),
-            round=fill(p, 0), step=fill(p, 0), log_p=jnp.zeros(p), logits=jnp.zeros((p, logits)))
+            round=fill(p, 0), step=fill(p, 0), chosen=fill(p, 0), gram=jnp.zeros(p, jnp.uint32),
+            log_p=jnp.zeros(p), logits=jnp.zeros((p, logits)))
   main = jnp.arange(m) == 0
+  no_hash = jnp.zeros(m, jnp.uint32)
   threads = Threads(
-      status=jnp.where(main, RUNNING, FREE), token=jnp.where(main, prompt[n], 0),
-      kind=fill(m, ORDINARY), index=fill(m, -1),
-      position=jnp.where(main, n, 0), round=fill(m, 1), state=fill(m, 0), number=fill(m, -1),
-      topic=jnp.zeros(m, jnp.uint32), topic_length=fill(m, 0), children=fill(m, 0), depth=fill(m, 0),
-      parent=fill(m, -1), owner=fill(m, -1), ordinal=fill(m, 0), declared=fill(m, -1),
-      kept_topic=jnp.zeros(m, jnp.uint32), fork_entry=fill(m, 0), fork_index=fill(m, 0), length=fill(m, 0),
+      status=jnp.where(main, RUNNING, FREE), token=jnp.where(main, prompt[n], 0), kind=fill(m, ORDINARY),
+      index=fill(m, -1), position=jnp.where(main, n, 0), round=fill(m, 1), state=fill(m, 0), number=fill(m, -1),
+      topic=no_hash, topic_before=no_hash, topic_last=fill(m, -1), topic_length=fill(m, 0), children=fill(m, 0),
+      depth=fill(m, 0), parent=fill(m, -1), owner=fill(m, -1), ordinal=fill(m, 0), declared=fill(m, -1),
+      kept_before=no_hash, kept_last=fill(m, -1), recent=jnp.full((m, recent), -1, jnp.int32),
+      fork_entry=fill(m, 0), fork_index=fill(m, 0), length=fill(m, 0),
       key=jnp.tile(jax.random.key_data(jax.random.key(seed)), (m, 1)),
       visible=main[:, None] & (jnp.arange(p) < n)[None, :])
   one = jnp.ones((), jnp.int32)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pasta_jax.decode import guard
 from pasta_jax.decode.config import Limits, Switches
-from pasta_jax.decode.sampling import Sampling, draw, penalise
+from pasta_jax.decode.sampling import Sampling, ban, draw, gram_hash, penalise
 from pasta_jax.decode.state import DONE, FREE, LENGTH, POOL, RUNNING, STOP, UNFINISHED, WAITING, State
 from pasta_jax.lang import automaton as A
 from pasta_jax.model.decoder import NEGATIVE, Decoder
@@ -26,6 +26,7 @@ class Tables(NamedTuple):
   scale: jax.Array  # int32
   penalised: jax.Array  # bool
   async_tag: jax.Array  # int32, not per token: the id that a chunk begins with
+  open_tag: jax.Array  # int32, the id that a promise begins with
 
 
 class Branch(NamedTuple):
@@ -36,6 +37,8 @@ class Branch(NamedTuple):
   visible: jax.Array  # [P] bool
   key: jax.Array  # [2] uint32
   view: guard.View  # of the thread behind `token`
+  taken: jax.Array  # [M] bool: this promise that it sees has the topic so far, but for one more token
+  gram: jax.Array  # uint32, hash of its last tokens (`sampling.gram_hash`)
 
 
 def pool_attention(visible: jax.Array):
@@ -69,9 +72,18 @@ def branch_step(model: Decoder, state: State, branch: Branch, tables: Tables, sa
     tokens = jnp.append(state.log.token, branch.token)
     written = jnp.append(branch.visible & (state.log.thread >= 0), branch.view.index >= 0) & tables.penalised[tokens]
     scores = penalise(scores, tokens, written & (branch.view.state == A.TEXT), sampling.repetition_penalty)
+  if switches.no_repeat:
+    # What followed the same tokens before may not follow them again; tags are left alone.
+    again = branch.visible & (state.log.gram == branch.gram) & (branch.gram != 0) & (branch.view.state == A.TEXT)
+    kinds = tables.classes[state.log.chosen]
+    scores = ban(scores, state.log.chosen, again & ((kinds == A.ORDINARY) | (kinds == A.DIGITS)))
+  if switches.promises:
+    scores = scores.at[tables.open_tag].add(sampling.promise_bias)
   allowed = guard.allowed(branch.view, limits, switches)[tables.classes]
   if switches.guard:
     allowed &= ~guard.absurd(branch.view, tables.value, tables.scale)
+    # No topic twice: the token that would complete one that the branch sees may not come.
+    scores = ban(scores, state.threads.kept_last, branch.taken & (branch.view.state == A.TOPIC))
   scores = jnp.where(allowed, scores, NEGATIVE)
   key = jax.random.fold_in(jax.random.wrap_key_data(branch.key), branch.view.index + 1)
   token = draw(scores, key, sampling, switches)
@@ -106,6 +118,8 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
   in_topic = (before == A.TOPIC) & ((kind == A.ORDINARY) | (kind == A.DIGITS))
   topic = jnp.where(in_topic, t.topic[at] * jnp.uint32(1_000_003) + token.astype(jnp.uint32) + jnp.uint32(1),
                     jnp.where(opens, jnp.uint32(0), t.topic[at]))
+  topic_before = jnp.where(in_topic, t.topic[at], t.topic_before[at])
+  topic_last = jnp.where(in_topic, token, jnp.where(opens, -1, t.topic_last[at]))
   topic_length = jnp.where(in_topic, t.topic_length[at] + 1, jnp.where(opens, 0, t.topic_length[at]))
   declared = jnp.minimum(number, A.MAX_DECLARED)
   wants = live & (action == A.FORK) & (t.depth[at] < limits.max_depth)
@@ -116,14 +130,17 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
   # What the branch sees and knows behind that token.
   entry = state.used + jnp.arange(width)
   rows = t.visible[at]
-  known = rows[:, t.fork_entry] & (jnp.arange(m) > 0) & (t.status != FREE) & (t.kept_topic == topic[:, None])
+  taken = (rows[:, t.fork_entry] & (jnp.arange(m) > 0) & (t.status != FREE) & (t.kept_last >= 0)
+           & (t.kept_before == topic[:, None]))
+  recent = jnp.concatenate([t.recent[at][:, 1:], token[:, None]], axis=1) if t.recent.shape[1] else t.recent[at]
+  recent = jnp.where((index >= 0)[:, None], recent, t.recent[at])
   joinable = (t.owner == at[:, None]) & (t.status != FREE)
   rank = state.served + jnp.arange(width)
   view = guard.View(
       state=after, is_main=is_main, index=index, number=number, topic_length=topic_length,
-      topic_known=known.any(axis=1), may_open=(rank < state.room) & (t.depth[at] < limits.max_depth),
+      may_open=(rank < state.room) & (t.depth[at] < limits.max_depth),
       may_sync=joinable.any(axis=1) | forks)
-  branch = Branch(token, t.position[at], rows, t.key[at], view)
+  branch = Branch(token, t.position[at], rows, t.key[at], view, taken, gram_hash(recent))
   new, chosen, log_p, logits = jax.vmap(
       lambda b: branch_step(model, state, b, tables, sampling, limits, switches))(branch)
 
@@ -141,7 +158,8 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
   log = state.log._replace(
       token=note(state.log.token, token), thread=note(state.log.thread, jnp.where(index < 0, -1, at)),
       position=note(state.log.position, t.position[at]), round=note(state.log.round, jnp.full(width, state.round)),
-      step=note(state.log.step, jnp.full(width, state.steps + 1)), log_p=note(state.log.log_p, log_p))
+      step=note(state.log.step, jnp.full(width, state.steps + 1)), chosen=note(state.log.chosen, chosen),
+      gram=note(state.log.gram, branch.gram), log_p=note(state.log.log_p, log_p))
   if switches.capture:
     log = log._replace(logits=put(state.log.logits, logits, (state.used, zero)))
 
@@ -159,6 +177,8 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
       kind=set_own(t.kind, jnp.where(ends, kind, next_kind)), index=set_own(t.index, jnp.where(ends, index, index + 1)),
       position=set_own(t.position, t.position[at] + 1 + gap), round=set_own(t.round, t.round[at] + 1),
       state=set_own(t.state, after), number=set_own(t.number, number), topic=set_own(t.topic, topic),
+      topic_before=set_own(t.topic_before, topic_before), topic_last=set_own(t.topic_last, topic_last),
+      recent=set_own(t.recent, recent),
       topic_length=set_own(t.topic_length, topic_length), children=set_own(t.children, t.children[at] + forks),
       length=set_own(t.length, index + 1), visible=set_own(t.visible, seen))
 
@@ -175,7 +195,8 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
       round=set_child(t.round, every(state.round + 1)), state=set_child(t.state, every(A.TEXT)),
       number=set_child(t.number, every(-1)), depth=set_child(t.depth, t.depth[at] + 1),
       parent=set_child(t.parent, at), owner=set_child(t.owner, at), ordinal=set_child(t.ordinal, t.children[at] - 1),
-      declared=set_child(t.declared, declared), kept_topic=set_child(t.kept_topic, topic),
+      declared=set_child(t.declared, declared), kept_before=set_child(t.kept_before, topic_before),
+      kept_last=set_child(t.kept_last, topic_last), recent=set_child(t.recent, jnp.full_like(recent, -1)),
       fork_entry=set_child(t.fork_entry, entry), fork_index=set_child(t.fork_index, index),
       key=set_child(t.key, child_key), visible=set_child(t.visible, seen))
 
@@ -228,6 +249,8 @@ def end_of_round(state: State, limits: Limits, switches: Switches) -> State:
   writing = (t.state != A.TEXT) & (running | (status == WAITING))
   pending_open = running & (t.state == A.TEXT) & (t.kind == A.OPEN)
   room = m - state.n_threads - (writing | pending_open).sum()
+  # Near the end of the response a promise would be cut off: none is opened that has no room to be written.
+  room = jnp.where(limits.max_new_tokens - new < (todo + 1) * limits.tail, 0, room)
   keep = lambda new, old: jnp.where(over, new, old)
   left = ((t.status == RUNNING) & (t.round == state.round)).sum()
   return state._replace(

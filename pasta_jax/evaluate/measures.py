@@ -53,9 +53,9 @@ def summarise(rows: Sequence[dict], baseline: Sequence[dict] | None = None) -> d
   timed = [r for r in rows if r.get("seconds")]
   if timed:
     out["tokens_a_second"] = sum(r["text_tokens"] for r in timed) / sum(r["seconds"] for r in timed)
-  if baseline:
-    by_id = {r["id"]: r for r in baseline if r.get("seconds")}
-    pairs = [(r, by_id[r["id"]]) for r in timed if r["id"] in by_id]
+  by_id = {r["id"]: r for r in baseline or () if r.get("seconds")}
+  pairs = [(r, by_id[r["id"]]) for r in timed if r["id"] in by_id]
+  if pairs:
     wall = [b["seconds"] / r["seconds"] for r, b in pairs]
     same = [b["seconds"] / b["text_tokens"] * r["text_tokens"] / r["seconds"] for r, b in pairs]
     out["wall_clock_speedup"] = geometric_mean(wall)
