@@ -66,7 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
       requests=4,  # prompts at once for --prompts_file
   ))
   c.eval = ConfigDict(dict(
-      prompts="data/prompts.jsonl",  # JSON lines with "prompt" and "id"
+      prompts="",  # file of JSON lines with "prompt" and "id"
       limit=0,  # 0: all
       systems="pasta,sequential",  # of pasta, sequential, baseline, base
       timed=True,  # one response at a time, by the clock; False: many at once, theoretical figures only

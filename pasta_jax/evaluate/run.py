@@ -43,6 +43,8 @@ class Records:
 
 def read_prompts(path: str, limit: int) -> list[dict]:
   """Rows with `id` and `prompt`; the first `limit` of them, or all for 0."""
+  if not path:
+    raise EvalError("name a file of JSON lines with \"prompt\": --config.eval.prompts=FILE")
   rows = read_jsonl(path)
   for number, row in enumerate(rows):
     if not isinstance(row.get("prompt"), str):
