@@ -110,10 +110,10 @@ def transformers_timer(checkpoint: Checkpoint, dtype: str) -> Callable[[], float
   except ImportError:
     return None
   c = checkpoint.config
-  config = transformers.LlamaConfig(
+  config = transformers.LlamaConfig.from_dict(dict(
       vocab_size=c.vocab_size, hidden_size=c.d_model, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
       num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, intermediate_size=c.d_ff, rope_theta=c.rope_theta,
-      rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings, max_position_embeddings=c.max_position)
+      rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings, max_position_embeddings=c.max_position))
   model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
   prompt = torch.ones((1, MAIN_POOL // 2), dtype=torch.long)
 
@@ -201,10 +201,10 @@ def show(console: rich.console.Console, median: dict[tuple, float], branches: li
       t = median[dtype, MAIN_BRANCHES, p]
       table.add_row(f"{MAIN_BRANCHES} branch, pool {p}", f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %",
                     f"{t / one:.2f}", f"{1 / t:.0f}")
-    for name in (("transformers", dtype), ("llama.cpp", "Q4_1")):
-      if name in median:
-        t = median[name]
-        table.add_row(" ".join(name), f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %", f"{t / one:.2f}", f"{1 / t:.0f}")
+    for other in (("transformers", dtype), ("llama.cpp", "Q4_1")):
+      if other in median:
+        t = median[other]
+        table.add_row(" ".join(other), f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %", f"{t / one:.2f}", f"{1 / t:.0f}")
     console.print(table)
 
 
