@@ -69,6 +69,7 @@ def get_config(arg: str = "") -> ConfigDict:
       prompts="",  # file of JSON lines with "prompt" and "id"
       limit=0,  # 0: all
       systems="pasta,sequential",  # of pasta, sequential, baseline, base
+      baseline_adapter="baseline",  # of the system "baseline": the package's own, or a file
       timed=True,  # one response at a time, by the clock; False: many at once, theoretical figures only
       repeats=1,  # timed: decode each prompt so often; the last one counts (2 on accelerators)
       requests=8,  # not timed: prompts at once

@@ -53,16 +53,34 @@ class Tally(collections.Counter):
     self["joins"] += joins(trace)
     self["finished with promises"] += finished and promised
 
-  def require(self, **shares: float):
-    """Asserts that there were programs of each kind: a third of the usual `shares` at least.
+  def require(self, **least: int):
+    """Asserts that there were so many programs of each kind."""
+    for name, count in least.items():
+      assert self[name.replace("_", " ")] >= count, f"fewer than {count} programs with {name}: {dict(self)}"
 
-    Which programs are drawn depends on what else is imported (hypothesis collects constants from modules), so
-    the shares themselves would be too sharp.
-    """
-    print(dict(self))
-    for name, share in shares.items():
-      name = name.replace("_", " ")
-      assert self[name] >= share * self["programs"] // 3, f"too few programs with {name}: {dict(self)}"
+
+def over_programs(check, n: int, *strategies, always: tuple = ()) -> Tally:
+  """`check(tally, seed, prompt, …)` over n programs that hypothesis draws, and over twenty that never change.
+
+  What hypothesis draws depends on the modules that happen to be imported (it collects constants from them), so
+  the tally that is returned, which says whether there was something to check, is of the twenty alone. Their
+  further arguments are `always`.
+  """
+  @tiny.examples(n)
+  @given(st.tuples(tiny.seeds, tiny.prompts, *strategies))
+  def drawn(arguments):
+    check(Tally(), *arguments)
+
+  drawn()
+  tally = Tally()
+  for i in range(20):
+    rng = np.random.default_rng(i)
+    check(tally, i, rng.integers(1, 26, rng.integers(1, 9)).tolist(), *always)
+  print(dict(tally))
+  return tally
+
+
+KINDS = st.sampled_from(["habits", "habits", "habits", "storm"])
 
 
 def joins(trace: Trace) -> bool:
@@ -117,20 +135,17 @@ def check_teacher_forcing(params, trace: Trace, rule: PositionRule, tolerance: f
     ("pred_10x", False, 1.0, 40), ("pred_1x", True, 0.0, 30), ("fixed", True, 0.0, 30),
     ("max", True, 0.0, 30), ("max", False, 1.0, 30), ("sum", True, 0.0, 30), ("sum", False, 1.0, 30)])
 def test_decoding_agrees_with_one_dense_forward(strategy, guard, temperature, n):
-  run, tally = interpreter(strategy, guard), Tally()
+  run = interpreter(strategy, guard)
   salt = zlib.crc32(f"{strategy} {guard} {temperature}".encode())  # other programs for each case
 
-  @tiny.examples(n)
-  @given(tiny.seeds, tiny.prompts, st.sampled_from(["habits", "habits", "habits", "storm"]))
-  def each(seed, prompt, kind):
+  def check(tally, seed, prompt, kind):
     run.params = tiny.weights((seed, salt), kind)
     trace = run.run(prompt, SamplingConfig(temperature=temperature, seed=seed))
     tally.add(trace)
     tolerance = TOLERANCE * (8 if kind == "storm" else 1)
     check_teacher_forcing(run.params, trace, run.switches.rule, tolerance)
 
-  each()
-  tally.require(promises=0.15, nested=0.03, joins=0.06, finished=0.25)
+  over_programs(check, n, KINDS, always=("habits",)).require(promises=3, nested=1, joins=1, finished=3)
 
 
 # Yardstick two: one thread at a time.
@@ -300,12 +315,10 @@ def check_against_reference(params, trace: Trace, strategy: str, guard: bool,
     ("pred_10x", True, 40), ("pred_10x", False, 40), ("pred_1x", True, 15), ("fixed", True, 20),
     ("max", True, 20), ("sum", True, 20)])
 def test_greedy_decoding_agrees_with_one_thread_at_a_time(strategy, guard, n):
-  run, tally = interpreter(strategy, guard), Tally()
+  run = interpreter(strategy, guard)
   salt = zlib.crc32(f"{strategy} {guard}".encode())
 
-  @tiny.examples(n)
-  @given(tiny.seeds, tiny.prompts, st.sampled_from(["habits", "habits", "habits", "storm"]))
-  def each(seed, prompt, kind):
+  def check(tally, seed, prompt, kind):
     run.params = tiny.weights((seed, salt), kind)
     trace = run.run(prompt)
     tally.add(trace)
@@ -314,26 +327,24 @@ def test_greedy_decoding_agrees_with_one_thread_at_a_time(strategy, guard, n):
     if guard and trace.finish_reason == "stop":
       assert trace.ill_formed == 0
 
-  each()
-  tally.require(promises=0.15, nested=0.03, joins=0.06, finished=0.25, finished_with_promises=0.06)
-  assert tally["ties"] <= 0.05 * tally["programs"], tally
+  tally = over_programs(check, n, KINDS, always=("habits",))
+  tally.require(promises=3, nested=1, joins=1, finished=3, finished_with_promises=1)
+  assert tally["ties"] <= 1, tally
 
 
 def test_the_repetition_penalty_remembers_what_a_thread_sees():
-  run, tally, changed = interpreter("pred_10x", False), Tally(), []
+  run = interpreter("pred_10x", False)
 
-  @tiny.examples(30)
-  @given(tiny.seeds, tiny.prompts, st.sampled_from(["habits", "silent"]), st.sampled_from([1.2, 2.0, 5.0]))
-  def each(seed, prompt, kind, penalty):
+  def check(tally, seed, prompt, kind, penalty):
     run.params = tiny.weights(seed, kind)
     trace = run.run(prompt, SamplingConfig(repetition_penalty=penalty))
     tally.add(trace)
     check_against_reference(run.params, trace, "pred_10x", False, penalty)
-    changed.append(trace.thread != run.run(prompt).thread)
+    tally["another answer"] += trace.thread != run.run(prompt).thread
 
-  each()
-  tally.require(promises=0.06)
-  assert np.mean(changed) > 0.1
+  tally = over_programs(check, 30, st.sampled_from(["habits", "silent"]), st.sampled_from([1.2, 2.0, 5.0]),
+                        always=("habits", 5.0))
+  tally.require(promises=3, another_answer=3)
 
 
 # Without promises.
@@ -368,11 +379,7 @@ def cut_tags(params):
 
 
 def test_without_promises_decoding_is_ordinary():
-  finished = []
-
-  @tiny.examples(30)
-  @given(tiny.seeds, tiny.prompts)
-  def each(seed, prompt):
+  def check(tally, seed, prompt):
     params = tiny.weights(seed, "habits")
     want = plain_greedy(params, prompt, VOCABULARY.base_size)
     for tags in (True, False):
@@ -381,10 +388,9 @@ def test_without_promises_decoding_is_ordinary():
       trace = run.run(prompt)
       assert len(trace.threads) == 1 and trace.steps == len(want)
       assert tiny.words(trace.threads[0].tokens) == tiny.words(want)
-    finished.append(want[-1] == 0)
+    tally["finished" if want[-1] == 0 else "cut"] += 1
 
-  each()
-  assert 0.2 < np.mean(finished) < 1, finished
+  over_programs(check, 30).require(finished=2, cut=1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -67,6 +67,10 @@ def test_eval_resumes_and_sums_up(trained, tmp_path, timed):
   assert figures["pasta"]["prompts"] == figures["sequential"]["prompts"] == 3
   assert ("wall_clock_speedup" in figures["pasta"]) == timed
   assert json.loads((tmp_path / "summary.json").read_text()).keys() == {"pasta", "sequential"}
+  config.decode.temperature = 0.5
+  with pytest.raises(EvalError, match="made with decode.temperature=1.0, not 0.5"):
+    evaluate(config, tmp_path)
+  assert json.loads((tmp_path / "config.json").read_text())["decode"]["temperature"] == 1.0
 
 
 def test_no_promises_without_tags(trained):

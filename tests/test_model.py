@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from programs import NESTED
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from pasta_jax.lang.layout import PositionRule, is_visible, layout
-from pasta_jax.lang.program import Promise, Sync, Text
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import build, lora
 from pasta_jax.model.config import ModelConfig
@@ -128,15 +128,6 @@ class Letters:
 
   def digit_values(self) -> dict[int, tuple[int, int]]:
     return {b + 1: (b - 48, 10) for b in range(48, 58)}
-
-
-NESTED = (
-  Text("Intro. "),
-  Promise("a", None, (Text("first "), Promise("b", None, (Text("inner one"),)), Text("mid "),
-                      Promise("c", None, (Text("inner two"),)), Sync(), Text("tail"))),
-  Promise("d", None, (Text("second "), Promise("e", None, (Text("orphan"),)))),
-  Text("meanwhile"), Sync(), Text("joined "), Promise("f", None, (Text("never joined"),)), Text("end"),
-)  # fmt: skip
 
 
 def nested_layout():

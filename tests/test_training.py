@@ -17,18 +17,20 @@ import pytest
 from flax import nnx
 from folders import model_config, write_model
 from ml_collections import ConfigDict
+from programs import NESTED
 from safetensors.numpy import load_file
 
 from configs.smollm2_135m import get_config
 from pasta_jax.data.examples import DataError, examples, program_of, read_jsonl
 from pasta_jax.data.packing import PackedBatches, concatenate, pack_row
 from pasta_jax.lang.layout import NO_TARGET, PositionRule, layout
-from pasta_jax.lang.program import Promise, Sync, Text
+from pasta_jax.lang.program import Promise
 from pasta_jax.lang.thread import Thread
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import build, lora
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.decoder import causal_mask, dense_attention
 from pasta_jax.model.weights import WeightsError
 from pasta_jax.train import sft
 from pasta_jax.train.loss import attention_mask, sft_loss, token_log_likelihood
@@ -196,15 +198,6 @@ def numpy_log_likelihood(config: ModelConfig, params: dict, tags, tokens, positi
   scores -= scores.max(-1, keepdims=True)
   log_p = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
   return sum(log_p[at, target] for at, target in enumerate(targets) if target != NO_TARGET)
-
-
-NESTED = (
-  Text("Intro. "),
-  Promise("a", None, (Text("first "), Promise("b", None, (Text("inner one"),)), Text("mid "),
-                      Promise("c", None, (Text("inner two"),)), Sync(), Text("tail"))),
-  Promise("d", None, (Text("second "), Promise("e", None, (Text("orphan"),)))),
-  Text("meanwhile"), Sync(), Text("joined "), Promise("f", None, (Text("never joined"),)), Text("end"),
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -605,6 +598,36 @@ def test_baseline_has_no_tags(tiny, tmp_path, checkpoint, vocabulary):
   model = build.from_params(checkpoint.config, checkpoint.params)
   lora.load_adapter(tmp_path / "adapter.safetensors", model)
   assert model.embed.table().shape[0] == checkpoint.config.vocab_size
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+def test_full_training_leaves_a_model_that_others_load(tiny, tmp_path, checkpoint, monkeypatch, annotated: bool):
+  """`model/` and the tags beside it are the trained model; `transformers` reads the folder as well."""
+  trained = []
+  export = sft._export
+  monkeypatch.setattr(sft, "_export", lambda *a: (trained.append(a[2]), export(*a)))
+  sft.train(settings(tiny, annotated=annotated, lora_rank=0, steps=2, dtype="float32"), tmp_path)
+  loaded = load_checkpoint(tmp_path / "model")
+  assert loaded.config == checkpoint.config
+  messages = [{"role": "user", "content": "Plan a trip, <|im_end|> please."}]
+  assert loaded.tokenizer.chat_prompt(messages) == checkpoint.tokenizer.chat_prompt(messages)
+  assert np.abs(loaded.params["layers.1.mlp.down.kernel"] - checkpoint.params["layers.1.mlp.down.kernel"]).max() > 0
+  model = build.from_params(loaded.config, loaded.params)
+  if annotated:
+    lora.load_adapter(tmp_path / "adapter.safetensors", model)
+  assert (model.embed.tags is not None) == annotated == (tmp_path / "adapter.safetensors").exists()
+  tokens = np.random.default_rng(0).integers(0, checkpoint.tokenizer.vocab_size, (1, 24))
+
+  def logits(decoder):
+    hidden, _ = decoder(jnp.asarray(tokens), jnp.arange(24)[None], dense_attention(causal_mask(24)))
+    return np.asarray(decoder.logits(hidden))[..., : checkpoint.config.vocab_size]
+
+  want = logits(trained[0])
+  np.testing.assert_array_equal(logits(build.stack(model)), want)
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+  with torch.inference_mode():
+    np.testing.assert_allclose(theirs(torch.tensor(tokens)).logits.numpy(), want, atol=2e-4, rtol=2e-4)
 
 
 # --- what cannot be used ---

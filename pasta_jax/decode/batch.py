@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from pasta_jax.decode.config import SamplingConfig
-from pasta_jax.decode.interpreter import PROMPT_BUCKETS, DecodeError, Interpreter, switched
+from pasta_jax.decode.interpreter import DecodeError, Interpreter, padded_length, switched
 from pasta_jax.decode.sampling import Sampling, as_arrays
 from pasta_jax.decode.state import UNFINISHED, State
 from pasta_jax.decode.step import step
@@ -53,8 +53,8 @@ class BatchDecoder:
     """
     it = self.interpreter
     switches, numbers = switched(it.switches, sampling), as_arrays(sampling)
-    need = max(map(len, prompts)) + it.limits.max_new_tokens + self.width
-    need = max(need, next(b for b in PROMPT_BUCKETS if b >= max(map(len, prompts))))
+    longest = max(map(len, prompts))
+    need = max(longest + it.limits.max_new_tokens + self.width, padded_length(longest))
     capacity = -(-need // 128) * 128
     if need > it.limits.buckets[-1] + self.width:
       raise DecodeError(f"a prompt and its response may take {need} pool entries, decode.capacity is "

@@ -26,6 +26,11 @@ from pasta_jax.model.decoder import Decoder, causal_mask, dense_attention
 PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
+def padded_length(prompt_length: int) -> int:
+  """What a prompt is padded to: prompts of one padded length share compiled programs."""
+  return next((b for b in PROMPT_BUCKETS if b >= prompt_length), prompt_length)
+
+
 class DecodeError(ValueError):
   """A request that cannot be decoded; the message says why."""
 
@@ -124,7 +129,7 @@ class Interpreter:
     if len(prompt) > longest:
       raise DecodeError(f"the prompt has {len(prompt)} tokens, the pool has room for {longest}: shorten it, or "
                         "raise decode.capacity")
-    size = min(next(b for b in (*PROMPT_BUCKETS, len(prompt)) if b >= len(prompt)), self.limits.buckets[-1])
+    size = min(padded_length(len(prompt)), self.limits.buckets[-1])
     padded = np.zeros(size, np.int32)
     padded[: len(prompt)] = prompt
     capacity = capacity or next(c for c in self._capacities() if c >= size + self.limits.widths[-1])

@@ -15,13 +15,17 @@ import rich.table
 from pasta_jax.data.examples import read_jsonl
 from pasta_jax.decode.batch import BatchDecoder
 from pasta_jax.decode.generate import Generator
+from pasta_jax.decode.interpreter import padded_length
 from pasta_jax.decode.record import describe
 from pasta_jax.evaluate.measures import summarise
 from pasta_jax.progress import progress_bar
 
-# name: (adapter, or None for the config's; decoded in parallel)
-SYSTEMS: dict[str, tuple[str | None, bool]] = {
-    "pasta": (None, True), "sequential": (None, False), "baseline": ("baseline", False), "base": ("", False)}
+SYSTEMS = ("pasta", "sequential", "baseline", "base")
+
+
+def parallel(system: str) -> bool:
+  """Whether a system writes promises; the others decode one token at a time."""
+  return system == "pasta"
 
 
 class EvalError(ValueError):
@@ -61,17 +65,33 @@ def evaluate(config, workdir: Path) -> dict[str, dict[str, float]]:
     raise EvalError(f"unknown system {unknown[0]!r}: eval.systems may name {', '.join(SYSTEMS)}")
   prompts = read_prompts(e.prompts, e.limit)
   workdir.mkdir(parents=True, exist_ok=True)
-  settings = json.loads(config.to_json_best_effort())
-  (workdir / "config.json").write_text(json.dumps(settings, indent=2))
+  _keep_settings(workdir, config)
   records = {name: Records(workdir, name) for name in names}
-  generators: dict[str | None, Generator] = {}
+  adapters = {"baseline": e.baseline_adapter, "base": ""}
+  generators: dict[str, Generator] = {}
   for name in names:
-    adapter = SYSTEMS[name][0]
+    adapter = adapters.get(name, config.model.adapter)
     if adapter not in generators:
       generators[adapter] = Generator(config, adapter=adapter)
-  loaded = {name: generators[SYSTEMS[name][0]] for name in names}
+  loaded = {name: generators[adapters.get(name, config.model.adapter)] for name in names}
   (_timed if e.timed else _batched)(loaded, prompts, records, e)
   return report(workdir, names, [p["id"] for p in prompts])
+
+
+def _keep_settings(workdir: Path, config) -> None:
+  """Writes the config; responses made with other settings are not mixed with those to come."""
+  path = workdir / "config.json"
+  now = json.loads(config.to_json_best_effort())
+  if path.exists() and any((workdir / f"{name}.jsonl").exists() for name in SYSTEMS):
+    before = json.loads(path.read_text())
+    free = ("live", "compare", "requests")  # no response depends on these
+    fields = [(part, field) for part in ("model", "positions", "decode") for field in now[part] if field not in free]
+    for part, field in [*fields, ("eval", "baseline_adapter"), ("eval", "timed")]:
+      old, new = before.get(part, {}).get(field), now[part][field]
+      if old != new:
+        raise EvalError(f"{workdir} holds responses made with {part}.{field}={old!r}, not {new!r}: choose another "
+                        "--workdir, or the settings of that run")
+  path.write_text(json.dumps(now, indent=2))
 
 
 def _timed(loaded: dict[str, Generator], prompts: list[dict], records: dict[str, Records], e) -> None:
@@ -79,12 +99,12 @@ def _timed(loaded: dict[str, Generator], prompts: list[dict], records: dict[str,
   todo = [p for p in prompts if any(p["id"] not in r.rows for r in records.values())]
   if not todo:
     return
-  lengths = sorted({_padded(len(loaded[name].encode(p["prompt"]))) for name in loaded for p in todo})
+  lengths = sorted({padded_length(len(loaded[name].encode(p["prompt"]))) for name in loaded for p in todo})
   bar, task = progress_bar("compiling", len(lengths) * len(loaded))
   with bar:
     for name, generator in loaded.items():
       for length in lengths:
-        generator.interpreter(SYSTEMS[name][1]).warm_up(length, generator.sampling)
+        generator.interpreter(parallel(name)).warm_up(length, generator.sampling)
         bar.advance(task)
   bar, task = progress_bar("decoding", len(todo))
   with bar:
@@ -93,17 +113,11 @@ def _timed(loaded: dict[str, Generator], prompts: list[dict], records: dict[str,
         if p["id"] in records[name].rows:
           continue
         for _ in range(max(e.repeats, 1)):  # the last one counts
-          response = generator.respond(p["prompt"], parallel=SYSTEMS[name][1])
+          response = generator.respond(p["prompt"], parallel=parallel(name))
         row = {**p, **describe(response.trace, generator.vocabulary), "seconds": response.seconds}
         records[name].add(row)
         bar.update(task, note=f"{name} {response.trace.cost.longest_path} steps")
       bar.advance(task)
-
-
-def _padded(length: int) -> int:
-  """The prompt length that stands for all that share its compiled shapes."""
-  from pasta_jax.decode.interpreter import PROMPT_BUCKETS
-  return next(b for b in (*PROMPT_BUCKETS, length) if b >= length)
 
 
 def _batched(loaded: dict[str, Generator], prompts: list[dict], records: dict[str, Records], e) -> None:
@@ -112,9 +126,8 @@ def _batched(loaded: dict[str, Generator], prompts: list[dict], records: dict[st
     todo = [p for p in prompts if p["id"] not in records[name].rows]
     if not todo:
       continue
-    parallel = SYSTEMS[name][1]
-    decoder = BatchDecoder(generator.interpreter(parallel), requests=min(e.requests, len(todo)),
-                           width=e.width if parallel else 1)
+    decoder = BatchDecoder(generator.interpreter(parallel(name)), requests=min(e.requests, len(todo)),
+                           width=e.width if parallel(name) else 1)
     bar, task = progress_bar(name, len(prompts), len(prompts) - len(todo))
 
     def done(i, trace, todo=todo, name=name, generator=generator, bar=bar, task=task):

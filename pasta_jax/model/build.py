@@ -71,24 +71,30 @@ def for_decoding(model: Decoder, dtype: Any) -> Decoder:
   A separate head costs V x D weights of memory; a matrix product with the embedding's transpose would cost
   a transposition each step. `model` is left as it is; its layers may be stacked.
   """
-  if not isinstance(model.layers, nnx.List):
-    model = unstack(model)
-  config = model.config
   table = model.embed.table()
-  params = {"embed.embedding": table, "final_norm.scale": model.final_norm.scale[...]}
+  params = to_params(model) | {"embed.embedding": table}
   if model.head is None:
     params["head.kernel"] = table.T
-  else:
-    head = model.head.kernel[...]
-    params["head.kernel"] = head if model.head_tags is None else jnp.concatenate([head, model.head_tags[...]], 1)
+  elif model.head_tags is not None:
+    params["head.kernel"] = jnp.concatenate([model.head.kernel[...], model.head_tags[...]], 1)
+  config = dataclasses.replace(model.config, vocab_size=table.shape[0], tie_embeddings=False)
+  return from_params(config, {k: np.asarray(v, np.float32) for k, v in params.items()}, dtype)
+
+
+def to_params(model: Decoder) -> dict[str, jax.Array]:
+  """The inverse of `from_params`, low-rank updates merged; tag rows that are kept apart are left out."""
+  if not isinstance(model.layers, nnx.List):
+    model = unstack(model)
+  params = {"embed.embedding": model.embed.embedding[...], "final_norm.scale": model.final_norm.scale[...]}
+  if model.head is not None:
+    params["head.kernel"] = model.head.kernel[...]
   for i, layer in enumerate(model.layers):
     params[f"layers.{i}.attn_norm.scale"] = layer.attn_norm.scale[...]
     params[f"layers.{i}.mlp_norm.scale"] = layer.mlp_norm.scale[...]
     for block, names in (("attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
       for name in names:
         params[f"layers.{i}.{block}.{name}.kernel"] = merged_kernel(getattr(getattr(layer, block), name))
-  config = dataclasses.replace(config, vocab_size=table.shape[0], tie_embeddings=False)
-  return from_params(config, {k: np.asarray(v, np.float32) for k, v in params.items()}, dtype)
+  return params
 
 
 def merged_kernel(linear: Linear) -> jax.Array:

@@ -1,12 +1,16 @@
-"""Reads llama-family models in Hugging Face's folder format: config.json, *.safetensors, tokenizer files."""
+"""Llama-family models in Hugging Face's folder format: config.json, *.safetensors, tokenizer files."""
 
 import contextlib
+import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors then returns)
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.tokenizer import Tokenizer
@@ -71,6 +75,31 @@ def load_hf_folder(folder: Path, progress: bool) -> tuple[ModelConfig, dict[str,
       progress,
     )
   return config, params, tokenizer
+
+
+def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> None:
+  """Writes a model so that `load_hf_folder` and `transformers` read it, float32.
+
+  The folder is made under another name first: it is there whole or not at all. One that stood there before
+  is replaced.
+  """
+  temporary = folder.with_name(folder.name + ".tmp")
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  stored = lambda name, x: np.ascontiguousarray((x.T if name.endswith(".kernel") else x), np.float32)
+  save_file({rename(name, _NAMES, "model.layers."): stored(name, np.asarray(x)) for name, x in params.items()},
+            temporary / _SINGLE, {"format": "pt"})
+  described = dict(
+    architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=config.vocab_size,
+    hidden_size=config.d_model, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+    num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim, intermediate_size=config.d_ff,
+    rope_theta=config.rope_theta, rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
+    max_position_embeddings=config.max_position, eos_token_id=tokenizer.eos_id, bos_token_id=tokenizer.bos_id,
+    dtype="float32")
+  (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+  tokenizer.save(temporary)
+  shutil.rmtree(folder, ignore_errors=True)
+  temporary.replace(folder)
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -127,6 +127,14 @@ class Tokenizer:
     template = read_text(beside) if beside.exists() else _default_template(config.get("chat_template"))
     return cls(backend, eos_id, backend.token_to_id(bos) if bos else None, template)
 
+  def save(self, folder: Path) -> None:
+    """Writes the two files that `from_file` and Hugging Face read into an existing folder."""
+    self._backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._literal(self.eos_id)}
+    config |= {"bos_token": self._literal(self.bos_id)} if self.bos_id is not None else {}
+    config |= {"chat_template": self.chat_template} if self.chat_template else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
   def encode(self, text: str) -> list[int]:
     """Ordinary tokens of a text: no control token, whatever the text looks like, and none added around it.
 

@@ -22,7 +22,10 @@ from pasta_jax.data.packing import PackedBatches, single_batches
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import lora
+from pasta_jax.model.build import to_params
 from pasta_jax.model.checkpoint import load_checkpoint
+from pasta_jax.model.decoder import Decoder
+from pasta_jax.model.hf_folder import save_hf_folder
 from pasta_jax.progress import progress_bar
 from pasta_jax.train.loss import sft_loss
 from pasta_jax.train.metrics import MetricWriter
@@ -67,9 +70,10 @@ def make_update(graph, optimiser: optax.GradientTransformation, config):
 def train(config, workdir: str | Path | None) -> dict[str, float]:
   """Runs `config.train` to its last step in `workdir`; returns the last metrics.
 
-  Leaves checkpoints, `metrics.jsonl`, `tensorboard/`, `config.json` and, at the end, `adapter.safetensors`
-  (LoRA) there. SIGTERM saves and stops. Raises FloatingPointError when loss or gradient is not finite, and
-  ValueError, one line, when folder, data, model or an earlier run in `workdir` cannot be used; the folder is
+  Leaves checkpoints, `metrics.jsonl`, `tensorboard/`, `config.json` and, at the end, `adapter.safetensors` there;
+  after full training `model/` too (a Hugging Face folder; the adapter then holds the tags). SIGTERM saves and
+  stops. Raises FloatingPointError when loss or gradient is not finite, and ValueError, one line, when folder,
+  data, model or an earlier run in `workdir` cannot be used; the folder is
   then as it was.
   """
   c = config.train
@@ -147,15 +151,22 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
     if writer is not None:
       writer.close()
     signal.signal(signal.SIGTERM, previous)
-  if c.lora_rank and int(state.step) == total:
-    recipe = json.loads(config.to_json_best_effort())["train"]
-    for field in ("data", "validation"):  # names only: the adapter goes to places where these folders are not
-      recipe[field] = ",".join(Path(entry).name for entry in recipe[field].split(",") if entry)
-    metadata = {"train": json.dumps(recipe),
-                "positions": json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})}
-    model = compute_model(graph, state.trainable, frozen, jnp.float32)
-    lora.save_adapter(workdir / "adapter.safetensors", model, metadata)
+  if int(state.step) == total:
+    _export(workdir, config, compute_model(graph, state.trainable, frozen, jnp.float32), rule, vocabulary)
   return scalars
+
+
+def _export(workdir: Path, config, model: Decoder, rule: PositionRule, vocabulary: Vocabulary) -> None:
+  """What decoding loads: `adapter.safetensors` with updates and tag rows, and of full training `model/`."""
+  recipe = json.loads(config.to_json_best_effort())["train"]
+  for field in ("data", "validation"):  # names only: the adapter goes to places where these folders are not
+    recipe[field] = ",".join(Path(entry).name for entry in recipe[field].split(",") if entry)
+  metadata = {"train": json.dumps(recipe),
+              "positions": json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})}
+  if config.train.lora_rank == 0:
+    save_hf_folder(workdir / "model", model.config, to_params(model), vocabulary.tokenizer)
+  if config.train.lora_rank or config.train.annotated:
+    lora.save_adapter(workdir / "adapter.safetensors", model, metadata)
 
 
 def _checked_workdir(workdir: str | Path | None) -> Path:
