@@ -59,27 +59,6 @@ class Tally(collections.Counter):
       assert self[name.replace("_", " ")] >= count, f"fewer than {count} programs with {name}: {dict(self)}"
 
 
-def over_programs(check, n: int, *strategies, always: tuple = ()) -> Tally:
-  """`check(tally, seed, prompt, …)` over n programs that hypothesis draws, and over twenty that never change.
-
-  What hypothesis draws depends on the modules that happen to be imported (it collects constants from them), so
-  the tally that is returned, which says whether there was something to check, is of the twenty alone. Their
-  further arguments are `always`.
-  """
-  @tiny.examples(n)
-  @given(st.tuples(tiny.seeds, tiny.prompts, *strategies))
-  def drawn(arguments):
-    check(Tally(), *arguments)
-
-  drawn()
-  tally = Tally()
-  for i in range(20):
-    rng = np.random.default_rng(i)
-    check(tally, i, rng.integers(1, 26, rng.integers(1, 9)).tolist(), *always)
-  print(dict(tally))
-  return tally
-
-
 KINDS = st.sampled_from(["habits", "habits", "habits", "storm"])
 
 
@@ -145,7 +124,8 @@ def test_decoding_agrees_with_one_dense_forward(strategy, guard, temperature, n)
     tolerance = TOLERANCE * (8 if kind == "storm" else 1)
     check_teacher_forcing(run.params, trace, run.switches.rule, tolerance)
 
-  over_programs(check, n, KINDS, always=("habits",)).require(promises=3, nested=1, joins=1, finished=3)
+  tally = tiny.over_programs(check, n, KINDS, always=[("habits",)], tally=Tally)
+  tally.require(promises=3, nested=1, joins=1, finished=3)
 
 
 # Yardstick two: one thread at a time.
@@ -327,7 +307,7 @@ def test_greedy_decoding_agrees_with_one_thread_at_a_time(strategy, guard, n):
     if guard and trace.finish_reason == "stop":
       assert trace.ill_formed == 0
 
-  tally = over_programs(check, n, KINDS, always=("habits",))
+  tally = tiny.over_programs(check, n, KINDS, always=[("habits",)], tally=Tally)
   tally.require(promises=3, nested=1, joins=1, finished=3, finished_with_promises=1)
   assert tally["ties"] <= 1, tally
 
@@ -342,8 +322,8 @@ def test_the_repetition_penalty_remembers_what_a_thread_sees():
     check_against_reference(run.params, trace, "pred_10x", False, penalty)
     tally["another answer"] += trace.thread != run.run(prompt).thread
 
-  tally = over_programs(check, 30, st.sampled_from(["habits", "silent"]), st.sampled_from([1.2, 2.0, 5.0]),
-                        always=("habits", 5.0))
+  tally = tiny.over_programs(check, 30, st.sampled_from(["habits", "silent"]), st.sampled_from([1.2, 2.0, 5.0]),
+                        always=[("habits", 5.0)], tally=Tally)
   tally.require(promises=3, another_answer=3)
 
 
@@ -390,7 +370,7 @@ def test_without_promises_decoding_is_ordinary():
       assert tiny.words(trace.threads[0].tokens) == tiny.words(want)
     tally["finished" if want[-1] == 0 else "cut"] += 1
 
-  over_programs(check, 30).require(finished=2, cut=1)
+  tiny.over_programs(check, 30, tally=Tally).require(finished=2, cut=1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -5,13 +5,15 @@ read on ten channels of their residual stream, so a table of group-to-group scor
 write promises, numbers, syncs and ends at chosen rates; all other channels are random.
 """
 
+import collections
 import os
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from pasta_jax.lang import automaton as A
@@ -32,6 +34,27 @@ def examples(n: int) -> settings:
   """Settings of a property over `n` programs: always the same ones, and not shrunk, as a seed has no size."""
   return settings(max_examples=n * SCALE, deadline=None, derandomize=True, database=None,
                   suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
+
+
+def over_programs(check, n: int, *strategies, always: Sequence[tuple] = ((),), tally=collections.Counter):
+  """`check(tally, seed, prompt, …)` over n programs that hypothesis draws, and over twenty that never change.
+
+  What hypothesis draws depends on the modules that happen to be imported (it collects constants from them), so
+  the tally that is returned, which says whether there was something to check, is of the twenty alone. They take
+  turns with the further arguments in `always`.
+  """
+  @examples(n)
+  @given(st.tuples(seeds, prompts, *strategies))
+  def drawn(arguments):
+    check(tally(), *arguments)
+
+  drawn()
+  counts = tally()
+  for i in range(20):
+    rng = np.random.default_rng(i)
+    check(counts, i, rng.integers(1, 26, rng.integers(1, 9)).tolist(), *always[i % len(always)])
+  print(dict(counts))
+  return counts
 
 
 class TinyTokenizer:

@@ -73,8 +73,10 @@ def branch_step(model: Decoder, state: State, branch: Branch, tables: Tables, sa
     written = jnp.append(branch.visible & (state.log.thread >= 0), branch.view.index >= 0) & tables.penalised[tokens]
     scores = penalise(scores, tokens, written & (branch.view.state == A.TEXT), sampling.repetition_penalty)
   if switches.no_repeat:
-    # What followed the same tokens before may not follow them again; tags are left alone.
-    again = branch.visible & (state.log.gram == branch.gram) & (branch.gram != 0) & (branch.view.state == A.TEXT)
+    # What followed the same tokens before may not follow them again; tags are left alone. All threads count: chunks
+    # that do not see each other say the same thing too. Entries of this round do not, so width changes nothing.
+    earlier = (jnp.arange(state.log.round.shape[0]) < state.used) & (state.log.round < state.round)
+    again = earlier & (state.log.gram == branch.gram) & (branch.gram != 0) & (branch.view.state == A.TEXT)
     kinds = tables.classes[state.log.chosen]
     scores = ban(scores, state.log.chosen, again & ((kinds == A.ORDINARY) | (kinds == A.DIGITS)))
   if switches.promises:

@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors then returns)
 import numpy as np
+from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -77,7 +78,7 @@ def load_hf_folder(folder: Path, progress: bool) -> tuple[ModelConfig, dict[str,
   return config, params, tokenizer
 
 
-def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, np.ndarray], tokenizer: Tokenizer) -> None:
+def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, ArrayLike], tokenizer: Tokenizer) -> None:
   """Writes a model so that `load_hf_folder` and `transformers` read it, float32.
 
   The folder is made under another name first: it is there whole or not at all. One that stood there before
@@ -86,9 +87,11 @@ def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, np.nd
   temporary = folder.with_name(folder.name + ".tmp")
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
-  stored = lambda name, x: np.ascontiguousarray((x.T if name.endswith(".kernel") else x), np.float32)
-  save_file({rename(name, _NAMES, "model.layers."): stored(name, np.asarray(x)) for name, x in params.items()},
-            temporary / _SINGLE, {"format": "pt"})
+  tensors = {}
+  for name, x in params.items():
+    x = np.asarray(x, np.float32)
+    tensors[rename(name, _NAMES, "model.layers.")] = np.ascontiguousarray(x.T if name.endswith(".kernel") else x)
+  save_file(tensors, temporary / _SINGLE, {"format": "pt"})
   described = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=config.vocab_size,
     hidden_size=config.d_model, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,

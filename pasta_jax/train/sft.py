@@ -26,6 +26,7 @@ from pasta_jax.model.build import to_params
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.decoder import Decoder
 from pasta_jax.model.hf_folder import save_hf_folder
+from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.progress import progress_bar
 from pasta_jax.train.loss import sft_loss
 from pasta_jax.train.metrics import MetricWriter
@@ -152,11 +153,11 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
       writer.close()
     signal.signal(signal.SIGTERM, previous)
   if int(state.step) == total:
-    _export(workdir, config, compute_model(graph, state.trainable, frozen, jnp.float32), rule, vocabulary)
+    _export(workdir, config, compute_model(graph, state.trainable, frozen, jnp.float32), rule, checkpoint.tokenizer)
   return scalars
 
 
-def _export(workdir: Path, config, model: Decoder, rule: PositionRule, vocabulary: Vocabulary) -> None:
+def _export(workdir: Path, config, model: Decoder, rule: PositionRule, tokenizer: Tokenizer) -> None:
   """What decoding loads: `adapter.safetensors` with updates and tag rows, and of full training `model/`."""
   recipe = json.loads(config.to_json_best_effort())["train"]
   for field in ("data", "validation"):  # names only: the adapter goes to places where these folders are not
@@ -164,7 +165,7 @@ def _export(workdir: Path, config, model: Decoder, rule: PositionRule, vocabular
   metadata = {"train": json.dumps(recipe),
               "positions": json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})}
   if config.train.lora_rank == 0:
-    save_hf_folder(workdir / "model", model.config, to_params(model), vocabulary.tokenizer)
+    save_hf_folder(workdir / "model", model.config, to_params(model), tokenizer)
   if config.train.lora_rank or config.train.annotated:
     lora.save_adapter(workdir / "adapter.safetensors", model, metadata)
 
