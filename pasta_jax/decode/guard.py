@@ -52,12 +52,6 @@ def allowed(view: View, limits: Limits, switches: Switches) -> jax.Array:
   return well_formed & jnp.stack([rules.get(c, jnp.zeros((), bool)) for c in range(A.N_CLASSES)])
 
 
-def of_tokens(allowed: jax.Array, classes: jax.Array) -> jax.Array:
-  """`allowed` by class [N_CLASSES] as [V] by token. Bits and shifts: a gather over the vocabulary costs more."""
-  bits = jnp.sum(jnp.where(allowed, 1 << jnp.arange(A.N_CLASSES), 0))
-  return (bits >> classes) & 1 == 1
-
-
 def absurd(view: View, value: jax.Array, scale: jax.Array) -> jax.Array:
   """[V] bool: tokens that would make the promise's number larger than a number may be.
 

@@ -54,9 +54,7 @@ def ban(scores: jax.Array, tokens: jax.Array, which: jax.Array) -> jax.Array:
 def draw(logits: jax.Array, key: jax.Array, sampling: Sampling, switches: Switches) -> jax.Array:
   """The next token. `key` is the thread's, folded with the token's index in its thread."""
   if switches.greedy:
-    # The first of the largest. Two plain reductions: XLA's CPU argmax goes number by number.
-    places = jnp.where(logits == jnp.max(logits), jnp.arange(len(logits)), len(logits) - 1)
-    return jnp.min(places).astype(jnp.int32)
+    return jnp.argmax(logits).astype(jnp.int32)
   logits = logits / jnp.maximum(sampling.temperature, 1e-6)
   if switches.sorts:
     order = jnp.sort(logits, descending=True)

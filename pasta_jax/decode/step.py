@@ -81,7 +81,7 @@ def branch_step(model: Decoder, state: State, branch: Branch, tables: Tables, sa
     scores = ban(scores, state.log.chosen, again & ((kinds == A.ORDINARY) | (kinds == A.DIGITS)))
   if switches.promises:
     scores = scores.at[tables.open_tag].add(sampling.promise_bias)
-  allowed = guard.of_tokens(guard.allowed(branch.view, limits, switches), tables.classes)
+  allowed = guard.allowed(branch.view, limits, switches)[tables.classes]
   if switches.guard:
     allowed &= ~guard.absurd(branch.view, tables.value, tables.scale)
     # No topic twice: the token that would complete one that the branch sees may not come.
