@@ -61,9 +61,12 @@ def test_eval_resumes_and_sums_up(trained, tmp_path, timed):
   config.eval.update(prompts=str(folder / "prompts.jsonl"), timed=timed, requests=2, width=2, limit=2)
   evaluate(config, tmp_path)
   first = (tmp_path / "pasta.jsonl").read_text()
+  with open(tmp_path / "pasta.jsonl", "a") as file:  # killed while a line was written
+    file.write(first[: len(first) // 3])
   config.eval.limit = 0
   figures = evaluate(config, tmp_path)
   assert (tmp_path / "pasta.jsonl").read_text().startswith(first)
+  assert len((tmp_path / "pasta.jsonl").read_text().splitlines()) == 3
   assert figures["pasta"]["prompts"] == figures["sequential"]["prompts"] == 3
   assert ("wall_clock_speedup" in figures["pasta"]) == timed
   assert json.loads((tmp_path / "summary.json").read_text()).keys() == {"pasta", "sequential"}
@@ -95,6 +98,10 @@ def test_wrong_input_is_one_clear_error(trained, tmp_path):
   other = config.copy_and_resolve_references()
   other.eval.systems = "pasta,typo"
   with pytest.raises(EvalError, match="unknown system 'typo'"):
+    evaluate(other, tmp_path / "eval")
+  (tmp_path / "twice.jsonl").write_text('{"id": 7, "prompt": "a"}\n{"id": 7, "prompt": "b"}\n')
+  other.eval.update(systems="pasta", prompts=str(tmp_path / "twice.jsonl"))
+  with pytest.raises(EvalError, match="two prompts have the id 7"):
     evaluate(other, tmp_path / "eval")
   assert not (tmp_path / "eval").exists()
 

@@ -59,7 +59,7 @@ def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Respon
   console.print(figures_table(response.trace, response.seconds, speedup))
   if timeline is not None:
     draw = timeline_html if timeline.endswith(".html") else timeline_svg
-    Path(timeline).write_text(draw(response.trace, generator.vocabulary))
+    Path(timeline).write_text(draw(response.trace, generator.vocabulary), "utf-8")
     console.print(f"timeline written to {timeline}")
   return response
 
@@ -102,5 +102,5 @@ def decode_file(config, prompts_file: str, output: str | None) -> None:
     sys.stdout.writelines(lines)
   else:
     temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text("".join(lines))
+    temporary.write_text("".join(lines), "utf-8")
     temporary.replace(target)

@@ -1,9 +1,9 @@
 """What a decode step costs here: `python -m pasta_jax.evaluate.benchmark`.
 
-In one run, interleaved, medians: the memory bandwidth that a plain sum reaches; a step with 1, 2, 4, 8, 16 branches;
-pools of several sizes; and, where they are installed, `transformers` and llama.cpp one token at a time on the same
-weights. The floor of a step is the weights' bytes over that bandwidth. A branch ratio flatters a poor single-branch
-step, so absolute times stand beside it.
+In one run, interleaved, medians: the memory bandwidth that a plain sum reaches; a step of sequential decoding; a step
+of parallel decoding with 1, 2, 4, 8, 16 branches alive; pools of several sizes; and, where they are installed,
+`transformers` and llama.cpp one token at a time on the same weights. The floor of a step is the weights' bytes over
+that bandwidth. A branch ratio flatters a poor single-branch step, so absolute times stand beside it.
 """
 
 import json
@@ -58,18 +58,21 @@ def busy_state(interpreter: Interpreter, branches: int, capacity: int) -> State:
                         runnable=jnp.int32(branches), n_threads=jnp.int32(branches))
 
 
-def step_timer(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str, branches: int,
-               capacity: int) -> Callable[[], float]:
-  """A function that runs some decode steps and returns the seconds of one."""
+def step_timer(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str, branches: int, capacity: int, *,
+               sequential: bool = False) -> Callable[[], float]:
+  """A function that runs some decode steps and returns the seconds of one.
+
+  `sequential` is the loop of ordinary decoding: no other threads than the main one, nothing to guard.
+  """
   if dtype not in _MODELS:
     model = build.from_params(checkpoint.config, checkpoint.params)
     lora.add_tags(model, np.zeros((6, checkpoint.config.d_model), np.float32))
     _MODELS[dtype] = build.for_decoding(model, jnp.dtype(dtype))
   width = max(branches, 2 if dtype == "bfloat16" and jax.default_backend() == "cpu" else 1)
-  limits = Limits(max_new_tokens=10**6, widths=(width,), buckets=(min(capacity, 256), capacity)
-                  if capacity > 256 else (capacity,))
-  # Text only: every branch stays alive, and the guard, the automaton and the fork logic are all in the step.
-  it = Interpreter(_MODELS[dtype], vocabulary, limits, Switches(promises=False, guard=True))
+  limits = Limits(max_new_tokens=10**6, max_threads=1 if sequential else 24, widths=(width,),
+                  buckets=(256, capacity) if capacity > 256 else (capacity,))
+  # The tags' rows are zeros, so that none is ever likeliest: every branch stays alive.
+  it = Interpreter(_MODELS[dtype], vocabulary, limits, Switches(promises=not sequential, guard=not sequential))
   switches, numbers = switched(it.switches, SamplingConfig()), as_arrays(SamplingConfig())
   start = busy_state(it, branches, capacity)
 
@@ -161,6 +164,7 @@ def main(argv: list[str]) -> None:
   timers: dict[tuple, Callable[[], float]] = {("bandwidth",): bandwidth_timer()}
   with console.status("compiling …"):
     for dtype in FLAGS.dtypes:
+      timers["sequential", dtype] = step_timer(checkpoint, vocabulary, dtype, 1, MAIN_POOL, sequential=True)
       for b in branches:
         timers[dtype, b, MAIN_POOL] = step_timer(checkpoint, vocabulary, dtype, b, MAIN_POOL)
       for p in pools:
@@ -195,13 +199,15 @@ def show(console: rich.console.Console, median: dict[tuple, float], branches: li
       table.add_column(name, justify="left" if name == "step" else "right")
     for b in branches:
       t = median[dtype, b, MAIN_POOL]
-      table.add_row(f"{b} branches, pool {MAIN_POOL}", f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %", f"{t / one:.2f}",
-                    f"{b / t:.0f}")
+      table.add_row(f"{b} branch{'es' if b > 1 else ''}, pool {MAIN_POOL}", f"{1e3 * t:.1f}",
+                    f"{100 * floor / t:.0f} %", f"{t / one:.2f}", f"{b / t:.0f}")
     for p in pools:
+      if p == MAIN_POOL and MAIN_BRANCHES in branches:
+        continue
       t = median[dtype, MAIN_BRANCHES, p]
       table.add_row(f"{MAIN_BRANCHES} branch, pool {p}", f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %",
                     f"{t / one:.2f}", f"{1 / t:.0f}")
-    for other in (("transformers", dtype), ("llama.cpp", "Q4_1")):
+    for other in (("sequential", dtype), ("transformers", dtype), ("llama.cpp", "Q4_1")):
       if other in median:
         t = median[other]
         table.add_row(" ".join(other), f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %", f"{t / one:.2f}", f"{1 / t:.0f}")

@@ -6,7 +6,9 @@ time, systems interleaved prompt by prompt, compilation kept out by warming ever
 decoded many at a time and only theoretical figures are reported.
 """
 
+import collections
 import json
+import os
 from pathlib import Path
 
 import rich.console
@@ -37,11 +39,14 @@ class Records:
 
   def __init__(self, workdir: Path, system: str):
     self._path = workdir / f"{system}.jsonl"
+    if self._path.exists():  # a run that was killed may have left a line without its end
+      written = self._path.read_bytes()
+      os.truncate(self._path, written.rfind(b"\n") + 1)
     self.rows = {r["id"]: r for r in read_jsonl(self._path)} if self._path.exists() else {}
 
   def add(self, row: dict) -> None:
     self.rows[row["id"]] = row
-    with open(self._path, "a") as file:
+    with open(self._path, "a", encoding="utf-8") as file:
       file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -54,6 +59,8 @@ def read_prompts(path: str, limit: int) -> list[dict]:
     if not isinstance(row.get("prompt"), str):
       raise EvalError(f"{path}: row {number + 1} has no text under \"prompt\"")
     row.setdefault("id", str(number))
+  if twice := [i for i, n in collections.Counter(row["id"] for row in rows).items() if n > 1]:
+    raise EvalError(f"{path}: two prompts have the id {twice[0]!r}")
   return rows[:limit] if limit else rows
 
 
