@@ -37,6 +37,9 @@ def run() -> None:
     evaluate(FLAGS.config, Path(FLAGS.workdir))
   else:
     from pasta_jax.decode import command
+    for one, other in (("prompts_file", "prompt"), ("prompts_file", "timeline"), ("output", "prompt")):
+      if FLAGS[one].present and FLAGS[other].present:
+        raise ValueError(f"--{one} and --{other} do not go together")
     if FLAGS.prompts_file:
       command.decode_file(FLAGS.config, FLAGS.prompts_file, FLAGS.output)
       return

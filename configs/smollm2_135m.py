@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
       source="smollm2-135m-instruct",  # or a .gguf file, or a Hugging Face folder
       adapter="baseline" if arg == "baseline" else "pasta",  # the package's own; a file; "" for the base model
   ))
-  c.positions = ConfigDict(dict(strategy="pred_10x", fixed=60))
+  c.positions = ConfigDict(dict(strategy="pred_10x", fixed=60))  # of training; decoding takes the adapter's
   c.train = ConfigDict(dict(
       annotated=arg != "baseline",
       data="data/seed.jsonl",  # files, comma-separated; "FILE*2" counts twice an epoch
@@ -58,7 +58,7 @@ def get_config(arg: str = "") -> ConfigDict:
       top_p=1.0,
       min_p=0.0,
       repetition_penalty=1.1,
-      no_repeat=16,  # no run of so many tokens comes twice in a response; 0: off
+      no_repeat=16,  # a run of so many tokens that any thread wrote before is not written again; 0: off
       promise_bias=1.5,  # added to the logit of a promise's opening tag
       seed=0,
       live=True,  # show the branches while they are written, where standard output is a terminal
@@ -71,7 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
       systems="pasta,sequential",  # of pasta, sequential, baseline, base
       baseline_adapter="baseline",  # of the system "baseline": the package's own, or a file
       timed=True,  # one response at a time, by the clock; False: many at once, theoretical figures only
-      repeats=1,  # timed: decode each prompt so often; the last one counts (2 on accelerators)
+      repeats=0,  # timed: decode each prompt so often, the last one counts; 0: once on CPU, else twice
       requests=8,  # not timed: prompts at once
       width=4,  # not timed: branches of each in a step
   ))

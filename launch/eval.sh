@@ -2,7 +2,7 @@
 # The README's table: every system over a file of prompts, with the default settings and plainly greedy, then
 # PASTA against sequential decoding by the clock. Leave the machine alone during the last part.
 #   launch/eval.sh PROMPTS_FILE RUNS_FOLDER [flags for all runs]
-# Started again, it goes on where it stopped.
+# Started again, it goes on where it stopped. PYTHON names another Python than the checkout's own .venv.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 prompts=${1:?usage: launch/eval.sh PROMPTS_FILE RUNS_FOLDER [flags]} runs=${2:?}
@@ -11,7 +11,7 @@ export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 evaluate() {
   local name=$1
   shift
-  python main.py --mode=eval --workdir="$runs/$name" --config.eval.prompts="$prompts" "$@"
+  "${PYTHON:-.venv/bin/python}" main.py --mode=eval --workdir="$runs/$name" --config.eval.prompts="$prompts" "$@"
 }
 all=--config.eval.systems=pasta,sequential,baseline,base
 evaluate default $all --config.eval.timed=False "$@"

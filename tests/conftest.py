@@ -3,6 +3,9 @@
 import pytest
 
 from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
+from pasta_jax.model.decoder import exact_products
+
+exact_products("float32")
 
 
 @pytest.fixture(scope="session")

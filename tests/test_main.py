@@ -70,9 +70,14 @@ def test_eval_resumes_and_sums_up(trained, tmp_path, timed):
   assert figures["pasta"]["prompts"] == figures["sequential"]["prompts"] == 3
   assert ("wall_clock_speedup" in figures["pasta"]) == timed
   assert json.loads((tmp_path / "summary.json").read_text()).keys() == {"pasta", "sequential"}
+  before = config.copy_and_resolve_references()
   config.decode.temperature = 0.5
   with pytest.raises(EvalError, match="made with decode.temperature=1.0, not 0.5"):
     evaluate(config, tmp_path)
+  (tmp_path / "other.jsonl").write_text('{"id": "1", "prompt": "Something else?"}')
+  before.eval.prompts = str(tmp_path / "other.jsonl")
+  with pytest.raises(EvalError, match="another prompt with the id '1'"):
+    evaluate(before, tmp_path)
   assert json.loads((tmp_path / "config.json").read_text())["decode"]["temperature"] == 1.0
 
 
@@ -91,6 +96,18 @@ def test_wrong_input_is_one_clear_error(trained, tmp_path):
     Generator(config).respond("word " * 2000)
   with pytest.raises(DecodeError, match="there is no folder"):
     command.decode_file(config, str(folder / "prompts.jsonl"), str(tmp_path / "none" / "out.jsonl"))
+  with pytest.raises(DecodeError, match="cannot be written"):
+    command.decode_file(config, str(folder / "prompts.jsonl"), str(tmp_path))
+  with pytest.raises(DecodeError, match="there is no folder"):
+    command.decode_prompt(config, "Plan a trip.", timeline=str(tmp_path / "none" / "run.svg"))
+  (tmp_path / "empty.jsonl").write_text('{"prompt": "a"}\n{"prompt": " "}\n')
+  with pytest.raises(DecodeError, match="row 2: the prompt is empty"):
+    command.decode_file(config, str(tmp_path / "empty.jsonl"), None)
+  for field, value, words in (("dtype", "bf16", "decode.dtype must be"), ("requests", 0, "must be 1 or more")):
+    wrong = config.copy_and_resolve_references()
+    wrong.decode[field] = value
+    with pytest.raises(DecodeError, match=words):
+      command.decode_file(wrong, str(folder / "prompts.jsonl"), None)
   with pytest.raises(DataError, match="no such data file"):
     command.decode_file(config, str(tmp_path / "none.jsonl"), None)
   with pytest.raises(AdapterError, match="no adapter file"):
@@ -112,6 +129,8 @@ def test_wrong_input_is_one_clear_error(trained, tmp_path):
     (["--mode=train"], "--workdir"),
     (["--mode=eval", "--workdir=/proc/none", "--config.eval.prompts=data/seed.jsonl"], "/proc/none"),
     (["--prompt="], "prompt is empty"),
+    (["--prompt=a", "--output=b.jsonl"], "--output and --prompt do not go together"),
+    (["--mode=train", "--workdir=none", "--config.train.dtype=fp32"], "train.dtype must be"),
     (["stray"], "stray"),
 ], ids=lambda x: "" if isinstance(x, str) else x[0])
 def test_the_command_line_says_it_in_one_line(arguments, words):

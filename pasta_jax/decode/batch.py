@@ -26,6 +26,8 @@ class BatchDecoder:
   """Decodes lists of prompts, `requests` at a time, each with up to `width` branches a step."""
 
   def __init__(self, interpreter: Interpreter, *, requests: int, width: int):
+    if requests < 1 or width < 1:
+      raise DecodeError(f"requests and width must be 1 or more, not {requests} and {width}")
     self.interpreter, self.requests, self.width = interpreter, requests, width
     self._insert = jax.jit(lambda all_, one, r: jax.tree.map(lambda a, o: a.at[r].set(o), all_, one), donate_argnums=0)
     self._segment = jax.jit(self._segment_pure, static_argnames=("switches",), donate_argnums=(1,))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,8 +26,10 @@ def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Respon
   """
   if not prompt.strip():
     raise DecodeError("the prompt is empty")
-  if timeline is not None and Path(timeline).suffix not in (".html", ".svg"):
-    raise DecodeError(f"--timeline={timeline}: the name must end in .html or .svg")
+  if timeline is not None:
+    if Path(timeline).suffix not in (".html", ".svg"):
+      raise DecodeError(f"--timeline={timeline}: the name must end in .html or .svg")
+    _check_writable("timeline", timeline)
   d = config.decode
   generator = Generator(config)
   tokens = generator.encode(prompt)
@@ -54,14 +57,24 @@ def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Respon
   if len(modes) > 1:
     with console.status("the same weights, one token at a time …"):
       baseline = generator.respond(prompt, parallel=False)
-    a_token = baseline.seconds / max(describe(baseline.trace, generator.vocabulary)["text_tokens"], 1)
-    speedup = a_token * response.trace.cost.text_tokens / response.seconds
+    shown = lambda r: describe(r.trace, generator.vocabulary)["text_tokens"]
+    speedup = baseline.seconds / max(shown(baseline), 1) * shown(response) / response.seconds
   console.print(figures_table(response.trace, response.seconds, speedup))
   if timeline is not None:
     draw = timeline_html if timeline.endswith(".html") else timeline_svg
     Path(timeline).write_text(draw(response.trace, generator.vocabulary), "utf-8")
     console.print(f"timeline written to {timeline}")
   return response
+
+
+def _check_writable(flag: str, name: str) -> Path:
+  """The path of a file to be written when all is done; raises DecodeError now if it could not be."""
+  path = Path(name)
+  if not path.parent.is_dir():
+    raise DecodeError(f"--{flag}={name}: there is no folder {path.parent}")
+  if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    raise DecodeError(f"--{flag}={name} cannot be written")
+  return path
 
 
 def _compile(generator: Generator, prompt_length: int, modes: list[bool]) -> None:
@@ -83,14 +96,17 @@ def decode_file(config, prompts_file: str, output: str | None) -> None:
   for number, row in enumerate(rows, 1):
     if not isinstance(row.get("prompt"), str):
       raise DecodeError(f"{prompts_file}: row {number} has no text under \"prompt\"")
-  target = None if output is None else Path(output)
-  if target is not None and not target.parent.is_dir():
-    raise DecodeError(f"--output={output}: there is no folder {target.parent}")
+  target = None if output is None else _check_writable("output", output)
   if not rows:
     raise DecodeError(f"{prompts_file} holds no prompt")
   d = config.decode
   generator = Generator(config)
-  prompts = [generator.encode(row["prompt"]) for row in rows]
+  prompts = []
+  for number, row in enumerate(rows, 1):
+    try:
+      prompts.append(generator.encode(row["prompt"]))
+    except DecodeError as error:
+      raise DecodeError(f"{prompts_file}, row {number}: {error}") from None
   decoder = BatchDecoder(generator.interpreter(d.parallel), requests=min(d.requests, len(rows)),
                          width=min(d.slots, 4) if d.parallel else 1)
   bar, task = progress_bar("decoding", len(rows))

@@ -17,6 +17,7 @@ from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import build, lora
 from pasta_jax.model.checkpoint import load_checkpoint
+from pasta_jax.model.decoder import DTYPES, exact_products
 
 EMBEDDED = {"pasta": "smollm2_135m_pasta.safetensors", "baseline": "smollm2_135m_baseline.safetensors"}
 
@@ -52,6 +53,9 @@ class Generator:
 
   def __init__(self, config, *, adapter: str | None = None):
     d = config.decode
+    if d.dtype not in DTYPES:
+      raise DecodeError(f"decode.dtype must be {' or '.join(DTYPES)}, not {d.dtype!r}")
+    exact_products(d.dtype)
     checkpoint = load_checkpoint(config.model.source)
     self.name = checkpoint.name
     self.vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)

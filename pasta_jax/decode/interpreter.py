@@ -35,7 +35,7 @@ class DecodeError(ValueError):
   """A request that cannot be decoded; the message says why."""
 
 
-def spared_by_penalty(vocabulary: Vocabulary) -> np.ndarray:
+def penalised_tokens(vocabulary: Vocabulary) -> np.ndarray:
   """[V] bool, True where a token is penalised for repetition: ordinary tokens with a word of four letters or more.
 
   Digits, punctuation, blanks, short function words and the tags are spared: text needs them again and again,
@@ -76,7 +76,7 @@ class Interpreter:
                         "without promises")
     table = self.vocabulary.table
     self.tables = Tables(*(jnp.asarray(x[:rows]) for x in (table.classes, table.value, table.scale,
-                                                           spared_by_penalty(self.vocabulary))),
+                                                           penalised_tokens(self.vocabulary))),
                          async_tag=jnp.int32(table.tags.async_), open_tag=jnp.int32(table.tags.open))
     self.graph, self.params = nnx.split(self.model)
     self._prefill = jax.jit(self._prefill_pure, static_argnames=("capacity",))
@@ -147,7 +147,7 @@ class Interpreter:
     `note(done, total)` is told of progress.
     """
     switches, numbers = switched(self.switches, sampling), as_arrays(sampling)
-    state = self.start([1] * prompt_length)
+    state = self.start([1] * min(prompt_length, self.limits.buckets[-1] - self.limits.widths[-1]))
     most = prompt_length + self.limits.max_new_tokens + self.limits.widths[-1]
     sizes = [c for c in self._capacities() if c >= state.log.token.shape[0]]
     sizes = [c for i, c in enumerate(sizes) if i == 0 or sizes[i - 1] < most]

@@ -1,5 +1,6 @@
 """One response as a record for JSON lines: its text and its figures."""
 
+import collections
 from collections.abc import Sequence
 
 from pasta_jax.decode.trace import Trace
@@ -29,10 +30,7 @@ def describe(trace: Trace, vocabulary: Vocabulary) -> dict:
   reading = vocabulary.tokenizer.encode(trace.text)
   ended = trace.finish_reason == "stop"
   chunks = trace.threads[1:]
-  topics: dict[tuple[int, str], int] = {}
-  for c in chunks:
-    key = (c.parent, c.topic.lower())
-    topics[key] = topics.get(key, 0) + 1
+  topics = collections.Counter(c.topic.lower() for c in chunks)
   text_tokens = len(reading) + int(ended)
   return {
       "text": trace.text,

@@ -19,7 +19,7 @@ from pasta_jax.model.decoder import NEGATIVE, Decoder
 
 
 class Tables(NamedTuple):
-  """Per token id [V]: what `automaton.TokenTable` says, and which tokens the repetition penalty spares."""
+  """Per token id [V]: what `automaton.TokenTable` says, and which tokens the repetition penalty is for."""
 
   classes: jax.Array  # int32
   value: jax.Array  # int32

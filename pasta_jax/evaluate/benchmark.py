@@ -8,8 +8,10 @@ that bandwidth. A branch ratio flatters a poor single-branch step, so absolute t
 
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +30,7 @@ from pasta_jax.lang.automaton import ORDINARY
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import build, lora
 from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
+from pasta_jax.model.hf_folder import save_hf_folder
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "smollm2-135m-instruct", "name, GGUF file or Hugging Face folder")
@@ -39,6 +42,7 @@ flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")
 flags.DEFINE_string("json", None, "write the figures to this file too")
 
 MAIN_POOL, MAIN_BRANCHES = 512, 1
+SAMPLING, NO_REPEAT = SamplingConfig(repetition_penalty=1.1), 16  # what decoding has by default
 
 
 def busy_state(interpreter: Interpreter, branches: int, capacity: int) -> State:
@@ -72,8 +76,9 @@ def step_timer(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str, branc
   limits = Limits(max_new_tokens=10**6, max_threads=1 if sequential else 24, widths=(width,),
                   buckets=(256, capacity) if capacity > 256 else (capacity,))
   # The tags' rows are zeros, so that none is ever likeliest: every branch stays alive.
-  it = Interpreter(_MODELS[dtype], vocabulary, limits, Switches(promises=not sequential, guard=not sequential))
-  switches, numbers = switched(it.switches, SamplingConfig()), as_arrays(SamplingConfig())
+  it = Interpreter(_MODELS[dtype], vocabulary, limits,
+                   Switches(promises=not sequential, guard=not sequential, no_repeat=NO_REPEAT))
+  switches, numbers = switched(it.switches, SAMPLING), as_arrays(SAMPLING)
   start = busy_state(it, branches, capacity)
 
   def measure() -> float:
@@ -112,12 +117,10 @@ def transformers_timer(checkpoint: Checkpoint, dtype: str) -> Callable[[], float
     import transformers
   except ImportError:
     return None
-  c = checkpoint.config
-  config = transformers.LlamaConfig.from_dict(dict(
-      vocab_size=c.vocab_size, hidden_size=c.d_model, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
-      num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, intermediate_size=c.d_ff, rope_theta=c.rope_theta,
-      rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_embeddings, max_position_embeddings=c.max_position))
-  model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+  with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "model"
+    save_hf_folder(path, checkpoint.config, checkpoint.params, checkpoint.tokenizer)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
   prompt = torch.ones((1, MAIN_POOL // 2), dtype=torch.long)
 
   @torch.inference_mode()
@@ -167,8 +170,9 @@ def main(argv: list[str]) -> None:
       timers["sequential", dtype] = step_timer(checkpoint, vocabulary, dtype, 1, MAIN_POOL, sequential=True)
       for b in branches:
         timers[dtype, b, MAIN_POOL] = step_timer(checkpoint, vocabulary, dtype, b, MAIN_POOL)
-      for p in pools:
-        timers.setdefault((dtype, MAIN_BRANCHES, p), step_timer(checkpoint, vocabulary, dtype, MAIN_BRANCHES, p))
+      for p in {MAIN_POOL, *pools}:
+        if (dtype, MAIN_BRANCHES, p) not in timers:
+          timers[dtype, MAIN_BRANCHES, p] = step_timer(checkpoint, vocabulary, dtype, MAIN_BRANCHES, p)
       if other := transformers_timer(checkpoint, dtype):
         timers["transformers", dtype] = other
     if other := llama_cpp_timer():
@@ -179,10 +183,10 @@ def main(argv: list[str]) -> None:
       for key, measure in timers.items():
         taken[key].append(measure())
   median = {key: statistics.median(values) for key, values in taken.items()}
-  show(console, median, branches, pools)
   if FLAGS.json:
     with open(FLAGS.json, "w") as file:
       json.dump({" ".join(map(str, k)): v for k, v in median.items()}, file, indent=2)
+  show(console, median, branches, pools)
 
 
 def show(console: rich.console.Console, median: dict[tuple, float], branches: list[int], pools: list[int]) -> None:

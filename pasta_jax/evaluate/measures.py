@@ -25,6 +25,8 @@ def bootstrap_interval(values: Sequence[float], samples: int = 2000, seed: int =
 def summarise(rows: Sequence[dict], baseline: Sequence[dict] | None = None) -> dict[str, float]:
   """Figures over prompts of one system's records; with the records of sequential decoding, speed-ups too.
 
+  A figure of nothing (lengths where nothing was promised) is left out.
+
   `wall_clock_speedup` is seconds of the baseline over seconds of the system, prompt by prompt (the paper's
   protocol); `same_text_speedup` replaces the baseline's seconds by its seconds a token times the system's
   `text_tokens`, so that it compares like with like when the two answers differ in length. `efficiency` is the
@@ -64,4 +66,4 @@ def summarise(rows: Sequence[dict], baseline: Sequence[dict] | None = None) -> d
     out["efficiency"] = geometric_mean(
         s / r["theoretical_speedup"] for s, (r, _) in zip(same, pairs))
     out["slower_share"] = sum(w < 1 for w in wall) / max(len(wall), 1)
-  return out
+  return {name: value for name, value in out.items() if not math.isnan(value)}

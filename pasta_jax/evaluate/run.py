@@ -7,16 +7,18 @@ decoded many at a time and only theoretical figures are reported.
 """
 
 import collections
+import hashlib
 import json
 import os
 from pathlib import Path
 
+import jax
 import rich.console
 import rich.table
 
 from pasta_jax.data.examples import read_jsonl
 from pasta_jax.decode.batch import BatchDecoder
-from pasta_jax.decode.generate import Generator
+from pasta_jax.decode.generate import Generator, adapter_path
 from pasta_jax.decode.interpreter import padded_length
 from pasta_jax.decode.record import describe
 from pasta_jax.evaluate.measures import summarise
@@ -74,6 +76,9 @@ def evaluate(config, workdir: Path) -> dict[str, dict[str, float]]:
   workdir.mkdir(parents=True, exist_ok=True)
   _keep_settings(workdir, config)
   records = {name: Records(workdir, name) for name in names}
+  for name, p in ((n, p) for n in names for p in prompts):
+    if (row := records[name].rows.get(p["id"])) and row["prompt"] != p["prompt"]:
+      raise EvalError(f"{workdir} holds a response to another prompt with the id {p['id']!r}: choose another --workdir")
   adapters = {"baseline": e.baseline_adapter, "base": ""}
   generators: dict[str, Generator] = {}
   for name in names:
@@ -82,18 +87,21 @@ def evaluate(config, workdir: Path) -> dict[str, dict[str, float]]:
       generators[adapter] = Generator(config, adapter=adapter)
   loaded = {name: generators[adapters.get(name, config.model.adapter)] for name in names}
   (_timed if e.timed else _batched)(loaded, prompts, records, e)
-  return report(workdir, names, [p["id"] for p in prompts])
+  return report(workdir, {name: [records[name].rows[p["id"]] for p in prompts] for name in names})
 
 
 def _keep_settings(workdir: Path, config) -> None:
   """Writes the config; responses made with other settings are not mixed with those to come."""
   path = workdir / "config.json"
   now = json.loads(config.to_json_best_effort())
+  files = {name: adapter_path(name) for name in (config.model.adapter, config.eval.baseline_adapter)}
+  now["sha256"] = {name: hashlib.sha256(f.read_bytes()).hexdigest() for name, f in files.items() if f and f.is_file()}
   if path.exists() and any((workdir / f"{name}.jsonl").exists() for name in SYSTEMS):
     before = json.loads(path.read_text())
     free = ("live", "compare", "requests")  # no response depends on these
     fields = [(part, field) for part in ("model", "positions", "decode") for field in now[part] if field not in free]
-    for part, field in [*fields, ("eval", "baseline_adapter"), ("eval", "timed")]:
+    fields += [("eval", field) for field in ("baseline_adapter", "timed", "repeats")]
+    for part, field in [*fields, *(("sha256", name) for name in now["sha256"])]:
       old, new = before.get(part, {}).get(field), now[part][field]
       if old != new:
         raise EvalError(f"{workdir} holds responses made with {part}.{field}={old!r}, not {new!r}: choose another "
@@ -107,6 +115,7 @@ def _timed(loaded: dict[str, Generator], prompts: list[dict], records: dict[str,
   if not todo:
     return
   lengths = sorted({padded_length(len(loaded[name].encode(p["prompt"]))) for name in loaded for p in todo})
+  repeats = e.repeats or (1 if jax.default_backend() == "cpu" else 2)
   bar, task = progress_bar("compiling", len(lengths) * len(loaded))
   with bar:
     for name, generator in loaded.items():
@@ -119,7 +128,7 @@ def _timed(loaded: dict[str, Generator], prompts: list[dict], records: dict[str,
       for name, generator in loaded.items():
         if p["id"] in records[name].rows:
           continue
-        for _ in range(max(e.repeats, 1)):  # the last one counts
+        for _ in range(repeats):  # the last one counts
           response = generator.respond(p["prompt"], parallel=parallel(name))
         row = {**p, **describe(response.trace, generator.vocabulary), "seconds": response.seconds}
         records[name].add(row)
@@ -145,25 +154,24 @@ def _batched(loaded: dict[str, Generator], prompts: list[dict], records: dict[st
       decoder.run([generator.encode(p["prompt"]) for p in todo], generator.sampling, done=done)
 
 
-def report(workdir: Path, names: list[str], ids: list[str]) -> dict[str, dict[str, float]]:
-  """Figures of each system, written to `summary.json` and printed as a table."""
-  rows = {name: [r for i in ids if (r := Records(workdir, name).rows.get(i))] for name in names}
+def report(workdir: Path, rows: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
+  """Figures of each system's records, written to `summary.json` and printed as a table."""
   baseline = rows.get("sequential") or rows.get("baseline")
-  figures = {name: summarise(rows[name], baseline if rows[name] is not baseline else None) for name in names}
+  figures = {name: summarise(rows[name], baseline if rows[name] is not baseline else None) for name in rows}
   (workdir / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
-  table = rich.table.Table(title=f"{len(ids)} prompts")
+  table = rich.table.Table(title=f"{len(next(iter(rows.values())))} prompts")
   table.add_column("figure")
-  for name in names:
+  for name in rows:
     table.add_column(name, justify="right")
   keys = dict.fromkeys(k for f in figures.values() for k in f)
   for key in keys:
-    table.add_row(key.replace("_", " "), *(_shown(key, figures[name].get(key)) for name in names))
+    table.add_row(key.replace("_", " "), *(_shown(key, figures[name].get(key)) for name in rows))
   rich.console.Console().print(table)
   return figures
 
 
 def _shown(key: str, value: float | None) -> str:
-  if value is None or value != value:
+  if value is None:
     return "–"
   if key.endswith(("share", "overhead", "error", "efficiency")):
     return f"{100 * value:.1f} %"

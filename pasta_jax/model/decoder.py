@@ -29,6 +29,18 @@ class TagParam(nnx.Param):
   """Rows of the vocabulary that PASTA adds."""
 
 
+DTYPES = ("float32", "bfloat16")
+
+
+def exact_products(dtype: str) -> None:
+  """Makes float32 products float32 on TPU and newer GPUs, which round their operands otherwise.
+
+  A setting of the whole process; float32 is chosen for exactness, bfloat16 for speed.
+  """
+  if dtype == "float32" and jax.default_backend() != "cpu":
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
 @jax.custom_vjp
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
   """[..., m, k] @ [..., k, n] -> float32, both operands of one dtype, leading axes equal or absent from y.

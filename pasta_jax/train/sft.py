@@ -24,7 +24,7 @@ from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import lora
 from pasta_jax.model.build import to_params
 from pasta_jax.model.checkpoint import load_checkpoint
-from pasta_jax.model.decoder import Decoder
+from pasta_jax.model.decoder import DTYPES, Decoder, exact_products
 from pasta_jax.model.hf_folder import save_hf_folder
 from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.progress import progress_bar
@@ -78,6 +78,12 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   then as it was.
   """
   c = config.train
+  if c.dtype not in DTYPES:
+    raise ValueError(f"train.dtype must be {' or '.join(DTYPES)}, not {c.dtype!r}")
+  for field in ("batch_size", "accumulate", "length", "loss_chunk", "validate_every", "checkpoint_every"):
+    if c[field] < 1:
+      raise ValueError(f"train.{field} must be 1 or more, not {c[field]}")
+  exact_products(c.dtype)
   workdir = _checked_workdir(workdir)  # before minutes of loading
   rows, held_out_rows = mix(c.data), mix(c.validation)
   checkpoint = load_checkpoint(config.model.source)
