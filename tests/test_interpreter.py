@@ -62,7 +62,7 @@ _CASES = {
 @pytest.mark.parametrize("case", _CASES)
 def test_the_schedule_changes_nothing(case):
   guard, limits, sampling, shapes, reasons = _CASES[case]
-  no_repeat = 3 if case == "no repeats" else 0
+  no_repeat = 2 if case == "no repeats" else 0
   kinds = ["habits", "habits", "storm", "endless"]
 
   def check(tally, seed, prompt, kind):
