@@ -321,6 +321,25 @@ def test_no_run_of_tokens_comes_twice(promises, n):
   assert (threads > 0) == promises
 
 
+def test_no_topic_is_promised_twice():
+  """By no two threads, once the first promise is kept; without `no_repeat`, by none that sees it."""
+  topics = {}
+  for no_repeat in (0, 16):
+    run = interpreter(no_repeat=no_repeat)
+    topics[no_repeat] = 0
+    for seed in range(24):
+      run.params = tiny.weights(seed, ["habits", "endless"][seed % 2])
+      trace = run.run([1, 2], SamplingConfig(temperature=1.0, seed=seed))
+      kept = {}
+      for chunk in trace.threads[1:]:
+        parent = trace.threads[chunk.parent]
+        begun = parent.rounds[chunk.fork_index]  # when the promise's last token was chosen; its topic came before
+        first = kept.setdefault(chunk.topic, begun)
+        # The topic's last token was chosen four rounds earlier at least (the number and two tags follow it).
+        topics[no_repeat] += first < begun - 6
+  assert topics[16] == 0 < topics[0]
+
+
 def test_the_bias_changes_how_often_promises_come():
   run = Interpreter(tiny.model(), VOCABULARY, ROOMY, Switches())
   counts = {}

@@ -37,7 +37,7 @@ class Switches:
   greedy: bool = True
   sorts: bool = False  # top-k or top-p is on
   penalises: bool = False  # the repetition penalty is on
-  no_repeat: int = 0  # a run of so many tokens that any thread wrote in an earlier round is not repeated; 0: off
+  no_repeat: int = 0  # no topic or run of so many tokens of any thread's earlier rounds is written again; 0: off
   capture: bool = False  # keep every step's logits in the trace (for tests: capacity x V floats)
 
 

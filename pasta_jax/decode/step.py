@@ -37,7 +37,7 @@ class Branch(NamedTuple):
   visible: jax.Array  # [P] bool
   key: jax.Array  # [2] uint32
   view: guard.View  # of the thread behind `token`
-  taken: jax.Array  # [M] bool: this promise that it sees has the topic so far, but for one more token
+  taken: jax.Array  # [M] bool: this promise that it knows has the topic so far, but for one more token
   gram: jax.Array  # uint32, hash of its last tokens (`sampling.gram_hash`)
 
 
@@ -84,7 +84,7 @@ def branch_step(model: Decoder, state: State, branch: Branch, tables: Tables, sa
   allowed = guard.allowed(branch.view, limits, switches)[tables.classes]
   if switches.guard:
     allowed &= ~guard.absurd(branch.view, tables.value, tables.scale)
-    # No topic twice: the token that would complete one that the branch sees may not come.
+    # No topic twice: the token that would complete one that was promised may not come.
     scores = ban(scores, state.threads.kept_last, branch.taken & (branch.view.state == A.TOPIC))
   scores = jnp.where(allowed, scores, NEGATIVE)
   key = jax.random.fold_in(jax.random.wrap_key_data(branch.key), branch.view.index + 1)
@@ -132,7 +132,10 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
   # What the branch sees and knows behind that token.
   entry = state.used + jnp.arange(width)
   rows = t.visible[at]
-  taken = (rows[:, t.fork_entry] & (jnp.arange(m) > 0) & (t.status != FREE) & (t.kept_last >= 0)
+  known = rows[:, t.fork_entry]  # [W, M]: this thread's promise
+  if switches.no_repeat:  # those of threads that it does not see too, as with runs of tokens (`branch_step`)
+    known |= state.log.round[t.fork_entry] < state.round
+  taken = (known & (jnp.arange(m) > 0) & (t.status != FREE) & (t.kept_last >= 0)
            & (t.kept_before == topic[:, None]))
   recent = jnp.concatenate([t.recent[at][:, 1:], token[:, None]], axis=1) if t.recent.shape[1] else t.recent[at]
   recent = jnp.where((index >= 0)[:, None], recent, t.recent[at])
