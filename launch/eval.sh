@@ -4,9 +4,10 @@
 #   launch/eval.sh PROMPTS_FILE RUNS_FOLDER [flags for all runs]
 # Started again, it goes on where it stopped. PYTHON names another Python than the checkout's own .venv.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-prompts=${1:?usage: launch/eval.sh PROMPTS_FILE RUNS_FOLDER [flags]} runs=${2:?}
+usage="usage: launch/eval.sh PROMPTS_FILE RUNS_FOLDER [flags]"
+prompts=$(realpath "${1:?$usage}") runs=$(realpath -m "${2:?$usage}")
 shift 2
+cd "$(dirname "$0")/.."
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 evaluate() {
   local name=$1
