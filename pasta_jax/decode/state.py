@@ -145,6 +145,12 @@ def grow(state: State, capacity: int) -> State:
   return state._replace(pool=pool, log=log, threads=threads)
 
 
+def earlier(state: State) -> jax.Array:
+  """[P] bool: entries written before this round. What looks at other threads' entries looks at these only, so that
+  the width of a step changes nothing."""
+  return (jnp.arange(state.log.round.shape[0]) < state.used) & (state.log.round < state.round)
+
+
 def summary(state: State) -> dict[str, Any]:
   """The scalars that the host steers by."""
   return {"used": state.used, "runnable": state.runnable, "finish": state.finish, "steps": state.steps}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pasta_jax.decode import guard
 from pasta_jax.decode.config import Limits, Switches
 from pasta_jax.decode.sampling import Sampling, ban, draw, gram_hash, penalise
-from pasta_jax.decode.state import DONE, FREE, LENGTH, POOL, RUNNING, STOP, UNFINISHED, WAITING, State
+from pasta_jax.decode.state import DONE, FREE, LENGTH, POOL, RUNNING, STOP, UNFINISHED, WAITING, State, earlier
 from pasta_jax.lang import automaton as A
 from pasta_jax.model.decoder import NEGATIVE, Decoder
 
@@ -74,9 +74,8 @@ def branch_step(model: Decoder, state: State, branch: Branch, tables: Tables, sa
     scores = penalise(scores, tokens, written & (branch.view.state == A.TEXT), sampling.repetition_penalty)
   if switches.no_repeat:
     # What followed the same tokens before may not follow them again; tags are left alone. All threads count: chunks
-    # that do not see each other say the same thing too. Entries of this round do not, so width changes nothing.
-    earlier = (jnp.arange(state.log.round.shape[0]) < state.used) & (state.log.round < state.round)
-    again = earlier & (state.log.gram == branch.gram) & (branch.gram != 0) & (branch.view.state == A.TEXT)
+    # that do not see each other say the same thing too.
+    again = earlier(state) & (state.log.gram == branch.gram) & (branch.gram != 0) & (branch.view.state == A.TEXT)
     kinds = tables.classes[state.log.chosen]
     scores = ban(scores, state.log.chosen, again & ((kinds == A.ORDINARY) | (kinds == A.DIGITS)))
   if switches.promises:
@@ -134,7 +133,7 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
   rows = t.visible[at]
   known = rows[:, t.fork_entry]  # [W, M]: this thread's promise
   if switches.no_repeat:  # those of threads that it does not see too, as with runs of tokens (`branch_step`)
-    known |= state.log.round[t.fork_entry] < state.round
+    known |= earlier(state)[t.fork_entry]
   taken = (known & (jnp.arange(m) > 0) & (t.status != FREE) & (t.kept_last >= 0)
            & (t.kept_before == topic[:, None]))
   recent = jnp.concatenate([t.recent[at][:, 1:], token[:, None]], axis=1) if t.recent.shape[1] else t.recent[at]
