@@ -45,6 +45,10 @@ def test_summary_of_hand_made_records():
   assert s["same_text_speedup"] == pytest.approx((1 * 5 * 0.5) ** (1 / 3))
   assert s["efficiency"] == pytest.approx((1 * 5 / 4 * 0.5) ** (1 / 3))
   assert s["wall_clock_low"] <= s["wall_clock_speedup"] <= s["wall_clock_high"]
+  # b and c hold promises.
+  assert s["with_promises_wall_clock_speedup"] == pytest.approx((3 * 0.5) ** (1 / 2))
+  assert s["with_promises_efficiency"] == pytest.approx((5 / 4 * 0.5) ** (1 / 2))
+  assert s["with_promises_slower_share"] == 0.5
 
 
 def test_means_of_nothing_are_not_a_number():
