@@ -8,12 +8,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("mode", "decode", ["train", "decode", "eval"], "what to do")
+flags.DEFINE_enum("mode", "decode", ["train", "decode", "eval", "pilot", "report"],
+                  "what to do; pilot: eval with thresholds and an exit code; report: eval's report anew")
 config_flags.DEFINE_config_file("config", None, "experiment: a file, or file.py:argument; configs/smollm2_135m.py "
                                 "if not given", lock_config=True)
-flags.DEFINE_string("workdir", None, "folder of the run (train, eval): checkpoints, metrics, results")
+flags.DEFINE_string("workdir", None, "folder of the run (all but decode): checkpoints, metrics, results")
 flags.DEFINE_string("prompt", None, "decode: the prompt; read from standard input where that is piped")
-flags.DEFINE_string("prompts_file", None, "decode: JSON lines with \"prompt\", instead of one prompt")
+flags.DEFINE_string("prompts_file", None, "decode, pilot: JSON lines with \"prompt\"")
 flags.DEFINE_string("output", None, "decode: where the answers to --prompts_file go; standard output if not given")
 flags.DEFINE_string("timeline", None, "decode: draw the answer's threads in this .html or .svg file")
 
@@ -35,6 +36,15 @@ def run() -> None:
   elif FLAGS.mode == "eval":
     from pasta_jax.evaluate.run import evaluate
     evaluate(FLAGS.config, Path(FLAGS.workdir))
+  elif FLAGS.mode == "report":
+    from pasta_jax.evaluate import report
+    report.write(Path(FLAGS.workdir))
+  elif FLAGS.mode == "pilot":
+    from pasta_jax.evaluate.run import pilot
+    if FLAGS.prompts_file:
+      FLAGS.config.eval.prompts = FLAGS.prompts_file
+    if not pilot(FLAGS.config, Path(FLAGS.workdir)):
+      sys.exit(3)
   else:
     from pasta_jax.decode import command
     for one, other in (("prompts_file", "prompt"), ("prompts_file", "timeline"), ("output", "prompt")):

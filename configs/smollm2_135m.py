@@ -3,23 +3,25 @@
     python main.py --mode=decode --prompt="Compare trains and planes."
     python main.py --mode=train --config=configs/smollm2_135m.py --workdir=runs/pasta
     python main.py --mode=train --config=configs/smollm2_135m.py:baseline --workdir=runs/baseline
+    python main.py --mode=train --config=configs/smollm2_135m.py:apar --workdir=runs/apar
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """`arg`: "" for PASTA, "baseline" for Baseline-SFT (same data, tags removed)."""
-  if arg not in ("", "baseline"):
-    raise ValueError(f"smollm2_135m: unknown argument {arg!r}; leave it out, or write ':baseline'")
+  """`arg`: "" for PASTA; "baseline" for Baseline-SFT (same rows, tags removed); "apar" for APAR (same rows, chunks
+  by their form, no joins)."""
+  if arg not in ("", "baseline", "apar"):
+    raise ValueError(f"smollm2_135m: unknown argument {arg!r}; leave it out, or write ':baseline' or ':apar'")
   c = ConfigDict()
   c.model = ConfigDict(dict(
       source="smollm2-135m-instruct",  # or a .gguf file, or a Hugging Face folder
-      adapter="baseline" if arg == "baseline" else "pasta",  # the package's own; a file; "" for the base model
+      adapter=arg or "pasta",  # the package's own; a file; "" for the base model
   ))
   c.positions = ConfigDict(dict(strategy="pred_10x", fixed=60))  # of training; decoding takes the adapter's
   c.train = ConfigDict(dict(
-      annotated=arg != "baseline",
+      annotation={"": "plan", "baseline": "none", "apar": "structure"}[arg],  # of the rows of `data`
       data="data/seed.jsonl",  # files, comma-separated; "FILE*2" counts twice an epoch
       validation="",
       min_speedup=1.4,  # annotated responses that save less are left out
@@ -65,14 +67,42 @@ def get_config(arg: str = "") -> ConfigDict:
       compare=True,  # one prompt: decode it without promises as well, for the measured speed-up
       requests=4,  # prompts at once for --prompts_file
   ))
+  # What can be compared: an adapter and a way of decoding it.
+  adapter = "pasta" if arg else c.model.get_ref("adapter")
+  c.systems = ConfigDict(dict(
+      pasta=dict(adapter=adapter, decode="parallel"),
+      sequential=dict(adapter=adapter, decode="sequential"),  # the same weights without promises
+      baseline=dict(adapter="baseline", decode="sequential"),  # Baseline-SFT
+      apar=dict(adapter="apar", decode="parallel"),  # chunks by form, no joins
+      sot=dict(adapter="", decode="skeleton"),  # Skeleton-of-Thought: an outline, its points side by side
+      base=dict(adapter="", decode="sequential"),  # the model as it is
+  ))
+  c.skeleton = ConfigDict(dict(max_points=10, outline_tokens=160, point_tokens=128))
   c.eval = ConfigDict(dict(
-      prompts="",  # file of JSON lines with "prompt" and "id"
-      limit=0,  # 0: all
-      systems="pasta,sequential",  # of pasta, sequential, baseline, base
-      baseline_adapter="baseline",  # of the system "baseline": the package's own, or a file
-      timed=True,  # one response at a time, by the clock; False: many at once, theoretical figures only
-      repeats=0,  # timed: decode each prompt so often, the last one counts; 0: once on CPU, else twice
-      requests=8,  # not timed: prompts at once
-      width=4,  # not timed: branches of each in a step
+      prompts="",  # JSON lines with "prompt" (or MT-Bench's "turns"), or AlpacaEval's JSON
+      limit=0,  # prompts; 0: all
+      categories="",  # comma-separated; "": all
+      systems="pasta,baseline",  # of c.systems
+      baseline="baseline",  # the system that the others are measured against
+      requests=24,  # answered at once; responses for quality and theoretical figures
+      width=2,  # branches of each in a step
+      dtype="float32",  # of those responses: the same, however many are answered at once
+      timed=0,  # prompts that are answered once more, one at a time by the clock, in decode.dtype; -1: all
+      timed_prompts="",  # a file that says which; "": the first ones of `prompts`
+      repeats=0,  # decode each timed prompt so often, the last one counts; 0: once on CPU, else twice
+      judges="local",  # comma-separated: local, llm, or files of preferences; "": none
+      difficulty="",  # file of instruction difficulties for the length-controlled win rate; "": without
+      min_quality=0.0,  # --mode=pilot: win rate in per cent that must be reached; 0: none
+      min_speedup=0.0,  # --mode=pilot: speed-up by the clock that must be reached; 0: none
+  ))
+  c.judge = ConfigDict(dict(  # of eval.judges=llm
+      kind="openai",  # any OpenAI-compatible endpoint; or "gemini"
+      url="",  # "": the provider's own; a local server: http://localhost:8000/v1
+      model="",
+      key_env="",  # environment variable with the key; "": OPENAI_API_KEY or GEMINI_API_KEY
+      concurrency=8,
+      retries=6,
+      timeout=60.0,
+      cache="",  # file of paid calls, for several runs; "": in the run's folder
   ))
   return c

@@ -210,20 +210,20 @@ def chosen(selection) -> list[str]:
 
 
 def test_selection_and_its_reasons():
-  kept = examples(ROWS, BYTES, RULE, annotated=True, max_length=300, min_speedup=1.0)
+  kept = examples(ROWS, BYTES, RULE, annotation="plan", max_length=300, min_speedup=1.0)
   assert chosen(kept) == ["three", "plain", "plain too"]
   assert (kept.too_long, kept.too_slow, kept.too_plain) == (1, 1, 0)
-  kept = examples(ROWS, BYTES, RULE, annotated=True, max_length=300, min_speedup=1.0, plain_share=0.5)
+  kept = examples(ROWS, BYTES, RULE, annotation="plan", max_length=300, min_speedup=1.0, plain_share=0.5)
   assert chosen(kept) == ["three", "plain"] and kept.too_plain == 1
-  kept = examples(ROWS, BYTES, RULE, annotated=True, max_length=10_000, plain_share=0.0)
+  kept = examples(ROWS, BYTES, RULE, annotation="plan", max_length=10_000, plain_share=0.0)
   assert chosen(kept) == ["three", "slow", "long"] and kept.too_plain == 2
 
 
 @pytest.mark.parametrize("strategy", ["pred_10x", "fixed", "sum"])
 def test_baseline_has_the_same_rows_without_tags(strategy: str):
   settings_ = dict(max_length=300, min_speedup=1.0, plain_share=0.5)
-  with_tags = examples(ROWS, BYTES, PositionRule(strategy), annotated=True, **settings_)
-  without = examples(ROWS, BYTES, PositionRule(strategy), annotated=False, **settings_)
+  with_tags = examples(ROWS, BYTES, PositionRule(strategy), annotation="plan", **settings_)
+  without = examples(ROWS, BYTES, PositionRule(strategy), annotation="none", **settings_)
   assert chosen(with_tags) == chosen(without)
   assert dataclasses.astuple(with_tags)[1:] == dataclasses.astuple(without)[1:]
   responses = {r["prompt"]: r["response"] for r in ROWS}
@@ -236,7 +236,7 @@ def test_baseline_has_the_same_rows_without_tags(strategy: str):
 
 
 def test_examples_are_laid_out_behind_the_chat_prompt():
-  only = examples(ROWS[:1], BYTES, RULE, annotated=True, max_length=300).examples[0]
+  only = examples(ROWS[:1], BYTES, RULE, annotation="plan", max_length=300).examples[0]
   expected = layout(BYTES.encode(program_of(ROWS[0]), RULE), RULE, BYTES.table, [257, *b"three", 257])
   for field in dataclasses.fields(Layout):
     np.testing.assert_array_equal(getattr(only, field.name), getattr(expected, field.name))
@@ -246,7 +246,7 @@ def test_selection_of_the_seed_data(smollm2_checkpoint):
   """The figures of the data's README hold roughly under the real tokenizer."""
   vocabulary = Vocabulary(smollm2_checkpoint.tokenizer)
   rows = read_jsonl(SEED)[:60]
-  kept = examples(rows, vocabulary, RULE, annotated=True, max_length=1024)
+  kept = examples(rows, vocabulary, RULE, annotation="plan", max_length=1024)
   assert len(kept.examples) + kept.too_long == len(rows) and kept.too_long < 3
   speedups = [cost(vocabulary.encode(program_of(r), RULE), vocabulary.table).theoretical_speedup
               for r in rows if r["chunks"]]
@@ -258,7 +258,7 @@ def test_row_that_the_vocabulary_cannot_express_is_named(smollm2_checkpoint):
   bad_rows = [row("a\x04"), row("a", prompt="\x04"), row("a") | {"prompt": None}]
   for bad in ({**r, "id": "r7"} for r in bad_rows):
     with pytest.raises(DataError, match="^row r7: "):
-      examples([row("fine"), bad], vocabulary, RULE, annotated=True, max_length=100)
+      examples([row("fine"), bad], vocabulary, RULE, annotation="plan", max_length=100)
 
 
 # Files.

@@ -22,7 +22,7 @@ def test_loops():
 def record(**changes) -> dict:
   return {"id": "a", "promises": 0, "lengths": [], "theoretical_speedup": 1.0, "ill_formed": 0, "refused": 0,
           "topic_twice": False, "loops": False, "finish_reason": "stop", "text_tokens": 100, "total_tokens": 100,
-          "seconds": 2.0} | changes
+          "seconds": 2.0, "longest_path": 50, "parallelism": 1.5} | changes
 
 
 def test_summary_of_hand_made_records():

@@ -12,7 +12,6 @@ from configs.smollm2_135m import get_config
 from pasta_jax.data.examples import DataError
 from pasta_jax.decode import command
 from pasta_jax.decode.generate import DecodeError, Generator
-from pasta_jax.evaluate.run import EvalError, evaluate
 from pasta_jax.model.lora import AdapterError
 from pasta_jax.train import sft
 
@@ -54,33 +53,6 @@ def test_decode_a_file_gives_what_single_prompts_give(trained, tmp_path):
   assert [r["text"] for r in rows] == [generator.respond(r["prompt"]).text for r in rows]
 
 
-@pytest.mark.parametrize("timed", [True, False])
-def test_eval_resumes_and_sums_up(trained, tmp_path, timed):
-  config, folder = trained
-  config = config.copy_and_resolve_references()
-  config.eval.update(prompts=str(folder / "prompts.jsonl"), timed=timed, requests=2, width=2, limit=2)
-  evaluate(config, tmp_path)
-  first = (tmp_path / "pasta.jsonl").read_text()
-  with open(tmp_path / "pasta.jsonl", "a") as file:  # killed while a line was written
-    file.write(first[: len(first) // 3])
-  config.eval.limit = 0
-  figures = evaluate(config, tmp_path)
-  assert (tmp_path / "pasta.jsonl").read_text().startswith(first)
-  assert len((tmp_path / "pasta.jsonl").read_text().splitlines()) == 3
-  assert figures["pasta"]["prompts"] == figures["sequential"]["prompts"] == 3
-  assert ("wall_clock_speedup" in figures["pasta"]) == timed
-  assert json.loads((tmp_path / "summary.json").read_text()).keys() == {"pasta", "sequential"}
-  before = config.copy_and_resolve_references()
-  config.decode.temperature = 0.5
-  with pytest.raises(EvalError, match="made with decode.temperature=1.0, not 0.5"):
-    evaluate(config, tmp_path)
-  (tmp_path / "other.jsonl").write_text('{"id": "1", "prompt": "Something else?"}')
-  before.eval.prompts = str(tmp_path / "other.jsonl")
-  with pytest.raises(EvalError, match="another prompt with the id '1'"):
-    evaluate(before, tmp_path)
-  assert json.loads((tmp_path / "config.json").read_text())["decode"]["temperature"] == 1.0
-
-
 def test_no_promises_without_tags(trained):
   config, _ = trained
   with pytest.raises(DecodeError, match="no PASTA tags"):
@@ -112,15 +84,6 @@ def test_wrong_input_is_one_clear_error(trained, tmp_path):
     command.decode_file(config, str(tmp_path / "none.jsonl"), None)
   with pytest.raises(AdapterError, match="no adapter file"):
     Generator(config, adapter=str(tmp_path / "none.safetensors"))
-  other = config.copy_and_resolve_references()
-  other.eval.systems = "pasta,typo"
-  with pytest.raises(EvalError, match="unknown system 'typo'"):
-    evaluate(other, tmp_path / "eval")
-  (tmp_path / "twice.jsonl").write_text('{"id": 7, "prompt": "a"}\n{"id": 7, "prompt": "b"}\n')
-  other.eval.update(systems="pasta", prompts=str(tmp_path / "twice.jsonl"))
-  with pytest.raises(EvalError, match="two prompts have the id 7"):
-    evaluate(other, tmp_path / "eval")
-  assert not (tmp_path / "eval").exists()
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -97,7 +97,7 @@ def vocabulary(checkpoint):
 @pytest.fixture(scope="module")
 def laid_out(tiny, vocabulary):
   rows = read_jsonl(tiny / "data.jsonl")
-  return examples(rows, vocabulary, RULE, annotated=True, max_length=LENGTH).examples
+  return examples(rows, vocabulary, RULE, annotation="plan", max_length=LENGTH).examples
 
 
 def settings(tiny: Path, **train) -> ConfigDict:
@@ -379,7 +379,7 @@ tiny = Path(sys.argv[1])
 checkpoint = t.load_checkpoint(tiny / "model")
 vocabulary = t.Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
 rows = t.read_jsonl(tiny / "data.jsonl")
-laid = t.examples(rows, vocabulary, t.RULE, annotated=True, max_length=t.LENGTH).examples
+laid = t.examples(rows, vocabulary, t.RULE, annotation="plan", max_length=t.LENGTH).examples
 config = t.settings(tiny).train
 graph, trainable, frozen = make_model(checkpoint, vocabulary, config)
 optimiser = optax.sgd(1.0)
@@ -506,7 +506,7 @@ def test_resuming_with_other_arrays_is_refused(whole_run, tiny, tmp_path, what: 
   elif what == "full":
     config.train.lora_rank = 0
   elif what == "baseline":
-    config.train.annotated = False
+    config.train.annotation = "none"
   else:
     config.model.source = str(write_model(tmp_path / "wider", model_config(d_ff=56)))
   before = {p: p.stat().st_mtime_ns for p in whole_run.rglob("*")}
@@ -587,12 +587,12 @@ def test_loss_falls_and_the_base_stays(tiny, tmp_path, checkpoint):
 def test_baseline_has_no_tags(tiny, tmp_path, checkpoint, vocabulary):
   """No tag rows, no tags in the data, and the text is the response in reading order."""
   rows = read_jsonl(tiny / "data.jsonl")
-  plain = examples(rows, vocabulary, RULE, annotated=False, max_length=LENGTH).examples
+  plain = examples(rows, vocabulary, RULE, annotation="none", max_length=LENGTH).examples
   assert all((e.tokens < vocabulary.base_size).all() and not e.hidden.any() for e in plain)
   assert all((np.diff(e.positions) == 1).all() for e in plain)
   told = {vocabulary.text(e.tokens[e.index >= 0][:-1]) for e in plain}
   assert told == {row["response"] for row in rows}
-  sft.train(settings(tiny, annotated=False, steps=2), tmp_path)
+  sft.train(settings(tiny, annotation="none", steps=2), tmp_path)
   tensors = load_file(tmp_path / "adapter.safetensors")
   assert tensors and not any("tags" in name for name in tensors)
   model = build.from_params(checkpoint.config, checkpoint.params)
@@ -606,7 +606,7 @@ def test_full_training_leaves_a_model_that_others_load(tiny, tmp_path, checkpoin
   trained = []
   export = sft._export
   monkeypatch.setattr(sft, "_export", lambda *a: (trained.append(a[2]), export(*a)))
-  sft.train(settings(tiny, annotated=annotated, lora_rank=0, steps=2, dtype="float32"), tmp_path)
+  sft.train(settings(tiny, annotation="plan" if annotated else "none", lora_rank=0, steps=2, dtype="float32"), tmp_path)
   loaded = load_checkpoint(tmp_path / "model")
   assert loaded.config == checkpoint.config
   messages = [{"role": "user", "content": "Plan a trip, <|im_end|> please."}]

@@ -12,11 +12,13 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from pasta_jax.data import structure
 from pasta_jax.lang.cost import cost
 from pasta_jax.lang.layout import Layout, PositionRule, layout
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise, reading_order
 from pasta_jax.lang.vocabulary import Vocabulary
 
+ANNOTATIONS = ("plan", "structure", "none")
 _NUMBER = re.compile(r"\s*(?:\*\*|#{1,6} )?\(?\d{1,3}[.)]")
 
 
@@ -135,14 +137,17 @@ class Selection:
   too_plain: int  # without chunks, beyond their share
 
 
-def examples(rows: Iterable[dict], vocabulary: Vocabulary, rule: PositionRule, *, annotated: bool, max_length: int,
+def examples(rows: Iterable[dict], vocabulary: Vocabulary, rule: PositionRule, *, annotation: str, max_length: int,
              min_speedup: float = 0.0, plain_share: float = 1.0) -> Selection:
-  """Lays out the rows to train on.
+  """Lays out the rows to train on, annotated by their `plan`, by their `structure` (`data.structure`), or by `none`.
 
   Left out: examples of more than `max_length` tokens; those with chunks whose theoretical speedup is below
   `min_speedup`; and, of those without chunks, the last ones beyond `plain_share` of all that stay. The choice
-  is made on the annotated form, so that Baseline-SFT (`annotated=False`) gets the same rows.
+  is made by the plans, so that Baseline-SFT ("none") and APAR ("structure") get the same rows; a row whose
+  structure does not fit `max_length` is then laid out without chunks.
   """
+  if annotation not in ANNOTATIONS:
+    raise DataError(f"annotation must be one of {', '.join(ANNOTATIONS)}, not {annotation!r}")
   chunked: list[Layout] = []
   plain: list[Layout] = []
   too_long = too_slow = 0
@@ -160,7 +165,9 @@ def examples(rows: Iterable[dict], vocabulary: Vocabulary, rule: PositionRule, *
       too_slow += 1
       continue
     group = chunked if thread.forks else plain
-    if not annotated:
+    if annotation == "structure":
+      thread = vocabulary.encode(program_of({**row, "chunks": structure.annotate(row["response"]), "syncs": []}), rule)
+    if annotation == "none" or len(prompt) + thread.total_tokens > max_length:
       thread = vocabulary.encode((Text(row["response"]),), rule)
     group.append(layout(thread, rule, vocabulary.table, prompt))
   room = len(plain) if plain_share >= 1 else int(len(chunked) * plain_share / (1 - plain_share))

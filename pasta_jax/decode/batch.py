@@ -17,7 +17,7 @@ from flax import nnx
 from pasta_jax.decode.config import SamplingConfig
 from pasta_jax.decode.interpreter import DecodeError, Interpreter, padded_length, switched
 from pasta_jax.decode.sampling import Sampling, as_arrays
-from pasta_jax.decode.state import UNFINISHED, State
+from pasta_jax.decode.state import STOP, UNFINISHED, State
 from pasta_jax.decode.step import step
 from pasta_jax.decode.trace import Trace, read_trace
 
@@ -46,29 +46,47 @@ class BatchDecoder:
     states = jax.lax.while_loop(goes_on, many, states)
     return states, states.finish
 
+  def _capacity(self, prompt_length: int) -> int:
+    """Pool entries that a prompt and its response may take, rounded up: prompts of one capacity run together.
+
+    Raises DecodeError if the pool cannot hold them.
+    """
+    it = self.interpreter
+    need = max(prompt_length + it.limits.max_new_tokens + self.width, padded_length(prompt_length))
+    if need > it.limits.buckets[-1] + self.width:
+      raise DecodeError(f"a prompt and its response may take {need} pool entries, decode.capacity is "
+                        f"{it.limits.buckets[-1]}")
+    step = max(128, 1 << (need - 1).bit_length() - 2)  # a quarter of the next power of two: five sizes an octave
+    return -(-need // step) * step
+
   def run(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, seeds: Sequence[int] | None = None,
           done: Callable[[int, Trace], None] | None = None) -> list[Trace]:
     """The prompts' traces, in their order; `done(i, trace)` is called as each one ends.
 
-    Request i draws from seed `seeds[i]`, else from `sampling.seed`. Raises DecodeError if prompt and limits
-    together exceed the pool.
+    Request i draws from seed `seeds[i]`, else from `sampling.seed`. Attention costs a request the whole pool,
+    so prompts that need pools of one size run together. Raises DecodeError if prompt and limits together exceed the
+    largest pool.
     """
+    groups: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+      groups.setdefault(self._capacity(len(prompt)), []).append(i)
+    traces: dict[int, Trace] = {}
+    for capacity in sorted(groups):
+      start = lambda i, capacity=capacity: self.interpreter.start(
+          prompts[i], sampling.seed if seeds is None else seeds[i], capacity=capacity)
+      self._run_group(groups[capacity], start, sampling, traces, done)
+    return [traces[i] for i in range(len(prompts))]
+
+  def _run_group(self, queue: list[int], start: Callable[[int], State], sampling: SamplingConfig,
+                 traces: dict[int, Trace], done: Callable[[int, Trace], None] | None) -> None:
+    """Runs the requests of `queue`, whose pools have one size, and puts their traces into `traces`."""
     it = self.interpreter
     switches, numbers = switched(it.switches, sampling), as_arrays(sampling)
-    longest = max(map(len, prompts))
-    need = max(longest + it.limits.max_new_tokens + self.width, padded_length(longest))
-    capacity = -(-need // 128) * 128
-    if need > it.limits.buckets[-1] + self.width:
-      raise DecodeError(f"a prompt and its response may take {need} pool entries, decode.capacity is "
-                        f"{it.limits.buckets[-1]}")
-    start = lambda i: it.start(prompts[i], sampling.seed if seeds is None else seeds[i], capacity=capacity)
-    slots = [i if i < len(prompts) else -1 for i in range(self.requests)]
-    first = [start(max(i, 0)) for i in slots]
-    states = jax.tree.map(lambda *x: jnp.stack(x), *first)
+    slots = [queue[r] if r < len(queue) else -1 for r in range(self.requests)]
+    queue = queue[self.requests :]
+    states = jax.tree.map(lambda *x: jnp.stack(x), *[start(i if i >= 0 else slots[0]) for i in slots])
     idle = jnp.asarray([i < 0 for i in slots])
-    states = states._replace(finish=jnp.where(idle, 1, states.finish))
-    queue = list(range(len(prompts)))[self.requests :]
-    traces: dict[int, Trace] = {}
+    states = states._replace(finish=jnp.where(idle, STOP, states.finish))
     while any(i >= 0 for i in slots):
       states, finish = self._segment(it.params, states, numbers, np.bool_(bool(queue)), switches=switches)
       for r, f in enumerate(np.asarray(finish)):
@@ -81,4 +99,12 @@ class BatchDecoder:
         slots[r] = queue.pop(0) if queue else -1
         if slots[r] >= 0:
           states = self._insert(states, start(slots[r]), np.int32(r))
-    return [traces[i] for i in range(len(prompts))]
+
+  def warm_up(self, prompt_length: int, sampling: SamplingConfig) -> None:
+    """Compiles what prompts of this length need."""
+    capacity = self._capacity(prompt_length)
+    state = self.interpreter.start([1] * prompt_length, capacity=capacity)
+    states = jax.tree.map(lambda x: jnp.stack([x] * self.requests), state._replace(finish=jnp.int32(STOP)))
+    states = self._insert(states, state._replace(finish=jnp.int32(STOP)), np.int32(0))
+    self._segment(self.interpreter.params, states, as_arrays(sampling), np.bool_(False),
+                  switches=switched(self.interpreter.switches, sampling))

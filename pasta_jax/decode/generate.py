@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from pasta_jax.model import build, lora
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.decoder import DTYPES, exact_products
 
-EMBEDDED = {"pasta": "smollm2_135m_pasta.safetensors", "baseline": "smollm2_135m_baseline.safetensors"}
+EMBEDDED = {name: f"smollm2_135m_{name}.safetensors" for name in ("pasta", "baseline", "apar")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,9 @@ class Generator:
   be decoded.
   """
 
-  def __init__(self, config, *, adapter: str | None = None):
-    d = config.decode
+  def __init__(self, config, *, adapter: str | None = None, dtype: str = ""):
+    d = config.decode.copy_and_resolve_references()
+    d.dtype = dtype or d.dtype
     if d.dtype not in DTYPES:
       raise DecodeError(f"decode.dtype must be {' or '.join(DTYPES)}, not {d.dtype!r}")
     exact_products(d.dtype)
@@ -79,30 +80,39 @@ class Generator:
     self.sampling = SamplingConfig(temperature=d.temperature, top_k=d.top_k, top_p=d.top_p, min_p=d.min_p, seed=d.seed,
                                    repetition_penalty=d.repetition_penalty, promise_bias=d.promise_bias)
     self._guard, self._no_repeat = d.guard, d.no_repeat
-    self._interpreters: dict[bool, Interpreter] = {}
+    self._interpreters: dict[tuple[bool, int], Interpreter] = {}
 
-  def interpreter(self, parallel: bool) -> Interpreter:
-    """The interpreter that writes promises, or the one that never does: ordinary decoding."""
+  def interpreter(self, parallel: bool, max_new_tokens: int | None = None) -> Interpreter:
+    """The interpreter that writes promises, or the one that never does: ordinary decoding.
+
+    `max_new_tokens` in place of the config's.
+    """
     if parallel and not self.has_tags:
       raise DecodeError("this model has no PASTA tags: give --config.model.adapter, or decode with "
                         "--config.decode.parallel=False")
-    if parallel not in self._interpreters:
-      limits = self.limits if parallel else dataclasses.replace(self.limits, widths=(self._narrowest,), max_threads=1)
+    key = (parallel, max_new_tokens or self.limits.max_new_tokens)
+    if key not in self._interpreters:
+      limits = dataclasses.replace(self.limits, max_new_tokens=key[1])
+      if not parallel:
+        limits = dataclasses.replace(limits, widths=(self._narrowest,), max_threads=1)
       switches = Switches(rule=self.rule, guard=self._guard, promises=parallel, no_repeat=self._no_repeat)
-      self._interpreters[parallel] = Interpreter(self.model, self.vocabulary, limits, switches)
-    return self._interpreters[parallel]
+      self._interpreters[key] = Interpreter(self.model, self.vocabulary, limits, switches)
+    return self._interpreters[key]
 
-  def encode(self, prompt: str) -> list[int]:
-    """Tokens of a user's prompt in the model's chat form."""
-    if not prompt.strip():
+  def encode(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+    """Tokens of a user's prompt, or of a conversation (`role`, `content`) that ends with one, in the model's chat
+    form."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not messages[-1]["content"].strip():
       raise DecodeError("the prompt is empty")
     try:
-      return self.vocabulary.tokenizer.chat_prompt([{"role": "user", "content": prompt}])
+      return self.vocabulary.tokenizer.chat_prompt(messages)
     except ValueError as error:
       raise DecodeError(f"the prompt cannot be encoded: {error}") from None
 
-  def respond(self, prompt: str, *, parallel: bool = True, sampling: SamplingConfig | None = None,
-              watch: Callable[[Trace], None] | None = None, every: int = 16) -> Response:
+  def respond(self, prompt: str | Sequence[Mapping[str, str]], *, parallel: bool = True,
+              sampling: SamplingConfig | None = None, watch: Callable[[Trace], None] | None = None,
+              every: int = 16) -> Response:
     """Decodes one prompt; `watch` sees the trace grow, every `every` decode steps at least."""
     tokens = self.encode(prompt)
     interpreter = self.interpreter(parallel)

@@ -6,7 +6,7 @@ not depend on how wide the machine was.
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Literal
 
@@ -164,6 +164,11 @@ _SVG_STYLE = f"""
 {_colours(_DARK_BASE, _DARK, ".pasta-timeline")}
 }}
 """
+
+
+def timeline_style() -> str:
+  """The style sheet inside each timeline; a page with many of them may hold it once."""
+  return _SVG_STYLE
 
 
 def _n(x: float) -> str:
@@ -334,9 +339,8 @@ def _scale(plot: _Plot) -> str:
   return "".join(out)
 
 
-def _caption(trace: Trace) -> str:
+def _caption(cells: Sequence[tuple[str, str]]) -> str:
   out, x = [], 24.0
-  cells = figures(trace)
   # Room by content: a value's digits are larger than its name's.
   widths = [max(len(name) * 6.1, len(value) * 12.5) for name, value in cells]
   between = (WIDTH - 48 - sum(widths)) / max(len(cells) - 1, 1)
@@ -366,12 +370,12 @@ def _legend(y: float, *, beyond: bool) -> str:
   return "".join([*out, "</g>"])
 
 
-def timeline_svg(trace: Trace, vocabulary: Vocabulary) -> str:
+def timeline_svg(trace: Trace, vocabulary: Vocabulary, caption: Sequence[tuple[str, str]] | None = None) -> str:
   """A response, finished or so far, as a self-contained SVG document; well-formed XML whatever the text is.
 
   One `<g class="lane" data-thread="…">` a thread, a `<path class="edge … fork">` a promise that was kept, and
   a `<path class="edge … join">` a chunk that a sync joined. Chunks that the end of the response joins have
-  no curve. Colours follow the reader's light or dark scheme.
+  no curve. Colours follow the reader's light or dark scheme. `caption` takes the place of `figures(trace)`.
   """
   plot = _Plot(trace)
   joined = {c: at for c, at in joins(trace, vocabulary).items() if trace.threads[c].finished}
@@ -408,7 +412,8 @@ def timeline_svg(trace: Trace, vocabulary: Vocabulary) -> str:
           f'role="img" aria-label="Timeline of a response">\n'
           f"<style>{_SVG_STYLE}</style>\n"
           f'<rect class="card" x=".5" y=".5" width="{WIDTH - 1}" height="{_n(height - 1)}" rx="12"/>\n'
-          f"{_caption(trace)}\n{_scale(plot)}\n{''.join(edges)}\n{lanes}\n{''.join(syncs)}\n"
+          f"{_caption(figures(trace) if caption is None else caption)}\n"
+          f"{_scale(plot)}\n{''.join(edges)}\n{lanes}\n{''.join(syncs)}\n"
           f"{_legend(plot.bottom + 38, beyond=beyond)}\n</svg>\n")
 
 

@@ -1,6 +1,7 @@
 """What happened in a response: the device's log and thread table, read back as a program of `lang`."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -85,17 +86,47 @@ def read_trace(state: State, vocabulary: Vocabulary, rule: PositionRule) -> Trac
     traces.append(trace)
     readings.append(reading)
 
+  return _whole(traces, vocabulary, rule, prompt=prompt, steps=int(steps), finish_reason=FINISH_REASONS[int(finish)],
+                refused=promised - (n - 1),
+                logits=np.asarray(state.log.logits[:used]) if state.log.logits.shape[1] else None)
+
+
+def _whole(threads: Sequence[ThreadTrace], vocabulary: Vocabulary, rule: PositionRule, **facts) -> Trace:
+  """The trace of these threads: program and figures follow from them, `facts` are what does not."""
+
   def tree(i: int) -> Thread:
-    below = [t for t in traces[i + 1 :] if t.parent == i]
+    below = [t for t in threads[i + 1 :] if t.parent == i]
     forks = tuple(Fork(t.fork_index, t.declared, tree(t.number)) for t in below)
-    return Thread(tuple(traces[i].tokens.tolist()), forks)
+    return Thread(tuple(threads[i].tokens.tolist()), forks)
 
   main = tree(0)
-  return Trace(
-      threads=tuple(traces), prompt=prompt, thread=main, program=vocabulary.decode(main, rule), steps=int(steps),
-      finish_reason=FINISH_REASONS[int(finish)], cost=cost(main, vocabulary.table),
-      ill_formed=ill_formed_tags(main, vocabulary.table, numbered=rule.numbered), refused=promised - (n - 1),
-      logits=np.asarray(state.log.logits[:used]) if state.log.logits.shape[1] else None)
+  return Trace(threads=tuple(threads), thread=main, program=vocabulary.decode(main, rule),
+               cost=cost(main, vocabulary.table),
+               ill_formed=ill_formed_tags(main, vocabulary.table, numbered=rule.numbered), **facts)
+
+
+_SAVED = ("path", "parent", "topic", "declared", "fork_index", "tokens", "positions", "rounds", "finished")
+
+
+def to_json(trace: Trace) -> dict:
+  """What a trace can be drawn from again, ready for JSON: threads without pool entries, steps and log p."""
+  plain = lambda x: x.tolist() if isinstance(x, np.ndarray) else list(x) if isinstance(x, tuple) else x
+  return {"steps": trace.steps, "finish_reason": trace.finish_reason, "refused": trace.refused,
+          "prompt": trace.prompt.tolist(),
+          "threads": [{name: plain(getattr(t, name)) for name in _SAVED} for t in trace.threads]}
+
+
+def from_json(saved: dict, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
+  """The trace that `to_json` saved; what it left out is -1, 0 or NaN."""
+  threads = []
+  for number, row in enumerate(saved["threads"]):
+    n = len(row["tokens"])
+    arrays = {name: np.asarray(row[name], np.int32) for name in ("tokens", "positions", "rounds")}
+    threads.append(ThreadTrace(**(row | arrays | {"path": tuple(row["path"])}), number=number,
+                               entries=np.full(n, -1, np.int32), steps=np.zeros(n, np.int32),
+                               log_p=np.full(n, np.nan, np.float32)))
+  return _whole(threads, vocabulary, rule, prompt=np.asarray(saved["prompt"], np.int32), logits=None,
+                **{name: saved[name] for name in ("steps", "finish_reason", "refused")})
 
 
 def _thread_trace(i: int, entries: np.ndarray, log: Any, table: Any, prompt_entries: int,

@@ -1,178 +1,163 @@
-"""`--mode=eval`: systems over a prompts file; one JSON line a response, resumable, and a summary.
+"""`--mode=eval`: systems over the prompts of a benchmark, by the clock as well, judged, and reported. Resumable.
 
-A system is an adapter and a way of decoding it: "pasta" (in parallel), "sequential" (the same weights, no
-promises), "baseline" (Baseline-SFT) and "base" (the model as it is). With `timed`, responses are decoded one at a
-time, systems interleaved prompt by prompt, compilation kept out by warming every shape first; otherwise they are
-decoded many at a time and only theoretical figures are reported.
+    workdir/responses/SYSTEM.jsonl    answers of all prompts, many at a time: for quality and theoretical figures
+    workdir/timed/SYSTEM.jsonl        answers one at a time by the clock, systems interleaved prompt by prompt
+    workdir/judgements/…              preferences (`evaluate.judge`)
+    workdir/report.html, report.md, summary.json, figures/, alpaca_eval/      (`evaluate.report`)
+
+Every file of rows has its settings beside it; a run that was stopped goes on, and a system that is added later joins
+those that are there.
 """
 
-import collections
 import hashlib
-import json
-import os
 from pathlib import Path
 
 import jax
-import rich.console
-import rich.table
 
-from pasta_jax.data.examples import read_jsonl
-from pasta_jax.decode.batch import BatchDecoder
 from pasta_jax.decode.generate import Generator, adapter_path
 from pasta_jax.decode.interpreter import padded_length
-from pasta_jax.decode.record import describe
-from pasta_jax.evaluate.measures import summarise
+from pasta_jax.evaluate import judging, report
+from pasta_jax.evaluate.prompts import EvalError, Request, conversation, read_prompts
+from pasta_jax.evaluate.records import Records
+from pasta_jax.evaluate.systems import System, entry_of, load_system
 from pasta_jax.progress import progress_bar
 
-SYSTEMS = ("pasta", "sequential", "baseline", "base")
+_FREE = ("live", "compare", "requests", "parallel", "slots")  # fields of decode that no response depends on
 
 
-def parallel(system: str) -> bool:
-  """Whether a system writes promises; the others decode one token at a time."""
-  return system == "pasta"
-
-
-class EvalError(ValueError):
-  """A request that cannot be evaluated."""
-
-
-class Records:
-  """Responses of one system, in `workdir/<system>.jsonl`; those already there are not made again."""
-
-  def __init__(self, workdir: Path, system: str):
-    self._path = workdir / f"{system}.jsonl"
-    if self._path.exists():  # a run that was killed may have left a line without its end
-      written = self._path.read_bytes()
-      os.truncate(self._path, written.rfind(b"\n") + 1)
-    self.rows = {r["id"]: r for r in read_jsonl(self._path)} if self._path.exists() else {}
-
-  def add(self, row: dict) -> None:
-    self.rows[row["id"]] = row
-    with open(self._path, "a", encoding="utf-8") as file:
-      file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def read_prompts(path: str, limit: int) -> list[dict]:
-  """Rows with `id` and `prompt`; the first `limit` of them, or all for 0."""
-  if not path:
-    raise EvalError("name a file of JSON lines with \"prompt\": --config.eval.prompts=FILE")
-  rows = read_jsonl(path)
-  for number, row in enumerate(rows):
-    if not isinstance(row.get("prompt"), str):
-      raise EvalError(f"{path}: row {number + 1} has no text under \"prompt\"")
-    row.setdefault("id", str(number))
-  if twice := [i for i, n in collections.Counter(row["id"] for row in rows).items() if n > 1]:
-    raise EvalError(f"{path}: two prompts have the id {twice[0]!r}")
-  return rows[:limit] if limit else rows
-
-
-def evaluate(config, workdir: Path) -> dict[str, dict[str, float]]:
-  """Runs `config.eval` in `workdir`; returns and writes (`summary.json`) each system's figures."""
+def evaluate(config, workdir: Path) -> dict:
+  """Runs `config.eval` in `workdir` and returns the summary that it writes there (`evaluate.report.summarise_run`)."""
   e = config.eval
-  names = [s.strip() for s in e.systems.split(",") if s.strip()]
-  if unknown := [s for s in names if s not in SYSTEMS]:
-    raise EvalError(f"unknown system {unknown[0]!r}: eval.systems may name {', '.join(SYSTEMS)}")
-  prompts = read_prompts(e.prompts, e.limit)
-  workdir.mkdir(parents=True, exist_ok=True)
-  _keep_settings(workdir, config)
-  records = {name: Records(workdir, name) for name in names}
-  for name, p in ((n, p) for n in names for p in prompts):
-    if (row := records[name].rows.get(p["id"])) and row["prompt"] != p["prompt"]:
-      raise EvalError(f"{workdir} holds a response to another prompt with the id {p['id']!r}: choose another --workdir")
-  adapters = {"baseline": e.baseline_adapter, "base": ""}
-  generators: dict[str, Generator] = {}
+  names = list(dict.fromkeys(s.strip() for s in [*e.systems.split(","), e.baseline] if s.strip()))
   for name in names:
-    adapter = adapters.get(name, config.model.adapter)
-    if adapter not in generators:
-      generators[adapter] = Generator(config, adapter=adapter)
-  loaded = {name: generators[adapters.get(name, config.model.adapter)] for name in names}
-  (_timed if e.timed else _batched)(loaded, prompts, records, e)
-  return report(workdir, {name: [records[name].rows[p["id"]] for p in prompts] for name in names})
+    entry_of(config, name)
+  for field in ("requests", "width"):
+    if e[field] < 1:
+      raise EvalError(f"eval.{field} must be 1 or more, not {e[field]}")
+  requests = read_prompts(e.prompts, limit=e.limit, categories=e.categories)
+  timed = _to_time(e, requests)
+  judges = judging.judges_of(config)
+  for folder, with_clock in (("responses", False), ("timed", True)):  # before minutes of work
+    for name in names:
+      Records(workdir / folder / f"{name}.jsonl", settings_of(config, name, timed=with_clock)).missing(requests)
+  (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
+  answer(config, workdir, names, requests)
+  if timed:
+    time_systems(config, workdir, names, timed)
+  judging.judge(config, workdir, names, requests, judges)
+  return report.write(workdir)
 
 
-def _keep_settings(workdir: Path, config) -> None:
-  """Writes the config; responses made with other settings are not mixed with those to come."""
-  path = workdir / "config.json"
-  now = json.loads(config.to_json_best_effort())
-  files = {name: adapter_path(name) for name in (config.model.adapter, config.eval.baseline_adapter)}
-  now["sha256"] = {name: hashlib.sha256(f.read_bytes()).hexdigest() for name, f in files.items() if f and f.is_file()}
-  if path.exists() and any((workdir / f"{name}.jsonl").exists() for name in SYSTEMS):
-    before = json.loads(path.read_text())
-    free = ("live", "compare", "requests")  # no response depends on these
-    fields = [(part, field) for part in ("model", "positions", "decode") for field in now[part] if field not in free]
-    fields += [("eval", field) for field in ("baseline_adapter", "timed", "repeats")]
-    for part, field in [*fields, *(("sha256", name) for name in now["sha256"])]:
-      old, new = before.get(part, {}).get(field), now[part][field]
-      if old != new:
-        raise EvalError(f"{workdir} holds responses made with {part}.{field}={old!r}, not {new!r}: choose another "
-                        "--workdir, or the settings of that run")
-  path.write_text(json.dumps(now, indent=2))
+def _to_time(e, requests: list[Request]) -> list[Request]:
+  """The prompts to be timed: those that `timed_prompts` names, else the first ones; `timed` of them."""
+  if e.timed < -1:
+    raise EvalError(f"eval.timed must be a number of prompts, or -1 for all, not {e.timed}")
+  chosen = requests
+  if e.timed_prompts:
+    ids = {r.id for r in read_prompts(e.timed_prompts)}
+    chosen = [r for r in requests if r.id in ids]
+    if e.timed and not chosen:
+      raise EvalError(f"eval.timed_prompts={e.timed_prompts} names no prompt of {e.prompts}")
+  chosen = [r for r in chosen if not r.earlier]  # first turns: every system gets the same prompt
+  return chosen if e.timed < 0 else chosen[: e.timed]
 
 
-def _timed(loaded: dict[str, Generator], prompts: list[dict], records: dict[str, Records], e) -> None:
-  """One response at a time, systems interleaved."""
-  todo = [p for p in prompts if any(p["id"] not in r.rows for r in records.values())]
+def settings_of(config, name: str, *, timed: bool) -> dict:
+  """What a system's responses depend on, flat."""
+  entry, e = config.systems[name], config.eval
+  path = adapter_path(entry.adapter)
+  out = {
+    "source": config.model.source,
+    "adapter": entry.adapter,
+    "decode": entry.decode,
+    "adapter's sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None,
+  }
+  out |= {f"positions.{k}": v for k, v in config.positions.items()}
+  out |= {f"decode.{k}": v for k, v in config.decode.items() if k not in _FREE}
+  out["decode.dtype"] = config.decode.dtype if timed else e.dtype
+  if entry.decode == "skeleton":
+    out |= {f"skeleton.{k}": v for k, v in config.skeleton.items()}
+  if timed:
+    out |= {"repeats": e.repeats}
+  return out
+
+
+def _row(request: Request, name: str, record: dict) -> dict:
+  return {"id": request.id, "prompt": request.prompt, "category": request.category, "system": name, **record}
+
+
+def answer(config, workdir: Path, names: list[str], requests: list[Request]) -> None:
+  """Answers all requests with each system, many at a time; later turns behind the earlier ones."""
+  generators: dict[tuple[str, str], Generator] = {}
+  for name in names:
+    records = Records(workdir / "responses" / f"{name}.jsonl", settings_of(config, name, timed=False))
+    if not (todo := records.missing(requests)):
+      continue
+    system = load_system(config, name, generators, timed=False)
+    bar, task = progress_bar(name, len(requests), len(requests) - len(todo))
+    with bar:
+      for turn in range(max(len(r.earlier) for r in todo) + 1):
+        now = [r for r in todo if len(r.earlier) == turn]
+        texts = {i: row["text"] for i, row in records.rows.items()}
+
+        def done(i: int, record: dict, *, now=now, name=name, records=records, bar=bar, task=task) -> None:
+          records.add(_row(now[i], name, record))
+          bar.advance(task)
+
+        system.many([conversation(r, texts) for r in now], done)
+
+
+def time_systems(config, workdir: Path, names: list[str], requests: list[Request]) -> None:
+  """Answers the requests one at a time by the clock: every shape compiled before, systems interleaved."""
+  records = {
+    name: Records(workdir / "timed" / f"{name}.jsonl", settings_of(config, name, timed=True)) for name in names
+  }
+  missing = {name: {r.id for r in records[name].missing(requests)} for name in names}
+  todo = [r for r in requests if any(r.id in m for m in missing.values())]
   if not todo:
     return
-  lengths = sorted({padded_length(len(loaded[name].encode(p["prompt"]))) for name in loaded for p in todo})
-  repeats = e.repeats or (1 if jax.default_backend() == "cpu" else 2)
-  bar, task = progress_bar("compiling", len(lengths) * len(loaded))
+  generators: dict[tuple[str, str], Generator] = {}
+  systems: dict[str, System] = {name: load_system(config, name, generators, timed=True) for name in names}
+  bar, task = progress_bar("compiling", len(systems))
   with bar:
-    for name, generator in loaded.items():
-      for length in lengths:
-        generator.interpreter(parallel(name)).warm_up(length, generator.sampling)
-        bar.advance(task)
-  bar, task = progress_bar("decoding", len(todo))
+    for system in systems.values():
+      lengths = sorted({padded_length(len(system.generator.encode(r.prompt))) for r in todo})
+      system.warm_up(lengths, lambda text: bar.update(task, note=text))
+      bar.advance(task)
+  repeats = config.eval.repeats or (1 if jax.default_backend() == "cpu" else 2)
+  bar, task = progress_bar("by the clock", len(requests), len(requests) - len(todo))
   with bar:
-    for p in todo:
-      for name, generator in loaded.items():
-        if p["id"] in records[name].rows:
+    for request in todo:
+      for name, system in systems.items():
+        if request.id not in missing[name]:
           continue
         for _ in range(repeats):  # the last one counts
-          response = generator.respond(p["prompt"], parallel=parallel(name))
-        row = {**p, **describe(response.trace, generator.vocabulary), "seconds": response.seconds}
-        records[name].add(row)
-        bar.update(task, note=f"{name} {response.trace.cost.longest_path} steps")
+          record = system.one(conversation(request, {}))
+        records[name].add(_row(request, name, record))
+        bar.update(task, note=f"{name} {record['seconds']:.1f} s")
       bar.advance(task)
 
 
-def _batched(loaded: dict[str, Generator], prompts: list[dict], records: dict[str, Records], e) -> None:
-  """Many responses at a time; nothing is timed."""
-  for name, generator in loaded.items():
-    todo = [p for p in prompts if p["id"] not in records[name].rows]
-    if not todo:
-      continue
-    decoder = BatchDecoder(generator.interpreter(parallel(name)), requests=min(e.requests, len(todo)),
-                           width=e.width if parallel(name) else 1)
-    bar, task = progress_bar(name, len(prompts), len(prompts) - len(todo))
+def pilot(config, workdir: Path) -> bool:
+  """`evaluate` for a decision: whether the first system reaches `eval.min_quality` and `eval.min_speedup`.
 
-    def done(i, trace, todo=todo, name=name, generator=generator, bar=bar, task=task):
-      records[name].add({**todo[i], **describe(trace, generator.vocabulary)})
-      bar.advance(task)
-
-    with bar:
-      decoder.run([generator.encode(p["prompt"]) for p in todo], generator.sampling, done=done)
-
-
-def report(workdir: Path, rows: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
-  """Figures of each system's records, written to `summary.json` and printed as a table."""
-  baseline = rows.get("sequential") or rows.get("baseline")
-  figures = {name: summarise(rows[name], baseline if rows[name] is not baseline else None) for name in rows}
-  (workdir / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
-  table = rich.table.Table(title=f"{len(next(iter(rows.values())))} prompts")
-  table.add_column("figure")
-  for name in rows:
-    table.add_column(name, justify="right")
-  keys = dict.fromkeys(k for f in figures.values() for k in f)
-  for key in keys:
-    table.add_row(key.replace("_", " "), *(_shown(key, figures[name].get(key)) for name in rows))
-  rich.console.Console().print(table)
-  return figures
-
-
-def _shown(key: str, value: float | None) -> str:
-  if value is None:
-    return "–"
-  if key.endswith(("share", "overhead", "error", "efficiency")):
-    return f"{100 * value:.1f} %"
-  return f"{value:.0f}" if key in ("prompts", "text_tokens") else f"{value:.2f}"
+  Raises EvalError if neither is given. Times every prompt unless `eval.timed` says how many.
+  """
+  e = config.eval
+  if not e.min_quality and not e.min_speedup:
+    raise EvalError(
+      "say what the pilot must reach: --config.eval.min_quality=45 (win rate, %) and "
+      "--config.eval.min_speedup=1.2 (by the clock)"
+    )
+  if e.min_speedup and not e.timed:
+    e.timed = -1
+  if e.min_quality and not e.judges:
+    raise EvalError("eval.min_quality needs a judge: --config.eval.judges=local")
+  evaluate(config, workdir)
+  run = report.read_run(workdir)
+  checks = report.verdict(run, report.summarise_run(run))
+  for what, value, wanted, met in checks:
+    print(
+      f"{what}: {'not measured' if value is None else f'{value:.2f}'}, wanted {wanted:g}: {'met' if met else 'NOT MET'}"
+    )
+  return all(met for *_, met in checks)

@@ -89,7 +89,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   checkpoint = load_checkpoint(config.model.source)
   vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
   rule = PositionRule(config.positions.strategy, config.positions.fixed)
-  load = partial(examples, vocabulary=vocabulary, rule=rule, annotated=c.annotated, max_length=c.length)
+  load = partial(examples, vocabulary=vocabulary, rule=rule, annotation=c.annotation, max_length=c.length)
   selection = load(rows, min_speedup=c.min_speedup, plain_share=c.plain_share)
   data, held_out = selection.examples, load(held_out_rows).examples
   left_out = (f"left out: {selection.too_long} longer than {c.length} tokens, {selection.too_slow} with a "
@@ -172,7 +172,7 @@ def _export(workdir: Path, config, model: Decoder, rule: PositionRule, tokenizer
               "positions": json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})}
   if config.train.lora_rank == 0:
     save_hf_folder(workdir / "model", model.config, to_params(model), tokenizer)
-  if config.train.lora_rank or config.train.annotated:
+  if config.train.lora_rank or config.train.annotation != "none":
     lora.save_adapter(workdir / "adapter.safetensors", model, metadata)
 
 

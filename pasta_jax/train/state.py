@@ -45,7 +45,7 @@ def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config) -> tuple[
   full = config.lora_rank == 0
   dtype = jnp.dtype(jnp.float32 if full else config.dtype)
   model = build.stack(build.from_params(checkpoint.config, checkpoint.params, dtype))
-  if config.annotated:
+  if config.annotation != "none":
     lora.add_tags(model, tag_rows(checkpoint.params["embed.embedding"], vocabulary))
   if not full:
     lora.add_lora(model, config.lora_rank, config.lora_alpha, nnx.Rngs(config.seed))

@@ -1,0 +1,87 @@
+"""Judges over a run's responses: every system against the baseline, each judgement made once."""
+
+from pathlib import Path
+
+from pasta_jax.decode.generate import Generator
+from pasta_jax.evaluate.endpoint import Endpoint
+from pasta_jax.evaluate.judge import Answer, FileJudge, Judge, Pair
+from pasta_jax.evaluate.llm_judge import LlmJudge
+from pasta_jax.evaluate.local_judge import LocalJudge
+from pasta_jax.evaluate.prompts import EvalError, Request, conversation
+from pasta_jax.evaluate.records import Records, read_records
+from pasta_jax.evaluate.systems import entry_of
+
+
+def judges_of(config) -> list[Judge]:
+  """The judges that `config.eval.judges` names: "local", "llm" (`config.judge`), or files of preferences."""
+  judges: list[Judge] = []
+  for name in filter(None, (n.strip() for n in config.eval.judges.split(","))):
+    if name == "local":
+      judges.append(local_judge(config))
+    elif name == "llm":
+      j = config.judge
+      judges.append(
+        LlmJudge(
+          Endpoint(
+            model=j.model,
+            kind=j.kind,
+            url=j.url,
+            key_env=j.key_env,
+            concurrency=j.concurrency,
+            retries=j.retries,
+            timeout=j.timeout,
+          ),
+          cache=j.cache,
+        )
+      )
+    elif name.endswith((".json", ".jsonl", ".jsonl.gz")):
+      judges.append(FileJudge(name))
+    else:
+      raise EvalError(f"eval.judges: {name!r} is neither local, nor llm, nor a .json or .jsonl file of preferences")
+  return judges
+
+
+def local_judge(config) -> LocalJudge:
+  """The judge whose model is the baseline system's."""
+  entry = entry_of(config, config.eval.baseline)
+  return LocalJudge(
+    lambda: Generator(config, adapter=entry.adapter, dtype=config.eval.dtype),
+    {"source": config.model.source, "adapter": entry.adapter, "dtype": config.eval.dtype},
+  )
+
+
+def pairs_of(workdir: Path, name: str, baseline: str, requests: list[Request]) -> list[Pair]:
+  """The requests' answers by a system and by the baseline, each behind its own answers to earlier turns."""
+  rows = {n: {r["id"]: r for r in read_records(workdir / "responses" / f"{n}.jsonl")} for n in (name, baseline)}
+
+  def answer(n: str, request: Request) -> Answer:
+    row = rows[n][request.id]
+    return Answer(
+      conversation(request, {i: r["text"] for i, r in rows[n].items()} if request.earlier else {}),
+      row["text"],
+      row["finish_reason"] == "stop",
+    )
+
+  return [
+    Pair(r.id, answer(name, r), answer(baseline, r), name)
+    for r in requests
+    if r.id in rows[name] and r.id in rows[baseline]
+  ]
+
+
+def judge(config, workdir: Path, names: list[str], requests: list[Request], judges: list[Judge]) -> None:
+  """Judges what has not been judged: `judgements/JUDGE/SYSTEM-against-BASELINE.jsonl`."""
+  baseline = config.eval.baseline
+  for j in judges:
+    for name in names:
+      if name == baseline:
+        continue
+      folder = workdir / "judgements" / j.name
+      records = Records(folder / f"{name}-against-{baseline}.jsonl", j.settings)
+      todo = [p for p in pairs_of(workdir, name, baseline, requests) if p.id not in records.rows]
+
+      def done(i: int, row: dict, *, todo=todo, records=records) -> None:
+        records.add({"id": todo[i].id, **row})
+
+      if todo:
+        j.compare(todo, folder, done)

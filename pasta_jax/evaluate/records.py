@@ -1,0 +1,54 @@
+"""Rows of JSON lines that a run adds to and a resumed run does not make again, and the settings they were made with."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pasta_jax.data.examples import read_jsonl
+from pasta_jax.evaluate.prompts import EvalError, Request
+
+
+class Records:
+  """Rows by `id` in `path`. `settings` is what they depend on; rows made with others are not mixed with them.
+
+  Raises EvalError, naming the setting, when `path` holds such rows.
+  """
+
+  def __init__(self, path: Path, settings: dict[str, Any]):
+    self.path = path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".settings.json")
+    if path.exists():  # a run that was killed may have left a line without its end
+      written = path.read_bytes()
+      os.truncate(path, written.rfind(b"\n") + 1)
+    self.rows = {r["id"]: r for r in read_jsonl(path)} if path.exists() else {}
+    settings = json.loads(json.dumps(settings))
+    if self.rows and beside.exists():
+      before = json.loads(beside.read_text())
+      for name in dict.fromkeys([*before, *settings]):
+        if before.get(name) != settings.get(name):
+          raise EvalError(
+            f"{path} was made with {name}={before.get(name)!r}, not {settings.get(name)!r}: choose "
+            "another --workdir, or the settings of that run"
+          )
+    beside.write_text(json.dumps(settings, indent=2) + "\n")
+
+  def add(self, row: dict) -> None:
+    self.rows[row["id"]] = row
+    with open(self.path, "a", encoding="utf-8") as file:
+      file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+  def missing(self, requests: list[Request]) -> list[Request]:
+    """Those without a row. Raises EvalError where a row answers another prompt of the same id."""
+    for r in requests:
+      if (row := self.rows.get(r.id)) and row["prompt"] != r.prompt:
+        raise EvalError(
+          f"{self.path} holds a response to another prompt with the id {r.id!r}: choose another --workdir"
+        )
+    return [r for r in requests if r.id not in self.rows]
+
+
+def read_records(path: Path) -> list[dict]:
+  """The rows of a file of records, or [] where there is none."""
+  return read_jsonl(path) if path.exists() else []

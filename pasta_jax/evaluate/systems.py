@@ -1,0 +1,117 @@
+"""What is compared: an adapter and a way of decoding it, each behind the same two methods.
+
+`many` answers conversations side by side, for quality and theoretical figures; `one` answers a single one by the
+clock. Systems are named in a config's `systems`; none has code of its own but Skeleton-of-Thought, which asks twice.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+from pasta_jax.decode.batch import BatchDecoder
+from pasta_jax.decode.generate import Generator
+from pasta_jax.decode.record import describe
+from pasta_jax.decode.trace import to_json
+from pasta_jax.evaluate.prompts import EvalError
+from pasta_jax.evaluate.skeleton import Skeleton
+
+Conversation = Sequence[Mapping[str, str]]
+Note = Callable[[str], None]
+
+
+class System(Protocol):
+  """A way of answering. Records are those of `decode.record`, with `trace` (`decode.trace.to_json`)."""
+
+  generator: Generator
+
+  def many(self, conversations: Sequence[Conversation], done: Callable[[int, dict], None]) -> None:
+    """Answers all of them; `done(i, record)` is called as each one ends."""
+
+  def one(self, conversation: Conversation) -> dict:
+    """The record of one answer, with `seconds` of wall clock."""
+
+  def warm_up(self, lengths: Sequence[int], note: Note) -> None:
+    """Compiles what `one` needs for prompts of these padded lengths."""
+
+
+class Threads:
+  """One response, with promises or without: the interpreter alone."""
+
+  def __init__(self, generator: Generator, *, parallel: bool, requests: int, width: int):
+    self.generator, self.parallel = generator, parallel
+    self._requests, self._width = requests, width if parallel else 1
+
+  def _record(self, trace) -> dict:
+    return describe(trace, self.generator.vocabulary) | {"trace": to_json(trace)}
+
+  def many(self, conversations: Sequence[Conversation], done: Callable[[int, dict], None]) -> None:
+    decoder = BatchDecoder(self.generator.interpreter(self.parallel), requests=self._requests, width=self._width)
+    decoder.run(
+      [self.generator.encode(c) for c in conversations],
+      self.generator.sampling,
+      done=lambda i, trace: done(i, self._record(trace)),
+    )
+
+  def one(self, conversation: Conversation) -> dict:
+    response = self.generator.respond(conversation, parallel=self.parallel)
+    return self._record(response.trace) | {"seconds": response.seconds}
+
+  def warm_up(self, lengths: Sequence[int], note: Note) -> None:
+    interpreter = self.generator.interpreter(self.parallel)
+    for length in lengths:
+      tell = partial(_tell, note, length)
+      interpreter.warm_up(length, self.generator.sampling, note=tell)
+
+
+def _tell(note: Note, length: int, done: int, total: int) -> None:
+  note(f"prompts of {length}: {done} of {total}")
+
+
+class TwoStage:
+  """Skeleton-of-Thought (`evaluate.skeleton`)."""
+
+  def __init__(self, skeleton: Skeleton):
+    self.generator, self._skeleton = skeleton.generator, skeleton
+
+  def many(self, conversations: Sequence[Conversation], done: Callable[[int, dict], None]) -> None:
+    group = 4 * self._skeleton.requests  # what a kill may lose
+    for first in range(0, len(conversations), group):
+      for i, record in enumerate(self._skeleton.answer(conversations[first : first + group])):
+        done(first + i, record)
+
+  def one(self, conversation: Conversation) -> dict:
+    started = time.perf_counter()
+    [record] = self._skeleton.answer([conversation])
+    return record | {"seconds": time.perf_counter() - started}
+
+  def warm_up(self, lengths: Sequence[int], note: Note) -> None:
+    self._skeleton.warm_up(lengths, note)
+
+
+def load_system(config, name: str, generators: dict[tuple[str, str], Generator], *, timed: bool) -> System:
+  """The system that `config.systems` calls `name`, for `many` or, with `timed`, for `one`.
+
+  Models that were loaded before are taken from `generators` and added to it: by adapter and dtype. Raises EvalError
+  for an unknown name or way of decoding.
+  """
+  entry = entry_of(config, name)
+  e = config.eval
+  dtype = config.decode.dtype if timed else e.dtype
+  key = (entry.adapter, dtype)
+  if key not in generators:
+    generators[key] = Generator(config, adapter=entry.adapter, dtype=dtype)
+  generator = generators[key]
+  if entry.decode == "skeleton":
+    return TwoStage(Skeleton(generator, **config.skeleton, requests=1 if timed else e.requests))
+  return Threads(generator, parallel=entry.decode == "parallel", requests=e.requests, width=e.width)
+
+
+def entry_of(config, name: str):
+  """The entry of `config.systems`; EvalError if there is none, or if it cannot be decoded."""
+  if name not in config.systems:
+    raise EvalError(f"unknown system {name!r}: config.systems has {', '.join(config.systems)}")
+  entry = config.systems[name]
+  if entry.decode not in ("parallel", "sequential", "skeleton"):
+    raise EvalError(f"systems.{name}.decode must be parallel, sequential or skeleton, not {entry.decode!r}")
+  return entry

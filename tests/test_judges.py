@@ -1,0 +1,256 @@
+"""Judges: a real HTTP server on loopback that misbehaves, calls never paid twice, planted preferences, faults."""
+
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from pasta_jax.evaluate.endpoint import Endpoint, EndpointError
+from pasta_jax.evaluate.judge import Answer, FileJudge, Pair
+from pasta_jax.evaluate.llm_judge import LlmJudge, confidence_in_a, messages
+from pasta_jax.evaluate.local_judge import contradicts_length, faults, preference, repetition
+from pasta_jax.evaluate.prompts import EvalError
+
+KEY = "secret-4711"
+
+
+class Server:
+  """Judges by a rule: the answer with more "good" wins with probability 0.8; A gets `bias` logits on top.
+
+  `faults` are done first, one a call, whatever the call is.
+  """
+
+  def __init__(self):
+    self.calls: list[dict] = []
+    self.headers: list[dict] = []
+    self.faults: list = []
+    self.bias, self.with_log_p = 0.0, True
+    self.lock = threading.Lock()
+    outer = self
+
+    class Handler(BaseHTTPRequestHandler):
+      protocol_version = "HTTP/1.1"
+
+      def log_message(self, *args):
+        pass
+
+      def reply(self, status, body, headers=()):
+        self.send_response(status)
+        for name, value in headers:
+          self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+      def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with outer.lock:
+          outer.calls.append(body | {"path": self.path})
+          outer.headers.append(dict(self.headers))
+          fault = outer.faults.pop(0) if outer.faults else None
+        if isinstance(fault, int):
+          self.reply(fault, b'{"error": "as asked"}', [("Retry-After", "0")] if fault == 429 else ())
+        elif fault == "hang up":
+          self.close_connection = True
+        elif fault == "slow":
+          threading.Event().wait(1.5)
+          self.reply(200, b"{}")
+        elif fault is not None:
+          self.reply(200, fault)
+        else:
+          self.reply(200, json.dumps(outer.answer(body, self.path)).encode())
+
+    self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    self.http.daemon_threads = True
+    threading.Thread(target=self.http.serve_forever, daemon=True).start()
+    self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+  def answer(self, body, path):
+    gemini = path.endswith(":generateContent")
+    text = body["contents"][-1]["parts"][0]["text"] if gemini else body["messages"][-1]["content"]
+    _, a, b = (text.split(f"{mark}:\n")[-1] for mark in ("request", "Answer A", "Answer B"))
+    score = (
+      math.log(4)
+      * (
+        (a.split("Answer B")[0].count("good") > b.count("good"))
+        - (a.split("Answer B")[0].count("good") < b.count("good"))
+      )
+      + self.bias
+    )
+    p = 1 / (1 + math.exp(-score))
+    letter = "A" if p > 0.5 else "B"
+    tops = [("A", math.log(0.9 * p)), (" B", math.log(0.9 * (1 - p))), ("C", math.log(0.1))]
+    if gemini:
+      top = {"candidates": [{"token": t, "logProbability": v} for t, v in tops]}
+      return {"candidates": [{"content": {"parts": [{"text": letter}]}, "logprobsResult": {"topCandidates": [top]}}]}
+    log_p = {"content": [{"top_logprobs": [{"token": t, "logprob": v} for t, v in tops]}]} if self.with_log_p else None
+    return {"choices": [{"message": {"content": letter}, "logprobs": log_p}]}
+
+
+@pytest.fixture
+def server(monkeypatch):
+  monkeypatch.setenv("OPENAI_API_KEY", KEY)
+  monkeypatch.setenv("GEMINI_API_KEY", KEY)
+  s = Server()
+  yield s
+  s.http.shutdown()
+  s.http.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+  monkeypatch.setattr("pasta_jax.evaluate.endpoint.time.sleep", lambda seconds: None)
+
+
+def pair(i, system, baseline):
+  said = [{"role": "user", "content": f"request {i}"}]
+  return Pair(str(i), Answer(said, system), Answer(said, baseline), "pasta")
+
+
+def judged(judge, pairs, folder):
+  rows = {}
+  judge.compare(pairs, folder, rows.__setitem__)
+  return rows
+
+
+PAIRS = [pair(0, "good", "bad"), pair(1, "bad", "good good"), pair(2, "even", "even one"), pair(3, "same", "same ")]
+
+
+@pytest.mark.parametrize("kind", ["openai", "gemini"])
+@pytest.mark.parametrize("bias", [0.0, 1.0, -3.0])
+def test_both_orders_and_confidence(server, tmp_path, kind, bias):
+  """A liking for the first place cancels where the pair is even, and confidence is the probability of the letter."""
+  server.bias = bias
+  rows = judged(LlmJudge(Endpoint("m", kind=kind, url=server.url)), PAIRS, tmp_path)
+  p = lambda x: 1 / (1 + math.exp(-x))
+  for i, lean in enumerate((math.log(4), -math.log(4), 0)):
+    want = (p(lean + bias) + 1 - p(-lean + bias)) / 2
+    assert rows[i]["preference"] == pytest.approx(want, abs=1e-6)
+  assert rows[2]["preference"] == pytest.approx(0.5)
+  assert rows[3]["preference"] == 0.5 and len(server.calls) == 6  # equal texts cost nothing
+  assert all(KEY in str(h) for h in server.headers)
+  assert KEY not in "".join(p.read_text() for p in tmp_path.glob("*"))
+
+
+def test_without_token_probabilities_the_letter_counts(server, tmp_path):
+  server.with_log_p = False
+  rows = judged(LlmJudge(Endpoint("m", url=server.url)), PAIRS[:2], tmp_path)
+  assert [rows[i]["preference"] for i in (0, 1)] == [1.0, 0.0]
+  assert confidence_in_a({"log_p": {}, "text": "Neither."}) is None
+  assert confidence_in_a({"log_p": {"**A": math.log(0.3), "b": math.log(0.1)}, "text": ""}) == pytest.approx(0.75)
+
+
+def test_no_call_is_paid_twice(server, tmp_path):
+  judge = LlmJudge(Endpoint("m", url=server.url))
+  first = judged(judge, PAIRS, tmp_path)
+  assert len(server.calls) == 6 == judge.paid
+  again = LlmJudge(Endpoint("m", url=server.url))
+  assert judged(again, PAIRS, tmp_path) == first and len(server.calls) == 6 and again.paid == 0
+  judged(again, [*PAIRS, pair(9, "new", "good")], tmp_path)
+  assert len(server.calls) == 8
+  judged(LlmJudge(Endpoint("another", url=server.url)), PAIRS, tmp_path)
+  assert len(server.calls) == 14
+
+
+def test_a_judge_that_gives_up_keeps_what_was_paid(server, tmp_path):
+  """A refusal in the middle ends the run with one line; the next run pays for the rest only."""
+  server.faults = [None, None, None, 401]
+  judge = LlmJudge(Endpoint("m", url=server.url, concurrency=1))
+  with pytest.raises(EndpointError, match="refused, status 401") as error:
+    judged(judge, PAIRS, tmp_path)
+  assert KEY not in str(error.value) and "\n" not in str(error.value)
+  paid = len((tmp_path / "calls.jsonl").read_text().splitlines())
+  assert 3 <= paid == len(server.calls) - 1  # a call that was under way is kept too
+  before = len(server.calls)
+  rows = judged(LlmJudge(Endpoint("m", url=server.url, concurrency=1)), PAIRS, tmp_path)
+  assert len(rows) == 4 and len(server.calls) - before == 6 - paid
+
+
+def test_what_passes_is_tried_again(server, tmp_path):
+  server.faults = [429, 500, "hang up", b'{"choices": [{"mess', b'{"choices": []}', "slow", 503]
+  rows = judged(LlmJudge(Endpoint("m", url=server.url, concurrency=1, timeout=0.5, retries=7)), PAIRS[:1], tmp_path)
+  assert rows[0]["preference"] == pytest.approx(0.8) and len(server.calls) == 9
+  server.faults = [500] * 9
+  with pytest.raises(EndpointError, match="no answer in 3 attempts; the last one: status 500"):
+    judged(LlmJudge(Endpoint("x", url=server.url, concurrency=1, retries=2)), PAIRS[:1], tmp_path)
+
+
+def test_keys_come_from_the_environment_alone(monkeypatch, tmp_path):
+  monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+  with pytest.raises(EndpointError, match=r"\$OPENAI_API_KEY, which is not set"):
+    judged(LlmJudge(Endpoint("m", concurrency=1)), PAIRS[:1], tmp_path)
+  for changes, words in (
+    (dict(kind="other"), "judge.kind"),
+    (dict(model=""), "name the judge's model"),
+    (dict(concurrency=0), "judge.concurrency"),
+  ):
+    with pytest.raises(EvalError, match=words):
+      Endpoint(**(dict(model="m") | changes))
+
+
+def test_what_the_judge_reads():
+  said = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "Two?"},
+  ]
+  p = Pair("x", Answer(said, "mine"), Answer(said[:1] + [{"role": "assistant", "content": "no"}] + said[2:], "theirs"))
+  first, second = (messages(p, system_first=f)[-1]["content"] for f in (True, False))
+  assert first.index("mine") < first.index("theirs") and second.index("theirs") < second.index("mine")
+  assert "(turn 1) One?" in first and "(turn 2) Two?" in first and "(turn 1) yes" in first and "(turn 1) no" in first
+
+
+def test_files_of_preferences(tmp_path):
+  lines = tmp_path / "people.jsonl"
+  lines.write_text('{"id": 0, "system": "pasta", "preference": 0.25}\n{"id": 1, "system": "apar", "preference": 1}\n')
+  assert judged(FileJudge(str(lines)), PAIRS, tmp_path) == {0: {"preference": 0.25}}
+  theirs = tmp_path / "annotations.json"
+  theirs.write_text(
+    json.dumps(
+      [
+        {"instruction": "request 1", "generator_1": "baseline", "generator_2": "pasta", "preference": 1.75},
+        {"instruction": "request 2", "generator_2": "pasta", "preference": None},
+      ]
+    )
+  )
+  assert judged(FileJudge(str(theirs)), PAIRS, tmp_path) == {1: {"preference": 0.75}}
+  lines.write_text('{"id": 0, "system": "pasta", "preference": 3}')
+  with pytest.raises(EvalError, match="cannot be used"):
+    FileJudge(str(lines))
+
+
+@pytest.mark.parametrize(
+  "prompt, text, wrong",
+  [
+    ("Describe it in two sentences.", "One. Two.", False),
+    ("Describe it in two sentences.", "One. Two. Three. Four.", True),
+    ("Write at least 10 words.", "too few words", True),
+    ("Write at least 10 words.", "word " * 50, False),
+    ("In no more than 20 words, please.", "word " * 60, True),
+    ("In no more than 20 words, please.", "word", False),
+    ("Write a 100-word story.", "word " * 30, True),
+    ("Write a 100-word story.", "word " * 110, False),
+    ("Write three paragraphs.", "a\n\nb\n\nc", False),
+    ("Write three paragraphs.", "a", True),
+    ("What are the words of 1984 about?", "anything at all", False),
+  ],
+)
+def test_lengths_that_the_prompt_asks_for(prompt, text, wrong):
+  assert contradicts_length(prompt, text) == wrong
+
+
+def test_faults_and_preferences():
+  assert repetition("a b c d " * 5) > 0.5 and repetition("one two three four five six") == 0 == repetition("a b")
+  assert faults("x", "", True, []) == ["empty"]
+  assert faults("x", "word " * 30, False, [1] * 30) == ["cut off", "loops", "repeats"]
+  fine, unlikely, cut = (
+    {"log_p": -1.0, "faults": []},
+    {"log_p": -2.0, "faults": []},
+    {"log_p": -1.0, "faults": ["cut off"]},
+  )
+  assert preference(fine, fine) == 0.5
+  assert preference(fine, unlikely) == pytest.approx(1 - preference(unlikely, fine))
+  assert preference(fine, unlikely) > 0.5
+  assert preference(cut, fine) < 0.5
