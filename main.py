@@ -15,6 +15,7 @@ config_flags.DEFINE_config_file("config", None, "experiment: a file, or file.py:
 flags.DEFINE_string("workdir", None, "folder of the run (all but decode): checkpoints, metrics, results")
 flags.DEFINE_string("prompt", None, "decode: the prompt; read from standard input where that is piped")
 flags.DEFINE_string("prompts_file", None, "decode, pilot: JSON lines with \"prompt\"")
+flags.DEFINE_integer("limit", None, "eval, pilot: so many prompts, spread evenly over the file", lower_bound=1)
 flags.DEFINE_string("output", None, "decode: where the answers to --prompts_file go; standard output if not given")
 flags.DEFINE_string("timeline", None, "decode: draw the answer's threads in this .html or .svg file")
 
@@ -30,6 +31,8 @@ def run() -> None:
   logging.info("devices: %s", jax.devices())
   if FLAGS.mode != "decode" and not FLAGS.workdir:
     raise ValueError(f"--mode={FLAGS.mode} needs --workdir=FOLDER")
+  if FLAGS.limit:
+    FLAGS.config.eval.limit = FLAGS.limit
   if FLAGS.mode == "train":
     from pasta_jax.train import sft
     sft.train(FLAGS.config, Path(FLAGS.workdir))

@@ -80,11 +80,11 @@ def get_config(arg: str = "") -> ConfigDict:
   c.skeleton = ConfigDict(dict(max_points=10, outline_tokens=160, point_tokens=128))
   c.eval = ConfigDict(dict(
       prompts="",  # JSON lines with "prompt" (or MT-Bench's "turns"), or AlpacaEval's JSON
-      limit=0,  # prompts; 0: all
+      limit=0,  # so many prompts, spread evenly over the file; 0: all
       categories="",  # comma-separated; "": all
       systems="pasta,baseline",  # of c.systems
       baseline="baseline",  # the system that the others are measured against
-      requests=24,  # answered at once; responses for quality and theoretical figures
+      requests=48,  # answered at once; responses for quality and theoretical figures
       width=2,  # branches of each in a step
       dtype="float32",  # of those responses: the same, however many are answered at once
       timed=0,  # prompts that are answered once more, one at a time by the clock, in decode.dtype; -1: all

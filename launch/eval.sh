@@ -1,21 +1,16 @@
 #!/usr/bin/env bash
-# The README's table: every system over a file of prompts, with the default settings and plainly greedy, then
-# PASTA against sequential decoding by the clock. Leave the machine alone during the last part.
-#   launch/eval.sh PROMPTS_FILE RUNS_FOLDER [flags for all runs]
-# Started again, it goes on where it stopped. PYTHON names another Python than the checkout's own .venv.
+# The README's tables: every system over a file of prompts, some of them by the clock, judged, and reported.
+#   launch/eval.sh PROMPTS_FILE TIMED_PROMPTS_FILE RUN_FOLDER [flags]
+# Prompts by the clock are those of PROMPTS_FILE that stand in TIMED_PROMPTS_FILE too. Leave the machine alone
+# while they run, or give --config.eval.timed=0 first and take the flag away later: what was answered is kept.
+# Started again, it goes on where it stopped. --limit=16 tries all of it in ten minutes. PYTHON names another
+# Python than the checkout's own .venv.
 set -euo pipefail
-usage="usage: launch/eval.sh PROMPTS_FILE RUNS_FOLDER [flags]"
-prompts=$(realpath "${1:?$usage}") runs=$(realpath -m "${2:?$usage}")
-shift 2
+usage="usage: launch/eval.sh PROMPTS_FILE TIMED_PROMPTS_FILE RUN_FOLDER [flags]"
+prompts=$(realpath "${1:?$usage}") timed=$(realpath "${2:?$usage}") run=$(realpath -m "${3:?$usage}")
+shift 3
 cd "$(dirname "$0")/.."
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-evaluate() {
-  local name=$1
-  shift
-  "${PYTHON:-.venv/bin/python}" main.py --mode=eval --workdir="$runs/$name" --config.eval.prompts="$prompts" "$@"
-}
-all=--config.eval.systems=pasta,sequential,baseline,base
-evaluate default $all --config.eval.timed=False "$@"
-evaluate greedy $all --config.eval.timed=False --config.decode.repetition_penalty=1.0 --config.decode.no_repeat=0 \
-  --config.decode.promise_bias=0.0 "$@"
-evaluate timed --config.eval.systems=pasta,sequential "$@"
+"${PYTHON:-.venv/bin/python}" main.py --mode=eval --workdir="$run" --config.eval.prompts="$prompts" \
+  --config.eval.systems=pasta,baseline,apar,sot,sequential,base \
+  --config.eval.timed=-1 --config.eval.timed_prompts="$timed" "$@"

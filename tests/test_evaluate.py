@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from folders import SEED_DATA, model_config, write_model
 
 from configs.smollm2_135m import get_config
-from pasta_jax.decode.generate import Generator
+from pasta_jax.decode.generate import Generator, use_compilation_cache
 from pasta_jax.evaluate import report
 from pasta_jax.evaluate.likelihood import Likelihood
 from pasta_jax.evaluate.prompts import EvalError, conversation, read_prompts
@@ -32,6 +33,7 @@ PROMPTS = [
 def trained(tmp_path_factory):
   """A config whose adapter was trained by the trainer for a few steps on the seed data, and its folder."""
   folder = tmp_path_factory.mktemp("evaluate")
+  use_compilation_cache(folder / "compiled")  # every run of a mode compiles the same programs
   config = get_config()
   config.model.source = str(write_model(folder / "model", model_config()))
   config.train.update(
@@ -42,12 +44,13 @@ def trained(tmp_path_factory):
   config.model.adapter = adapter
   for name in ("baseline", "apar"):
     config.systems[name].adapter = adapter
-  config.decode.update(max_new_tokens=120, slots=2, capacity=2048, temperature=1.0, dtype="float32", promise_bias=5.0)
+  config.decode.update(max_new_tokens=120, slots=2, capacity=1024, temperature=1.0, dtype="float32", promise_bias=5.0)
   config.skeleton.update(outline_tokens=24, point_tokens=16)
-  config.eval.update(requests=2, width=2, systems="pasta,baseline,sot,base")
+  config.eval.update(requests=2, width=2, systems="pasta,baseline,sot")
   (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
   config.eval.prompts = str(folder / "prompts.jsonl")
-  return config, folder
+  yield config, folder
+  jax.config.update("jax_compilation_cache_dir", None)
 
 
 def copy_of(config, **changes):
@@ -140,7 +143,7 @@ def test_the_summary_says_what_the_records_say(finished):
 
 def test_alpaca_evals_own_form(finished):
   workdir, _ = finished
-  for name in ("pasta", "baseline", "sot", "base"):
+  for name in ("pasta", "baseline", "sot"):
     outputs = json.loads((workdir / "alpaca_eval" / f"{name}.json").read_text())
     assert [set(o) for o in outputs] == [{"dataset", "instruction", "output", "generator"}] * 4
     assert {o["generator"] for o in outputs} == {name}
@@ -334,7 +337,7 @@ def test_pilot_says_whether_thresholds_are_met(trained, finished, tmp_path, caps
 
 
 def test_pilots_exit_code(trained, finished, tmp_path):
-  """As a shell sees it: 0 met, 3 not met, 1 an error."""
+  """As a shell sees it: 0 met, 3 not met."""
   config, folder = trained
   whole, _ = finished
   shutil.copytree(whole, tmp_path / "run")

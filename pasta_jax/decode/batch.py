@@ -30,21 +30,23 @@ class BatchDecoder:
       raise DecodeError(f"requests and width must be 1 or more, not {requests} and {width}")
     self.interpreter, self.requests, self.width = interpreter, requests, width
     self._insert = jax.jit(lambda all_, one, r: jax.tree.map(lambda a, o: a.at[r].set(o), all_, one), donate_argnums=0)
+    self._choose = jax.jit(lambda states, which: jax.tree.map(lambda x: x[which], states))
     self._segment = jax.jit(self._segment_pure, static_argnames=("switches",), donate_argnums=(1,))
 
-  def _segment_pure(self, params: Any, states: State, sampling: Sampling, waiting: jax.Array, *, switches):
-    """Runs until a request ends while others wait in the queue, or until all have ended."""
+  def _segment_pure(self, params: Any, states: State, sampling: Sampling, enough: jax.Array, *, switches):
+    """Runs until `enough` of the requests have ended."""
     model = nnx.merge(self.interpreter.graph, params)
     one = partial(step, width=self.width, limits=self.interpreter.limits, switches=switches)
     many = jax.vmap(lambda state: one(model, state, self.interpreter.tables, sampling))
-    ended = (states.finish != UNFINISHED).sum()
-
-    def goes_on(states):
-      finished = (states.finish != UNFINISHED).sum()
-      return jnp.where(waiting, finished == ended, finished < self.requests)
-
-    states = jax.lax.while_loop(goes_on, many, states)
+    states = jax.lax.while_loop(lambda s: (s.finish != UNFINISHED).sum() < enough, many, states)
     return states, states.finish
+
+  def _sizes(self) -> list[int]:
+    """How many requests run at once: all places, and halves of them while a queue runs dry."""
+    sizes = [self.requests]
+    while sizes[-1] > 2:
+      sizes.append(-(-sizes[-1] // 2))
+    return sizes
 
   def _capacity(self, prompt_length: int) -> int:
     """Pool entries that a prompt and its response may take, rounded up: prompts of one capacity run together.
@@ -82,13 +84,18 @@ class BatchDecoder:
     """Runs the requests of `queue`, whose pools have one size, and puts their traces into `traces`."""
     it = self.interpreter
     switches, numbers = switched(it.switches, sampling), as_arrays(sampling)
-    slots = [queue[r] if r < len(queue) else -1 for r in range(self.requests)]
-    queue = queue[self.requests :]
+    size = min(s for s in self._sizes() if s >= min(len(queue), self.requests))
+    slots = [queue[r] if r < len(queue) else -1 for r in range(size)]
+    queue = queue[size:]
     states = jax.tree.map(lambda *x: jnp.stack(x), *[start(i if i >= 0 else slots[0]) for i in slots])
     idle = jnp.asarray([i < 0 for i in slots])
     states = states._replace(finish=jnp.where(idle, STOP, states.finish))
     while any(i >= 0 for i in slots):
-      states, finish = self._segment(it.params, states, numbers, np.bool_(bool(queue)), switches=switches)
+      ended = sum(i < 0 for i in slots)
+      smaller = max((s for s in self._sizes() if s < len(slots)), default=0)
+      # While others wait, a place that becomes free is taken at once; behind that, half of them free is enough.
+      enough = ended + 1 if queue else len(slots) - smaller
+      states, finish = self._segment(it.params, states, numbers, np.int32(enough), switches=switches)
       for r, f in enumerate(np.asarray(finish)):
         if f == UNFINISHED or slots[r] < 0:
           continue
@@ -99,12 +106,17 @@ class BatchDecoder:
         slots[r] = queue.pop(0) if queue else -1
         if slots[r] >= 0:
           states = self._insert(states, start(slots[r]), np.int32(r))
+      if not queue and smaller and sum(i >= 0 for i in slots) <= smaller:
+        kept = sorted(range(len(slots)), key=lambda r: slots[r] < 0)[:smaller]  # those that go on come first
+        states, slots = self._choose(states, np.asarray(kept)), [slots[r] for r in kept]
 
   def warm_up(self, prompt_length: int, sampling: SamplingConfig) -> None:
     """Compiles what prompts of this length need."""
     capacity = self._capacity(prompt_length)
-    state = self.interpreter.start([1] * prompt_length, capacity=capacity)
-    states = jax.tree.map(lambda x: jnp.stack([x] * self.requests), state._replace(finish=jnp.int32(STOP)))
-    states = self._insert(states, state._replace(finish=jnp.int32(STOP)), np.int32(0))
-    self._segment(self.interpreter.params, states, as_arrays(sampling), np.bool_(False),
-                  switches=switched(self.interpreter.switches, sampling))
+    state = self.interpreter.start([1] * prompt_length, capacity=capacity)._replace(finish=jnp.int32(STOP))
+    states = jax.tree.map(lambda x: jnp.stack([x] * self.requests), state)
+    for size in self._sizes():
+      states = self._choose(states, np.arange(size))
+      states = self._insert(states, state, np.int32(0))
+      states, _ = self._segment(self.interpreter.params, states, as_arrays(sampling), np.int32(0),
+                                switches=switched(self.interpreter.switches, sampling))

@@ -30,7 +30,8 @@ class Request:
 def read_prompts(path: str, *, limit: int = 0, categories: str = "") -> list[Request]:
   """The file's requests, the turns of a prompt one behind the other.
 
-  `limit`: the first so many prompts, or all for 0; `categories`: of those that it names, comma-separated, or all.
+  `limit`: so many prompts, spread evenly over the file, or all for 0; `categories`: of those that it names,
+  comma-separated, or all.
   Raises EvalError naming file and row.
   """
   if not path:
@@ -47,7 +48,9 @@ def read_prompts(path: str, *, limit: int = 0, categories: str = "") -> list[Req
     if wanted - there:
       raise EvalError(f"{path} has no category {', '.join(sorted(wanted - there))}: it has {', '.join(sorted(there))}")
     prompts = [p for p in prompts if p[0].category in wanted]
-  return [request for p in (prompts[:limit] if limit else prompts) for request in p]
+  if limit and limit < len(prompts):
+    prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
+  return [request for p in prompts for request in p]
 
 
 def _rows(path: str) -> list[dict]:
