@@ -43,7 +43,8 @@ def test_together_as_alone(interpreter, alone, requests, width):
   for seed, expected in alone.items():
     interpreter.params = tiny.weights(seed, "habits")
     told: dict[int, tuple] = {}
-    traces = decoder.run(PROMPTS, SAMPLED, seeds=range(len(PROMPTS)), done=lambda i, t: told.update({i: figures(t)}))
+    note = lambda i, trace, told=told: told.update({i: figures(trace)})
+    traces = decoder.run(PROMPTS, SAMPLED, seeds=range(len(PROMPTS)), done=note)
     assert [figures(t) for t in traces] == expected
     assert told == dict(enumerate(expected))
 

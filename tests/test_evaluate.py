@@ -100,15 +100,27 @@ def test_a_stopped_run_goes_on(trained, finished, tmp_path):
   lines = path.read_text().splitlines(keepends=True)
   path.write_text("".join(lines[:2]) + lines[2][: len(lines[2]) // 2])  # killed while a line was written
   timed = workdir / "timed" / "sot.jsonl"
-  timed.write_text("")
+  timed.write_text(timed.read_text().splitlines(keepends=True)[0])
+  report.write(workdir)  # at any time: half a line is no row
+  assert json.loads((workdir / "summary.json").read_text())["systems"]["pasta"]["responses"]["prompts"] == 2
   evaluate(copy_of(config, timed=2), workdir)
   assert path.read_text().startswith("".join(lines[:2]))
   assert {i: r["text"] for i, r in rows_of(path).items()} == {
     i: r["text"] for i, r in rows_of(whole / "responses" / "pasta.jsonl").items()
   }
   assert set(rows_of(timed)) == {"a", "b"}
-  before = (whole / "timed" / "pasta.jsonl").read_text()
-  assert (workdir / "timed" / "pasta.jsonl").read_text() == before  # what was there is not made again
+  # What is whole is not made again; where one system was missing, all are timed again side by side.
+  before, after = ((d / "timed" / "pasta.jsonl").read_text() for d in (whole, workdir))
+  assert after.startswith(before) and [json.loads(x)["id"] for x in after.splitlines()] == ["a", "b", "b"]
+  # A judgement of another text does not stand.
+  rows = [json.loads(x) for x in path.read_text().splitlines()]
+  changed = [r | {"text": r["text"] + " And more."} if r["id"] == "a" else r for r in rows]
+  path.write_text("".join(json.dumps(r) + "\n" for r in changed))
+  judgements = workdir / "judgements" / "local" / "pasta-against-baseline.jsonl"
+  judged = len(judgements.read_text().splitlines())
+  evaluate(copy_of(config, timed=2), workdir)
+  again = [json.loads(x)["id"] for x in judgements.read_text().splitlines()[judged:]]
+  assert "a" in again and len(again) == 1 + sum(r["id"] == "a/2" for r in rows)
   with pytest.raises(EvalError, match="made with decode.temperature=1.0, not 0.5"):
     changed = copy_of(config)
     changed.decode.temperature = 0.5
@@ -136,7 +148,7 @@ def test_the_summary_says_what_the_records_say(finished):
   clock = [rows_of(workdir / "timed" / f"{n}.jsonl") for n in ("baseline", "pasta")]
   ratios = [clock[0][i]["seconds"] / clock[1][i]["seconds"] for i in ("a", "b")]
   assert pasta["timed"]["wall_clock_speedup"] == pytest.approx(float(np.sqrt(np.prod(ratios))))
-  assert "baseline" not in summary["systems"]["baseline"]["quality"]
+  assert summary["systems"]["baseline"]["quality"] == {}
   for heading in ("wall-clock speedup", "win rate (local)", "theoretical speedup"):
     assert heading in (workdir / "report.md").read_text()
 
@@ -176,7 +188,7 @@ def test_the_page_holds_everything_itself(finished):
   text = (workdir / "report.html").read_text()
   page = _Well()
   page.feed(text)
-  assert not page.open and page.count["svg"] >= 4 and page.count["table"] == 1
+  assert not page.open and page.count["svg"] >= 4 and page.count["table"] == 3
   assert page.outside == []
   assert "Why <b>?" not in text.replace("Why &lt;b&gt;?", "")
   for name in ("speed_quality_local", "speedups", "speedups_by_category", "speedups_by_length"):
@@ -325,7 +337,7 @@ def test_pilot_says_whether_thresholds_are_met(trained, finished, tmp_path, caps
   workdir = tmp_path / "run"
   shutil.copytree(whole, workdir)
   reached = summary["systems"]["pasta"]
-  speed, rate = reached["timed"]["wall_clock_speedup"], reached["quality"]["local"]["length_controlled"]
+  speed, rate = reached["timed"]["wall_clock_speedup"], reached["quality"]["local"]["win_rate"]
   assert pilot(copy_of(config, timed=2, min_speedup=speed - 0.01, min_quality=rate - 0.01), workdir)
   assert "NOT MET" not in capsys.readouterr().out
   assert "not met" not in (workdir / "report.html").read_text()
@@ -334,6 +346,8 @@ def test_pilot_says_whether_thresholds_are_met(trained, finished, tmp_path, caps
   assert "NOT MET" in capsys.readouterr().out and "not met" in (workdir / "report.html").read_text()
   with pytest.raises(EvalError, match="say what the pilot must reach"):
     pilot(copy_of(config), workdir)
+  with pytest.raises(EvalError, match="names no system"):
+    pilot(copy_of(config, systems="baseline", min_speedup=1.0), workdir)
 
 
 def test_pilots_exit_code(trained, finished, tmp_path):

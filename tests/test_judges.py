@@ -7,6 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from configs.smollm2_135m import get_config
+from pasta_jax.evaluate.agreement import measure
 from pasta_jax.evaluate.endpoint import Endpoint, EndpointError
 from pasta_jax.evaluate.judge import Answer, FileJudge, Pair
 from pasta_jax.evaluate.llm_judge import LlmJudge, confidence_in_a, messages
@@ -27,6 +29,7 @@ class Server:
     self.headers: list[dict] = []
     self.faults: list = []
     self.bias, self.with_log_p = 0.0, True
+    self.status_body = b'{"error": "as asked"}'
     self.lock = threading.Lock()
     outer = self
 
@@ -51,7 +54,7 @@ class Server:
           outer.headers.append(dict(self.headers))
           fault = outer.faults.pop(0) if outer.faults else None
         if isinstance(fault, int):
-          self.reply(fault, b'{"error": "as asked"}', [("Retry-After", "0")] if fault == 429 else ())
+          self.reply(fault, outer.status_body, [("Retry-After", "0")] if fault == 429 else ())
         elif fault == "hang up":
           self.close_connection = True
         elif fault == "slow":
@@ -138,7 +141,11 @@ def test_without_token_probabilities_the_letter_counts(server, tmp_path):
   server.with_log_p = False
   rows = judged(LlmJudge(Endpoint("m", url=server.url)), PAIRS[:2], tmp_path)
   assert [rows[i]["preference"] for i in (0, 1)] == [1.0, 0.0]
-  assert confidence_in_a({"log_p": {}, "text": "Neither."}) is None
+  for said in ("Neither.", "Answer", "Both", ""):
+    assert confidence_in_a({"log_p": {}, "text": said}) is None
+  for said, confidence in (("**A**", 1.0), ("(B)", 0.0)):
+    assert confidence_in_a({"log_p": {}, "text": said}) == confidence
+  assert confidence_in_a({"log_p": {"The": -0.02, "A": -7.0}, "text": "A"}) is None
   assert confidence_in_a({"log_p": {"**A": math.log(0.3), "b": math.log(0.1)}, "text": ""}) == pytest.approx(0.75)
 
 
@@ -177,6 +184,38 @@ def test_what_passes_is_tried_again(server, tmp_path):
     judged(LlmJudge(Endpoint("x", url=server.url, concurrency=1, retries=2)), PAIRS[:1], tmp_path)
 
 
+def test_a_request_that_is_refused_does_not_stop_the_others(server, tmp_path):
+  """Filtered content, or an answer without text: no preference, no second payment, and the run goes on."""
+  refusal = json.dumps({"promptFeedback": {"blockReason": "SAFETY"}}).encode()
+  cut = json.dumps({"candidates": [{"finishReason": "MAX_TOKENS", "content": {}}]}).encode()
+  for name, faults_ in (("blocked", [refusal]), ("thinking", [cut])):
+    server.faults, server.calls = list(faults_), []
+    folder = tmp_path / name
+    judge = LlmJudge(Endpoint("m", kind="gemini", url=server.url, concurrency=1))
+    assert set(judged(judge, PAIRS, folder)) == {1, 2, 3} and len(server.calls) == 6
+    assert set(judged(judge, PAIRS, folder)) == {1, 2, 3} and len(server.calls) == 6
+  server.status_body = b'{"error": {"code": "content_filter"}}'
+  server.faults, server.calls = [400], []
+  judge = LlmJudge(Endpoint("m", url=server.url, concurrency=1))
+  assert set(judged(judge, PAIRS, tmp_path / "filtered")) == {1, 2, 3} and len(server.calls) == 6
+
+
+def test_a_key_is_never_shown(server, tmp_path, monkeypatch):
+  server.status_body = f'{{"error": "wrong key {KEY}"}}'.encode()
+  server.faults = [403]
+  with pytest.raises(EndpointError, match="status 403") as error:
+    judged(LlmJudge(Endpoint("m", url=server.url, concurrency=1)), PAIRS[:1], tmp_path)
+  assert KEY not in str(error.value)
+  monkeypatch.setenv("OPENAI_API_KEY", KEY + "\r\n")  # as env files have it
+  rows = judged(LlmJudge(Endpoint("m", url=server.url)), PAIRS[:1], tmp_path / "b")
+  assert rows[0]["preference"] == pytest.approx(0.8)
+  for bad in ("clé" + KEY, KEY + "\nx" + KEY):
+    monkeypatch.setenv("OPENAI_API_KEY", bad)
+    with pytest.raises(EndpointError, match="characters that no key has") as error:
+      judged(LlmJudge(Endpoint("other", url=server.url)), PAIRS[:1], tmp_path / "c")
+    assert KEY not in str(error.value)
+
+
 def test_keys_come_from_the_environment_alone(monkeypatch, tmp_path):
   monkeypatch.delenv("OPENAI_API_KEY", raising=False)
   with pytest.raises(EndpointError, match=r"\$OPENAI_API_KEY, which is not set"):
@@ -205,7 +244,7 @@ def test_what_the_judge_reads():
 def test_files_of_preferences(tmp_path):
   lines = tmp_path / "people.jsonl"
   lines.write_text('{"id": 0, "system": "pasta", "preference": 0.25}\n{"id": 1, "system": "apar", "preference": 1}\n')
-  assert judged(FileJudge(str(lines)), PAIRS, tmp_path) == {0: {"preference": 0.25}}
+  assert judged(FileJudge(str(lines), "baseline"), PAIRS, tmp_path) == {0: {"preference": 0.25}}
   theirs = tmp_path / "annotations.json"
   theirs.write_text(
     json.dumps(
@@ -215,10 +254,12 @@ def test_files_of_preferences(tmp_path):
       ]
     )
   )
-  assert judged(FileJudge(str(theirs)), PAIRS, tmp_path) == {1: {"preference": 0.75}}
+  assert judged(FileJudge(str(theirs), "baseline"), PAIRS, tmp_path) == {1: {"preference": 0.75}}
+  with pytest.raises(EvalError, match="against 'baseline', not the baseline 'another'"):
+    FileJudge(str(theirs), "another")
   lines.write_text('{"id": 0, "system": "pasta", "preference": 3}')
   with pytest.raises(EvalError, match="cannot be used"):
-    FileJudge(str(lines))
+    FileJudge(str(lines), "baseline")
 
 
 @pytest.mark.parametrize(
@@ -254,3 +295,30 @@ def test_faults_and_preferences():
   assert preference(fine, unlikely) == pytest.approx(1 - preference(unlikely, fine))
   assert preference(fine, unlikely) > 0.5
   assert preference(cut, fine) < 0.5
+  empty = {"log_p": -10.0, "faults": ["empty", "cut off"]}
+  loop = {"log_p": -0.1, "faults": ["loops", "repeats"]}  # likely, since it says the same again
+  assert preference(empty, fine) < 0.05 and preference(loop, fine) < 0.2 and preference(fine, loop) > 0.8
+
+
+def test_agreement_with_labels(server, tmp_path):
+  """Against a judge that likes "good" by a known rule: agreement is what the rule gives, by category."""
+  rows = [
+    {"id": "a", "prompt": "x", "chosen": "good and long", "rejected": "bad", "category": "plain"},
+    {"id": "b", "prompt": "x", "chosen": "bad", "rejected": "good", "category": "plain"},
+    {"id": "c", "prompt": "x", "chosen": "good", "rejected": "a long bad one", "category": "hard"},
+    {"id": "d", "prompt": "x", "chosen": "even", "rejected": "odd", "category": "hard"},
+  ]
+  path = tmp_path / "labels.jsonl"
+  path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  config = get_config()
+  config.eval.judges = "llm"
+  config.judge.update(url=server.url, model="m")
+  found = {r["category"]: r for r in measure(config, tmp_path, [str(path)])}
+  assert {k: r["agreement"] for k, r in found.items()} == {"all": 62.5, "plain": 50.0, "hard": 75.0}
+  assert found["all"]["pairs"] == 4 and found["all"]["longer"] == 50 and found["all"]["on_shorter"] == 50
+  calls = len(server.calls)
+  measure(config, tmp_path, [str(path)])
+  assert len(server.calls) == calls == 8
+  path.write_text('{"prompt": "x", "chosen": "y"}')
+  with pytest.raises(EvalError, match="row 1 needs texts"):
+    measure(config, tmp_path, [str(path)])

@@ -1,17 +1,23 @@
 """The modes as a user runs them, on a tiny model; and what a user reads when something is wrong."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 from folders import SEED_DATA, model_config, write_model
+from ml_collections import config_flags
 
+from configs.ablations import positions
+from configs.ablations.positions import sweep
 from configs.smollm2_135m import get_config
 from pasta_jax.data.examples import DataError
 from pasta_jax.decode import command
 from pasta_jax.decode.generate import DecodeError, Generator
+from pasta_jax.lang.layout import STRATEGIES
 from pasta_jax.model.lora import AdapterError
 from pasta_jax.train import sft
 
@@ -84,6 +90,24 @@ def test_wrong_input_is_one_clear_error(trained, tmp_path):
     command.decode_file(config, str(tmp_path / "none.jsonl"), None)
   with pytest.raises(AdapterError, match="no adapter file"):
     Generator(config, adapter=str(tmp_path / "none.safetensors"))
+
+
+def test_every_step_of_the_ablation_is_a_command_that_parses(monkeypatch):
+  """Each printed command names a config that loads, and flags that exist; the trained adapter is what is evaluated."""
+  commands = [shlex.split(c) for c in sweep("a folder/runs", "data.jsonl", "prompts.jsonl", "--config.train.steps=3")]
+  trained = [c for c in commands if "--mode=train" in c]
+  assert [positions.get_config(s).positions.strategy for s in STRATEGIES] == list(STRATEGIES)
+  assert len(trained) == len(STRATEGIES) == len(commands) - len(trained) + 1  # the oracle is not decoded
+  for words in commands:
+    monkeypatch.setattr(sys, "argv", words[1:])  # where ml_collections looks for overrides
+    parsed = config_flags.DEFINE_config_file("config", flag_values=(values := flags.FlagValues()))
+    flags.DEFINE_string("mode", "", "", flag_values=values)
+    flags.DEFINE_string("workdir", "", "", flag_values=values)
+    values(words[1:])
+    assert parsed.value.train.steps == 3 and values.workdir.startswith("a folder/runs/")
+    if values.mode == "eval":
+      strategy = parsed.value.positions.strategy
+      assert parsed.value.systems.pasta.adapter == f"a folder/runs/{strategy}/train/adapter.safetensors"
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -62,16 +62,17 @@ class BatchDecoder:
     return -(-need // step) * step
 
   def run(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, seeds: Sequence[int] | None = None,
-          done: Callable[[int, Trace], None] | None = None) -> list[Trace]:
+          done: Callable[[int, Trace], None] | None = None, one_pool_size: bool = False) -> list[Trace]:
     """The prompts' traces, in their order; `done(i, trace)` is called as each one ends.
 
     Request i draws from seed `seeds[i]`, else from `sampling.seed`. Attention costs a request the whole pool,
-    so prompts that need pools of one size run together. Raises DecodeError if prompt and limits together exceed the
-    largest pool.
+    so prompts that need pools of one size run together, or, with `one_pool_size`, all in the largest. Raises
+    DecodeError if prompt and limits together exceed the largest pool.
     """
     groups: dict[int, list[int]] = {}
+    longest = max(map(len, prompts), default=0)
     for i, prompt in enumerate(prompts):
-      groups.setdefault(self._capacity(len(prompt)), []).append(i)
+      groups.setdefault(self._capacity(longest if one_pool_size else len(prompt)), []).append(i)
     traces: dict[int, Trace] = {}
     for capacity in sorted(groups):
       start = lambda i, capacity=capacity: self.interpreter.start(
@@ -87,7 +88,8 @@ class BatchDecoder:
     size = min(s for s in self._sizes() if s >= min(len(queue), self.requests))
     slots = [queue[r] if r < len(queue) else -1 for r in range(size)]
     queue = queue[size:]
-    states = jax.tree.map(lambda *x: jnp.stack(x), *[start(i if i >= 0 else slots[0]) for i in slots])
+    started = [start(i) for i in slots if i >= 0]
+    states = jax.tree.map(lambda *x: jnp.stack(x), *started, *[started[0]] * (size - len(started)))
     idle = jnp.asarray([i < 0 for i in slots])
     states = states._replace(finish=jnp.where(idle, STOP, states.finish))
     while any(i >= 0 for i in slots):
@@ -109,6 +111,10 @@ class BatchDecoder:
       if not queue and smaller and sum(i >= 0 for i in slots) <= smaller:
         kept = sorted(range(len(slots)), key=lambda r: slots[r] < 0)[:smaller]  # those that go on come first
         states, slots = self._choose(states, np.asarray(kept)), [slots[r] for r in kept]
+
+  def compiled(self) -> int:
+    """How many programs have been compiled so far."""
+    return sum(f._cache_size() for f in (self._insert, self._choose, self._segment))  # type: ignore[attr-defined]
 
   def warm_up(self, prompt_length: int, sampling: SamplingConfig) -> None:
     """Compiles what prompts of this length need."""

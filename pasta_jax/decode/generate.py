@@ -1,6 +1,7 @@
 """From a prompt's text to a response: weights, adapter, vocabulary and interpreters behind one object."""
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,12 @@ def adapter_path(name: str) -> Path | None:
   if name in EMBEDDED:
     return Path(str(resources.files("pasta_jax") / "adapters" / EMBEDDED[name]))
   return Path(name).expanduser()
+
+
+def adapter_digest(name: str) -> str | None:
+  """sha256 of an adapter's file; None where there is none."""
+  path = adapter_path(name)
+  return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
 
 
 class Generator:

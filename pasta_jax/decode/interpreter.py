@@ -140,6 +140,10 @@ class Interpreter:
     last = self.limits.buckets[-1]
     return [*self.limits.buckets, last + -(-self.limits.widths[-1] // 128) * 128]
 
+  def compiled(self) -> int:
+    """How many programs have been compiled so far."""
+    return sum(f._cache_size() for f in (self._prefill, self._segment, self._grow))
+
   def warm_up(self, prompt_length: int, sampling: SamplingConfig = SamplingConfig(), *,
               note: Callable[[int, int], None] = lambda done, total: None) -> None:
     """Compiles everything that a prompt of this length may need, so that no timing holds a compilation.

@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -23,6 +24,7 @@ from pasta_jax.evaluate.records import Records
 
 Messages = Sequence[Mapping[str, str]]
 _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+_THIS_ONE = re.compile(r"content.?(filter|policy)|context.?(length|window)|maximum context|too long|safety", re.I)
 _URLS = {"openai": "https://api.openai.com/v1", "gemini": "https://generativelanguage.googleapis.com/v1beta"}
 
 
@@ -39,6 +41,7 @@ class Endpoint:
   url: str = ""  # "": the provider's own
   key_env: str = ""  # environment variable that holds the key; "": OPENAI_API_KEY or GEMINI_API_KEY
   max_tokens: int = 1
+  logprobs: bool = True  # ask for token probabilities; some servers refuse
   concurrency: int = 8
   retries: int = 6  # after the first attempt; waits double from one second, or are what the server says
   timeout: float = 60.0  # seconds
@@ -51,10 +54,13 @@ class Endpoint:
     if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
       raise EvalError("judge.concurrency must be 1 or more, judge.retries 0 or more, judge.timeout above 0")
 
+  def _key(self) -> str:
+    return os.environ.get(self.key_env or f"{self.kind.upper()}_API_KEY", "").strip()
+
   def _request(self, messages: Messages) -> tuple[str, dict, dict[str, str]]:
     """(address, body, headers) of a call."""
     base = (self.url or _URLS[self.kind]).rstrip("/")
-    key = os.environ.get(self.key_env or f"{self.kind.upper()}_API_KEY", "")
+    key = self._key()
     if not key and not self.url:
       raise EndpointError(
         f"the judge's key is read from ${self.key_env or self.kind.upper() + '_API_KEY'}, which is not set"
@@ -65,8 +71,7 @@ class Endpoint:
         "messages": [dict(m) for m in messages],
         "temperature": 0,
         "max_tokens": self.max_tokens,
-        "logprobs": True,
-        "top_logprobs": 5,
+        **({"logprobs": True, "top_logprobs": 5} if self.logprobs else {}),
       }
       return f"{base}/chat/completions", body, {"Authorization": f"Bearer {key}"} if key else {}
     roles = {"user": "user", "assistant": "model"}
@@ -77,8 +82,7 @@ class Endpoint:
       "generationConfig": {
         "temperature": 0,
         "maxOutputTokens": self.max_tokens,
-        "responseLogprobs": True,
-        "logprobs": 5,
+        **({"responseLogprobs": True, "logprobs": 5} if self.logprobs else {}),
       },
     }
     if system := [m["content"] for m in messages if m["role"] == "system"]:
@@ -93,31 +97,52 @@ class Endpoint:
   def call(self, messages: Messages) -> dict:
     """{"text": …, "log_p": {token: log p of it as the first token}}; the latter empty where the server gives none.
 
-    Tries again, with growing waits, what may pass: limits, server errors, broken answers, silence. Raises
+    Both are empty, and `refused` says why, where the server will not answer this one request (its content is
+    filtered, or too long). Tries again, with growing waits, what may pass: limits, server errors, broken answers,
+    silence. Raises
     EndpointError when it does not pass, and at once for what will not (a wrong key, an unknown model).
     """
     address, body, headers = self._request(messages)
+    if not all(value.isascii() and value.isprintable() for value in headers.values()):
+      raise EndpointError("the judge's key holds characters that no key has")
+    request = urllib.request.Request(
+      address, json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
+    )
     fault, wait = "", 0.0
     for attempt in range(self.retries + 1):
       time.sleep(wait)
       wait = min(2.0**attempt, 60.0) * random.uniform(0.75, 1.25)
       try:
-        request = urllib.request.Request(
-          address, json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
-        )
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+        with _OPENER.open(request, timeout=self.timeout) as answer:
           return _read(self.kind, json.loads(answer.read()))
       except urllib.error.HTTPError as error:
-        fault = f"status {error.code}: {_excerpt(error)}"
+        fault = self._without_key(f"status {error.code}: {_excerpt(error)}")
+        if error.code == 400 and _THIS_ONE.search(fault):
+          return {"text": "", "log_p": {}, "refused": fault}
         if error.code not in _TRY_AGAIN:
           raise EndpointError(f"{address} refused, {fault}") from None
         asked = error.headers.get("Retry-After", "")
         wait = min(float(asked), 120.0) if asked.replace(".", "", 1).isdigit() else wait
       except (urllib.error.URLError, TimeoutError, http.client.HTTPException, OSError) as error:
-        fault = str(getattr(error, "reason", error)) or type(error).__name__
+        fault = self._without_key(str(getattr(error, "reason", error)) or type(error).__name__)
       except (ValueError, KeyError, IndexError, TypeError) as error:
-        fault = f"an answer of another form ({error!r})"
+        fault = self._without_key(f"an answer of another form ({error!r})")
     raise EndpointError(f"{address} gave no answer in {self.retries + 1} attempts; the last one: {fault}")
+
+
+  def _without_key(self, text: str) -> str:
+    """The text as it may be shown."""
+    return text.replace(self._key(), "…") if self._key() else text
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+  """A redirect would carry the key to another host."""
+
+  def redirect_request(self, *args):
+    return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
 
 
 def _excerpt(error: urllib.error.HTTPError) -> str:
@@ -129,15 +154,19 @@ def _excerpt(error: urllib.error.HTTPError) -> str:
 
 
 def _read(kind: str, answer: dict) -> dict:
+  """`Endpoint.call`'s result; an answer without text (filtered, or cut before its first word) is an empty one."""
   if kind == "openai":
     choice = answer["choices"][0]
     first = ((choice.get("logprobs") or {}).get("content") or [{}])[0]
     found = {t["token"]: float(t["logprob"]) for t in first.get("top_logprobs") or ()}
-    return {"text": choice["message"]["content"] or "", "log_p": found}
+    return {"text": choice["message"].get("content") or "", "log_p": found}
+  if "candidates" not in answer and "promptFeedback" in answer:
+    return {"text": "", "log_p": {}, "refused": str(answer["promptFeedback"].get("blockReason", "blocked"))}
   candidate = answer["candidates"][0]
   tops = (candidate.get("logprobsResult") or {}).get("topCandidates") or [{}]
   found = {t["token"]: float(t["logProbability"]) for t in tops[0].get("candidates") or ()}
-  return {"text": "".join(p.get("text", "") for p in candidate["content"]["parts"]), "log_p": found}
+  parts = (candidate.get("content") or {}).get("parts") or ()
+  return {"text": "".join(p.get("text", "") for p in parts), "log_p": found}
 
 
 class Caller:

@@ -1,6 +1,7 @@
 """What every pairwise judge offers, and judgements that others made, given as files."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,11 @@ class Pair:
   baseline: Answer
   name: str = ""  # of the system
 
+  def digest(self) -> str:
+    """Changes when one of the texts does."""
+    whole = json.dumps([self.system.text, self.baseline.text])
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
 
 class Judge(Protocol):
   """Compares answers pairwise. `name` is that of its folder of judgements, `settings` what these depend on."""
@@ -54,19 +60,27 @@ class FileJudge:
   """Preferences that somebody else found: people, or AlpacaEval's own tools.
 
   Either JSON lines with `id`, `system` and `preference` in [0, 1] (1: the system is better), or AlpacaEval's
-  annotations: a JSON list with `instruction`, `generator_2` and `preference` from 1 to 2.
+  annotations: a JSON list with `instruction`, `generator_2` and `preference` from 1 to 2 (0: even). Those must be
+  against `baseline`.
   """
 
-  def __init__(self, path: str):
-    self.name = Path(path).stem
-    self.settings = {"file": Path(path).name}
+  def __init__(self, path: str, baseline: str):
+    try:
+      digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+      raise EvalError(f"judgements in {path} cannot be read: {error.strerror}") from None
+    self.name = f"{Path(path).name.split('.')[0]}-{digest[:6]}"  # other content is another judge
+    self.settings = {"sha256": digest}
     self._found: dict[tuple[str, str], float] = {}
     try:
       rows = json.loads(Path(path).read_text()) if path.endswith(".json") else read_jsonl(path)
       for row in rows:
         if "generator_2" in row:
+          if row.get("generator_1", baseline) != baseline:
+            raise ValueError(f"they are against {row['generator_1']!r}, not the baseline {baseline!r}")
           if row["preference"] is not None:
-            self._found[row["generator_2"], row["instruction"]] = min(max(float(row["preference"]) - 1, 0.0), 1.0)
+            value = float(row["preference"]) or 1.5
+            self._found[row["generator_2"], row["instruction"]] = min(max(value - 1, 0.0), 1.0)
         else:
           value = float(row["preference"])
           if not 0 <= value <= 1:

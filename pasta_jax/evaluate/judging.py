@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pasta_jax.decode.generate import Generator
+from pasta_jax.decode.generate import Generator, adapter_digest
 from pasta_jax.evaluate.endpoint import Endpoint
 from pasta_jax.evaluate.judge import Answer, FileJudge, Judge, Pair
 from pasta_jax.evaluate.llm_judge import LlmJudge
@@ -30,12 +30,14 @@ def judges_of(config) -> list[Judge]:
             concurrency=j.concurrency,
             retries=j.retries,
             timeout=j.timeout,
+            max_tokens=j.max_tokens,
+            logprobs=j.logprobs,
           ),
           cache=j.cache,
         )
       )
     elif name.endswith((".json", ".jsonl", ".jsonl.gz")):
-      judges.append(FileJudge(name))
+      judges.append(FileJudge(name, config.eval.baseline))
     else:
       raise EvalError(f"eval.judges: {name!r} is neither local, nor llm, nor a .json or .jsonl file of preferences")
   return judges
@@ -46,7 +48,7 @@ def local_judge(config) -> LocalJudge:
   entry = entry_of(config, config.eval.baseline)
   return LocalJudge(
     lambda: Generator(config, adapter=entry.adapter, dtype=config.eval.dtype),
-    {"source": config.model.source, "adapter": entry.adapter, "dtype": config.eval.dtype},
+    {"source": config.model.source, "adapter": adapter_digest(entry.adapter), "dtype": config.eval.dtype},
   )
 
 
@@ -78,10 +80,11 @@ def judge(config, workdir: Path, names: list[str], requests: list[Request], judg
         continue
       folder = workdir / "judgements" / j.name
       records = Records(folder / f"{name}-against-{baseline}.jsonl", j.settings)
-      todo = [p for p in pairs_of(workdir, name, baseline, requests) if p.id not in records.rows]
+      pairs = pairs_of(workdir, name, baseline, requests)
+      todo = [p for p in pairs if records.rows.get(p.id, {}).get("texts") != p.digest()]  # new, or of other texts
 
       def done(i: int, row: dict, *, todo=todo, records=records) -> None:
-        records.add({"id": todo[i].id, **row})
+        records.add({"id": todo[i].id, "texts": todo[i].digest(), **row})
 
       if todo:
         j.compare(todo, folder, done)

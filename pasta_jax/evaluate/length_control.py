@@ -32,12 +32,13 @@ from absl import app, flags
 
 from pasta_jax.data.examples import DataError, read_jsonl
 
-# phi and psi of gpt4_1106_preview told to be verbose and concise: the means of their published weights.
-GAMED = (-1.61, 0.76)
-# Curvature of the prior on phi and psi. The gamed rows count as 161 (2 x 805 at a tenth), each with about
-# E[x^2] p (1 - p) = 0.5 * 0.25 of curvature.
-STRENGTH = 20.0
+# Gaussian priors on (phi, psi): centre and curvature. GAMED's centre are the means of the published weights of
+# gpt4_1106_preview told to be verbose and concise; its rows count as 161 (2 x 805 at a tenth), each with about
+# E[x^2] p (1 - p) = 0.5 * 0.25 of curvature. It knows how GPT-4-turbo likes length; of other judges nothing is known.
+GAMED = (-1.61, 0.76), 20.0
+NOTHING_KNOWN = (0.0, 0.0), 1.0
 DIFFICULTY_SPREAD = 1.5  # standard deviation of the difficulties' own prior
+Prior = tuple[tuple[float, float], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +69,14 @@ def length_controlled(
   system: np.ndarray,
   difficulty: np.ndarray | None = None,
   *,
+  prior: Prior = NOTHING_KNOWN,
   resamples: int = 0,
 ) -> LengthControl:
   """Win rates of a system from preferences [N] in [0, 1] (1: the system's answer is better; NaN: not judged).
 
   `baseline` and `system` [N] are the answers' characters, `difficulty` [N] the prompts' gamma. `resamples` bootstrap
-  samples give the length-controlled rate its error. Raises ValueError where fewer than three prompts were judged.
+  samples give the length-controlled rate its error. `prior`: GAMED for GPT-4-turbo against gpt4_1106_preview. Raises
+  ValueError where fewer than three prompts were judged.
   """
   judged = ~np.isnan(preference)
   if judged.sum() < 3:
@@ -84,10 +87,10 @@ def length_controlled(
   everywhere = np.zeros(len(preference)) if difficulty is None else difficulty
   x = np.stack([feature, gamma, np.ones(len(y))], axis=1)
   predict = lambda w: 100 * scipy.special.expit(w[1] * everywhere + w[2])
-  w = _fit(x, y)
+  w = _fit(x, y, prior)
   rng = np.random.default_rng(0)
   draws = (rng.integers(len(y), size=len(y)) for _ in range(resamples))
-  rates = [predict(_fit(x[d], y[d])).mean() for d in draws]
+  rates = [predict(_fit(x[d], y[d], prior)).mean() for d in draws]
   return LengthControl(
     100 * float(y.mean()),
     100 * float(np.std(y, ddof=1)) / math.sqrt(len(y)),
@@ -97,9 +100,10 @@ def length_controlled(
   )
 
 
-def _fit(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _fit(x: np.ndarray, y: np.ndarray, prior: Prior) -> np.ndarray:
   """(phi, psi, theta) of largest posterior for features x [N, 3] and preferences y [N]."""
-  centre, precision = np.array([*GAMED, 0.0]), np.array([STRENGTH, STRENGTH, 1e-3])
+  (phi, psi), strength = prior
+  centre, precision = np.array([phi, psi, 0.0]), np.array([strength, strength, 1e-3])
   if not x[:, 1].any():
     centre[1] = 0.0
 
@@ -199,7 +203,7 @@ def check(
       continue
     published = leaderboard[model]
     compute = lambda gamma, i=i: length_controlled(
-      preferences.preference[i], preferences.baseline, preferences.system[i], gamma
+      preferences.preference[i], preferences.baseline, preferences.system[i], gamma, prior=GAMED
     )
     result = compute(whole)
     row = {

@@ -7,6 +7,7 @@ in either order, and its preference is the mean, so that a liking for the first 
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -58,16 +59,16 @@ def _answer(answer: Answer) -> str:
 
 
 def confidence_in_a(answer: dict) -> float | None:
-  """P(the judge says A), among A and B; None if it said neither."""
+  """P(the judge says A), among A and B; None if it said neither, or something else with nine tenths or more."""
   mass = {"A": 0.0, "B": 0.0}
   for token, log_p in answer["log_p"].items():
     letter = token.strip().strip("*\"'().").upper()
     if letter in mass:
       mass[letter] += math.exp(log_p)
-  if sum(mass.values()) > 0:
+  if sum(mass.values()) > 0.1:
     return mass["A"] / sum(mass.values())
-  letter = answer["text"].strip().strip("*\"'().").upper()[:1]
-  return {"A": 1.0, "B": 0.0}.get(letter)
+  said = None if answer["log_p"] else re.match(r"\W*([AB])\b", answer["text"])
+  return {"A": 1.0, "B": 0.0}[said[1]] if said else None
 
 
 class LlmJudge:

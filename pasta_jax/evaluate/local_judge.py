@@ -25,6 +25,7 @@ from pasta_jax.progress import progress_bar
 
 PER_NAT = 4.0  # logits of preference for a nat a token of likelihood
 FAULT = 1.0  # and for each fault
+NOTHING = -10.0  # log p a token of an answer without any
 
 _WORDS = {w: i for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())}
 _NUMBER = r"(\d{1,4}|" + "|".join(_WORDS) + r")"
@@ -82,7 +83,11 @@ def faults(prompt: str, text: str, finished: bool, tokens: Sequence[int]) -> lis
 
 def preference(system: Mapping, baseline: Mapping) -> float:
   """P(the system's answer is better) from two scores (`log_p` a token, `faults`), in (0, 1)."""
-  gain = PER_NAT * (system["log_p"] - baseline["log_p"]) - FAULT * (len(system["faults"]) - len(baseline["faults"]))
+  gain = PER_NAT * (system["log_p"] - baseline["log_p"])
+  loops_ = [bool({"loops", "repeats"} & set(answer["faults"])) for answer in (system, baseline)]
+  if loops_[0] != loops_[1]:  # what is said again is likely, and worth nothing
+    gain = min(gain, 0.0) if loops_[0] else max(gain, 0.0)
+  gain -= FAULT * (len(system["faults"]) - len(baseline["faults"]))
   return 1 / (1 + float(np.exp(-gain)))
 
 
@@ -132,7 +137,7 @@ class LocalJudge:
       scores.add(
         {
           "id": names[i],
-          "log_p": log_p / max(len(texts[i]), 1),
+          "log_p": log_p / len(texts[i]) if texts[i] else NOTHING,
           "tokens": len(texts[i]),
           "faults": faults(answer.prompt, answer.text, answer.finished, texts[i]),
         }

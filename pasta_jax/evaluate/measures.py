@@ -38,13 +38,14 @@ def summarise(rows: Sequence[dict], baseline: Sequence[dict] | None = None) -> d
   n = max(len(rows), 1)
   with_promises = [r for r in rows if r["promises"]]
   lengths = [pair for r in rows for pair in r["lengths"]]
+  theory = lambda r: max(r["theoretical_speedup"], 1 / max(r["longest_path"], 1))  # at least one token, for the mean
   share = lambda f: sum(map(bool, map(f, rows))) / n
   out = {
       "prompts": len(rows),
       "promise_share": len(with_promises) / n,
       "promises_a_response": sum(r["promises"] for r in with_promises) / max(len(with_promises), 1),
-      "theoretical_speedup": geometric_mean(r["theoretical_speedup"] for r in rows),
-      "theoretical_speedup_with_promises": geometric_mean(r["theoretical_speedup"] for r in with_promises),
+      "theoretical_speedup": geometric_mean(map(theory, rows)),
+      "theoretical_speedup_with_promises": geometric_mean(map(theory, with_promises)),
       "parallelism": geometric_mean(r["parallelism"] for r in rows),
       "malformed_share": share(lambda r: r["ill_formed"]),
       "refused_share": share(lambda r: r["refused"]),
@@ -61,7 +62,8 @@ def summarise(rows: Sequence[dict], baseline: Sequence[dict] | None = None) -> d
     out["tokens_a_second"] = sum(r["text_tokens"] for r in timed) / sum(r["seconds"] for r in timed)
   by_id = {r["id"]: r for r in baseline or ()}
   both = [(r, by_id[r["id"]]) for r in rows if r["id"] in by_id]
-  out["theoretical_against_baseline"] = geometric_mean(b["text_tokens"] / max(r["longest_path"], 1) for r, b in both)
+  out["theoretical_against_baseline"] = geometric_mean(
+      max(b["text_tokens"], 1) / max(r["longest_path"], 1) for r, b in both)
   pairs = [(r, b) for r, b in both if r.get("seconds") and b.get("seconds")]
   if pairs:
     out |= _speedups(pairs)
@@ -73,14 +75,15 @@ def summarise(rows: Sequence[dict], baseline: Sequence[dict] | None = None) -> d
 def _speedups(pairs: Sequence[tuple[dict, dict]]) -> dict[str, float]:
   """Figures by the clock of (a system's record, the baseline's of the same prompt)."""
   wall = [b["seconds"] / r["seconds"] for r, b in pairs]
-  same = [b["seconds"] / max(b["text_tokens"], 1) * r["text_tokens"] / r["seconds"] for r, b in pairs]
+  same = [b["seconds"] / max(b["text_tokens"], 1) * max(r["text_tokens"], 1) / r["seconds"] for r, b in pairs]
   low, high = bootstrap_interval(wall)
   return {
       "wall_clock_speedup": geometric_mean(wall),
       "wall_clock_low": low,
       "wall_clock_high": high,
       "same_text_speedup": geometric_mean(same),
-      "efficiency": geometric_mean(s / max(r["theoretical_speedup"], 1e-9) for s, (r, _) in zip(same, pairs)),
+      "efficiency": geometric_mean(
+          s / max(r["theoretical_speedup"], 1 / max(r["longest_path"], 1)) for s, (r, _) in zip(same, pairs)),
       "slower_share": sum(w < 1 for w in wall) / len(wall),
   }
 

@@ -43,7 +43,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
   )
 
 
-def _facts(row: dict, seconds: float | None, preference: float | None) -> str:
+def _facts(row: dict, preference: float | None = None) -> str:
   parts = [
     f"{row['text_tokens']} tokens",
     f"longest path {row['longest_path']}",
@@ -51,8 +51,6 @@ def _facts(row: dict, seconds: float | None, preference: float | None) -> str:
   ]
   if row["promises"]:
     parts.append(f"{row['promises']} promises")
-  if seconds is not None:
-    parts.append(f"{seconds:.1f} s")
   if row["finish_reason"] != "stop":
     parts.append("cut off")
   if preference is not None:
@@ -62,15 +60,15 @@ def _facts(row: dict, seconds: float | None, preference: float | None) -> str:
 
 def _extremes(run: "Run", name: str, ranked: list[tuple[dict, float]]) -> str:
   """Best and worst prompts of a system beside the baseline's answers."""
-  base = {r["id"]: r for r in run.responses.get(run.baseline, [])}
-  own = {r["id"]: r for r in run.responses.get(name, [])}
+  # Those that the speed-up is about: the answers by the clock where there are any.
+  base = {r["id"]: r for r in (run.timed if any("seconds" in r for r, _ in ranked) else run.responses)[run.baseline]}
   out = []
   for title, chosen in (("Fastest", ranked[:SHOWN]), ("Slowest", ranked[::-1][:SHOWN])):
     out.append(f"<h3>{title}</h3>")
     for row, speed in chosen:
-      sides = [(name, own.get(row["id"], row)), (run.baseline, base.get(row["id"]))]
+      sides = [(name, row), (run.baseline, base.get(row["id"]))]
       boxes = "".join(
-        f'<div><h3>{escape(n)}</h3><div class="muted">{escape(_facts(r, None, None))}</div>'
+        f'<div><h3>{escape(n)}</h3><div class="muted">{escape(_facts(r))}</div>'
         f'<div class="text">{escape(printable(r["text"]))}</div></div>'
         for n, r in sides
         if r
@@ -83,11 +81,11 @@ def _extremes(run: "Run", name: str, ranked: list[tuple[dict, float]]) -> str:
 
 
 def _timelines(run: "Run") -> dict[str, dict[str, str]]:
-  """Packed SVGs by system and id, of every response that has more than one thread."""
+  """Packed SVGs by system and id, of every response."""
   checkpoint = load_checkpoint(run.config["model"]["source"], progress=False)
   vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
   rule = PositionRule(run.config["positions"]["strategy"], run.config["positions"]["fixed"])
-  rows = [(name, r) for name, rows in run.responses.items() for r in rows if len(r["trace"]["threads"]) > 1]
+  rows = [(name, r) for name, rows in run.responses.items() for r in rows if r["trace"]["threads"]]
   drawn: dict[str, dict[str, str]] = {}
   bar, task = progress_bar("timelines", len(rows))
   with bar:
@@ -107,21 +105,28 @@ def _timelines(run: "Run") -> dict[str, dict[str, str]]:
   return drawn
 
 
-def _data(run: "Run", speeds: Mapping[str, Mapping[str, float]]) -> dict:
+def _by_clock(seconds: float | None, baseline: float | None, compared: bool) -> str:
+  if seconds is None:
+    return ""
+  return f" · {seconds:.1f} s by the clock" + (f", {baseline / seconds:.2f}×" if baseline and compared else "")
+
+
+def _data(run: "Run") -> dict:
   """What the page's script shows: prompts, and by system each answer's text, facts and speed-up."""
   judge = next(iter(run.judgements), None)
   prompts: dict[str, dict] = {}
   answers: dict[str, dict[str, dict]] = {}
   for name, rows in run.responses.items():
-    seconds = {r["id"]: r["seconds"] for r in run.timed.get(name, [])}
+    clock = {r["id"]: r["seconds"] for r in run.timed.get(name, [])}
+    base = {r["id"]: r["seconds"] for r in run.timed.get(run.baseline, [])}
     judged = run.judgements[judge].get(name, {}) if judge else {}
     for r in rows:
       prompts.setdefault(r["id"], {"id": r["id"], "prompt": printable(r["prompt"]), "category": r.get("category", "")})
       preference = judged[r["id"]]["preference"] if r["id"] in judged else None
       answers.setdefault(name, {})[r["id"]] = {
         "text": printable(r["text"]),
-        "facts": _facts(r, seconds.get(r["id"]), preference),
-        "speed": round(speeds.get(name, {}).get(r["id"], r["theoretical_speedup"]), 3),
+        "facts": _facts(r, preference) + _by_clock(clock.get(r["id"]), base.get(r["id"]), name != run.baseline),
+        "speed": round(r["theoretical_speedup"], 3),
       }
   order = [*(n for n in answers if n != run.baseline), *([run.baseline] if run.baseline in answers else [])]
   return {"systems": order, "prompts": list(prompts.values()), "answers": answers}
@@ -134,10 +139,13 @@ def write(
   table: list[list[str]],
   drawn: Mapping[str, str],
   ranked: Mapping[str, list[tuple[dict, float]]],
+  report_groups: Mapping[str, list[list[str]]],
   verdict: Sequence[tuple] = (),
+  note: str = "",
 ) -> None:
-  """Writes the page. `drawn` are SVGs by name, `ranked` each system's (record, speed-up), fastest first."""
-  data = _data(run, {n: {r["id"]: s for r, s in rows} for n, rows in ranked.items()})
+  """Writes the page. `drawn` are SVGs by name, `ranked` each system's (record, speed-up), fastest first;
+  `report_groups` tables by heading, `note` what must be said of the figures."""
+  data = _data(run)
   timelines = _timelines(run)
   titles = {
     "speedups": "How many prompts get how much",
@@ -160,12 +168,8 @@ def write(
     if n in run.responses and n != run.baseline and any(r["promises"] for r, _ in rows)
   )
   options = "".join(f"<option>{escape(n)}</option>" for n in data["systems"])
-  local = (
-    '<p class="note">The local judge weighs how likely each answer is under the baseline model, and plain faults '
-    "(loops, cut-off answers, lengths that the prompt forbids). It sees whether a text hangs together; it does not see "
-    "whether it is true or useful, and it leans towards the baseline's own answers.</p>"
-    if "local" in run.judgements
-    else ""
+  groups = "".join(
+    f'<div class="card"><h3>{escape(heading)}</h3>{_table(rows)}</div>' for heading, rows in report_groups.items()
   )
   timed = f", {summary['timed']} by the clock" if summary["timed"] else ""
   about = " · ".join((summary["model"], f"{summary['prompts']} prompts{timed}, against {summary['baseline']}",
@@ -186,7 +190,9 @@ def write(
 {f'<div class="row">{met}</div>' if met else ""}
 <h2>Figures</h2>
 <div class="card">{_table(table)}</div>
-{local}
+{f'<p class="note">{escape(note)}</p>' if note else ""}
+<h2>By category and length</h2>
+<div class="row">{groups}</div>
 <h2>Plots</h2>
 <div class="row">{plots}</div>
 <h2>Any response</h2>
@@ -207,7 +213,7 @@ def write(
 {extremes}
 </main>
 <script type="text/plain" id="answers">{_packed(json.dumps(data))}</script>
-<script type="application/json" id="timelines">{json.dumps(timelines)}</script>
+<script type="text/plain" id="timelines">{_packed(json.dumps(timelines))}</script>
 <script>{_file("report.js")}</script>
 </body>
 </html>

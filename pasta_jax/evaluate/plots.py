@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ def colours(names: Sequence[str]) -> dict[str, str]:
   return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
+def _front(points: Iterable[tuple]) -> list[tuple[float, float]]:
+  """The (speed, quality) of those that no other one equals or beats in both, by speed."""
+  all_ = sorted({p[:2] for p in points})
+  return [p for p in all_ if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in all_)]
+
+
 def pareto(
   points: Mapping[str, tuple[float, float, tuple[float, float] | None]],
   *,
@@ -49,7 +55,8 @@ def pareto(
 ) -> Figure:
   """Speed against quality: `points` are (speed-up, win rate in per cent, 95 % interval of the speed-up or None).
 
-  `paper` adds the paper's two ends, which another judge gave another model.
+  A line joins the systems that no other one beats in both. `paper` adds the paper's two ends, which another judge
+  gave another model.
   """
   with matplotlib.rc_context(_STYLE):
     figure, ax = _new(6.4, 4.0)
@@ -77,6 +84,7 @@ def pareto(
           color=_INK,
           alpha=0.65,
         )
+    ax.plot(*zip(*_front(points.values())), color=_INK, linewidth=1, alpha=0.4)
     for name, (x, y, interval) in points.items():
       if interval:
         ax.plot(interval, (y, y), color=palette[name], linewidth=2, alpha=0.5, solid_capstyle="round")

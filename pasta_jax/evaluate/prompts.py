@@ -27,11 +27,11 @@ class Request:
   earlier: tuple["Request", ...] = ()  # the turns before it
 
 
-def read_prompts(path: str, *, limit: int = 0, categories: str = "") -> list[Request]:
+def read_prompts(path: str, *, limit: int = 0, categories: str = "", among: set[str] | None = None) -> list[Request]:
   """The file's requests, the turns of a prompt one behind the other.
 
   `limit`: so many prompts, spread evenly over the file, or all for 0; `categories`: of those that it names,
-  comma-separated, or all.
+  comma-separated, or all; `among`: of those with one of these ids.
   Raises EvalError naming file and row.
   """
   if not path:
@@ -48,6 +48,8 @@ def read_prompts(path: str, *, limit: int = 0, categories: str = "") -> list[Req
     if wanted - there:
       raise EvalError(f"{path} has no category {', '.join(sorted(wanted - there))}: it has {', '.join(sorted(there))}")
     prompts = [p for p in prompts if p[0].category in wanted]
+  if among is not None:
+    prompts = [p for p in prompts if p[0].id in among]
   if limit and limit < len(prompts):
     prompts = [prompts[i * len(prompts) // limit] for i in range(limit)]
   return [request for p in prompts for request in p]

@@ -50,5 +50,12 @@ class Records:
 
 
 def read_records(path: Path) -> list[dict]:
-  """The rows of a file of records, or [] where there is none."""
-  return read_jsonl(path) if path.exists() else []
+  """The rows of a file of records, the newest of each id; [] where there is none.
+
+  A line that is still being written, or that a kill cut off, is left out.
+  """
+  if not path.exists():
+    return []
+  whole = path.read_bytes()
+  lines = whole[: whole.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
+  return list({row["id"]: row for row in map(json.loads, lines)}.values())

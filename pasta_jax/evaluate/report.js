@@ -5,9 +5,9 @@ async function inflate(text) {
 }
 (async () => {
   const data = JSON.parse(await inflate(packed('answers')));
-  const drawn = JSON.parse(packed('timelines'));
+  const drawn = JSON.parse(await inflate(packed('timelines')));
   const $ = id => document.getElementById(id);
-  let current = null;
+  let current = null, shows = 0;
   const system = () => $('system').value;
   const add = (parent, tag, cls, text) => {
     const e = document.createElement(tag); e.className = cls; if (text !== undefined) e.textContent = text;
@@ -15,13 +15,15 @@ async function inflate(text) {
   };
   async function show(i) {
     current = i;
+    const turn = ++shows;
     const p = data.prompts[i], out = $('answer');
+    const line = (drawn[system()] || {})[p.id], picture = line ? await inflate(line) : '';
+    if (turn !== shows) return;  // another one was chosen meanwhile
     out.replaceChildren();
     add(out, 'div', 'prompt', p.prompt);
     add(out, 'div', 'muted', [p.id, p.category].filter(Boolean).join(' · '));
     const frame = add(out, 'div', ''); frame.id = 'timeline';
-    const line = (drawn[system()] || {})[p.id];
-    if (line) frame.innerHTML = await inflate(line);
+    frame.innerHTML = picture;
     const pair = add(out, 'div', 'pair');
     for (const name of [system(), ...data.systems.filter(n => n !== system())]) {
       const a = data.answers[name][p.id];

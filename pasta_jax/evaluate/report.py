@@ -37,6 +37,8 @@ class Run:
   timed: dict[str, list[dict]]
   judgements: dict[str, dict[str, dict[str, dict]]]  # judge, system, id -> row with `preference`
   baseline: str
+  machines: list[str]
+  versions: list[str]
 
   @property
   def systems(self) -> list[str]:
@@ -44,7 +46,8 @@ class Run:
 
 
 def read_run(workdir: Path) -> Run:
-  """Reads a folder that `--mode=eval` made. Raises EvalError if there are no responses."""
+  """Reads a folder that `--mode=eval` made: what concerns the requests of the last call. Raises EvalError if there are
+  no responses."""
   try:
     config = json.loads((workdir / "config.json").read_text())
   except (OSError, ValueError):
@@ -54,17 +57,28 @@ def read_run(workdir: Path) -> Run:
     (p.stem for p in (workdir / folder).glob("*.jsonl") if read_records(p)),
     key=lambda n: (order.index(n) if n in order else len(order), n),
   )
-  responses = {n: read_records(workdir / "responses" / f"{n}.jsonl") for n in found("responses")}
-  timed = {n: read_records(workdir / "timed" / f"{n}.jsonl") for n in found("timed")}
+  about = json.loads((workdir / "run.json").read_text())
+  asked = set(about["requests"])
+  rows_of = lambda folder: {
+    n: rows
+    for n in found(folder)
+    if (rows := [r for r in read_records(workdir / folder / f"{n}.jsonl") if r["id"] in asked])
+  }
+  responses, timed = rows_of("responses"), rows_of("timed")
   if not responses:
     raise EvalError(f"{workdir} holds no responses: run --mode=eval --workdir={workdir} first")
   judgements: dict[str, dict[str, dict[str, dict]]] = {}
   baseline = config["eval"]["baseline"]
   for path in sorted((workdir / "judgements").glob(f"*/*-against-{baseline}.jsonl")):
     name = path.stem.removesuffix(f"-against-{baseline}")
-    if rows := read_records(path):
-      judgements.setdefault(path.parent.name, {})[name] = {r["id"]: r for r in rows}
-  return Run(config, responses, timed, judgements, baseline)
+    if rows := {r["id"]: r for r in read_records(path) if r["id"] in asked}:
+      judgements.setdefault(path.parent.name, {})[name] = rows
+  # The judges of the last call first, in their order: the first one decides.
+  named = [n.strip() for n in config["eval"]["judges"].split(",")]
+  first = [config["judge"]["model"].replace("/", "-") if n == "llm" else Path(n).name.split(".")[0] for n in named]
+  place = lambda judge: next((i for i, n in enumerate(first) if judge == n or judge[:-7] == n), len(first))
+  judgements = {j: judgements[j] for j in sorted(judgements, key=place)}
+  return Run(config, responses, timed, judgements, baseline, about["machines"], about["versions"])
 
 
 def quality(run: Run, judge: str, system: str, difficulty: dict[str, float] | None) -> dict[str, float]:
@@ -76,7 +90,9 @@ def quality(run: Run, judge: str, system: str, difficulty: dict[str, float] | No
   lengths = [np.array([float(len(t[i])) for i in ids]) for t in texts]
   out = {"judged": len(ids), "win_rate": 100 * float(preference.mean()) if len(ids) else math.nan}
   if len(ids) >= 3:
-    gamma = None if difficulty is None else np.array([difficulty.get(i, 0.0) for i in ids])
+    if difficulty is not None and (lost := [i for i in ids if i not in difficulty]):
+      raise EvalError(f"eval.difficulty says nothing of prompt {lost[0]!r} and {len(lost) - 1} others")
+    gamma = None if difficulty is None else np.array([difficulty[i] for i in ids])
     fit = length_controlled(preference, lengths[1], lengths[0], gamma, resamples=200)
     out |= {
       "win_rate_error": fit.win_rate_error,
@@ -110,8 +126,8 @@ def summarise_run(run: Run) -> dict:
     "dtype": run.config["decode"]["dtype"],
     "prompts": len(run.responses.get(run.baseline, next(iter(run.responses.values())))),
     "timed": max(map(len, run.timed.values()), default=0),
-    "version": version(),
-    "machine": machine(),
+    "version": ", ".join(run.versions),
+    "machine": " and ".join(run.machines),
     "systems": systems,
   }
 
@@ -154,6 +170,7 @@ _PER_CENT = lambda v: f"{100 * v:.0f} %"
 _TIMES = lambda v: f"{v:.2f}"
 _RATE = lambda v: f"{v:.1f} %"
 COLUMNS = (
+  ("prompts answered", "responses", "prompts", lambda v: f"{v:.0f}"),
   ("answers with promises or points", "responses", "promise_share", _PER_CENT),
   ("theoretical speedup", "responses", "theoretical_speedup", _TIMES),
   ("the same, answers with promises", "responses", "theoretical_speedup_with_promises", _TIMES),
@@ -165,6 +182,7 @@ COLUMNS = (
   ("answers that loop", "responses", "loop_share", _PER_CENT),
   ("answers cut off", "responses", "cut_share", _PER_CENT),
   ("tokens of the text", "responses", "text_tokens", lambda v: f"{v:.0f}"),
+  ("prompts by the clock", "timed", "prompts", lambda v: f"{v:.0f}"),
   ("wall-clock speedup", "timed", "wall_clock_speedup", _TIMES),
   ("95 % interval", "timed", "interval", str),
   ("for the same number of tokens", "timed", "same_text_speedup", _TIMES),
@@ -188,6 +206,8 @@ def table(summary: dict) -> list[list[str]]:
     if any(cell != "–" for cell in row[1:]):
       rows.append(row)
   for judge in dict.fromkeys(j for entry in systems.values() for j in entry["quality"]):
+    counts = [entry["quality"].get(judge, {}).get("judged") for entry in systems.values()]
+    rows.append([f"answers judged ({judge})", *("–" if n is None else str(n) for n in counts)])
     for heading, key in (
       (f"win rate ({judge})", "win_rate"),
       (f"length-controlled win rate ({judge})", "length_controlled"),
@@ -205,15 +225,45 @@ def table(summary: dict) -> list[list[str]]:
   return rows
 
 
+def group_tables(summary: dict) -> dict[str, list[list[str]]]:
+  """Speed-ups by category and by length: the heading, then a group a row and a system a column.
+
+  By the clock, with 95 % intervals, where there are timings; else theoretical.
+  """
+  systems = {n: e for n, e in summary["systems"].items() if n != summary["baseline"]}
+  timed = any("wall_clock_speedup" in e.get("timed", {}) for e in systems.values())
+  part, what = ("timed", "wall-clock speedup") if timed else ("responses", "theoretical speedup")
+
+  def cell(f: dict) -> str:
+    if not timed:
+      return f"{f['theoretical_speedup']:.2f} ({f['prompts']})" if "theoretical_speedup" in f else "–"
+    if "wall_clock_speedup" not in f:
+      return "–"
+    return f"{f['wall_clock_speedup']:.2f}, {f['wall_clock_low']:.2f} to {f['wall_clock_high']:.2f} ({f['prompts']})"
+
+  tables = {}
+  for heading, kind in (("By category", "category"), ("By length of the answer", "length")):
+    found = {n: e.get(f"{part}_by_{kind}", {}) for n, e in systems.items()}
+    groups = sorted({g for f in found.values() for g in f}, key=natural)
+    rows = [["", *systems], *([g, *(cell(f.get(g, {})) for f in found.values())] for g in groups)]
+    tables[f"{heading}: {what} (prompts)"] = rows
+  return tables
+
+
 def markdown(summary: dict) -> str:
   """The table, with commit and machine."""
   rows = table(summary)
   line = lambda cells: "| " + " | ".join(cells) + " |"
   lines = [line(rows[0]), line(["---"] * len(rows[0])), *(line(r) for r in rows[1:])]
   timed = f"; {summary['timed']} of them by the clock ({summary['dtype']})" if summary["timed"] else ""
+  groups = "".join(
+    f"\n{heading}\n\n" + "\n".join([line(g[0]), line(["---"] * len(g[0])), *(line(r) for r in g[1:])]) + "\n"
+    for heading, g in group_tables(summary).items()
+  )
+  note = f"\n{LOCAL_JUDGE}\n" if any("local" in e["quality"] for e in summary["systems"].values()) else ""
   return (
     f"{summary['model']}, {summary['prompts']} prompts{timed}, against {summary['baseline']}; {summary['machine']}; "
-    f"pasta-jax {summary['version']}\n\n" + "\n".join(lines) + "\n"
+    f"pasta-jax {summary['version']}\n\n" + "\n".join(lines) + "\n" + note + groups
   )
 
 
@@ -243,11 +293,11 @@ def draw(run: Run, summary: dict) -> dict[str, plots.Figure]:
       if key in entry.get(part, {}) and "win_rate" in rate:
         f = entry[part]
         interval = (f["wall_clock_low"], f["wall_clock_high"]) if "wall_clock_low" in f and part == "timed" else None
-        points[name] = (f[key], rate.get("length_controlled", rate["win_rate"]), interval)
+        points[name] = (f[key], rate["win_rate"], interval)
     if points:
       points[run.baseline] = (1.0, 50.0, None)
       figures[f"speed_quality_{judge}"] = plots.pareto(
-        points, speed=what, judge=judge, palette=palette, baseline=run.baseline
+        points, speed=what, judge=judge, palette=palette, baseline=run.baseline, paper=by_clock(run)
       )
   if others:
     figures["speedups"] = plots.distribution(
@@ -277,7 +327,18 @@ def write(workdir: Path) -> dict:
   for name, figure in draw(run, summary).items():
     plots.save(figure, workdir / "figures" / name)
   ranked = {n: sorted(speedups(run, n), key=lambda pair: -pair[1]) for n in run.systems}
-  page.write(workdir / "report.html", run, summary, table(summary), drawn, ranked, verdict(run, summary))
+  local = any("local" in e["quality"] for e in summary["systems"].values())
+  page.write(
+    workdir / "report.html",
+    run,
+    summary,
+    table(summary),
+    drawn,
+    ranked,
+    group_tables(summary),
+    verdict(run, summary),
+    LOCAL_JUDGE if local else "",
+  )
   show(summary)
   return summary
 
@@ -294,6 +355,13 @@ def alpaca_eval(workdir: Path, run: Run) -> None:
     (folder / f"{name}.json").write_text(json.dumps(outputs, indent=1, ensure_ascii=False))
 
 
+LOCAL_JUDGE = (
+  "The local judge weighs how likely each answer is under the baseline model, and plain faults (loops, cut-off "
+  "answers, lengths that the prompt forbids). It sees whether a text hangs together; it does not see whether it is "
+  "true or useful, and it leans towards the baseline's own answers."
+)
+
+
 def show(summary: dict) -> None:
   """Prints the table in the terminal."""
   rows = table(summary)
@@ -304,7 +372,10 @@ def show(summary: dict) -> None:
     shown.add_column(name, justify="right" if k else "left")
   for row in rows[1:]:
     shown.add_row(*row)
-  rich.console.Console().print(shown)
+  console = rich.console.Console()
+  console.print(shown)
+  if any("local" in e["quality"] for e in summary["systems"].values()):
+    console.print(LOCAL_JUDGE)
 
 
 def verdict(run: Run, summary: dict) -> list[tuple[str, float | None, float, bool]]:
@@ -321,7 +392,7 @@ def verdict(run: Run, summary: dict) -> list[tuple[str, float | None, float, boo
     ()
     if not names
     else (
-      (f"win rate of {names[0]}, % ({judge})", rate.get("length_controlled", rate.get("win_rate")), e["min_quality"]),
+      (f"win rate of {names[0]}, % ({judge})", rate.get("win_rate"), e["min_quality"]),
       (f"wall-clock speedup of {names[0]}", entry.get("timed", {}).get("wall_clock_speedup"), e["min_speedup"]),
     )
   )

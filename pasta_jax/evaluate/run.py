@@ -9,12 +9,12 @@ Every file of rows has its settings beside it; a run that was stopped goes on, a
 those that are there.
 """
 
-import hashlib
+import json
 from pathlib import Path
 
 import jax
 
-from pasta_jax.decode.generate import Generator, adapter_path
+from pasta_jax.decode.generate import DecodeError, Generator, adapter_digest
 from pasta_jax.decode.interpreter import padded_length
 from pasta_jax.evaluate import judging, report
 from pasta_jax.evaluate.prompts import EvalError, Request, conversation, read_prompts
@@ -34,13 +34,13 @@ def evaluate(config, workdir: Path) -> dict:
   for field in ("requests", "width"):
     if e[field] < 1:
       raise EvalError(f"eval.{field} must be 1 or more, not {e[field]}")
-  requests = read_prompts(e.prompts, limit=e.limit, categories=e.categories)
-  timed = _to_time(e, requests)
+  requests, timed = _requests(e)
   judges = judging.judges_of(config)
   for folder, with_clock in (("responses", False), ("timed", True)):  # before minutes of work
     for name in names:
       Records(workdir / folder / f"{name}.jsonl", settings_of(config, name, timed=with_clock)).missing(requests)
   (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
+  _note_run(workdir / "run.json", requests)
   answer(config, workdir, names, requests)
   if timed:
     time_systems(config, workdir, names, timed)
@@ -48,29 +48,47 @@ def evaluate(config, workdir: Path) -> dict:
   return report.write(workdir)
 
 
-def _to_time(e, requests: list[Request]) -> list[Request]:
-  """The prompts to be timed: those that `timed_prompts` names, else the first ones; `timed` of them."""
+def _requests(e) -> tuple[list[Request], list[Request]]:
+  """(requests to answer, those of them to time): prompts that `timed_prompts` names, else the first; `timed` of them.
+
+  Where a limit and a file of prompts to time are given, the limit is taken from the latter.
+  """
   if e.timed < -1:
     raise EvalError(f"eval.timed must be a number of prompts, or -1 for all, not {e.timed}")
+  requests = read_prompts(e.prompts, categories=e.categories)
   chosen = requests
   if e.timed_prompts:
-    ids = {r.id for r in read_prompts(e.timed_prompts)}
-    chosen = [r for r in requests if r.id in ids]
-    if e.timed and not chosen:
+    named = {(r.id, r.prompt) for r in read_prompts(e.timed_prompts)}
+    chosen = [r for r in requests if (r.id, r.prompt) in named]
+    if not chosen:
       raise EvalError(f"eval.timed_prompts={e.timed_prompts} names no prompt of {e.prompts}")
+  if e.limit:
+    among = {r.id for r in chosen} if e.timed_prompts else None
+    requests = read_prompts(e.prompts, limit=e.limit, categories=e.categories, among=among)
+    chosen = [r for r in requests if among is None or r.id in among]
   chosen = [r for r in chosen if not r.earlier]  # first turns: every system gets the same prompt
-  return chosen if e.timed < 0 else chosen[: e.timed]
+  return requests, chosen if e.timed < 0 else chosen[: e.timed]
+
+
+def _note_run(path: Path, requests: list[Request]) -> None:
+  """Writes what the report is about: the requests of the last call, and every machine and version that took part."""
+  before = json.loads(path.read_text()) if path.exists() else {}
+  now = {
+    "requests": [r.id for r in requests],
+    "machines": list(dict.fromkeys([*before.get("machines", []), report.machine()])),
+    "versions": list(dict.fromkeys([*before.get("versions", []), report.version()])),
+  }
+  path.write_text(json.dumps(now, indent=1) + "\n")
 
 
 def settings_of(config, name: str, *, timed: bool) -> dict:
   """What a system's responses depend on, flat."""
   entry, e = config.systems[name], config.eval
-  path = adapter_path(entry.adapter)
   out = {
     "source": config.model.source,
     "adapter": entry.adapter,
     "decode": entry.decode,
-    "adapter's sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None,
+    "adapter's sha256": adapter_digest(entry.adapter),
   }
   out |= {f"positions.{k}": v for k, v in config.positions.items()}
   out |= {f"decode.{k}": v for k, v in config.decode.items() if k not in _FREE}
@@ -78,7 +96,7 @@ def settings_of(config, name: str, *, timed: bool) -> dict:
   if entry.decode == "skeleton":
     out |= {f"skeleton.{k}": v for k, v in config.skeleton.items()}
   if timed:
-    out |= {"repeats": e.repeats}
+    out |= {"repeats": e.repeats, "decode.slots": config.decode.slots, "machine": report.machine()}
   return out
 
 
@@ -104,16 +122,25 @@ def answer(config, workdir: Path, names: list[str], requests: list[Request]) -> 
           records.add(_row(now[i], name, record))
           bar.advance(task)
 
-        system.many([conversation(r, texts) for r in now], done)
+        conversations = [conversation(r, texts) for r in now]
+        for r, c in zip(now, conversations):  # before any work: what cannot be answered, by its id
+          try:
+            system.check(c)
+          except DecodeError as error:
+            raise EvalError(f"prompt {r.id!r}: {error}") from None
+        system.many(conversations, done)
 
 
 def time_systems(config, workdir: Path, names: list[str], requests: list[Request]) -> None:
-  """Answers the requests one at a time by the clock: every shape compiled before, systems interleaved."""
+  """Answers the requests one at a time by the clock: every shape compiled before, systems interleaved.
+
+  Where one system has not answered a prompt, all answer it again: what is compared was measured side by side.
+  """
   records = {
     name: Records(workdir / "timed" / f"{name}.jsonl", settings_of(config, name, timed=True)) for name in names
   }
-  missing = {name: {r.id for r in records[name].missing(requests)} for name in names}
-  todo = [r for r in requests if any(r.id in m for m in missing.values())]
+  missing = {r.id for name in names for r in records[name].missing(requests)}
+  todo = [r for r in requests if r.id in missing]
   if not todo:
     return
   generators: dict[tuple[str, str], Generator] = {}
@@ -128,13 +155,14 @@ def time_systems(config, workdir: Path, names: list[str], requests: list[Request
   bar, task = progress_bar("by the clock", len(requests), len(requests) - len(todo))
   with bar:
     for request in todo:
+      rows = {}
       for name, system in systems.items():
-        if request.id not in missing[name]:
-          continue
         for _ in range(repeats):  # the last one counts
           record = system.one(conversation(request, {}))
-        records[name].add(_row(request, name, record))
+        rows[name] = _row(request, name, record)
         bar.update(task, note=f"{name} {record['seconds']:.1f} s")
+      for name, row in rows.items():
+        records[name].add(row)
       bar.advance(task)
 
 
@@ -144,6 +172,8 @@ def pilot(config, workdir: Path) -> bool:
   Raises EvalError if neither is given. Times every prompt unless `eval.timed` says how many.
   """
   e = config.eval
+  if not [n for n in e.systems.split(",") if n.strip() not in ("", e.baseline)]:
+    raise EvalError(f"eval.systems={e.systems!r} names no system to compare with the baseline {e.baseline!r}")
   if not e.min_quality and not e.min_speedup:
     raise EvalError(
       "say what the pilot must reach: --config.eval.min_quality=45 (win rate, %) and "

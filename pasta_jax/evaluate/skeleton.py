@@ -6,6 +6,7 @@ the question is answered as it is, behind an outline that was written in vain.
 """
 
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 from pasta_jax.decode.batch import BatchDecoder
@@ -66,7 +67,12 @@ class Skeleton:
 
   def answer(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[dict]:
     """A record for each conversation, as those of `decode.record.describe`, with `trace`."""
+    return self.timed_answer(conversations)[1]
+
+  def timed_answer(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> tuple[float, list[dict]]:
+    """(seconds from the first prefill to the last token, records)."""
     outline_prompts = [self._outline_prompt(c) for c in conversations]
+    started = time.perf_counter()
     outlines = self._run(self._outlines, outline_prompts)
     points = [parse_outline("1." + t.text, self._most) for t in outlines]
     points = [p if len(p) > 1 else [] for p in points]
@@ -74,9 +80,19 @@ class Skeleton:
     written = iter(self._run(self._points, asked))
     plain = [c for c, p in zip(conversations, points) if not p]
     whole = iter(self._run(self._plain, [self.generator.encode(c) for c in plain]))
-    return [
+    seconds = time.perf_counter() - started
+    return seconds, [
       self._record(outline, p, [next(written) for _ in p] or [next(whole)]) for outline, p in zip(outlines, points)
     ]
+
+  def compiled(self) -> int:
+    """How many programs have been compiled so far."""
+    interpreters = sum(i.compiled() for i in (self._outlines, self._points, self._plain))
+    return interpreters + sum(d.compiled() for d in self._decoders.values())
+
+  def extra_tokens(self) -> int:
+    """Tokens that an outline's request is longer than its question."""
+    return len(self._outline_prompt([{"role": "user", "content": "?"}])) - len(self.generator.encode("?"))
 
   def _run(self, interpreter, prompts: list[list[int]]) -> list[Trace]:
     if not prompts:
@@ -87,7 +103,7 @@ class Skeleton:
     key = (id(interpreter), requests)
     if key not in self._decoders:
       self._decoders[key] = BatchDecoder(interpreter, requests=requests, width=1)
-    return self._decoders[key].run(prompts, self.generator.sampling)
+    return self._decoders[key].run(prompts, self.generator.sampling, one_pool_size=self.requests == 1)
 
   def _prompt(self, before, text: str, begin: str) -> list[int]:
     """The messages `before`, a request, and the beginning of the answer to it."""
@@ -160,19 +176,11 @@ class Skeleton:
     return saved
 
   def warm_up(self, lengths: Sequence[int], note: Callable[[str], None]) -> None:
-    """Compiles the outlines' and the points' loops for prompts that are so much longer."""
-    extra_outline = len(self._outline_prompt([{"role": "user", "content": "?"}])) - len(self.generator.encode("?"))
+    """Compiles what outlines and plain answers need; the points' shapes follow from the outlines (`compiled`)."""
+    extra_outline = self.extra_tokens()
     sampling = self.generator.sampling
     for length in lengths:
       note(f"outlines of prompts of {length}")
       self._outlines.warm_up(length, sampling)
       self._outlines.warm_up(length + extra_outline, sampling)
       self._plain.warm_up(length, sampling)
-    for requests in (b for b in BATCHES if b < 2 * self._most):
-      decoder = self._decoders.setdefault(
-        (id(self._points), requests), BatchDecoder(self._points, requests=requests, width=1)
-      )
-      for length in lengths:
-        note(f"{requests} points of prompts of {length}")
-        decoder.warm_up(length + extra_outline, sampling)
-        decoder.warm_up(2 * length + extra_outline, sampling)

@@ -4,13 +4,12 @@
 clock. Systems are named in a config's `systems`; none has code of its own but Skeleton-of-Thought, which asks twice.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
 from pasta_jax.decode.batch import BatchDecoder
-from pasta_jax.decode.generate import Generator
+from pasta_jax.decode.generate import DecodeError, Generator
 from pasta_jax.decode.record import describe
 from pasta_jax.decode.trace import to_json
 from pasta_jax.evaluate.prompts import EvalError
@@ -29,7 +28,10 @@ class System(Protocol):
     """Answers all of them; `done(i, record)` is called as each one ends."""
 
   def one(self, conversation: Conversation) -> dict:
-    """The record of one answer, with `seconds` of wall clock."""
+    """The record of one answer, with `seconds` of wall clock: prefill and decoding."""
+
+  def check(self, conversation: Conversation) -> None:
+    """Raises DecodeError if the conversation cannot be answered."""
 
   def warm_up(self, lengths: Sequence[int], note: Note) -> None:
     """Compiles what `one` needs for prompts of these padded lengths."""
@@ -57,11 +59,25 @@ class Threads:
     response = self.generator.respond(conversation, parallel=self.parallel)
     return self._record(response.trace) | {"seconds": response.seconds}
 
+  def check(self, conversation: Conversation) -> None:
+    _check(self.generator, conversation, 0)
+
   def warm_up(self, lengths: Sequence[int], note: Note) -> None:
     interpreter = self.generator.interpreter(self.parallel)
     for length in lengths:
       tell = partial(_tell, note, length)
       interpreter.warm_up(length, self.generator.sampling, note=tell)
+
+
+def _check(generator: Generator, conversation: Conversation, extra: int) -> None:
+  """Raises DecodeError unless prompt, `extra` tokens and the longest response fit the pool."""
+  length = len(generator.encode(conversation)) + extra
+  limits = generator.limits
+  if length + limits.max_new_tokens > limits.buckets[-1]:
+    raise DecodeError(
+      f"it has {length} tokens and its answer up to {limits.max_new_tokens}, the pool has room for "
+      f"{limits.buckets[-1]}: shorten it, or raise decode.capacity"
+    )
 
 
 def _tell(note: Note, length: int, done: int, total: int) -> None:
@@ -75,15 +91,20 @@ class TwoStage:
     self.generator, self._skeleton = skeleton.generator, skeleton
 
   def many(self, conversations: Sequence[Conversation], done: Callable[[int, dict], None]) -> None:
-    group = 4 * self._skeleton.requests  # what a kill may lose
+    group = self._skeleton.requests  # what a kill may lose
     for first in range(0, len(conversations), group):
       for i, record in enumerate(self._skeleton.answer(conversations[first : first + group])):
         done(first + i, record)
 
   def one(self, conversation: Conversation) -> dict:
-    started = time.perf_counter()
-    [record] = self._skeleton.answer([conversation])
-    return record | {"seconds": time.perf_counter() - started}
+    while True:
+      before = self._skeleton.compiled()
+      seconds, [record] = self._skeleton.timed_answer([conversation])
+      if self._skeleton.compiled() == before:  # outlines decide which shapes are needed: no compilation is timed
+        return record | {"seconds": seconds}
+
+  def check(self, conversation: Conversation) -> None:
+    _check(self.generator, conversation, self._skeleton.extra_tokens())
 
   def warm_up(self, lengths: Sequence[int], note: Note) -> None:
     self._skeleton.warm_up(lengths, note)
