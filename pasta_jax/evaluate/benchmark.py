@@ -1,7 +1,8 @@
 """What a decode step costs here: `python -m pasta_jax.evaluate.benchmark`.
 
 In one run, interleaved, medians: the memory bandwidth that a plain sum reaches; a step of sequential decoding; a step
-of parallel decoding with 1, 2, 4, 8, 16 branches alive; pools of several sizes; and, where they are installed,
+of parallel decoding with 1, 2, 4, 8, 16 branches alive; pools of several sizes; several requests in one batch, one
+token each; and, where they are installed,
 `transformers` and llama.cpp one token at a time on the same weights. The floor of a step is the weights' bytes over
 that bandwidth. A branch ratio flatters a poor single-branch step, so absolute times stand beside it.
 """
@@ -22,6 +23,7 @@ import rich.table
 from absl import app, flags
 from flax import nnx
 
+from pasta_jax.decode.batch import BatchDecoder
 from pasta_jax.decode.config import Limits, SamplingConfig, Switches
 from pasta_jax.decode.interpreter import Interpreter, switched
 from pasta_jax.decode.sampling import as_arrays
@@ -37,6 +39,7 @@ flags.DEFINE_string("model", "smollm2-135m-instruct", "name, GGUF file or Huggin
 flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "precisions")
 flags.DEFINE_list("branches", ["1", "2", "4", "8", "16"], "branches in a step")
 flags.DEFINE_list("pools", ["256", "512", "1024", "2048", "4096"], "pool entries")
+flags.DEFINE_list("requests", ["8", "24"], "requests in a batch")
 flags.DEFINE_integer("steps", 16, "decode steps in a measurement")
 flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")
 flags.DEFINE_string("json", None, "write the figures to this file too")
@@ -68,15 +71,11 @@ def step_timer(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str, branc
 
   `sequential` is the loop of ordinary decoding: no other threads than the main one, nothing to guard.
   """
-  if dtype not in _MODELS:
-    model = build.from_params(checkpoint.config, checkpoint.params)
-    lora.add_tags(model, np.zeros((6, checkpoint.config.d_model), np.float32))
-    _MODELS[dtype] = build.for_decoding(model, jnp.dtype(dtype))
   width = max(branches, 2 if dtype == "bfloat16" and jax.default_backend() == "cpu" else 1)
   limits = Limits(max_new_tokens=10**6, max_threads=1 if sequential else 24, widths=(width,),
                   buckets=(256, capacity) if capacity > 256 else (capacity,))
   # The tags' rows are zeros, so that none is ever likeliest: every branch stays alive.
-  it = Interpreter(_MODELS[dtype], vocabulary, limits,
+  it = Interpreter(_model(checkpoint, dtype), vocabulary, limits,
                    Switches(promises=not sequential, guard=not sequential, no_repeat=NO_REPEAT))
   switches, numbers = switched(it.switches, SAMPLING), as_arrays(SAMPLING)
   start = busy_state(it, branches, capacity)
@@ -93,7 +92,38 @@ def step_timer(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str, branc
   return measure
 
 
+def batch_timer(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str, requests: int,
+                capacity: int) -> Callable[[], float]:
+  """A function that decodes some tokens of each of several requests and returns the seconds of a step."""
+  model = _model(checkpoint, dtype)
+  width = 1
+  limits = Limits(max_new_tokens=FLAGS.steps, max_threads=1, widths=(width,), buckets=(256, capacity))
+  it = Interpreter(model, vocabulary, limits, Switches(promises=False, guard=False, no_repeat=NO_REPEAT))
+  switches, numbers = switched(it.switches, SAMPLING), as_arrays(SAMPLING)
+  decoder = BatchDecoder(it, requests=requests, width=width)
+  one = busy_state(it, 1, capacity)
+
+  def measure() -> float:
+    states = jax.block_until_ready(jax.tree.map(lambda x: jnp.stack([x] * requests), one))
+    started = time.perf_counter()
+    after, finish = decoder._segment(it.params, states, numbers, np.int32(requests), switches=switches)
+    jax.block_until_ready(finish)
+    return (time.perf_counter() - started) / int(after.steps.max())
+
+  measure()  # compiles
+  return measure
+
+
 _MODELS: dict[str, Any] = {}
+
+
+def _model(checkpoint: Checkpoint, dtype: str):
+  """The model in its decoding form, with tags that are never likeliest; made once for each precision."""
+  if dtype not in _MODELS:
+    model = build.from_params(checkpoint.config, checkpoint.params)
+    lora.add_tags(model, np.zeros((6, checkpoint.config.d_model), np.float32))
+    _MODELS[dtype] = build.for_decoding(model, jnp.dtype(dtype))
+  return _MODELS[dtype]
 
 
 def bandwidth_timer(megabytes: int = 512) -> Callable[[], float]:
@@ -163,7 +193,7 @@ def main(argv: list[str]) -> None:
   console = rich.console.Console()
   checkpoint = load_checkpoint(FLAGS.model)
   vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
-  branches, pools = [int(b) for b in FLAGS.branches], [int(p) for p in FLAGS.pools]
+  branches, pools, requests = ([int(n) for n in f] for f in (FLAGS.branches, FLAGS.pools, FLAGS.requests))
   timers: dict[tuple, Callable[[], float]] = {("bandwidth",): bandwidth_timer()}
   with console.status("compiling …"):
     for dtype in FLAGS.dtypes:
@@ -173,6 +203,8 @@ def main(argv: list[str]) -> None:
       for p in {MAIN_POOL, *pools}:
         if (dtype, MAIN_BRANCHES, p) not in timers:
           timers[dtype, MAIN_BRANCHES, p] = step_timer(checkpoint, vocabulary, dtype, MAIN_BRANCHES, p)
+      for r in requests:
+        timers["requests", dtype, r] = batch_timer(checkpoint, vocabulary, dtype, r, MAIN_POOL)
       if other := transformers_timer(checkpoint, dtype):
         timers["transformers", dtype] = other
     if other := llama_cpp_timer():
@@ -186,10 +218,11 @@ def main(argv: list[str]) -> None:
   if FLAGS.json:
     with open(FLAGS.json, "w") as file:
       json.dump({" ".join(map(str, k)): v for k, v in median.items()}, file, indent=2)
-  show(console, median, branches, pools)
+  show(console, median, branches, pools, requests)
 
 
-def show(console: rich.console.Console, median: dict[tuple, float], branches: list[int], pools: list[int]) -> None:
+def show(console: rich.console.Console, median: dict[tuple, float], branches: list[int], pools: list[int],
+         requests: list[int]) -> None:
   """Prints the tables."""
   bandwidth = median["bandwidth",]
   console.print(f"{jax.devices()[0].device_kind}, bandwidth {bandwidth / 1e9:.1f} GB/s")
@@ -211,6 +244,9 @@ def show(console: rich.console.Console, median: dict[tuple, float], branches: li
       t = median[dtype, MAIN_BRANCHES, p]
       table.add_row(f"{MAIN_BRANCHES} branch, pool {p}", f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %",
                     f"{t / one:.2f}", f"{1 / t:.0f}")
+    for r in requests:
+      t = median["requests", dtype, r]
+      table.add_row(f"{r} requests, pool {MAIN_POOL} each", f"{1e3 * t:.1f}", "", f"{t / one:.2f}", f"{r / t:.0f}")
     for other in (("sequential", dtype), ("transformers", dtype), ("llama.cpp", "Q4_1")):
       if other in median:
         t = median[other]

@@ -36,7 +36,7 @@ def evaluate(config, workdir: Path) -> dict:
       raise EvalError(f"eval.{field} must be 1 or more, not {e[field]}")
   requests, timed = _requests(e)
   judges = judging.judges_of(config)
-  for folder, with_clock in (("responses", False), ("timed", True)):  # before minutes of work
+  for folder, with_clock in (("responses", False), *([("timed", True)] if timed else [])):  # before minutes of work
     for name in names:
       Records(workdir / folder / f"{name}.jsonl", settings_of(config, name, timed=with_clock)).missing(requests)
   (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
