@@ -17,7 +17,7 @@ from pasta_jax.decode.generate import Generator, use_compilation_cache
 from pasta_jax.evaluate import report
 from pasta_jax.evaluate.likelihood import Likelihood
 from pasta_jax.evaluate.prompts import EvalError, conversation, read_prompts
-from pasta_jax.evaluate.run import evaluate, pilot
+from pasta_jax.evaluate.run import _requests, evaluate, pilot
 from pasta_jax.evaluate.skeleton import Skeleton, parse_outline
 from pasta_jax.train import sft
 
@@ -381,3 +381,23 @@ def test_pilots_exit_code(trained, finished, tmp_path):
   ):
     done = subprocess.run([*command, extra], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
+
+
+def test_which_prompts_are_timed(tmp_path):
+  """First turns only; of a file that names them; a limit is then taken from that file."""
+  config = get_config()
+  files = [tmp_path / "all.jsonl", tmp_path / "some.jsonl"]
+  rows = [{"id": str(i), "prompt": f"Prompt {i}?"} for i in range(10)] + [PROMPTS[2]]
+  files[0].write_text("".join(json.dumps(r) + "\n" for r in rows))
+  files[1].write_text("".join(json.dumps(r) + "\n" for r in rows[1::3]) + json.dumps({"id": "2", "prompt": "Another?"}))
+
+  def ids(**changes):
+    config.eval.update(prompts=str(files[0]), **changes)
+    return tuple([r.id for r in part] for part in _requests(config.eval))
+
+  everything = [*map(str, range(10)), "c/1", "c/2"]
+  assert ids() == (everything, [])
+  assert ids(timed=-1) == (everything, everything[:-1])
+  assert ids(timed=3) == (everything, ["0", "1", "2"])
+  assert ids(timed=-1, timed_prompts=str(files[1])) == (everything, ["1", "4", "7", "c/1"])
+  assert ids(timed=2, limit=2) == (["1", "7"], ["1", "7"])
