@@ -61,7 +61,8 @@ def _facts(row: dict, preference: float | None = None) -> str:
 def _extremes(run: "Run", name: str, ranked: list[tuple[dict, float]]) -> str:
   """Best and worst prompts of a system beside the baseline's answers."""
   # Those that the speed-up is about: the answers by the clock where there are any.
-  base = {r["id"]: r for r in (run.timed if any("seconds" in r for r, _ in ranked) else run.responses)[run.baseline]}
+  rows = run.timed if any("seconds" in r for r, _ in ranked) else run.responses
+  base = {r["id"]: r for r in rows.get(run.baseline, [])}
   out = []
   for title, chosen in (("Fastest", ranked[:SHOWN]), ("Slowest", ranked[::-1][:SHOWN])):
     out.append(f"<h3>{title}</h3>")

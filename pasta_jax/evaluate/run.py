@@ -183,9 +183,8 @@ def pilot(config, workdir: Path) -> bool:
     e.timed = -1
   if e.min_quality and not e.judges:
     raise EvalError("eval.min_quality needs a judge: --config.eval.judges=local")
-  evaluate(config, workdir)
-  run = report.read_run(workdir)
-  checks = report.verdict(run, report.summarise_run(run))
+  summary = evaluate(config, workdir)
+  checks = report.verdict(report.read_run(workdir), summary)
   for what, value, wanted, met in checks:
     print(
       f"{what}: {'not measured' if value is None else f'{value:.2f}'}, wanted {wanted:g}: {'met' if met else 'NOT MET'}"

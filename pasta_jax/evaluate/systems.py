@@ -4,7 +4,7 @@
 clock. Systems are named in a config's `systems`; none has code of its own but Skeleton-of-Thought, which asks twice.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -12,10 +12,10 @@ from pasta_jax.decode.batch import BatchDecoder
 from pasta_jax.decode.generate import DecodeError, Generator
 from pasta_jax.decode.record import describe
 from pasta_jax.decode.trace import to_json
+from pasta_jax.evaluate.judge import Conversation
 from pasta_jax.evaluate.prompts import EvalError
 from pasta_jax.evaluate.skeleton import Skeleton
 
-Conversation = Sequence[Mapping[str, str]]
 Note = Callable[[str], None]
 
 
