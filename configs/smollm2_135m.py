@@ -52,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
       slots=8,  # branches that a step holds
       capacity=4096,  # entries of the key-value pool
       max_threads=24,
-      max_depth=2,
+      max_depth=1,  # levels of chunks; more is understood, but what the adapters learned from hardly nests
       max_topic=12,
       guard=True,  # only well-formed tags can be written
       temperature=0.0,
@@ -91,6 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
       timed_prompts="",  # a file that says which; "": the first ones of `prompts`
       repeats=0,  # decode each timed prompt so often, the last one counts; 0: once on CPU, else twice
       judges="local",  # comma-separated: local, llm, or files of preferences; "": none
+      judge_dtype="bfloat16",  # of the local judge's model
       difficulty="",  # file of instruction difficulties for the length-controlled win rate; "": without
       min_quality=0.0,  # --mode=pilot: win rate in per cent that must be reached; 0: none
       min_speedup=0.0,  # --mode=pilot: speed-up by the clock that must be reached; 0: none

@@ -47,8 +47,8 @@ def local_judge(config) -> LocalJudge:
   """The judge whose model is the baseline system's."""
   entry = entry_of(config, config.eval.baseline)
   return LocalJudge(
-    lambda: Generator(config, adapter=entry.adapter, dtype=config.eval.dtype),
-    {"source": config.model.source, "adapter": adapter_digest(entry.adapter), "dtype": config.eval.dtype},
+    lambda: Generator(config, adapter=entry.adapter, dtype=config.eval.judge_dtype),
+    {"source": config.model.source, "adapter": adapter_digest(entry.adapter), "dtype": config.eval.judge_dtype},
   )
 
 

@@ -23,6 +23,7 @@ from pasta_jax.evaluate.systems import System, entry_of, load_system
 from pasta_jax.progress import progress_bar
 
 _FREE = ("live", "compare", "requests", "parallel", "slots")  # fields of decode that no response depends on
+_PROMISES = ("guard", "max_depth", "max_threads", "max_topic", "promise_bias")  # that one without promises does not
 
 
 def evaluate(config, workdir: Path) -> dict:
@@ -90,8 +91,11 @@ def settings_of(config, name: str, *, timed: bool) -> dict:
     "decode": entry.decode,
     "adapter's sha256": adapter_digest(entry.adapter),
   }
-  out |= {f"positions.{k}": v for k, v in config.positions.items()}
-  out |= {f"decode.{k}": v for k, v in config.decode.items() if k not in _FREE}
+  free: tuple[str, ...] = (*_FREE, *_PROMISES)
+  if entry.decode == "parallel":
+    free = _FREE
+    out |= {f"positions.{k}": v for k, v in config.positions.items()}
+  out |= {f"decode.{k}": v for k, v in config.decode.items() if k not in free}
   out["decode.dtype"] = config.decode.dtype if timed else e.dtype
   if entry.decode == "skeleton":
     out |= {f"skeleton.{k}": v for k, v in config.skeleton.items()}
