@@ -1,4 +1,4 @@
-"""Entry point: `python main.py --mode=train|decode|eval --config=configs/….py --workdir=…`. See README.md."""
+"""Entry point: `python main.py --mode=… --config=configs/….py --workdir=…`. See README.md."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("mode", "decode", ["train", "decode", "eval", "pilot", "report"],
+flags.DEFINE_enum("mode", "decode", ["train", "preference", "decode", "eval", "pilot", "report"],
                   "what to do; pilot: eval with thresholds and an exit code; report: eval's report anew")
 config_flags.DEFINE_config_file("config", None, "experiment: a file, or file.py:argument; configs/smollm2_135m.py "
                                 "if not given", lock_config=True)
@@ -36,6 +36,9 @@ def run() -> None:
   if FLAGS.mode == "train":
     from pasta_jax.train import sft
     sft.train(FLAGS.config, Path(FLAGS.workdir))
+  elif FLAGS.mode == "preference":
+    from pasta_jax.preference.rounds import optimise
+    optimise(FLAGS.config, Path(FLAGS.workdir))
   elif FLAGS.mode == "eval":
     from pasta_jax.evaluate.run import evaluate
     evaluate(FLAGS.config, Path(FLAGS.workdir))

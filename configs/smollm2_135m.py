@@ -62,6 +62,7 @@ def get_config(arg: str = "") -> ConfigDict:
       repetition_penalty=1.1,
       no_repeat=16,  # no topic and no run of so many tokens that any thread wrote before comes again; 0: off
       promise_bias=1.5,  # added to the logit of a promise's opening tag
+      speed=-1,  # 0: the best answer, more: faster ones; for adapters that were trained for it; -1: not asked for
       seed=0,
       live=True,  # show the branches while they are written, where standard output is a terminal
       compare=True,  # one prompt: decode it without promises as well, for the measured speed-up
@@ -95,6 +96,43 @@ def get_config(arg: str = "") -> ConfigDict:
       difficulty="",  # file of instruction difficulties for the length-controlled win rate; "": without
       min_quality=0.0,  # --mode=pilot: win rate in per cent that must be reached; 0: none
       min_speedup=0.0,  # --mode=pilot: speed-up by the clock that must be reached; 0: none
+  ))
+  c.preference = ConfigDict(dict(
+      prompts="",  # to sample answers to; --mode=eval's are for the evaluation behind each round
+      limit=0,
+      rounds=2,
+      weights="1,2,4,8,inf",  # of quality in speedup + weight * quality; a policy each
+      conditioned=False,  # one policy for all weights: its prompts say which speed is wanted (decode.speed)
+      stages="sample,judge,train,eval",
+      samples=10,  # answers a prompt, of which the best and the worst make a pair
+      temperature=0.8,
+      sample_dtype="float32",
+      requests=48,  # decoded at once
+      width=2,
+      audit=0,  # so many samples: compare their log-probabilities with the trainer's
+      score="theoretical",  # or parallelism, arithmetic, harmonic; clock: predicted by a step cost
+      cost="",  # file of the step cost (evaluate.benchmark --cost=FILE)
+      guards=True,  # a broken answer cannot be the best one
+      loss="bonbon",  # or ipo, dpo
+      alpha=0.005,  # share of the likelihood of the best answer
+      beta=0.0,  # 0: from the number of samples (train.preference_loss)
+      length=640,
+      batch_size=4,  # packed rows; about as many pairs
+      accumulate=2,
+      steps=0,
+      epochs=1.0,
+      learning_rate=5e-5,
+      warmup=0.1,
+      weight_decay=0.0,
+      adam_b2=0.99,
+      clip=1.0,
+      lora_rank=16,  # 0: train every parameter; else the start's own rank
+      lora_alpha=32.0,
+      dtype="bfloat16",
+      remat=True,
+      loss_chunk=1024,
+      seed=0,
+      checkpoint_every=10,
   ))
   c.judge = ConfigDict(dict(  # of eval.judges=llm
       kind="openai",  # any OpenAI-compatible endpoint; or "gemini"

@@ -32,7 +32,7 @@ from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.decoder import causal_mask, dense_attention
 from pasta_jax.model.weights import WeightsError
-from pasta_jax.train import sft
+from pasta_jax.train import loop, sft
 from pasta_jax.train.loss import attention_mask, sft_loss, token_log_likelihood
 from pasta_jax.train.state import Checkpoints, TrainState, compute_model, make_model
 
@@ -439,14 +439,14 @@ def whole_run(tiny, tmp_path_factory) -> Path:
 
 def terminate_behind(monkeypatch: pytest.MonkeyPatch, step: int):
   """SIGTERM to this process while that step's metrics are written."""
-  write = sft.MetricWriter.write
+  write = loop.MetricWriter.write
 
   def and_terminate(self, at, scalars):
     write(self, at, scalars)
     if at == step:
       os.kill(os.getpid(), signal.SIGTERM)
 
-  monkeypatch.setattr(sft.MetricWriter, "write", and_terminate)
+  monkeypatch.setattr(loop.MetricWriter, "write", and_terminate)
 
 
 def test_a_run_leaves_what_it_promises(whole_run: Path, tiny: Path, checkpoint):
@@ -604,8 +604,8 @@ def test_baseline_has_no_tags(tiny, tmp_path, checkpoint, vocabulary):
 def test_full_training_leaves_a_model_that_others_load(tiny, tmp_path, checkpoint, monkeypatch, annotated: bool):
   """`model/` and the tags beside it are the trained model; `transformers` reads the folder as well."""
   trained = []
-  export = sft._export
-  monkeypatch.setattr(sft, "_export", lambda *a: (trained.append(a[2]), export(*a)))
+  export = sft.export
+  monkeypatch.setattr(sft, "export", lambda *a, **k: (trained.append(a[1]), export(*a, **k)))
   sft.train(settings(tiny, annotation="plan" if annotated else "none", lora_rank=0, steps=2, dtype="float32"), tmp_path)
   loaded = load_checkpoint(tmp_path / "model")
   assert loaded.config == checkpoint.config

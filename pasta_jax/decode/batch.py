@@ -17,7 +17,7 @@ from flax import nnx
 from pasta_jax.decode.config import SamplingConfig
 from pasta_jax.decode.interpreter import DecodeError, Interpreter, padded_length, switched
 from pasta_jax.decode.sampling import Sampling, as_arrays
-from pasta_jax.decode.state import STOP, UNFINISHED, State
+from pasta_jax.decode.state import STOP, UNFINISHED, State, reseed
 from pasta_jax.decode.step import step
 from pasta_jax.decode.trace import Trace, read_trace
 
@@ -32,6 +32,7 @@ class BatchDecoder:
     self._insert = jax.jit(lambda all_, one, r: jax.tree.map(lambda a, o: a.at[r].set(o), all_, one), donate_argnums=0)
     self._choose = jax.jit(lambda states, which: jax.tree.map(lambda x: x[which], states))
     self._segment = jax.jit(self._segment_pure, static_argnames=("switches",), donate_argnums=(1,))
+    self._reseed = jax.jit(reseed)
 
   def _segment_pure(self, params: Any, states: State, sampling: Sampling, enough: jax.Array, *, switches):
     """Runs until `enough` of the requests have ended."""
@@ -65,7 +66,8 @@ class BatchDecoder:
           done: Callable[[int, Trace], None] | None = None, one_pool_size: bool = False) -> list[Trace]:
     """The prompts' traces, in their order; `done(i, trace)` is called as each one ends.
 
-    Request i draws from seed `seeds[i]`, else from `sampling.seed`. Attention costs a request the whole pool,
+    Request i draws from seed `seeds[i]`, else from `sampling.seed`; the same prompt several times in a row, as when
+    several samples are drawn, is read once. Attention costs a request the whole pool,
     so prompts that need pools of one size run together, or, with `one_pool_size`, all in the largest. Raises
     DecodeError if prompt and limits together exceed the largest pool.
     """
@@ -75,10 +77,23 @@ class BatchDecoder:
       groups.setdefault(self._capacity(longest if one_pool_size else len(prompt)), []).append(i)
     traces: dict[int, Trace] = {}
     for capacity in sorted(groups):
-      start = lambda i, capacity=capacity: self.interpreter.start(
-          prompts[i], sampling.seed if seeds is None else seeds[i], capacity=capacity)
+      start = self._starter(prompts, [sampling.seed] * len(prompts) if seeds is None else seeds, capacity)
       self._run_group(groups[capacity], start, sampling, traces, done)
     return [traces[i] for i in range(len(prompts))]
+
+  def _starter(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], capacity: int) -> Callable[[int], State]:
+    """The state behind the prefill of prompt i. The last prefill is kept, for those behind it with the same prompt."""
+    kept: dict[tuple[int, ...], State] = {}
+
+    def start(i: int) -> State:
+      prompt = tuple(prompts[i])
+      if prompt not in kept:
+        kept.clear()
+        kept[prompt] = self.interpreter.start(prompt, seeds[i], capacity=capacity)
+        return kept[prompt]
+      return self._reseed(kept[prompt], np.uint32(seeds[i] & 0xFFFFFFFF))
+
+    return start
 
   def _run_group(self, queue: list[int], start: Callable[[int], State], sampling: SamplingConfig,
                  traces: dict[int, Trace], done: Callable[[int, Trace], None] | None) -> None:
@@ -114,7 +129,7 @@ class BatchDecoder:
 
   def compiled(self) -> int:
     """How many programs have been compiled so far."""
-    return sum(f._cache_size() for f in (self._insert, self._choose, self._segment))  # type: ignore[attr-defined]
+    return sum(f._cache_size() for f in (self._insert, self._choose, self._segment, self._reseed))  # type: ignore[attr-defined]
 
   def warm_up(self, prompt_length: int, sampling: SamplingConfig) -> None:
     """Compiles what prompts of this length need."""

@@ -50,6 +50,11 @@ def adapter_digest(name: str) -> str | None:
   return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
 
 
+def with_speed(message: Mapping[str, str], speed: int) -> dict[str, str]:
+  """A user's message with the wanted speed as training and decoding write it."""
+  return {**message, "content": f"{message['content']}\n\n(speed {speed})"}
+
+
 class Generator:
   """A loaded model that answers prompts, in parallel or sequentially, with the same weights.
 
@@ -71,11 +76,14 @@ class Generator:
     model = build.from_params(checkpoint.config, checkpoint.params)
     path = adapter_path(config.model.adapter if adapter is None else adapter)
     self.has_tags = False
+    self._speed = d.speed
+    self.speeds: tuple[int, ...] = ()  # that the adapter was trained for
     if path is not None:
       metadata = lora.load_adapter(path, model)
       self.has_tags = model.embed.tags is not None
       if "positions" in metadata and self.has_tags:
         self.rule = PositionRule(**json.loads(metadata["positions"]))
+      self.speeds = tuple(json.loads(metadata.get("speeds", "[]")))
     self.model = build.for_decoding(model, jnp.dtype(d.dtype))
     # XLA's CPU backend multiplies one bfloat16 row slower than two, so there a step holds two at least.
     self._narrowest = 2 if d.dtype == "bfloat16" and jax.default_backend() == "cpu" else 1
@@ -106,22 +114,28 @@ class Generator:
       self._interpreters[key] = Interpreter(self.model, self.vocabulary, limits, switches)
     return self._interpreters[key]
 
-  def encode(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
+  def encode(self, prompt: str | Sequence[Mapping[str, str]], speed: int | None = None) -> list[int]:
     """Tokens of a user's prompt, or of a conversation (`role`, `content`) that ends with one, in the model's chat
-    form."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    form; with the wanted `speed` in it, `decode.speed` if None."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages[-1]["content"].strip():
       raise DecodeError("the prompt is empty")
+    speed = self._speed if speed is None else speed
+    if speed >= 0:
+      if speed not in self.speeds:
+        known = f"it knows {', '.join(map(str, self.speeds))}" if self.speeds else "it was not trained for it"
+        raise DecodeError(f"decode.speed={speed} means nothing to this adapter: {known}")
+      messages[-1] = with_speed(messages[-1], speed)
     try:
       return self.vocabulary.tokenizer.chat_prompt(messages)
     except ValueError as error:
       raise DecodeError(f"the prompt cannot be encoded: {error}") from None
 
-  def respond(self, prompt: str | Sequence[Mapping[str, str]], *, parallel: bool = True,
+  def respond(self, prompt: str | Sequence[Mapping[str, str]], *, parallel: bool = True, speed: int | None = None,
               sampling: SamplingConfig | None = None, watch: Callable[[Trace], None] | None = None,
               every: int = 16) -> Response:
     """Decodes one prompt; `watch` sees the trace grow, every `every` decode steps at least."""
-    tokens = self.encode(prompt)
+    tokens = self.encode(prompt, speed)
     interpreter = self.interpreter(parallel)
     started = time.perf_counter()
     trace = interpreter.run(tokens, sampling or self.sampling, watch=watch, every=every)

@@ -125,11 +125,21 @@ def initial(keys: list[jax.Array], values: list[jax.Array], prompt: jax.Array, l
       depth=fill(m, 0), parent=fill(m, -1), owner=fill(m, -1), ordinal=fill(m, 0), declared=fill(m, -1),
       kept_before=no_hash, kept_last=fill(m, -1), recent=jnp.full((m, recent), -1, jnp.int32),
       fork_entry=fill(m, 0), fork_index=fill(m, 0), length=fill(m, 0),
-      key=jnp.tile(jax.random.key_data(jax.random.key(seed)), (m, 1)),
+      key=_keys(seed, m),
       visible=main[:, None] & (jnp.arange(p) < n)[None, :])
   one = jnp.ones((), jnp.int32)
   return State(pool, log, threads, used=n, prompt=n, round=one, served=0 * one, room=one * (m - 1), runnable=one,
                steps=0 * one, n_threads=one, finish=0 * one)
+
+
+def _keys(seed: jax.Array, m: int) -> jax.Array:
+  return jnp.tile(jax.random.key_data(jax.random.key(seed)), (m, 1))
+
+
+def reseed(state: State, seed: jax.Array) -> State:
+  """The state behind a prefill as another seed would have it: samples of one prompt share its prefill."""
+  t = state.threads
+  return state._replace(threads=t._replace(key=_keys(seed, t.status.shape[0])))
 
 
 def grow(state: State, capacity: int) -> State:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 SHOWN = 3  # best, and as many worst prompts side by side
 
 
-
-
 def _file(name: str) -> str:
   """A file of this package."""
   return (resources.files("pasta_jax.evaluate") / name).read_text(encoding="utf-8")

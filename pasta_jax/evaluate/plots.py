@@ -139,7 +139,7 @@ def groups(figures: Mapping[str, Mapping[str, float]], *, speed: str, palette: M
 
 
 def svg(figure: Figure) -> str:
-  """The figure as an SVG element in the colours of the page around it."""
+  """The figure as an SVG element in the colours of the page around it; `figure` itself takes a stand-in for them."""
   out = io.StringIO()
   with matplotlib.rc_context(
     _STYLE

@@ -179,6 +179,7 @@ COLUMNS = (
   ("tokens that are no text (tags, outlines)", "responses", "tag_overhead", _PER_CENT),
   ("promised lengths: median error", "responses", "length_error", _PER_CENT),
   ("ill-formed answers", "responses", "malformed_share", _PER_CENT),
+  ("answers that promise a topic twice", "responses", "topic_twice_share", _PER_CENT),
   ("answers that loop", "responses", "loop_share", _PER_CENT),
   ("answers cut off", "responses", "cut_share", _PER_CENT),
   ("tokens of the text", "responses", "text_tokens", lambda v: f"{v:.0f}"),
@@ -260,7 +261,7 @@ def markdown(summary: dict) -> str:
     f"\n{heading}\n\n" + "\n".join([line(g[0]), line(["---"] * len(g[0])), *(line(r) for r in g[1:])]) + "\n"
     for heading, g in group_tables(summary).items()
   )
-  note = f"\n{LOCAL_JUDGE}\n" if any("local" in e["quality"] for e in summary["systems"].values()) else ""
+  note = f"\n{said}\n" if (said := judge_note(summary)) else ""
   return (
     f"{summary['model']}, {summary['prompts']} prompts{timed}, against {summary['baseline']}; {summary['machine']}; "
     f"pasta-jax {summary['version']}\n\n" + "\n".join(lines) + "\n" + note + groups
@@ -321,13 +322,12 @@ def write(workdir: Path) -> dict:
   (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
   (workdir / "report.md").write_text(markdown(summary))
   alpaca_eval(workdir, run)
-  figures = draw(run, summary)
-  drawn = {name: plots.svg(figure) for name, figure in figures.items()}
   (workdir / "figures").mkdir(exist_ok=True)
+  drawn = {}
   for name, figure in draw(run, summary).items():
     plots.save(figure, workdir / "figures" / name)
+    drawn[name] = plots.svg(figure)
   ranked = {n: sorted(speedups(run, n), key=lambda pair: -pair[1]) for n in run.systems}
-  local = any("local" in e["quality"] for e in summary["systems"].values())
   page.write(
     workdir / "report.html",
     run,
@@ -337,7 +337,7 @@ def write(workdir: Path) -> dict:
     ranked,
     group_tables(summary),
     verdict(run, summary),
-    LOCAL_JUDGE if local else "",
+    judge_note(summary),
   )
   show(summary)
   return summary
@@ -355,11 +355,16 @@ def alpaca_eval(workdir: Path, run: Run) -> None:
     (folder / f"{name}.json").write_text(json.dumps(outputs, indent=1, ensure_ascii=False))
 
 
-LOCAL_JUDGE = (
+_LOCAL_JUDGE = (
   "The local judge weighs how likely each answer is under the baseline model, and plain faults (loops, cut-off "
   "answers, lengths that the prompt forbids). It sees whether a text hangs together; it does not see whether it is "
   "true or useful, and it leans towards the baseline's own answers."
 )
+
+
+def judge_note(summary: dict) -> str:
+  """What must be said of the judges' figures; "" where nothing must."""
+  return _LOCAL_JUDGE if any("local" in e["quality"] for e in summary["systems"].values()) else ""
 
 
 def show(summary: dict) -> None:
@@ -374,8 +379,8 @@ def show(summary: dict) -> None:
     shown.add_row(*row)
   console = rich.console.Console()
   console.print(shown)
-  if any("local" in e["quality"] for e in summary["systems"].values()):
-    console.print(LOCAL_JUDGE)
+  if note := judge_note(summary):
+    console.print(note)
 
 
 def verdict(run: Run, summary: dict) -> list[tuple[str, float | None, float, bool]]:

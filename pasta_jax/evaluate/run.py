@@ -95,7 +95,11 @@ def settings_of(config, name: str, *, timed: bool) -> dict:
   if entry.decode == "parallel":
     free = _FREE
     out |= {f"positions.{k}": v for k, v in config.positions.items()}
+  if config.decode.speed < 0:
+    free = (*free, "speed")
   out |= {f"decode.{k}": v for k, v in config.decode.items() if k not in free}
+  if "speed" in entry:
+    out["decode.speed"] = entry.speed
   out["decode.dtype"] = config.decode.dtype if timed else e.dtype
   if entry.decode == "skeleton":
     out |= {f"skeleton.{k}": v for k, v in config.skeleton.items()}

@@ -40,8 +40,8 @@ class System(Protocol):
 class Threads:
   """One response, with promises or without: the interpreter alone."""
 
-  def __init__(self, generator: Generator, *, parallel: bool, requests: int, width: int):
-    self.generator, self.parallel = generator, parallel
+  def __init__(self, generator: Generator, *, parallel: bool, requests: int, width: int, speed: int | None = None):
+    self.generator, self.parallel, self._speed = generator, parallel, speed
     self._requests, self._width = requests, width if parallel else 1
 
   def _record(self, trace) -> dict:
@@ -50,17 +50,17 @@ class Threads:
   def many(self, conversations: Sequence[Conversation], done: Callable[[int, dict], None]) -> None:
     decoder = BatchDecoder(self.generator.interpreter(self.parallel), requests=self._requests, width=self._width)
     decoder.run(
-      [self.generator.encode(c) for c in conversations],
+      [self.generator.encode(c, self._speed) for c in conversations],
       self.generator.sampling,
       done=lambda i, trace: done(i, self._record(trace)),
     )
 
   def one(self, conversation: Conversation) -> dict:
-    response = self.generator.respond(conversation, parallel=self.parallel)
+    response = self.generator.respond(conversation, parallel=self.parallel, speed=self._speed)
     return self._record(response.trace) | {"seconds": response.seconds}
 
   def check(self, conversation: Conversation) -> None:
-    _check(self.generator, conversation, 0)
+    _check(self.generator, conversation, 0, self._speed)
 
   def warm_up(self, lengths: Sequence[int], note: Note) -> None:
     interpreter = self.generator.interpreter(self.parallel)
@@ -69,9 +69,9 @@ class Threads:
       interpreter.warm_up(length, self.generator.sampling, note=tell)
 
 
-def _check(generator: Generator, conversation: Conversation, extra: int) -> None:
+def _check(generator: Generator, conversation: Conversation, extra: int, speed: int | None = None) -> None:
   """Raises DecodeError unless prompt, `extra` tokens and the longest response fit the pool."""
-  length = len(generator.encode(conversation)) + extra
+  length = len(generator.encode(conversation, speed)) + extra
   limits = generator.limits
   if length + limits.max_new_tokens > limits.buckets[-1]:
     raise DecodeError(
@@ -125,7 +125,8 @@ def load_system(config, name: str, generators: dict[tuple[str, str], Generator],
   generator = generators[key]
   if entry.decode == "skeleton":
     return TwoStage(Skeleton(generator, **config.skeleton, requests=1 if timed else e.requests))
-  return Threads(generator, parallel=entry.decode == "parallel", requests=e.requests, width=e.width)
+  return Threads(generator, parallel=entry.decode == "parallel", requests=e.requests, width=e.width,
+                 speed=entry.get("speed"))
 
 
 def entry_of(config, name: str):

@@ -73,6 +73,15 @@ def model_signature(model: Decoder) -> dict[str, int]:
           "kv_heads": c.n_kv_heads, "vocabulary": c.vocab_size}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+  """The header of an adapter's file. Raises AdapterError, one line, if it cannot be read."""
+  try:
+    with safe_open(path, "numpy") as file:
+      return file.metadata() or {}
+  except (SafetensorError, OSError) as error:
+    raise AdapterError(f"{path} is no readable safetensors file: {error}") from None
+
+
 def load_adapter(path: Path, model: Decoder) -> dict[str, str]:
   """Puts a saved adapter on an unstacked model, in place; returns the file's metadata.
 

@@ -1,13 +1,10 @@
 """Supervised finetuning on annotated responses: PASTA, and Baseline-SFT on the same data without tags.
 
-Resuming: the step is read from the newest checkpoint, and batch `step` is a function of seed and step, so a
-run that was killed goes on bit for bit as if it had not been.
+Batch `step` is a function of seed and step, so a run that was killed goes on bit for bit (`train.loop`).
 """
 
 import json
 import math
-import os
-import signal
 import time
 from functools import partial
 from pathlib import Path
@@ -27,10 +24,9 @@ from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.decoder import DTYPES, Decoder, exact_products
 from pasta_jax.model.hf_folder import save_hf_folder
 from pasta_jax.model.tokenizer import Tokenizer
-from pasta_jax.progress import progress_bar
+from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.loss import sft_loss
-from pasta_jax.train.metrics import MetricWriter
-from pasta_jax.train.state import Checkpoints, TrainState, compute_model, make_model, make_optimiser
+from pasta_jax.train.state import TrainState, compute_model, make_model, make_optimiser
 
 
 def make_update(graph, optimiser: optax.GradientTransformation, config):
@@ -84,7 +80,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
     if c[field] < 1:
       raise ValueError(f"train.{field} must be 1 or more, not {c[field]}")
   exact_products(c.dtype)
-  workdir = _checked_workdir(workdir)  # before minutes of loading
+  workdir = checked_workdir(workdir)  # before minutes of loading
   rows, held_out_rows = mix(c.data), mix(c.validation)
   checkpoint = load_checkpoint(config.model.source)
   vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
@@ -105,110 +101,46 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   print(f"{len(data)} examples ({left_out}), {len(held_out)} held out; "
         f"{total} steps, {per_epoch:.0f} an epoch")
 
-  graph, trainable, frozen = make_model(checkpoint, vocabulary, c)
+  graph, trainable, frozen = make_model(checkpoint, vocabulary, c, tags=c.annotation != "none")
   optimiser, schedule = make_optimiser(c, total)
   update, evaluate = make_update(graph, optimiser, c)
   state = TrainState(jnp.zeros((), jnp.int32), trainable, optimiser.init(trainable))
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir, c.checkpoint_every)
-  except OSError as error:
-    raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from None
 
-  stop: list[bool] = []
-  previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-  writer = None
-  scalars: dict[str, float] = {}
-  try:
-    state = checkpoints.restore(state) or state
-    first = int(state.step)
-    if first > total:
-      raise ValueError(f"{workdir} is at step {first} already, behind the {total} steps asked for")
-    _write_config(workdir / "config.json", config, first)
-    writer = MetricWriter(workdir, first)
-    bar, task = progress_bar("training", total, first)
-    with bar:
-      for step in range(first, total):
-        started = time.perf_counter()
-        chosen = [batches(step * c.accumulate + i).as_dict() for i in range(c.accumulate)]
-        state, metrics = update(state, frozen, jax.tree.map(lambda *x: np.stack(x), *chosen))
-        scalars = {k: float(v) for k, v in metrics.items()}
-        for name in ("loss", "gradient_norm"):  # a finite loss with another gradient spoils the state as well
-          if not math.isfinite(scalars[name]):
-            raise FloatingPointError(
-                f"{name} is {scalars[name]} at step {step + 1}; the newest checkpoint is kept")
-        tokens = c.accumulate * c.batch_size * c.length
-        scalars |= {"learning_rate": float(schedule(step)), "epoch": (step + 1) / per_epoch,
-                    "tokens_per_second": tokens / (time.perf_counter() - started)}
-        last = step + 1 == total
-        if validation and (last or (step + 1) % c.validate_every == 0):
-          sums = [evaluate(state.trainable, frozen, b.as_dict()) for b in validation]
-          tokens = sum(float(s["tokens"]) for s in sums)
-          scalars["validation_loss"] = sum(float(s["loss"]) for s in sums) / tokens
-          scalars["validation_accuracy"] = sum(float(s["correct"]) for s in sums) / tokens
-        writer.write(step + 1, scalars)
-        bar.update(task, completed=step + 1, note=f"loss {scalars['loss']:.3f}")
-        stopping = bool(stop)  # read once: a signal that comes during the save gets a save of its own
-        checkpoints.save(state, force=last or stopping)
-        if stopping and not last:
-          print(f"stopped by SIGTERM behind step {step + 1} of {total}; the same command goes on from there")
-          break
-  finally:
-    checkpoints.close()
-    if writer is not None:
-      writer.close()
-    signal.signal(signal.SIGTERM, previous)
+  def one_step(step: int, state: TrainState) -> tuple[TrainState, dict[str, float]]:
+    started = time.perf_counter()
+    chosen = [batches(step * c.accumulate + i).as_dict() for i in range(c.accumulate)]
+    state, metrics = update(state, frozen, jax.tree.map(lambda *x: np.stack(x), *chosen))
+    scalars = {k: float(v) for k, v in metrics.items()}
+    tokens = c.accumulate * c.batch_size * c.length
+    scalars |= {"learning_rate": float(schedule(step)), "epoch": (step + 1) / per_epoch,
+                "tokens_per_second": tokens / (time.perf_counter() - started)}
+    if validation and (step + 1 == total or (step + 1) % c.validate_every == 0):
+      sums = [evaluate(state.trainable, frozen, b.as_dict()) for b in validation]
+      tokens = sum(float(s["tokens"]) for s in sums)
+      scalars["validation_loss"] = sum(float(s["loss"]) for s in sums) / tokens
+      scalars["validation_accuracy"] = sum(float(s["correct"]) for s in sums) / tokens
+    return state, scalars
+
+  state, scalars = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
   if int(state.step) == total:
-    _export(workdir, config, compute_model(graph, state.trainable, frozen, jnp.float32), rule, checkpoint.tokenizer)
+    export(workdir, compute_model(graph, state.trainable, frozen, jnp.float32), rule, checkpoint.tokenizer,
+           full=c.lora_rank == 0, tags=c.annotation != "none", metadata={"train": _recipe(config)})
   return scalars
 
 
-def _export(workdir: Path, config, model: Decoder, rule: PositionRule, tokenizer: Tokenizer) -> None:
+def export(workdir: Path, model: Decoder, rule: PositionRule, tokenizer: Tokenizer, *, full: bool, tags: bool,
+           metadata: dict[str, str]) -> None:
   """What decoding loads: `adapter.safetensors` with updates and tag rows, and of full training `model/`."""
-  recipe = json.loads(config.to_json_best_effort())["train"]
-  for field in ("data", "validation"):  # names only: the adapter goes to places where these folders are not
-    recipe[field] = ",".join(Path(entry).name for entry in recipe[field].split(",") if entry)
-  metadata = {"train": json.dumps(recipe),
-              "positions": json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})}
-  if config.train.lora_rank == 0:
+  if full:
     save_hf_folder(workdir / "model", model.config, to_params(model), tokenizer)
-  if config.train.lora_rank or config.train.annotation != "none":
-    lora.save_adapter(workdir / "adapter.safetensors", model, metadata)
+  if tags or not full:
+    positions = json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})
+    lora.save_adapter(workdir / "adapter.safetensors", model, {"positions": positions, **metadata})
 
 
-def _checked_workdir(workdir: str | Path | None) -> Path:
-  """The run's folder, which need not exist yet. Raises ValueError if it cannot be made or written."""
-  if workdir is None or not str(workdir):
-    raise ValueError("training needs a folder for its checkpoints and metrics: pass --workdir=runs/NAME")
-  workdir = Path(workdir).expanduser()
-  existing = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
-  if not existing.is_dir():
-    raise ValueError(f"--workdir={workdir}: {existing} is not a folder")
-  if not os.access(existing, os.W_OK | os.X_OK):
-    raise ValueError(f"--workdir={workdir}: no permission to write in {existing}")
-  return workdir
-
-
-def _write_config(path: Path, config, first: int) -> None:
-  """Writes the resolved config; says which settings differ from those that a resumed run began with."""
-  if first and path.exists():
-    try:
-      before = _flat(json.loads(path.read_text()))
-    except ValueError:
-      before = {}
-    now = _flat(json.loads(config.to_json_best_effort()))
-    changed = [k for k in sorted(before.keys() & now.keys()) if before[k] != now[k]]
-    if changed:
-      changes = ", ".join(f"{k} {before[k]} -> {now[k]}" for k in changed)
-      print(f"resuming behind step {first} with other settings than before: {changes}")
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(config.to_json_best_effort(indent=2))
-  temporary.replace(path)
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-  """A nested dictionary's leaves by dotted path."""
-  leaves: dict[str, object] = {}
-  for key, value in tree.items():
-    leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-  return leaves
+def _recipe(config) -> str:
+  """The settings of training for an adapter's header; of files the names only: it goes where their folders are not."""
+  recipe = json.loads(config.to_json_best_effort())["train"]
+  for field in ("data", "validation"):
+    recipe[field] = ",".join(Path(entry).name for entry in recipe[field].split(",") if entry)
+  return json.dumps(recipe)

@@ -36,18 +36,25 @@ def tag_rows(embedding: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
   return np.stack([embedding[encode(words)].mean(axis=0) for words in TAG_WORDS])
 
 
-def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config) -> tuple[Any, Params, Params]:
+def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config, *, tags: bool = True,
+               adapter: Path | None = None) -> tuple[Any, Params, Params]:
   """(graph, trainable, frozen) of the model to train, layers stacked.
 
   `config.lora_rank` 0 trains every parameter. Trainable parameters are float32; frozen ones are stored in
-  `config.dtype`. `graph` turns both back into a Decoder with `nnx.merge`.
+  `config.dtype`. `graph` turns both back into a Decoder with `nnx.merge`. With an `adapter` training goes on from
+  its updates and tag rows (its rank stays; full training begins from the merged weights), else new ones begin at no
+  effect, `tags` or no tags.
   """
   full = config.lora_rank == 0
   dtype = jnp.dtype(jnp.float32 if full else config.dtype)
-  model = build.stack(build.from_params(checkpoint.config, checkpoint.params, dtype))
-  if config.annotation != "none":
+  model = build.from_params(checkpoint.config, checkpoint.params, dtype)
+  if adapter is not None:
+    lora.load_adapter(adapter, model)
+    model = build.merged(model) if full else model
+  model = build.stack(model)
+  if adapter is None and tags:
     lora.add_tags(model, tag_rows(checkpoint.params["embed.embedding"], vocabulary))
-  if not full:
+  if not full and not any(module.lora_a is not None for module in lora.linears(model).values()):
     lora.add_lora(model, config.lora_rank, config.lora_alpha, nnx.Rngs(config.seed))
   chosen = nnx.Param if full else nnx.Any(nnx.OfType(LoraParam), nnx.OfType(TagParam))
   return nnx.split(model, chosen, ...)  # type: ignore[return-value]

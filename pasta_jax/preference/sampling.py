@@ -1,0 +1,99 @@
+"""Answers sampled from a policy, several a prompt, and the baseline's: rows that a resumed run does not draw again."""
+
+import dataclasses
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pasta_jax.decode.batch import BatchDecoder
+from pasta_jax.decode.generate import Generator, adapter_digest
+from pasta_jax.decode.record import describe
+from pasta_jax.decode.trace import Trace, to_json
+from pasta_jax.evaluate.prompts import Request
+from pasta_jax.evaluate.records import Records
+from pasta_jax.evaluate.run import settings_of
+from pasta_jax.evaluate.systems import load_system
+from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.preference.score import chunk_facts
+from pasta_jax.progress import progress_bar
+
+
+def seed_of(seed: int, prompt: str, k: int) -> int:
+  """The seed of a prompt's sample number `k`: the same on every machine, whatever is sampled beside it."""
+  return zlib.crc32(f"{seed}/{prompt}/{k}".encode())
+
+
+def sample_record(trace: Trace, vocabulary: Vocabulary) -> dict:
+  """`describe`, what `score` needs besides, the trace, and the decode loop's log p of the tokens that it chose."""
+  return {
+    **describe(trace, vocabulary),
+    **chunk_facts(trace, vocabulary),
+    "prompt_tokens": len(trace.prompt),
+    "rounds": np.sort(np.concatenate([t.rounds for t in trace.threads])).tolist(),
+    "log_p": float(sum(np.nansum(t.log_p, dtype=np.float64) for t in trace.threads)),
+    "trace": to_json(trace),
+  }
+
+
+def draw(config, adapter: str, requests: Sequence[Request], path: Path, speed: int = -1, *,
+         may_draw: bool = True) -> dict[str, list[dict]]:
+  """`config.preference.samples` samples of each request from the policy `adapter`, by the request's id.
+
+  They are decoded as `config.decode` says, but for the temperature. Rows stand in `path` as they end; those that are
+  there are not drawn again. Raises ValueError if some are missing and `may_draw` does not hold.
+  """
+  c = config.preference
+  settings = {
+    "source": config.model.source,
+    "adapter's sha256": adapter_digest(adapter),
+    "samples": c.samples,
+    "temperature": c.temperature,
+    "speed": speed,
+    "seed": c.seed,
+    "dtype": c.sample_dtype,
+  }
+  skipped = ("live", "compare", "requests", "parallel", "slots", "temperature", "speed", "seed", "dtype")
+  settings |= {f"decode.{k}": v for k, v in config.decode.items() if k not in skipped}
+  records = Records(path, settings)
+  wanted = [(r, k, f"{r.id}#{k}") for r in requests for k in range(c.samples)]
+  todo = [w for w in wanted if w[2] not in records.rows]
+  if todo and not may_draw:
+    raise ValueError(f"{path} lacks {len(todo)} of {len(wanted)} samples: run the sample stage first "
+                     "(--config.preference.stages=sample)")
+  if todo:
+    generator = Generator(config, adapter=adapter, dtype=c.sample_dtype)
+    decoder = BatchDecoder(generator.interpreter(True), requests=c.requests, width=c.width)
+    encoded = {r.id: generator.encode(r.prompt, speed) for r, _, _ in todo}
+    sampling = dataclasses.replace(generator.sampling, temperature=c.temperature)
+    bar, task = progress_bar(f"samples, {path.parent.name}", len(wanted), len(wanted) - len(todo))
+
+    def done(i: int, trace: Trace) -> None:
+      request, k, name = todo[i]
+      records.add({"id": name, "of": request.id, "sample": k, "prompt": request.prompt,
+                   **sample_record(trace, generator.vocabulary)})
+      bar.advance(task)
+
+    with bar:
+      decoder.run([encoded[r.id] for r, _, _ in todo], sampling, seeds=[seed_of(c.seed, r.id, k) for r, k, _ in todo],
+                  done=done)
+  return {r.id: [records.rows[f"{r.id}#{k}"] for k in range(c.samples)] for r in requests}
+
+
+def answers_of_baseline(config, requests: Sequence[Request], path: Path) -> dict[str, dict]:
+  """The baseline system's answers (`config.eval.baseline`) by id: what quality and speed are measured against."""
+  name = config.eval.baseline
+  records = Records(path, settings_of(config, name, timed=False))
+  todo = records.missing(list(requests))
+  if todo:
+    system = load_system(config, name, {}, timed=False)
+    bar, task = progress_bar(name, len(requests), len(requests) - len(todo))
+
+    def done(i: int, record: dict) -> None:
+      records.add({"id": todo[i].id, "prompt": todo[i].prompt, **record})
+      bar.advance(task)
+
+    with bar:
+      system.many([[{"role": "user", "content": r.prompt}] for r in todo], done)
+  return {r.id: records.rows[r.id] for r in requests}

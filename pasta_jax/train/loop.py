@@ -1,0 +1,104 @@
+"""The loop that every kind of training runs: resume, step, check, note, save; SIGTERM saves and stops.
+
+Resuming: the step is read from the newest checkpoint, and what a step does is a function of seed and step, so a run
+that was killed goes on bit for bit as if it had not been.
+"""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from pasta_jax.progress import progress_bar
+from pasta_jax.train.metrics import MetricWriter
+from pasta_jax.train.state import Checkpoints, TrainState
+
+Step = Callable[[int, TrainState], tuple[TrainState, dict[str, float]]]
+
+
+def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: Step, *,
+              checkpoint_every: int) -> tuple[TrainState, dict[str, float]]:
+  """Runs `one_step(step, state)` up to step `total`; returns the last state and its scalars.
+
+  Leaves checkpoints, `metrics.jsonl`, `tensorboard/` and `config.json` in `workdir`. The scalars need `loss` and
+  `gradient_norm`. Raises FloatingPointError when one of these is not finite, and ValueError, one line, when an
+  earlier run in `workdir` cannot be gone on with.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir, checkpoint_every)
+  except OSError as error:
+    raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from None
+  stop: list[bool] = []
+  previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+  writer = None
+  scalars: dict[str, float] = {}
+  try:
+    state = checkpoints.restore(state) or state
+    first = int(state.step)
+    if first > total:
+      raise ValueError(f"{workdir} is at step {first} already, behind the {total} steps asked for")
+    _write_config(workdir / "config.json", config, first)
+    writer = MetricWriter(workdir, first)
+    bar, task = progress_bar("training", total, first)
+    with bar:
+      for step in range(first, total):
+        state, scalars = one_step(step, state)
+        for name in ("loss", "gradient_norm"):  # a finite loss with another gradient spoils the state as well
+          if not math.isfinite(scalars[name]):
+            raise FloatingPointError(
+                f"{name} is {scalars[name]} at step {step + 1}; the newest checkpoint is kept")
+        writer.write(step + 1, scalars)
+        bar.update(task, completed=step + 1, note=f"loss {scalars['loss']:.3f}")
+        last = step + 1 == total
+        stopping = bool(stop)  # read once: a signal that comes during the save gets a save of its own
+        checkpoints.save(state, force=last or stopping)
+        if stopping and not last:
+          print(f"stopped by SIGTERM behind step {step + 1} of {total}; the same command goes on from there")
+          break
+  finally:
+    checkpoints.close()
+    if writer is not None:
+      writer.close()
+    signal.signal(signal.SIGTERM, previous)
+  return state, scalars
+
+
+def checked_workdir(workdir: str | Path | None) -> Path:
+  """The run's folder, which need not exist yet. Raises ValueError if it cannot be made or written."""
+  if workdir is None or not str(workdir):
+    raise ValueError("training needs a folder for its checkpoints and metrics: pass --workdir=runs/NAME")
+  workdir = Path(workdir).expanduser()
+  existing = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
+  if not existing.is_dir():
+    raise ValueError(f"--workdir={workdir}: {existing} is not a folder")
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise ValueError(f"--workdir={workdir}: no permission to write in {existing}")
+  return workdir
+
+
+def _write_config(path: Path, config, first: int) -> None:
+  """Writes the resolved config; says which settings differ from those that a resumed run began with."""
+  if first and path.exists():
+    try:
+      before = _flat(json.loads(path.read_text()))
+    except ValueError:
+      before = {}
+    now = _flat(json.loads(config.to_json_best_effort()))
+    changed = [k for k in sorted(before.keys() & now.keys()) if before[k] != now[k]]
+    if changed:
+      changes = ", ".join(f"{k} {before[k]} -> {now[k]}" for k in changed)
+      print(f"resuming behind step {first} with other settings than before: {changes}")
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(config.to_json_best_effort(indent=2))
+  temporary.replace(path)
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
+  """A nested dictionary's leaves by dotted path."""
+  leaves: dict[str, object] = {}
+  for key, value in tree.items():
+    leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+  return leaves

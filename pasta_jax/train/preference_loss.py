@@ -1,0 +1,64 @@
+"""Losses over pairs of answers: BoNBoN (PASTA.md section 6), and DPO and IPO for comparison.
+
+With Δ = log p(y⁺)/p(y⁻) − log p_ref(y⁺)/p_ref(y⁻), every log p summed over the answer's targets:
+
+    bonbon   −α log p(y⁺) + (1 − α) (Δ − 1/β)²      Gui et al. 2024, arXiv 2406.00832
+    ipo      (Δ − 1/(2β))²                          Azar et al. 2023, arXiv 2310.12036
+    dpo      −log σ(β Δ)                            Rafailov et al. 2023, arXiv 2305.18290
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pasta_jax.model.decoder import Decoder
+from pasta_jax.train.loss import Batch, token_log_likelihood
+
+LOSSES = ("bonbon", "ipo", "dpo")
+_DPO_BETA = 0.1
+
+
+def default_beta(loss: str, samples: int) -> float:
+  """β where none is given.
+
+  The policy that answers as the best of n samples of the reference does has E Δ = (n − 1) H(n−1) between the best
+  and the worst of n, H being harmonic numbers (from the order statistics of n uniform ranks; Gui et al. 2024,
+  section 4, whose β is half of this one, as theirs stands in 1/(2β)). BoNBoN and IPO aim there.
+  """
+  if loss == "dpo":
+    return _DPO_BETA
+  target = (samples - 1) * sum(1 / k for k in range(1, samples))
+  return 1 / target if loss == "bonbon" else 1 / (2 * target)
+
+
+def answer_log_likelihood(model: Decoder, batch: Batch, *, chunk: int = 1024, remat: bool = False) -> jax.Array:
+  """[P, 2] log p of the chosen and the rejected answer of each pair, summed over their targets; 0 where no pair is."""
+  log_p, _ = token_log_likelihood(model, batch, chunk=chunk, remat=remat)
+  n = 2 * batch["weight"].shape[0]
+  return jax.ops.segment_sum(log_p.reshape(-1), batch["answers"].reshape(-1), n + 1)[:n].reshape(-1, 2)
+
+
+def preference_loss(model: Decoder, batch: Batch, *, loss: str, alpha: float, beta: float, chunk: int = 1024,
+                    remat: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Sum of the pairs' losses, and sums for metrics (divide by `pairs`, token ones by `tokens`).
+
+  `margin` is Δ, `accuracy` counts Δ > 0, `chosen` and `rejected` are log p, `drift` is log p_ref − log p of both
+  answers: over `tokens` it estimates, on these answers, how far a token's distribution went from the reference's.
+  """
+  log_p = answer_log_likelihood(model, batch, chunk=chunk, remat=remat)
+  weight = batch["weight"]
+  gain = log_p - batch["reference"]
+  margin = gain[:, 0] - gain[:, 1]
+  if loss == "bonbon":
+    losses = -alpha * log_p[:, 0] + (1 - alpha) * (margin - 1 / beta) ** 2
+  elif loss == "ipo":
+    losses = (margin - 1 / (2 * beta)) ** 2
+  elif loss == "dpo":
+    losses = -jax.nn.log_sigmoid(beta * margin)
+  else:
+    raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}")
+  total = jnp.sum(weight * losses)
+  over = lambda x: jnp.sum(weight * x)
+  tokens = jnp.sum((batch["targets"] >= 0) & (batch["answers"] < 2 * weight.shape[0]))
+  return total, {"loss": total, "pairs": weight.sum(), "margin": over(margin), "accuracy": over(margin > 0),
+                 "chosen": over(log_p[:, 0]), "rejected": over(log_p[:, 1]), "drift": -over(gain.sum(axis=1)),
+                 "tokens": tokens}
