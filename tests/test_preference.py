@@ -1,8 +1,8 @@
-"""Preference optimisation: losses and gradients against the decode loop's own log p, pairs, choices, planted rewards."""
+"""Preference optimisation: losses against the decode loop's own log p, gradients, pairs, choices, planted rewards."""
 
 import dataclasses
-import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -118,15 +118,17 @@ def test_gradients_equal_finite_differences(drawn, some_pairs, kind):
   def loss(params):
     return preference_loss(nnx.merge(tiny.GRAPH, params), batch, loss=kind, alpha=0.3, beta=0.04)[0]
 
+  scaled = lambda tree, h: jax.tree.map(lambda x: h * x, tree)
   gradient = jax.grad(loss)(drawn[0])
   for seed in range(3):
     keys = jax.random.split(jax.random.key(seed), len(jax.tree.leaves(gradient)))
     noise = jax.tree.unflatten(jax.tree.structure(gradient),
                                [jax.random.normal(k, g.shape) for k, g in zip(keys, jax.tree.leaves(gradient))])
-    direction = jax.tree.map(lambda g, n: g / optax.global_norm(gradient) + 0.3 * n / optax.global_norm(noise),
-                             gradient, noise)
+    scale = 1 / optax.global_norm(gradient), 0.3 / optax.global_norm(noise)
+    direction = jax.tree.map(lambda g, n, scale=scale: scale[0] * g + scale[1] * n, gradient, noise)
     slope = sum(float(jnp.vdot(g, d)) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
-    move = lambda h, direction=direction: float(loss(jax.tree.map(lambda p, d: p + h * d, drawn[0], direction)))
+
+    move = lambda h, direction=direction: float(loss(optax.apply_updates(drawn[0], scaled(direction, h))))
     h = 2e-3
     assert slope == pytest.approx((move(h) - move(-h)) / (2 * h), rel=2e-2)
 
@@ -226,7 +228,8 @@ def test_the_best_and_the_worst():
 @pytest.mark.parametrize("changes, name", [
   ({"text": " \n"}, "empty"), ({"finish_reason": "length"}, "cut off"), ({"ill_formed": 1}, "malformed"),
   ({"loops": True}, "loops"), ({"empty_chunks": 1}, "empty chunks"), ({"copied_chunks": 1}, "copied chunks"),
-  ({"refused": 2}, "promise storm"), ({"total_tokens": 170}, "promise storm"), ({"text_tokens": 400}, "runaway")])  # fmt: skip
+  ({"refused": 2}, "promise storm"), ({"total_tokens": 170}, "promise storm"),
+  ({"text_tokens": 400}, "runaway")])  # fmt: skip
 def test_ways_to_cheat_have_names(changes, name):
   baseline = {"text_tokens": 100}
   assert faults(row(), baseline) == []
@@ -234,8 +237,6 @@ def test_ways_to_cheat_have_names(changes, name):
 
 
 def test_empty_and_copied_chunks_are_seen():
-  import types
-
   words = tiny.VOCABULARY.tokenizer.encode("tree stone river cloud amber lemon tiger of a the in tree tree stone")
   tags = tiny.VOCABULARY.tags
   thread = lambda number, tokens: types.SimpleNamespace(number=number, tokens=np.array(tokens))

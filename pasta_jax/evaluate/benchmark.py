@@ -43,6 +43,7 @@ flags.DEFINE_list("requests", ["8", "24"], "requests in a batch")
 flags.DEFINE_integer("steps", 16, "decode steps in a measurement")
 flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")
 flags.DEFINE_string("json", None, "write the figures to this file too")
+flags.DEFINE_string("cost", None, "write the step cost of the last of --dtypes to this file (preference.cost)")
 
 MAIN_POOL, MAIN_BRANCHES = 512, 1
 SAMPLING, NO_REPEAT = SamplingConfig(repetition_penalty=1.1), 16  # what decoding has by default
@@ -218,7 +219,25 @@ def main(argv: list[str]) -> None:
   if FLAGS.json:
     with open(FLAGS.json, "w") as file:
       json.dump({" ".join(map(str, k)): v for k, v in median.items()}, file, indent=2)
+  if FLAGS.cost:
+    cost = step_cost(median, FLAGS.dtypes[-1])
+    with open(FLAGS.cost, "w") as file:
+      json.dump(cost, file, indent=2)
+    console.print("step cost, seconds: " + ", ".join(f"{k} {v:.3g}" for k, v in cost.items()))
   show(console, median, branches, pools, requests)
+
+
+def step_cost(median: dict[tuple, float], dtype: str) -> dict[str, float]:
+  """`base`, `row` and `entry` (`preference.score.StepCost`) of a parallel step: least squares of relative errors.
+
+  A measured step has half of its pool's entries in use.
+  """
+  points = [(key[1], key[2] / 2, seconds) for key, seconds in median.items() if key[0] == dtype]
+  if len({p[0] for p in points}) < 2 or len({p[1] for p in points}) < 2:
+    raise ValueError("a step cost needs two numbers of --branches and two sizes of --pools at least")
+  rows = np.array([[1 / s, b / s, used / s] for b, used, s in points])
+  base, row, entry = np.maximum(np.linalg.lstsq(rows, np.ones(len(points)), rcond=None)[0], 0.0)
+  return {"base": float(base), "row": float(row), "entry": float(entry)}
 
 
 def show(console: rich.console.Console, median: dict[tuple, float], branches: list[int], pools: list[int],

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from pasta_jax.decode.generate import DecodeError, Generator, adapter_digest
 from pasta_jax.decode.interpreter import padded_length
@@ -142,7 +143,8 @@ def answer(config, workdir: Path, names: list[str], requests: list[Request]) -> 
 def time_systems(config, workdir: Path, names: list[str], requests: list[Request]) -> None:
   """Answers the requests one at a time by the clock: every shape compiled before, systems interleaved.
 
-  Where one system has not answered a prompt, all answer it again: what is compared was measured side by side.
+  Where one system has not answered a prompt, all answer it again: what is compared was measured side by side. The
+  order is drawn, so that a run that is stopped has timed a fair sample.
   """
   records = {
     name: Records(workdir / "timed" / f"{name}.jsonl", settings_of(config, name, timed=True)) for name in names
@@ -151,6 +153,7 @@ def time_systems(config, workdir: Path, names: list[str], requests: list[Request
   todo = [r for r in requests if r.id in missing]
   if not todo:
     return
+  todo = [todo[i] for i in np.random.default_rng(0).permutation(len(todo))]
   generators: dict[tuple[str, str], Generator] = {}
   systems: dict[str, System] = {name: load_system(config, name, generators, timed=True) for name in names}
   bar, task = progress_bar("compiling", len(systems))

@@ -32,7 +32,7 @@ from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.lora import read_metadata
 from pasta_jax.preference import audit, pairs, sampling
 from pasta_jax.preference.score import SPEEDUPS, StepCost
-from pasta_jax.train.preference import train_on_pairs
+from pasta_jax.train.preference import check_settings, train_on_pairs
 
 STAGES = ("sample", "judge", "train", "eval")
 
@@ -71,10 +71,10 @@ def _check(config) -> tuple[list[str], StepCost | None]:
   for s in stages:
     if s not in STAGES:
       raise ValueError(f"preference.stages: {s!r} is none of {', '.join(STAGES)}")
-  for field in ("rounds", "samples", "requests", "width", "batch_size", "accumulate", "length", "loss_chunk",
-                "checkpoint_every"):
+  for field in ("rounds", "samples", "requests", "width"):
     if c[field] < (2 if field == "samples" else 1):
       raise ValueError(f"preference.{field} must be {2 if field == 'samples' else 1} or more, not {c[field]}")
+  check_settings(c)
   if not c.temperature > 0:
     raise ValueError("preference.temperature must be above 0: at 0 all samples of a prompt are the same")
   if c.score != "clock":
@@ -84,7 +84,7 @@ def _check(config) -> tuple[list[str], StepCost | None]:
   try:
     return stages, StepCost(**json.loads(Path(c.cost).read_text()))
   except (OSError, ValueError, TypeError) as error:
-    raise ValueError(f"preference.score=clock needs preference.cost=FILE, which the benchmark writes with --cost=FILE "
+    raise ValueError("preference.score=clock needs preference.cost=FILE, which the benchmark writes with --cost=FILE "
                      f"({error})") from None
 
 
@@ -190,7 +190,9 @@ def _train(job: _Job, policy: Policy, number: int, before: Path, chosen: dict[fl
     raise ValueError(f"round {number} of {policy.name} found no pair to train on: {report['by weight']}")
   folder = job.folder(policy, number)
   speeds = sorted(policy.speed(w) for w in policy.weights)
-  notes = {"speeds": json.dumps(speeds)} if policy.conditioned else {}
+  notes = {"weights": ", ".join(f"{w:g}" for w in policy.weights), "round": str(number)}
+  if policy.conditioned:
+    notes["speeds"] = json.dumps(speeds)
   metrics = train_on_pairs(config, folder / "train", laid, names, checkpoint=checkpoint, vocabulary=vocabulary,
                            rule=rule, adapter=before, samples=c.samples, notes=notes)
   if not Path(job.adapter(policy, number)).is_file():
@@ -226,19 +228,16 @@ def _evaluate(job: _Job, number: int) -> None:
 
 def show(workdir: Path) -> None:
   """Prints what each round's samples and pairs were like."""
-  table = rich.table.Table(title="rounds")
-  for name in ("policy", "round", "weight", "pairs", "speedup of samples", "best", "worst", "quality of samples",
-               "best", "worst", "with faults", "margin", "accuracy"):
+  table = rich.table.Table(title="rounds", caption="speedup and quality: of all samples (of the best ones, the worst)")
+  for name in ("policy", "round", "weight", "pairs", "speedup", "quality", "faulty", "margin", "accuracy"):
     table.add_column(name, justify="left" if name == "policy" else "right")
-  found = sorted(workdir.glob("*/round*/round.json"))
-  for path in found:
+  for path in sorted(workdir.glob("*/round*/round.json")):
     report = json.loads(path.read_text())
     for weight, f in report["by weight"].items():
-      cell = lambda side, key, f=f: f"{f[side][key]:.2f}" if f[side] else "–"
-      table.add_row(report["policy"], str(report["round"]), weight, str(f["pairs"]),
-                    *(cell(side, "speedup") for side in ("samples", "best", "worst")),
-                    *(cell(side, "quality") for side in ("samples", "best", "worst")),
+      of = lambda key, f=f: "{:.2f} ({:.2f}, {:.2f})".format(*(f[side].get(key, math.nan)
+                                                               for side in ("samples", "best", "worst")))
+      table.add_row(report["policy"], str(report["round"]), weight, str(f["pairs"]), of("speedup"), of("quality"),
                     f"{100 * f['share with faults']:.0f} %", f"{report['training']['margin']:.1f}",
                     f"{100 * report['training']['accuracy']:.0f} %")
-  if found:
+  if table.row_count:
     rich.console.Console().print(table)

@@ -74,6 +74,19 @@ def answer_likelihoods(graph, trainable, frozen, config, batches: PairBatches, p
   return out
 
 
+def check_settings(c) -> None:
+  """Raises ValueError, one line, for what training on pairs cannot use of `config.preference`."""
+  if c.loss not in LOSSES:
+    raise ValueError(f"preference.loss must be one of {', '.join(LOSSES)}, not {c.loss!r}")
+  if c.dtype not in DTYPES:
+    raise ValueError(f"preference.dtype must be {' or '.join(DTYPES)}, not {c.dtype!r}")
+  if not 0 <= c.alpha <= 1 or c.beta < 0:
+    raise ValueError(f"preference.alpha must be in [0, 1] and preference.beta 0 or more, not {c.alpha} and {c.beta}")
+  for field in ("batch_size", "accumulate", "length", "loss_chunk", "checkpoint_every"):
+    if c[field] < 1:
+      raise ValueError(f"preference.{field} must be 1 or more, not {c[field]}")
+
+
 def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair], names: Sequence[str], *,
                    checkpoint: Checkpoint, vocabulary: Vocabulary, rule: PositionRule, adapter: Path | None,
                    samples: int, notes: dict[str, str] | None = None) -> dict[str, float]:
@@ -85,12 +98,7 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
   cannot be used.
   """
   c = config.preference
-  if c.loss not in LOSSES:
-    raise ValueError(f"preference.loss must be one of {', '.join(LOSSES)}, not {c.loss!r}")
-  if c.dtype not in DTYPES:
-    raise ValueError(f"preference.dtype must be {' or '.join(DTYPES)}, not {c.dtype!r}")
-  if c.loss != "bonbon" and not 0 <= c.alpha <= 1 or c.beta < 0:
-    raise ValueError("preference.alpha must be in [0, 1] and preference.beta 0 or more")
+  check_settings(c)
   exact_products(c.dtype)
   workdir = checked_workdir(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -133,5 +141,15 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
   if int(state.step) == total:
     model = compute_model(graph, state.trainable, frozen, jnp.float32)
     export(workdir, model, rule, checkpoint.tokenizer, full=c.lora_rank == 0, tags=True,
-           metadata={"preference": config.preference.to_json_best_effort(), **(notes or {})})
+           metadata={"preference": _recipe(c), **(notes or {})})
   return scalars
+
+
+def _recipe(c) -> str:
+  """The settings for an adapter's header: what it depends on, of files the names only."""
+  recipe = json.loads(c.to_json_best_effort())
+  for field in ("stages", "audit", "requests", "width", "rounds", "weights"):
+    del recipe[field]
+  for field in ("prompts", "cost"):
+    recipe[field] = Path(recipe[field]).name
+  return json.dumps(recipe)

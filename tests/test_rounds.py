@@ -1,0 +1,197 @@
+"""`--mode=preference` on a tiny model: rounds, stages by themselves, resuming, one policy for all weights, audits."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from folders import SEED_DATA, model_config, write_model
+from safetensors.numpy import load_file
+
+from configs.smollm2_135m import get_config
+from pasta_jax.decode.generate import DecodeError, Generator, use_compilation_cache
+from pasta_jax.evaluate.prompts import read_prompts
+from pasta_jax.model.lora import read_metadata
+from pasta_jax.preference import audit, sampling
+from pasta_jax.preference.rounds import optimise, policies
+from pasta_jax.train import sft
+
+PROMPTS = [{"id": str(i), "prompt": p} for i, p in enumerate(["Plan a trip.", "Why?", "Name three birds.", "Sing."])]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+  """A config whose adapter the trainer made in a few steps on the seed data."""
+  folder = tmp_path_factory.mktemp("preference")
+  use_compilation_cache(folder / "compiled")  # every policy compiles the same programs
+  config = get_config()
+  config.model.source = str(write_model(folder / "model", model_config()))
+  config.train.update(data=str(SEED_DATA), length=1024, batch_size=1, steps=4, lora_rank=2, dtype="float32",
+                      min_speedup=2.2)
+  sft.train(config, folder / "run")
+  adapter = str(folder / "run" / "adapter.safetensors")
+  config.model.adapter = config.systems.baseline.adapter = adapter
+  config.decode.update(max_new_tokens=90, slots=2, capacity=1024, dtype="float32", promise_bias=5.0, no_repeat=0,
+                       repetition_penalty=1.0)
+  (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
+  config.eval.update(requests=2, width=2, limit=2, prompts=str(folder / "prompts.jsonl"), judge_dtype="float32")
+  # A model of random weights is cut off nearly always, so nothing here is without faults.
+  config.preference.update(prompts=str(folder / "prompts.jsonl"), samples=3, temperature=1.0, requests=4, weights="2",
+                           guards=False, length=320, batch_size=2, accumulate=1, steps=3, learning_rate=1e-2,
+                           dtype="float32", remat=False, loss_chunk=256, checkpoint_every=1)
+  yield config
+  jax.config.update("jax_compilation_cache_dir", None)
+
+
+def changed(config, **preference):
+  config = config.copy_and_resolve_references()
+  config.preference.update(preference)
+  return config
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory) -> Path:
+  workdir = tmp_path_factory.mktemp("whole")
+  optimise(start, workdir)
+  return workdir
+
+
+def rows_of(path: Path) -> list[dict]:
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_same_adapter(one: Path, other: Path) -> None:
+  """Bit for bit, header included, whose fields may stand in another order."""
+  assert read_metadata(one) == read_metadata(other)
+  first, second = load_file(one), load_file(other)
+  assert first.keys() == second.keys()
+  assert all(np.array_equal(first[k].view(np.uint16), second[k].view(np.uint16)) for k in first)
+
+
+def test_two_rounds_leave_what_they_promise(whole, start):
+  first, second = (whole / "weight_2" / f"round{n}" for n in (1, 2))
+  for folder, samples in ((first, whole / "start"), (second, second)):
+    drawn = rows_of(samples / "samples.jsonl")
+    assert sorted(r["id"] for r in drawn) == sorted(f"{p['id']}#{k}" for p in PROMPTS for k in range(3))
+    by_id = {r["id"]: r for r in drawn}
+    pairs = rows_of(folder / "pairs.jsonl")
+    report = json.loads((folder / "round.json").read_text())
+    figures = report["by weight"]["2"]
+    assert len(pairs) == figures["pairs"] >= 2
+    assert figures["prompts"] == len(PROMPTS) == len(pairs) + sum(figures["without a pair"].values())
+    for p in pairs:
+      value = lambda side, p=p: p[side]["speedup"] + 2 * p[side]["quality"]
+      assert value("best") > value("worst") and p["best"]["text"] == by_id[p["best"]["id"]]["text"]
+    assert figures["faults of samples, share"]["cut off"] == sum(r["finish_reason"] != "stop" for r in drawn) / 12
+    assert report["training"]["margin"] > 0.1 and (folder / "train" / "metrics.jsonl").exists()
+    assert len(rows_of(folder / "train" / "reference.jsonl")) == len(pairs)
+  texts = [[r["text"] for r in rows_of(p / "samples.jsonl")] for p in (whole / "start", second)]
+  assert texts[0] != texts[1]  # another policy
+  summary = json.loads((whole / "eval" / "summary.json").read_text())
+  assert {"start", "baseline", "weight_2_round1", "weight_2_round2"} <= summary["systems"].keys()
+  assert summary["systems"]["weight_2_round2"]["quality"]["local"]["judged"] == 2
+
+
+def test_stages_by_themselves_and_after_a_kill(whole, start, tmp_path):
+  """Each stage in a call of its own, the samples' file cut off in a line: the same adapter, and nothing drawn twice."""
+  once = changed(start, rounds=1)
+  optimise(changed(once, stages="sample"), tmp_path)
+  path = tmp_path / "start" / "samples.jsonl"
+  lines = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(b"".join(lines[:5]) + lines[5][:40])  # killed while it wrote
+  with pytest.raises(ValueError, match="lacks 7 of 12 samples: run the sample stage first"):
+    optimise(changed(once, stages="judge"), tmp_path)
+  optimise(changed(once, stages="sample"), tmp_path)
+  again = path.read_bytes().splitlines(keepends=True)
+  assert again[:5] == lines[:5] and len(again) == 12
+  known = {r["id"]: r["text"] for r in map(json.loads, lines)}
+  assert {r["id"]: r["text"] for r in map(json.loads, again)} == known
+  optimise(changed(once, stages="judge"), tmp_path)
+  judged = (tmp_path / "start" / "judgements" / "local" / "samples.jsonl").read_bytes()
+  optimise(changed(once, stages="train", steps=3), tmp_path)
+  assert (tmp_path / "start" / "judgements" / "local" / "samples.jsonl").read_bytes() == judged
+  adapter = "weight_2/round1/train/adapter.safetensors"
+  assert_same_adapter(tmp_path / adapter, whole / adapter)
+
+
+def test_a_training_that_was_killed_goes_on(whole, start, tmp_path):
+  """Checkpoints of two of three steps, and no adapter: the third step gives the adapter of a run never stopped."""
+  for name in ("baseline.jsonl", "baseline.settings.json"):
+    shutil.copy(whole / name, tmp_path)
+  shutil.copytree(whole / "start", tmp_path / "start")
+  train = tmp_path / "weight_2" / "round1" / "train"
+  shutil.copytree(whole / "weight_2" / "round1" / "train", train)
+  (train / "adapter.safetensors").unlink()
+  shutil.rmtree(train / "checkpoints" / "3")
+  assert (train / "checkpoints" / "2").is_dir()
+  optimise(changed(start, rounds=1, stages="train"), tmp_path)
+  assert [r["step"] for r in rows_of(train / "metrics.jsonl")] == [1, 2, 3]
+  assert_same_adapter(train / "adapter.safetensors", whole / "weight_2" / "round1" / "train" / "adapter.safetensors")
+
+
+def test_samples_depend_on_their_own_seed_alone(start, tmp_path, whole):
+  """Fewer prompts and other places beside them: the same samples."""
+  requests = read_prompts(start.preference.prompts)[1:3]
+  drawn = sampling.draw(changed(start, requests=2), start.model.adapter, requests, tmp_path / "samples.jsonl")
+  known = {r["id"]: r["text"] for r in rows_of(whole / "start" / "samples.jsonl")}
+  assert {s["id"]: s["text"] for rows in drawn.values() for s in rows} == {
+    i: t for i, t in known.items() if i.split("#")[0] in ("1", "2")}
+
+
+def test_decode_loop_and_trainer_agree(start, whole, capsys):
+  samples = rows_of(whole / "start" / "samples.jsonl")
+  assert sum(s["promises"] > 0 for s in samples) >= 3
+  found = audit.compare(start, Path(start.model.adapter), samples[:6])
+  assert found["worst"] < 1e-4
+  wrong = [s | {"log_p": s["log_p"] + 1.0} for s in samples[:1]]
+  assert audit.compare(start, Path(start.model.adapter), wrong)["worst"] > 1e-3
+  assert "audit of 6 samples" in capsys.readouterr().out
+
+
+def test_one_policy_for_all_weights(start, whole, tmp_path):
+  config = changed(start, weights="1,inf", conditioned=True, rounds=1, stages="train,eval")
+  for name in ("baseline.jsonl", "baseline.settings.json"):
+    shutil.copy(whole / name, tmp_path)
+  shutil.copytree(whole / "start", tmp_path / "start")
+  optimise(config, tmp_path)
+  folder = tmp_path / "conditioned" / "round1"
+  adapter = folder / "train" / "adapter.safetensors"
+  assert json.loads(read_metadata(adapter)["speeds"]) == [0, 1]
+  assert {p["weight"] for p in rows_of(folder / "pairs_inf.jsonl")} == {"inf"}
+  assert {p["weight"] for p in rows_of(folder / "pairs_1.jsonl")} == {1.0}
+  systems = json.loads((tmp_path / "eval" / "summary.json").read_text())["systems"]
+  assert {"conditioned_speed0_round1", "conditioned_speed1_round1"} <= systems.keys()
+  config.model.adapter = str(adapter)
+  for speed in (0, 1):
+    config.decode.speed = speed
+    asked = Generator(config).encode("Sing.")
+    assert f"Sing.\n\n(speed {speed})" in Generator(config).vocabulary.text(asked)
+  config.decode.speed = 2
+  with pytest.raises(DecodeError, match="decode.speed=2 means nothing to this adapter: it knows 0, 1"):
+    Generator(config).encode("Sing.")
+  config.model.adapter = start.model.adapter
+  with pytest.raises(DecodeError, match="was not trained for it"):
+    Generator(config).encode("Sing.")
+
+
+@pytest.mark.parametrize("changes, words", [
+  ({"weights": "1,x"}, "give weights of quality"), ({"weights": "2,2"}, "give weights of quality"),
+  ({"stages": "sample,guess"}, "'guess' is none of sample, judge, train, eval"),
+  ({"samples": 1}, "samples must be 2 or more"), ({"temperature": 0.0}, "temperature must be above 0"),
+  ({"score": "fast"}, "score must be one of theoretical"), ({"score": "clock"}, "needs preference.cost=FILE"),
+  ({"prompts": ""}, "name a file"), ({"loss": "hinge"}, "loss must be one of bonbon, ipo, dpo"),
+  ({"alpha": 2.0}, "alpha must be in"), ({"dtype": "float16"}, "dtype must be float32 or bfloat16")])  # fmt: skip
+def test_wrong_settings_are_one_line(start, tmp_path, changes, words):
+  with pytest.raises(ValueError, match=words) as error:
+    optimise(changed(start, **changes), tmp_path / "new")
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "new").exists()
+
+
+def test_policies(start):
+  assert [(p.name, p.weights) for p in policies(changed(start, weights="1, inf"))] == [
+    ("weight_1", (1.0,)), ("weight_inf", (float("inf"),))]
+  [one] = policies(changed(start, weights="1,8,inf", conditioned=True))
+  assert [one.speed(w) for w in one.weights] == [2, 1, 0]
