@@ -13,6 +13,7 @@ import pytest
 from folders import SEED_DATA, model_config, write_model
 
 from configs.smollm2_135m import get_config
+from pasta_jax.data.examples import DataError
 from pasta_jax.decode.generate import Generator, use_compilation_cache
 from pasta_jax.evaluate import report
 from pasta_jax.evaluate.likelihood import Likelihood
@@ -121,12 +122,12 @@ def test_a_stopped_run_goes_on(trained, finished, tmp_path):
   evaluate(copy_of(config, timed=2), workdir)
   again = [json.loads(x)["id"] for x in judgements.read_text().splitlines()[judged:]]
   assert "a" in again and len(again) == 1 + sum(r["id"] == "a/2" for r in rows)
-  with pytest.raises(EvalError, match="made with decode.temperature=1.0, not 0.5"):
+  with pytest.raises(DataError, match="made with decode.temperature=1.0, not 0.5"):
     changed = copy_of(config)
     changed.decode.temperature = 0.5
     evaluate(changed, workdir)
   (tmp_path / "other.jsonl").write_text('{"id": "a", "prompt": "Something else?"}')
-  with pytest.raises(EvalError, match="another prompt with the id 'a'"):
+  with pytest.raises(DataError, match="another prompt with the id 'a'"):
     evaluate(copy_of(config, prompts=str(tmp_path / "other.jsonl")), workdir)
 
 

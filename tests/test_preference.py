@@ -94,7 +94,7 @@ def test_losses_are_those_of_the_decode_loops_log_p(drawn, some_pairs, kind):
   batches = PairBatches(pairs, rows=ROWS, length=LENGTH, levels=LEVELS, seed=0)
   alpha, beta = 0.1, 0.05
   model = nnx.merge(tiny.GRAPH, drawn[0])
-  total = {k: 0.0 for k in ("loss", "pairs", "margin", "accuracy", "chosen", "rejected", "drift")}
+  total = {k: 0.0 for k in ("loss", "pairs", "margin", "accuracy", "chosen", "rejected", "lost")}
   for step in range(batches.steps_in_epoch(0)):
     _, sums = preference_loss(model, batches(step), loss=kind, alpha=alpha, beta=beta)
     total = {k: v + float(sums[k]) for k, v in total.items()}
@@ -102,7 +102,7 @@ def test_losses_are_those_of_the_decode_loops_log_p(drawn, some_pairs, kind):
   gains = known - reference
   expected = {"loss": by_hand(kind, pairs, known, alpha, beta).sum(), "pairs": len(pairs),
               "margin": (gains[:, 0] - gains[:, 1]).sum(), "accuracy": (gains[:, 0] > gains[:, 1]).sum(),
-              "chosen": known[:, 0].sum(), "rejected": known[:, 1].sum(), "drift": -gains.sum()}
+              "chosen": known[:, 0].sum(), "rejected": known[:, 1].sum(), "lost": -gains.sum()}
   for name, value in expected.items():
     assert total[name] == pytest.approx(value, rel=1e-4, abs=1e-3), name
 
@@ -181,8 +181,9 @@ def test_a_policy_learns_what_is_rewarded(decoder, drawn, wanted):
   assert len(pairs) >= 8
   graph, trainable, frozen = nnx.split(nnx.merge(tiny.GRAPH, params), nnx.Param, ...)
   shape = dict(rows=ROWS, length=LENGTH, levels=LEVELS, seed=0)
-  known = answer_likelihoods(graph, trainable, frozen, config, PairBatches(pairs, **shape), pairs, "reference")
-  pairs = [dataclasses.replace(p, reference=r) for p, r in zip(pairs, known)]
+  known: dict[int, tuple[float, float]] = {}
+  answer_likelihoods(graph, trainable, frozen, config, PairBatches(pairs, **shape), known.__setitem__)
+  pairs = [dataclasses.replace(p, reference=known[i]) for i, p in enumerate(pairs)]
   batches = PairBatches(pairs, **shape)
   optimiser = optax.adam(3e-3)
   update = make_pair_update(graph, optimiser, config, default_beta("bonbon", N))
@@ -197,6 +198,25 @@ def test_a_policy_learns_what_is_rewarded(decoder, drawn, wanted):
   after = count(sample(decoder, nnx.state(nnx.merge(graph, state.trainable, frozen)), 5000))
   print(wanted, before, after)
   assert wanted * (after - before) > 0.3 * before
+
+
+def test_accumulated_batches_weigh_every_pair_the_same(drawn, some_pairs):
+  """Two batches with different numbers of pairs: the mean over pairs, not of batches' means."""
+  pairs, _ = some_pairs
+  config = ConfigDict(dict(loss="ipo", alpha=0.0, loss_chunk=256, remat=False, dtype="float32"))
+  graph, trainable, frozen = nnx.split(nnx.merge(tiny.GRAPH, drawn[0]), nnx.Param, ...)
+  batches = PairBatches(pairs, rows=ROWS, length=LENGTH, levels=LEVELS, seed=0)
+  two = [batches.batch(pairs[:2]), batches.batch(pairs[2:3])]
+  update = make_pair_update(graph, optax.sgd(1.0), config, 0.05)
+
+  def run(found):
+    state = TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), optax.sgd(1.0).init(trainable))
+    return update(state, frozen, jax.tree.map(lambda *x: np.stack(x), *found))[1]
+
+  both, first, second = run(two), run(two[:1]), run(two[1:])
+  assert [float(m["pairs"]) for m in (both, first, second)] == [3, 2, 1]
+  for name in ("loss", "margin", "chosen"):
+    assert float(both[name]) == pytest.approx((2 * float(first[name]) + float(second[name])) / 3, rel=1e-5)
 
 
 def row(**changes) -> dict:
@@ -221,6 +241,7 @@ def test_the_best_and_the_worst():
   assert pick(0.0, broken) == (2, 0, "")
   assert pick(0.0, broken, guards=False) == (1, 0, "")
   assert pick(1.0, [good, dict(good)])[2] == "all the same"
+  assert pick(1.0, [good])[2] == "not judged, or too long"
   assert pick(1.0, [s | {"faults": ["empty"]} for s in samples])[2] == "none without faults"
   assert pick(1.0, [row(text="a"), row(text="b")])[2] == "no difference"
 
@@ -229,11 +250,12 @@ def test_the_best_and_the_worst():
   ({"text": " \n"}, "empty"), ({"finish_reason": "length"}, "cut off"), ({"ill_formed": 1}, "malformed"),
   ({"loops": True}, "loops"), ({"empty_chunks": 1}, "empty chunks"), ({"copied_chunks": 1}, "copied chunks"),
   ({"refused": 2}, "promise storm"), ({"total_tokens": 170}, "promise storm"),
-  ({"text_tokens": 400}, "runaway")])  # fmt: skip
+  ({"text_tokens": 400}, "runaway"), ({"text_tokens": 8}, "curt")])  # fmt: skip
 def test_ways_to_cheat_have_names(changes, name):
   baseline = {"text_tokens": 100}
   assert faults(row(), baseline) == []
-  assert faults(row(**({"total_tokens": 500} if "text_tokens" in changes else {}) | changes), baseline) == [name]
+  assert faults(row(**({"total_tokens": changes["text_tokens"]} if "text_tokens" in changes else {}) | changes),
+                baseline) == [name]
 
 
 def test_empty_and_copied_chunks_are_seen():

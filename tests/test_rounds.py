@@ -116,19 +116,32 @@ def test_stages_by_themselves_and_after_a_kill(whole, start, tmp_path):
   assert_same_adapter(tmp_path / adapter, whole / adapter)
 
 
-def test_a_training_that_was_killed_goes_on(whole, start, tmp_path):
-  """Checkpoints of two of three steps, and no adapter: the third step gives the adapter of a run never stopped."""
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_training_that_was_killed_goes_on(whole, start, tmp_path, steps, capsys):
+  """Checkpoints of some steps, and neither adapter nor report: the adapter and the report of a run never stopped."""
   for name in ("baseline.jsonl", "baseline.settings.json"):
     shutil.copy(whole / name, tmp_path)
   shutil.copytree(whole / "start", tmp_path / "start")
   train = tmp_path / "weight_2" / "round1" / "train"
   shutil.copytree(whole / "weight_2" / "round1" / "train", train)
   (train / "adapter.safetensors").unlink()
-  shutil.rmtree(train / "checkpoints" / "3")
-  assert (train / "checkpoints" / "2").is_dir()
+  if steps == 2:
+    shutil.rmtree(train / "checkpoints" / "3")
+  assert (train / "checkpoints" / str(steps)).is_dir()
   optimise(changed(start, rounds=1, stages="train"), tmp_path)
   assert [r["step"] for r in rows_of(train / "metrics.jsonl")] == [1, 2, 3]
+  reports = [json.loads((w / "weight_2" / "round1" / "round.json").read_text()) for w in (tmp_path, whole)]
+  for r in reports:
+    del r["training"]["pairs_per_second"]
+  assert reports[0] == reports[1] and "margin" in capsys.readouterr().out
   assert_same_adapter(train / "adapter.safetensors", whole / "weight_2" / "round1" / "train" / "adapter.safetensors")
+
+
+def test_other_settings_need_another_folder(whole, start):
+  for changes in ({"loss": "dpo"}, {"alpha": 0.5}, {"guards": True}, {"score": "harmonic"}, {"length": 300}):
+    [(name, value)] = changes.items()
+    with pytest.raises(ValueError, match=f"was made with preference.{name}=.*, not {value!r}: choose another"):
+      optimise(changed(start, **changes), whole)
 
 
 def test_samples_depend_on_their_own_seed_alone(start, tmp_path, whole):
@@ -140,14 +153,19 @@ def test_samples_depend_on_their_own_seed_alone(start, tmp_path, whole):
     i: t for i, t in known.items() if i.split("#")[0] in ("1", "2")}
 
 
-def test_decode_loop_and_trainer_agree(start, whole, capsys):
+def test_decode_loop_and_trainer_agree(start, whole):
   samples = rows_of(whole / "start" / "samples.jsonl")
   assert sum(s["promises"] > 0 for s in samples) >= 3
   found = audit.compare(start, Path(start.model.adapter), samples[:6])
-  assert found["worst"] < 1e-4
+  assert found["samples"] == 6 and found["worst"] < 1e-4
   wrong = [s | {"log_p": s["log_p"] + 1.0} for s in samples[:1]]
   assert audit.compare(start, Path(start.model.adapter), wrong)["worst"] > 1e-3
-  assert "audit of 6 samples" in capsys.readouterr().out
+  assert audit.divergence(start, Path(start.model.adapter), samples[:6]) == pytest.approx(0, abs=1e-4)
+  trained = whole / "weight_2" / "round1" / "train" / "adapter.safetensors"
+  behind = json.loads((whole / "weight_2" / "round2" / "audit.json").read_text())
+  assert behind["worst"] < 1e-4 and behind["from_start"] > 1e-2  # its own samples, which the start would rarely write
+  assert audit.divergence(start, trained, rows_of(whole / "weight_2" / "round2" / "samples.jsonl")) == pytest.approx(
+    0, abs=1e-4)
 
 
 def test_one_policy_for_all_weights(start, whole, tmp_path):

@@ -37,7 +37,8 @@ class PairBatches:
     self.pairs, self.rows, self.length, self.levels, self.seed = pairs, rows, length, levels, seed
     self._epochs: list[list[list[int]]] = []  # per epoch, the pairs of each batch
 
-  def _batches(self, epoch: int) -> list[list[int]]:
+  def epoch(self, epoch: int) -> list[list[int]]:
+    """Which pairs each batch of an epoch holds."""
     while len(self._epochs) <= epoch:
       order = np.random.default_rng((self.seed, len(self._epochs))).permutation(len(self.pairs))
       batches: list[list[int]] = []
@@ -53,7 +54,7 @@ class PairBatches:
     return self._epochs[epoch]
 
   def steps_in_epoch(self, epoch: int) -> int:
-    return len(self._batches(epoch))
+    return len(self.epoch(epoch))
 
   def __call__(self, step: int) -> dict[str, np.ndarray]:
     """Batch number `step`, counted over all epochs."""
@@ -61,7 +62,7 @@ class PairBatches:
     while step >= self.steps_in_epoch(epoch):
       step -= self.steps_in_epoch(epoch)
       epoch += 1
-    return self.batch([self.pairs[i] for i in self._batches(epoch)[step]])
+    return self.batch([self.pairs[i] for i in self.epoch(epoch)[step]])
 
   def batch(self, pairs: Sequence[PreferencePair]) -> dict[str, np.ndarray]:
     """The batch of these pairs, which must fit."""

@@ -32,7 +32,7 @@ def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Respon
     _check_writable("timeline", timeline)
   d = config.decode
   generator = Generator(config)
-  tokens = generator.encode(prompt)
+  tokens = generator.encode(prompt, generator.speed)
   modes = [d.parallel] + ([False] if d.compare and d.parallel else [])
   _compile(generator, len(tokens), modes)
   terminal = sys.stdout.isatty()
@@ -47,16 +47,16 @@ def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Respon
         view.update(trace, at - started - drawing)
         drawing += time.perf_counter() - at
 
-      response = generator.respond(prompt, parallel=d.parallel, watch=watch, every=8)
+      response = generator.respond(prompt, parallel=d.parallel, speed=generator.speed, watch=watch, every=8)
     response = dataclasses.replace(response, seconds=response.seconds - drawing)  # drawing is no decoding
   else:
-    response = generator.respond(prompt, parallel=d.parallel)
+    response = generator.respond(prompt, parallel=d.parallel, speed=generator.speed)
   print(response.text, flush=True)
   speedup = None
   console = Console(stderr=not terminal)
   if len(modes) > 1:
     with console.status("the same weights, one token at a time …"):
-      baseline = generator.respond(prompt, parallel=False)
+      baseline = generator.respond(prompt, parallel=False, speed=generator.speed)
     shown = lambda r: describe(r.trace, generator.vocabulary)["text_tokens"]
     speedup = baseline.seconds / max(shown(baseline), 1) * shown(response) / response.seconds
   console.print(figures_table(response.trace, response.seconds, speedup))
@@ -104,7 +104,7 @@ def decode_file(config, prompts_file: str, output: str | None) -> None:
   prompts = []
   for number, row in enumerate(rows, 1):
     try:
-      prompts.append(generator.encode(row["prompt"]))
+      prompts.append(generator.encode(row["prompt"], generator.speed))
     except DecodeError as error:
       raise DecodeError(f"{prompts_file}, row {number}: {error}") from None
   decoder = BatchDecoder(generator.interpreter(d.parallel), requests=min(d.requests, len(rows)),

@@ -76,7 +76,8 @@ class Generator:
     model = build.from_params(checkpoint.config, checkpoint.params)
     path = adapter_path(config.model.adapter if adapter is None else adapter)
     self.has_tags = False
-    self._speed = d.speed
+    self.adapter = config.model.adapter if adapter is None else adapter
+    self.speed = d.speed if adapter is None else -1  # wanted of the config's own adapter
     self.speeds: tuple[int, ...] = ()  # that the adapter was trained for
     if path is not None:
       metadata = lora.load_adapter(path, model)
@@ -114,24 +115,23 @@ class Generator:
       self._interpreters[key] = Interpreter(self.model, self.vocabulary, limits, switches)
     return self._interpreters[key]
 
-  def encode(self, prompt: str | Sequence[Mapping[str, str]], speed: int | None = None) -> list[int]:
+  def encode(self, prompt: str | Sequence[Mapping[str, str]], speed: int = -1) -> list[int]:
     """Tokens of a user's prompt, or of a conversation (`role`, `content`) that ends with one, in the model's chat
-    form; with the wanted `speed` in it, `decode.speed` if None."""
+    form; with the wanted `speed` in it, if one is given."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages[-1]["content"].strip():
       raise DecodeError("the prompt is empty")
-    speed = self._speed if speed is None else speed
     if speed >= 0:
       if speed not in self.speeds:
         known = f"it knows {', '.join(map(str, self.speeds))}" if self.speeds else "it was not trained for it"
-        raise DecodeError(f"decode.speed={speed} means nothing to this adapter: {known}")
+        raise DecodeError(f"speed={speed} means nothing to the adapter {self.adapter!r}: {known}")
       messages[-1] = with_speed(messages[-1], speed)
     try:
       return self.vocabulary.tokenizer.chat_prompt(messages)
     except ValueError as error:
       raise DecodeError(f"the prompt cannot be encoded: {error}") from None
 
-  def respond(self, prompt: str | Sequence[Mapping[str, str]], *, parallel: bool = True, speed: int | None = None,
+  def respond(self, prompt: str | Sequence[Mapping[str, str]], *, parallel: bool = True, speed: int = -1,
               sampling: SamplingConfig | None = None, watch: Callable[[Trace], None] | None = None,
               every: int = 16) -> Response:
     """Decodes one prompt; `watch` sees the trace grow, every `every` decode steps at least."""

@@ -16,10 +16,10 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from pasta_jax.data.examples import read_jsonl
+from pasta_jax.data.records import Records
 from pasta_jax.evaluate.judge import Answer, Pair
 from pasta_jax.evaluate.judging import judges_of
 from pasta_jax.evaluate.prompts import EvalError
-from pasta_jax.evaluate.records import Records
 
 
 def pairs_of_labels(path: str) -> tuple[list[Pair], list[str]]:

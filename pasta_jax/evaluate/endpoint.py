@@ -19,8 +19,8 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from pasta_jax.data.records import Records
 from pasta_jax.evaluate.prompts import EvalError
-from pasta_jax.evaluate.records import Records
 
 Messages = Sequence[Mapping[str, str]]
 _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pasta_jax.data.records import Records
 from pasta_jax.decode.generate import Generator
 from pasta_jax.decode.record import loops
 from pasta_jax.evaluate.judge import Answer, Pair
 from pasta_jax.evaluate.likelihood import Likelihood
-from pasta_jax.evaluate.records import Records
 from pasta_jax.progress import progress_bar
 
 PER_NAT = 4.0  # logits of preference for a nat a token of likelihood

@@ -27,17 +27,18 @@ class Request:
   earlier: tuple["Request", ...] = ()  # the turns before it
 
 
-def read_prompts(path: str, *, limit: int = 0, categories: str = "", among: set[str] | None = None) -> list[Request]:
+def read_prompts(path: str, *, limit: int = 0, categories: str = "", among: set[str] | None = None,
+                 part: str = "eval") -> list[Request]:
   """The file's requests, the turns of a prompt one behind the other.
 
   `limit`: so many prompts, spread evenly over the file, or all for 0; `categories`: of those that it names,
-  comma-separated, or all; `among`: of those with one of these ids.
+  comma-separated, or all; `among`: of those with one of these ids. `part` of the config is where they are named.
   Raises EvalError naming file and row.
   """
   if not path:
-    raise EvalError('name a file of JSON lines with "prompt": --config.eval.prompts=FILE')
+    raise EvalError(f'name a file of JSON lines with "prompt": --config.{part}.prompts=FILE')
   if limit < 0:
-    raise EvalError(f"eval.limit must be 0 (all prompts) or more, not {limit}")
+    raise EvalError(f"{part}.limit must be 0 (all prompts) or more, not {limit}")
   prompts = [_turns(row, number, path) for number, row in enumerate(_rows(path))]
   if not prompts:
     raise EvalError(f"{path} holds no prompt")

@@ -15,15 +15,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from pasta_jax.data.records import Records
 from pasta_jax.decode.generate import DecodeError, Generator, adapter_digest
 from pasta_jax.decode.interpreter import padded_length
 from pasta_jax.evaluate import judging, report
 from pasta_jax.evaluate.prompts import EvalError, Request, conversation, read_prompts
-from pasta_jax.evaluate.records import Records
 from pasta_jax.evaluate.systems import System, entry_of, load_system
 from pasta_jax.progress import progress_bar
 
-_FREE = ("live", "compare", "requests", "parallel", "slots")  # fields of decode that no response depends on
+_FREE = ("live", "compare", "requests", "parallel", "slots", "speed")  # fields of decode that no response depends on
 _PROMISES = ("guard", "max_depth", "max_threads", "max_topic", "promise_bias")  # that one without promises does not
 
 
@@ -88,19 +88,16 @@ def settings_of(config, name: str, *, timed: bool) -> dict:
   entry, e = config.systems[name], config.eval
   out = {
     "source": config.model.source,
-    "adapter": entry.adapter,
     "decode": entry.decode,
-    "adapter's sha256": adapter_digest(entry.adapter),
+    "adapter's sha256": adapter_digest(entry.adapter),  # not its path: a run's folder may be moved
   }
   free: tuple[str, ...] = (*_FREE, *_PROMISES)
   if entry.decode == "parallel":
     free = _FREE
     out |= {f"positions.{k}": v for k, v in config.positions.items()}
-  if config.decode.speed < 0:
-    free = (*free, "speed")
   out |= {f"decode.{k}": v for k, v in config.decode.items() if k not in free}
-  if "speed" in entry:
-    out["decode.speed"] = entry.speed
+  if (speed := entry.get("speed", config.decode.speed)) >= 0:
+    out["decode.speed"] = speed
   out["decode.dtype"] = config.decode.dtype if timed else e.dtype
   if entry.decode == "skeleton":
     out |= {f"skeleton.{k}": v for k, v in config.skeleton.items()}
@@ -116,7 +113,9 @@ def _row(request: Request, name: str, record: dict) -> dict:
 def answer(config, workdir: Path, names: list[str], requests: list[Request]) -> None:
   """Answers all requests with each system, many at a time; later turns behind the earlier ones."""
   generators: dict[tuple[str, str], Generator] = {}
-  for name in names:
+  for at, name in enumerate(names):
+    later = {config.systems[n].adapter for n in names[at:]}
+    generators = {key: g for key, g in generators.items() if key[0] in later}  # a model for each adapter is much
     records = Records(workdir / "responses" / f"{name}.jsonl", settings_of(config, name, timed=False))
     if not (todo := records.missing(requests)):
       continue
@@ -159,7 +158,7 @@ def time_systems(config, workdir: Path, names: list[str], requests: list[Request
   bar, task = progress_bar("compiling", len(systems))
   with bar:
     for system in systems.values():
-      lengths = sorted({padded_length(len(system.generator.encode(r.prompt))) for r in todo})
+      lengths = sorted({padded_length(len(system.tokens(conversation(r, {})))) for r in todo})
       system.warm_up(lengths, lambda text: bar.update(task, note=text))
       bar.advance(task)
   repeats = config.eval.repeats or (1 if jax.default_backend() == "cpu" else 2)

@@ -30,6 +30,9 @@ class System(Protocol):
   def one(self, conversation: Conversation) -> dict:
     """The record of one answer, with `seconds` of wall clock: prefill and decoding."""
 
+  def tokens(self, conversation: Conversation) -> list[int]:
+    """The conversation as the system reads it first."""
+
   def check(self, conversation: Conversation) -> None:
     """Raises DecodeError if the conversation cannot be answered."""
 
@@ -40,7 +43,7 @@ class System(Protocol):
 class Threads:
   """One response, with promises or without: the interpreter alone."""
 
-  def __init__(self, generator: Generator, *, parallel: bool, requests: int, width: int, speed: int | None = None):
+  def __init__(self, generator: Generator, *, parallel: bool, requests: int, width: int, speed: int = -1):
     self.generator, self.parallel, self._speed = generator, parallel, speed
     self._requests, self._width = requests, width if parallel else 1
 
@@ -50,7 +53,7 @@ class Threads:
   def many(self, conversations: Sequence[Conversation], done: Callable[[int, dict], None]) -> None:
     decoder = BatchDecoder(self.generator.interpreter(self.parallel), requests=self._requests, width=self._width)
     decoder.run(
-      [self.generator.encode(c, self._speed) for c in conversations],
+      [self.tokens(c) for c in conversations],
       self.generator.sampling,
       done=lambda i, trace: done(i, self._record(trace)),
     )
@@ -59,8 +62,11 @@ class Threads:
     response = self.generator.respond(conversation, parallel=self.parallel, speed=self._speed)
     return self._record(response.trace) | {"seconds": response.seconds}
 
+  def tokens(self, conversation: Conversation) -> list[int]:
+    return self.generator.encode(conversation, self._speed)
+
   def check(self, conversation: Conversation) -> None:
-    _check(self.generator, conversation, 0, self._speed)
+    _check(self.generator, len(self.tokens(conversation)))
 
   def warm_up(self, lengths: Sequence[int], note: Note) -> None:
     interpreter = self.generator.interpreter(self.parallel)
@@ -69,9 +75,8 @@ class Threads:
       interpreter.warm_up(length, self.generator.sampling, note=tell)
 
 
-def _check(generator: Generator, conversation: Conversation, extra: int, speed: int | None = None) -> None:
-  """Raises DecodeError unless prompt, `extra` tokens and the longest response fit the pool."""
-  length = len(generator.encode(conversation, speed)) + extra
+def _check(generator: Generator, length: int) -> None:
+  """Raises DecodeError unless a prompt of so many tokens and the longest response fit the pool."""
   limits = generator.limits
   if length + limits.max_new_tokens > limits.buckets[-1]:
     raise DecodeError(
@@ -103,8 +108,11 @@ class TwoStage:
       if self._skeleton.compiled() == before:  # outlines decide which shapes are needed: no compilation is timed
         return record | {"seconds": seconds}
 
+  def tokens(self, conversation: Conversation) -> list[int]:
+    return self.generator.encode(conversation)
+
   def check(self, conversation: Conversation) -> None:
-    _check(self.generator, conversation, self._skeleton.extra_tokens())
+    _check(self.generator, len(self.tokens(conversation)) + self._skeleton.extra_tokens())
 
   def warm_up(self, lengths: Sequence[int], note: Note) -> None:
     self._skeleton.warm_up(lengths, note)
@@ -125,8 +133,10 @@ def load_system(config, name: str, generators: dict[tuple[str, str], Generator],
   generator = generators[key]
   if entry.decode == "skeleton":
     return TwoStage(Skeleton(generator, **config.skeleton, requests=1 if timed else e.requests))
-  return Threads(generator, parallel=entry.decode == "parallel", requests=e.requests, width=e.width,
-                 speed=entry.get("speed"))
+  speed = entry.get("speed", config.decode.speed if generator.speeds else -1)
+  return Threads(
+    generator, parallel=entry.decode == "parallel", requests=e.requests, width=e.width, speed=speed
+  )
 
 
 def entry_of(config, name: str):

@@ -97,13 +97,6 @@ def to_params(model: Decoder) -> dict[str, jax.Array]:
   return params
 
 
-def merged(model: Decoder) -> Decoder:
-  """The model with its low-rank updates merged into float32 kernels; tag rows stay apart."""
-  plain = from_params(model.config, {k: np.asarray(v, np.float32) for k, v in to_params(model).items()})
-  plain.embed.tags, plain.head_tags = model.embed.tags, model.head_tags
-  return plain
-
-
 def merged_kernel(linear: Linear) -> jax.Array:
   """Kernel with its low-rank update added, float32; leading layer axes pass through."""
   kernel = linear.kernel[...].astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Whether the decode loop and the trainer agree: log p of sampled answers from both."""
+"""Sampled answers under the trainer's forward pass: does it agree with the decode loop, and how far did policies go?"""
 
 import json
 from collections.abc import Sequence
@@ -13,26 +13,46 @@ from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import lora
 from pasta_jax.model.checkpoint import load_checkpoint
+from pasta_jax.model.decoder import exact_products
 from pasta_jax.preference.pairs import laid_out
 from pasta_jax.train.loss import token_log_likelihood
 from pasta_jax.train.state import compute_model, make_model
 
 
-def compare(config, adapter: Path, samples: Sequence[dict]) -> dict[str, float]:
-  """Differences between the samples' own log p and the trainer's, a token: `mean` and `worst`, in nats; printed too."""
+def log_likelihoods(config, adapter: Path, samples: Sequence[dict]) -> np.ndarray:
+  """[n] the trainer's log p of sampled answers under the policy `adapter`, in `preference.sample_dtype`."""
   checkpoint = load_checkpoint(config.model.source)
   vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
   c = ml_collections.ConfigDict(config.preference.to_dict() | {"dtype": config.preference.sample_dtype})
+  exact_products(c.dtype)
   graph, trainable, frozen = make_model(checkpoint, vocabulary, c, adapter=adapter)
   rule = PositionRule(**json.loads(lora.read_metadata(adapter)["positions"]))
-  run = jax.jit(lambda batch: token_log_likelihood(compute_model(graph, trainable, frozen, c.dtype), batch)[0].sum())
-  differences = []
+  run = jax.jit(lambda trainable, frozen, batch: token_log_likelihood(
+    compute_model(graph, trainable, frozen, c.dtype), batch)[0].sum())
+  out = []
   for s in samples:
     laid = laid_out(s, vocabulary, rule)
-    length = 1 << (len(laid) - 1).bit_length()
-    row = pack_row([laid], length, laid.hidden.shape[1])
-    differences.append(abs(float(run(row.as_dict())) - s["log_p"]) / max(s["total_tokens"], 1))
-  out = {"mean": float(np.mean(differences)), "worst": float(np.max(differences))}
-  print(f"audit of {len(samples)} samples: between decode loop and trainer, log p a token differs by "
-        f"{out['mean']:.2g} on average, {out['worst']:.2g} at most")
-  return out
+    row = pack_row([laid], 1 << (len(laid) - 1).bit_length(), laid.hidden.shape[1])
+    out.append(float(run(trainable, frozen, row.as_dict())))
+  return np.array(out)
+
+
+def some(samples: Sequence[dict], n: int) -> list[dict]:
+  """At most `n` of the samples, drawn: always the same ones."""
+  return [samples[i] for i in np.random.default_rng(0).permutation(len(samples))[:n]]
+
+
+def compare(config, adapter: Path, samples: Sequence[dict]) -> dict[str, float]:
+  """Differences between the samples' own log p and the trainer's, a token: `mean` and `worst`, in nats."""
+  tokens = np.array([max(s["total_tokens"], 1) for s in samples])
+  differences = np.abs(log_likelihoods(config, adapter, samples) - [s["log_p"] for s in samples]) / tokens
+  return {"samples": len(samples), "mean": float(differences.mean()), "worst": float(differences.max())}
+
+
+def divergence(config, start: Path, samples: Sequence[dict]) -> float:
+  """Nats a token by which the policy that wrote the samples finds them likelier than `start` does.
+
+  At temperature 1 without penalties, bans and bias this estimates the Kullback-Leibler divergence from the start.
+  """
+  gain = np.array([s["log_p"] for s in samples]) - log_likelihoods(config, start, samples)
+  return float(gain.sum() / max(sum(s["total_tokens"] for s in samples), 1))

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from pasta_jax.data.pairs import PreferencePair
+from pasta_jax.data.records import Records
 from pasta_jax.decode.trace import from_json
 from pasta_jax.evaluate.judge import Answer, Judge, Pair
 from pasta_jax.evaluate.measures import geometric_mean
-from pasta_jax.evaluate.records import Records
 from pasta_jax.lang.layout import Layout, PositionRule, layout
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, faults
@@ -29,7 +29,8 @@ def judged(judge: Judge, samples: Samples, baseline: Mapping[str, dict], folder:
   todo = [p for p in pairs if records.rows.get(p.id, {}).get("texts") != p.digest()]
   if todo:
     judge.compare(todo, folder, lambda i, row: records.add({"id": todo[i].id, "texts": todo[i].digest(), **row}))
-  return {p.id: records.rows[p.id]["preference"] for p in pairs if p.id in records.rows}
+  rows = {p.id: records.rows.get(p.id, {}) for p in pairs}
+  return {p.id: rows[p.id]["preference"] for p in pairs if rows[p.id].get("texts") == p.digest()}
 
 
 def _answer(row: dict) -> Answer:
@@ -37,14 +38,18 @@ def _answer(row: dict) -> Answer:
 
 
 def scored(samples: Samples, baseline: Mapping[str, dict], quality: Mapping[str, float], how: str,
-           cost: StepCost | None) -> dict[str, list[dict]]:
-  """The samples with `speedup`, `quality` and `faults`; those that no judge could judge are left out."""
+           cost: StepCost | None, *, prompts: Mapping[str, Sequence[int]], length: int) -> dict[str, list[dict]]:
+  """The samples with `speedup`, `quality` and `faults`.
+
+  Left out are those that no judge could judge, and those that are longer than `length` tokens behind their prompt's
+  tokens in `prompts`: no training row holds them.
+  """
   speedup = cost.speedup if cost else SPEEDUPS[how]
   return {
     of: [
       {**s, "speedup": speedup(s, baseline[of]), "quality": quality[s["id"]], "faults": faults(s, baseline[of])}
       for s in rows
-      if s["id"] in quality
+      if s["id"] in quality and len(prompts[of]) + s["total_tokens"] <= length
     ]
     for of, rows in samples.items()
   }
@@ -63,24 +68,12 @@ def choose_pairs(samples: Samples, weight: float, *, guards: bool) -> tuple[list
   return pairs, dict(reasons)
 
 
-def lay_out(pairs: Sequence[tuple[dict, dict]], vocabulary: Vocabulary, rule: PositionRule, prompts: Mapping[str, list],
-            length: int) -> tuple[list[PreferencePair], list[str], int]:
-  """(pairs for training, their names, how many were left out as longer than `length`).
-
-  `prompts` are the tokens of each prompt as the policy is to read them; a sample's own prompt may lack the wanted
-  speed.
-  """
-  out: list[PreferencePair] = []
-  names: list[str] = []
-  too_long = 0
-  for best, worst in pairs:
-    chosen, rejected = (laid_out(s, vocabulary, rule, prompts[s["of"]]) for s in (best, worst))
-    if max(len(chosen), len(rejected)) > length:
-      too_long += 1
-      continue
-    out.append(PreferencePair(chosen, rejected))
-    names.append(f"{best['id']} > {worst['id']}")
-  return out, names, too_long
+def lay_out(pairs: Sequence[tuple[dict, dict]], vocabulary: Vocabulary, rule: PositionRule,
+            prompts: Mapping[str, Sequence[int]]) -> list[PreferencePair]:
+  """Pairs for training. `prompts` are the tokens of each prompt as the policy is to read them; a sample's own prompt
+  may lack the wanted speed."""
+  lay = lambda s: laid_out(s, vocabulary, rule, prompts[s["of"]])
+  return [PreferencePair(lay(best), lay(worst)) for best, worst in pairs]
 
 
 def laid_out(sample: dict, vocabulary: Vocabulary, rule: PositionRule, prompt: Sequence[int] | None = None) -> Layout:
@@ -89,8 +82,8 @@ def laid_out(sample: dict, vocabulary: Vocabulary, rule: PositionRule, prompt: S
   return layout(trace.thread, rule, vocabulary.table, trace.prompt.tolist() if prompt is None else prompt)
 
 
-def figures(samples: Samples, pairs: Sequence[tuple[dict, dict]], reasons: Mapping[str, int]) -> dict:
-  """What a round's report says of its samples and pairs."""
+def figures(samples: Samples, pairs: Sequence[tuple[dict, dict]], reasons: Mapping[str, int], drawn: int) -> dict:
+  """What a round's report says of its samples and pairs; `drawn` samples were there before some were left out."""
   rows = [s for of in samples.values() for s in of]
   found = collections.Counter(f for s in rows for f in s["faults"])
   n = max(len(rows), 1)
@@ -108,6 +101,8 @@ def figures(samples: Samples, pairs: Sequence[tuple[dict, dict]], reasons: Mappi
 
   return {
     "prompts": len(samples),
+    "samples drawn": drawn,
+    "not judged, or too long": drawn - len(rows),
     "samples": side(rows),
     "best": side([b for b, _ in pairs]),
     "worst": side([w for _, w in pairs]),

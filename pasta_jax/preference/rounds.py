@@ -2,6 +2,7 @@
 
     workdir/baseline.jsonl                     the baseline's answers to the training prompts
     workdir/start/samples.jsonl, judgements/   samples of the policy that training starts from: of every first round
+    workdir/POLICY/round1/settings.json        what the round depends on: other settings need another folder
     workdir/POLICY/round1/pairs.jsonl          best and worst samples, and where they come from
     workdir/POLICY/round1/round.json           figures of samples and pairs, faults, metrics of the training
     workdir/POLICY/round1/train/               checkpoints, reference.jsonl, metrics.jsonl, adapter.safetensors
@@ -14,6 +15,7 @@ can run on different machines, with the folder carried between these.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -22,6 +24,7 @@ import rich.console
 import rich.table
 
 from pasta_jax.data.pairs import PreferencePair
+from pasta_jax.data.records import agree
 from pasta_jax.decode.generate import adapter_path, with_speed
 from pasta_jax.evaluate.judging import judges_of
 from pasta_jax.evaluate.prompts import Request, read_prompts
@@ -29,10 +32,12 @@ from pasta_jax.evaluate.run import evaluate
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.checkpoint import load_checkpoint
+from pasta_jax.model.decoder import DTYPES
 from pasta_jax.model.lora import read_metadata
 from pasta_jax.preference import audit, pairs, sampling
 from pasta_jax.preference.score import SPEEDUPS, StepCost
-from pasta_jax.train.preference import check_settings, train_on_pairs
+from pasta_jax.train.metrics import last_scalars
+from pasta_jax.train.preference import check_settings, recipe, train_on_pairs
 
 STAGES = ("sample", "judge", "train", "eval")
 
@@ -71,10 +76,12 @@ def _check(config) -> tuple[list[str], StepCost | None]:
   for s in stages:
     if s not in STAGES:
       raise ValueError(f"preference.stages: {s!r} is none of {', '.join(STAGES)}")
-  for field in ("rounds", "samples", "requests", "width"):
-    if c[field] < (2 if field == "samples" else 1):
-      raise ValueError(f"preference.{field} must be {2 if field == 'samples' else 1} or more, not {c[field]}")
+  for field, least in (("rounds", 1), ("samples", 2), ("requests", 1), ("width", 1), ("audit", 0)):
+    if c[field] < least:
+      raise ValueError(f"preference.{field} must be {least} or more, not {c[field]}")
   check_settings(c)
+  if c.sample_dtype not in DTYPES:
+    raise ValueError(f"preference.sample_dtype must be {' or '.join(DTYPES)}, not {c.sample_dtype!r}")
   if not c.temperature > 0:
     raise ValueError("preference.temperature must be above 0: at 0 all samples of a prompt are the same")
   if c.score != "clock":
@@ -89,7 +96,7 @@ def _check(config) -> tuple[list[str], StepCost | None]:
 
 
 class _Job:
-  """What all rounds share."""
+  """What all rounds share. Raises ValueError, one line, for settings and files that cannot be used."""
 
   def __init__(self, config, workdir: Path):
     self.config, self.workdir = config, workdir
@@ -99,17 +106,29 @@ class _Job:
     if not judges:
       raise ValueError("preference optimisation needs a judge: --config.eval.judges=local")
     self.judge = judges[0]
-    c = config.preference
-    self.requests: list[Request] = [r for r in read_prompts(c.prompts, limit=c.limit) if not r.earlier]
+    c, e = config.preference, config.eval
+    self.requests: list[Request] = [r for r in read_prompts(c.prompts, limit=c.limit, part="preference")
+                                    if not r.earlier]
+    if "eval" in self.stages:
+      known = {r.prompt for r in self.requests}
+      held_out = read_prompts(e.prompts, limit=e.limit, categories=e.categories)
+      if both := sum(r.prompt in known for r in held_out):
+        print(f"{both} of {len(held_out)} prompts of the evaluation are trained on too")
+    start = adapter_path(config.model.adapter)
+    if start is None or "positions" not in read_metadata(start):
+      raise ValueError("preference optimisation starts from a PASTA adapter: name --config.model.adapter")
+    self.start: Path = start
 
-  def adapter(self, policy: Policy, number: int) -> str:
+  def adapter(self, policy: Policy, number: int) -> Path:
     """The policy behind round `number`; 0: where all start."""
-    if number == 0:
-      return self.config.model.adapter
-    return str(self.folder(policy, number) / "train" / "adapter.safetensors")
+    return self.start if number == 0 else self.folder(policy, number) / "train" / "adapter.safetensors"
 
   def folder(self, policy: Policy, number: int) -> Path:
     return self.workdir / policy.name / f"round{number}"
+
+  def done(self, policy: Policy, number: int) -> bool:
+    """Whether a round's adapter and report are there; of round 0, always."""
+    return number == 0 or (self.folder(policy, number) / "round.json").is_file()
 
   def samples(self, policy: Policy, number: int, weight: float) -> tuple[Path, int]:
     """(folder of the samples that a round learns from, speed that their prompts ask for)."""
@@ -118,91 +137,110 @@ class _Job:
     speed = policy.speed(weight)
     return self.folder(policy, number) / (f"speed{speed}" if speed >= 0 else "."), speed
 
+  def settings(self, policy: Policy, number: int) -> dict:
+    """What a round's adapter depends on."""
+    before = self.adapter(policy, number - 1)
+    out = {
+      "start's sha256": hashlib.sha256(before.read_bytes()).hexdigest(),
+      "weights": [f"{w:g}" for w in policy.weights],
+      "judge": self.judge.name,
+      "prompts' digest": hashlib.sha256("\0".join(r.prompt for r in self.requests).encode()).hexdigest()[:16],
+      "cost": dataclasses.asdict(self.cost) if self.cost else None,
+    }
+    out |= {f"judge.{k}": v for k, v in self.judge.settings.items()}
+    return out | {f"preference.{k}": v for k, v in recipe(self.config.preference).items()}
+
 
 def optimise(config, workdir: Path) -> None:
   """Runs `config.preference` in `workdir`. Raises ValueError, one line, for what cannot be used."""
+  workdir = workdir.expanduser()
   job = _Job(config, workdir)
-  c = config.preference
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
-  for number in range(1, c.rounds + 1):
+  for number in range(1, config.preference.rounds + 1):
     for policy in job.policies:
-      if set(job.stages) & {"sample", "judge", "train"} and not _round(job, policy, number):
+      if job.done(policy, number - 1) and not _round(job, policy, number):
         return
+    waiting = [p.name for p in job.policies if not job.done(p, number)]
+    if waiting:
+      print(f"round {number} of {', '.join(waiting)} is not trained yet (--config.preference.stages=train)")
+      break
     if "eval" in job.stages:
       _evaluate(job, number)
   show(workdir)
 
 
 def _round(job: _Job, policy: Policy, number: int) -> bool:
-  """One round of one policy up to its adapter, as far as the stages go; False where it has to stop there."""
+  """One round of one policy up to its adapter, as far as the stages go; False if SIGTERM stopped it."""
   config, c = job.config, job.config.preference
-  if Path(job.adapter(policy, number)).is_file():
+  folder, before = job.folder(policy, number), job.adapter(policy, number - 1)
+  if job.done(policy, number):
+    agree(folder, folder / "settings.json", job.settings(policy, number))
     return True
-  before = job.adapter(policy, number - 1)
-  path = adapter_path(before)
-  if path is None or not path.is_file():
-    if number > 1:
-      print(f"{policy.name}: round {number} waits for the train stage of round {number - 1}")
-      return False
-    raise ValueError("preference optimisation starts from an adapter: name --config.model.adapter")
-  baseline = sampling.answers_of_baseline(config, job.requests, job.workdir / "baseline.jsonl")
-  chosen: dict[float, list[tuple[dict, dict]]] = {}
-  report: dict = {"policy": policy.name, "round": number, "by weight": {}}
-  for weight in policy.weights:
-    folder, speed = job.samples(policy, number, weight)
-    samples = sampling.draw(config, before, job.requests, folder / "samples.jsonl", speed,
-                            may_draw="sample" in job.stages)
-    if c.audit:
-      audit.compare(config, path, [s for rows in samples.values() for s in rows][: c.audit])
-    if not set(job.stages) & {"judge", "train"}:
-      continue
-    quality = pairs.judged(job.judge, samples, baseline, folder / "judgements" / job.judge.name)
-    if "train" not in job.stages:
-      continue
-    rows = pairs.scored(samples, baseline, quality, c.score, job.cost)
-    chosen[weight], reasons = pairs.choose_pairs(rows, weight, guards=c.guards)
-    job.folder(policy, number).mkdir(parents=True, exist_ok=True)
-    name = f"pairs_{weight:g}.jsonl" if policy.conditioned else "pairs.jsonl"
-    pairs.write_pairs(job.folder(policy, number) / name, chosen[weight], weight)
-    report["by weight"][f"{weight:g}"] = pairs.figures(rows, chosen[weight], reasons)
-  return _train(job, policy, number, path, chosen, report) if "train" in job.stages else True
-
-
-def _train(job: _Job, policy: Policy, number: int, before: Path, chosen: dict[float, list[tuple[dict, dict]]],
-           report: dict) -> bool:
-  """Trains on the pairs of each weight; False if it was stopped."""
-  config, c = job.config, job.config.preference
+  if not set(job.stages) & {"sample", "judge", "train"}:
+    return True
+  folder.mkdir(parents=True, exist_ok=True)
+  agree(folder, folder / "settings.json", job.settings(policy, number))
   checkpoint = load_checkpoint(config.model.source)
   vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
   rule = PositionRule(**json.loads(read_metadata(before)["positions"]))
+  baseline = sampling.answers_of_baseline(config, job.requests, job.workdir / "baseline.jsonl")
   laid: list[PreferencePair] = []
-  names: list[str] = []
-  for weight, found in chosen.items():
+  report: dict = {"policy": policy.name, "round": number, "by weight": {}}
+  for weight in policy.weights:
+    where, drawn_for = job.samples(policy, number, weight)
+    samples = sampling.draw(config, str(before), job.requests, where / "samples.jsonl", drawn_for,
+                            may_draw="sample" in job.stages)
+    if c.audit:
+      _audit(job, where / "audit.json", before, number, [s for rows in samples.values() for s in rows])
+    if not set(job.stages) & {"judge", "train"}:
+      continue
+    quality = pairs.judged(job.judge, samples, baseline, where / "judgements" / job.judge.name)
+    if "train" not in job.stages:
+      continue
     speed = policy.speed(weight)
-    say = lambda prompt, speed=speed: with_speed(_user(prompt), speed) if speed >= 0 else _user(prompt)
-    prompts = {r.id: vocabulary.tokenizer.chat_prompt([say(r.prompt)]) for r in job.requests}
-    more, of, too_long = pairs.lay_out(found, vocabulary, rule, prompts, c.length)
-    laid += more
-    names += [f"{weight:g}: {n}" for n in of]
-    report["by weight"][f"{weight:g}"]["too long"] = too_long
+    messages = [{"role": "user", "content": r.prompt} for r in job.requests]
+    messages = [with_speed(m, speed) if speed >= 0 else m for m in messages]
+    prompts = {r.id: vocabulary.tokenizer.chat_prompt([m]) for r, m in zip(job.requests, messages)}
+    rows = pairs.scored(samples, baseline, quality, c.score, job.cost, prompts=prompts, length=c.length)
+    chosen, reasons = pairs.choose_pairs(rows, weight, guards=c.guards)
+    pairs.write_pairs(folder / (f"pairs_{weight:g}.jsonl" if policy.conditioned else "pairs.jsonl"), chosen, weight)
+    report["by weight"][f"{weight:g}"] = pairs.figures(rows, chosen, reasons, sum(map(len, samples.values())))
+    laid += pairs.lay_out(chosen, vocabulary, rule, prompts)
+  if "train" not in job.stages:
+    return True
   if not laid:
-    raise ValueError(f"round {number} of {policy.name} found no pair to train on: {report['by weight']}")
-  folder = job.folder(policy, number)
-  speeds = sorted(policy.speed(w) for w in policy.weights)
+    found = {w: f["without a pair"] for w, f in report["by weight"].items()}
+    raise ValueError(f"round {number} of {policy.name} found no pair to train on; prompts without, by weight: {found}")
   notes = {"weights": ", ".join(f"{w:g}" for w in policy.weights), "round": str(number)}
   if policy.conditioned:
-    notes["speeds"] = json.dumps(speeds)
-  metrics = train_on_pairs(config, folder / "train", laid, names, checkpoint=checkpoint, vocabulary=vocabulary,
-                           rule=rule, adapter=before, samples=c.samples, notes=notes)
-  if not Path(job.adapter(policy, number)).is_file():
-    return False
-  (folder / "round.json").write_text(json.dumps(report | {"training": metrics}, indent=2) + "\n")
-  return True
+    notes["speeds"] = json.dumps(sorted(policy.speed(w) for w in policy.weights))
+  went_on = train_on_pairs(config, folder / "train", laid, checkpoint=checkpoint, vocabulary=vocabulary, rule=rule,
+                           adapter=before, notes=notes)
+  if job.adapter(policy, number).is_file():
+    report["training"] = last_scalars(folder / "train", share=0.25)  # one step holds few pairs
+    _write_json(folder / "round.json", report)
+  return went_on
 
 
-def _user(prompt: str) -> dict[str, str]:
-  return {"role": "user", "content": prompt}
+def _audit(job: _Job, path: Path, policy: Path, number: int, samples: list[dict]) -> None:
+  """Once for each file of samples: decode loop against trainer, and, behind round 1, how far the policy has gone."""
+  if path.is_file():
+    return
+  few = audit.some(samples, job.config.preference.audit)
+  found: dict = audit.compare(job.config, policy, few)
+  print(f"audit of {found['samples']} samples: between decode loop and trainer, log p a token differs by "
+        f"{found['mean']:.2g} on average, {found['worst']:.2g} at most")
+  if number > 1:
+    found["from_start"] = audit.divergence(job.config, job.start, few)
+    print(f"the policy finds its samples likelier than the start does by {found['from_start']:.3f} nats a token")
+  _write_json(path, found)
+
+
+def _write_json(path: Path, found: dict) -> None:
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(found, indent=2) + "\n")
+  temporary.replace(path)
 
 
 def _evaluate(job: _Job, number: int) -> None:
@@ -213,14 +251,11 @@ def _evaluate(job: _Job, number: int) -> None:
     config.systems.start = dict(adapter=config.model.adapter, decode="parallel")
     for n in range(1, number + 1):
       for policy in job.policies:
-        adapter = job.adapter(policy, n)
-        if not Path(adapter).is_file():
-          raise ValueError(f"{adapter} is not there: run the train stage first")
         for weight in policy.weights:
           speed = policy.speed(weight)
           name = f"{policy.name}{f'_speed{speed}' if speed >= 0 else ''}_round{n}"
           asked = {"speed": speed} if speed >= 0 else {}
-          config.systems[name] = dict(adapter=adapter, decode="parallel", **asked)
+          config.systems[name] = dict(adapter=str(job.adapter(policy, n)), decode="parallel", **asked)
           names.append(name)
   config.eval.systems = ",".join(names)
   evaluate(config, job.workdir / "eval")

@@ -1,18 +1,19 @@
 """Answers sampled from a policy, several a prompt, and the baseline's: rows that a resumed run does not draw again."""
 
 import dataclasses
+import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from pasta_jax.data.records import Records
 from pasta_jax.decode.batch import BatchDecoder
 from pasta_jax.decode.generate import Generator, adapter_digest
 from pasta_jax.decode.record import describe
 from pasta_jax.decode.trace import Trace, to_json
 from pasta_jax.evaluate.prompts import Request
-from pasta_jax.evaluate.records import Records
 from pasta_jax.evaluate.run import settings_of
 from pasta_jax.evaluate.systems import load_system
 from pasta_jax.lang.vocabulary import Vocabulary
@@ -20,9 +21,10 @@ from pasta_jax.preference.score import chunk_facts
 from pasta_jax.progress import progress_bar
 
 
-def seed_of(seed: int, prompt: str, k: int) -> int:
-  """The seed of a prompt's sample number `k`: the same on every machine, whatever is sampled beside it."""
-  return zlib.crc32(f"{seed}/{prompt}/{k}".encode())
+def seed_of(seed: int, policy: str | None, speed: int, prompt: str, k: int) -> int:
+  """The seed of a prompt's sample number `k`: the same on every machine, whatever is sampled beside it; another one for
+  another policy, so that rounds do not draw the same noise."""
+  return zlib.crc32(f"{seed}/{policy}/{speed}/{prompt}/{k}".encode())
 
 
 def sample_record(trace: Trace, vocabulary: Vocabulary) -> dict:
@@ -45,9 +47,10 @@ def draw(config, adapter: str, requests: Sequence[Request], path: Path, speed: i
   there are not drawn again. Raises ValueError if some are missing and `may_draw` does not hold.
   """
   c = config.preference
+  digest = adapter_digest(adapter)
   settings = {
     "source": config.model.source,
-    "adapter's sha256": adapter_digest(adapter),
+    "adapter's sha256": digest,
     "samples": c.samples,
     "temperature": c.temperature,
     "speed": speed,
@@ -67,17 +70,20 @@ def draw(config, adapter: str, requests: Sequence[Request], path: Path, speed: i
     decoder = BatchDecoder(generator.interpreter(True), requests=c.requests, width=c.width)
     encoded = {r.id: generator.encode(r.prompt, speed) for r, _, _ in todo}
     sampling = dataclasses.replace(generator.sampling, temperature=c.temperature)
+    started, tokens = time.perf_counter(), 0
     bar, task = progress_bar(f"samples, {path.parent.name}", len(wanted), len(wanted) - len(todo))
 
     def done(i: int, trace: Trace) -> None:
+      nonlocal tokens
       request, k, name = todo[i]
+      tokens += trace.cost.total_tokens
       records.add({"id": name, "of": request.id, "sample": k, "prompt": request.prompt,
                    **sample_record(trace, generator.vocabulary)})
-      bar.advance(task)
+      bar.update(task, advance=1, note=f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
 
+    seeds = [seed_of(c.seed, digest, speed, r.id, k) for r, k, _ in todo]
     with bar:
-      decoder.run([encoded[r.id] for r, _, _ in todo], sampling, seeds=[seed_of(c.seed, r.id, k) for r, k, _ in todo],
-                  done=done)
+      decoder.run([encoded[r.id] for r, _, _ in todo], sampling, seeds=seeds, done=done)
   return {r.id: [records.rows[f"{r.id}#{k}"] for k in range(c.samples)] for r in requests}
 
 

@@ -16,6 +16,7 @@ from pasta_jax.lang.vocabulary import Vocabulary
 RUN = 8  # tokens that two chunks must share in a row for one to be a copy
 OVERHEAD = 0.5  # of a storm: share of all tokens that are no text
 RUNAWAY = (2.0, 64)  # times the baseline's tokens, and so many more
+CURT = (0.25, 16)  # times the baseline's tokens, less so many
 
 
 def _theoretical(sample: dict, baseline: dict) -> float:
@@ -99,6 +100,7 @@ def faults(sample: dict, baseline: dict) -> list[str]:
     "empty chunks": sample["empty_chunks"] > 0,
     "copied chunks": sample["copied_chunks"] > 0,
     "promise storm": sample["refused"] > 0 or sample["text_tokens"] < (1 - OVERHEAD) * sample["total_tokens"],
+    "curt": sample["text_tokens"] < CURT[0] * baseline["text_tokens"] - CURT[1],  # speed by saying nothing
     "runaway": sample["text_tokens"] > RUNAWAY[0] * baseline["text_tokens"] + RUNAWAY[1],
   }
   return [name for name, there in found.items() if there]
@@ -116,9 +118,12 @@ class Choice:
 def choose(samples: Sequence[dict], weight: float, *, guards: bool = True) -> Choice:
   """The pair of a prompt's samples, which have `speedup`, `quality`, `faults` and `text`.
 
-  The best is the best of those without faults (of all without `guards`), the worst the worst of all. No pair where
+  `samples` may be fewer than were drawn: without those that were not judged, or that no training row holds. The best
+  is the best of those without faults (of all without `guards`), the worst the worst of all. No pair where
   all samples are the same, where none is without faults, and where best and worst score the same.
   """
+  if len(samples) < 2:
+    return Choice(reason="not judged, or too long")
   if len({(s["text"], s["longest_path"]) for s in samples}) < 2:
     return Choice(reason="all the same")
   sound = [i for i, s in enumerate(samples) if not (guards and s["faults"])]

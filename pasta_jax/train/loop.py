@@ -19,8 +19,8 @@ Step = Callable[[int, TrainState], tuple[TrainState, dict[str, float]]]
 
 
 def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: Step, *,
-              checkpoint_every: int) -> tuple[TrainState, dict[str, float]]:
-  """Runs `one_step(step, state)` up to step `total`; returns the last state and its scalars.
+              checkpoint_every: int) -> tuple[TrainState, bool]:
+  """Runs `one_step(step, state)` up to step `total`; returns the last state and whether SIGTERM came.
 
   Leaves checkpoints, `metrics.jsonl`, `tensorboard/` and `config.json` in `workdir`. The scalars need `loss` and
   `gradient_norm`. Raises FloatingPointError when one of these is not finite, and ValueError, one line, when an
@@ -34,10 +34,11 @@ def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: St
   stop: list[bool] = []
   previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
   writer = None
-  scalars: dict[str, float] = {}
   try:
     state = checkpoints.restore(state) or state
     first = int(state.step)
+    if total < 1:
+      raise ValueError(f"{total} training steps were asked for: one at least is needed")
     if first > total:
       raise ValueError(f"{workdir} is at step {first} already, behind the {total} steps asked for")
     _write_config(workdir / "config.json", config, first)
@@ -63,7 +64,7 @@ def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: St
     if writer is not None:
       writer.close()
     signal.signal(signal.SIGTERM, previous)
-  return state, scalars
+  return state, bool(stop)
 
 
 def checked_workdir(workdir: str | Path | None) -> Path:

@@ -29,6 +29,13 @@ class MetricWriter:
     self._board.close()
 
 
+def last_scalars(workdir: Path, share: float = 0.0) -> dict[str, float]:
+  """The scalars of a run's last step, or their means over the last `share` of its steps."""
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  rows = rows[-max(1, round(share * len(rows))) :]
+  return {k: sum(r[k] for r in rows) / len(rows) for k in rows[-1] if all(k in r for r in rows)}
+
+
 def _step(line: str) -> int:
   """The step of a line of metrics.jsonl; 0 if it is no whole line."""
   try:

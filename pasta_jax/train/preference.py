@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pasta_jax.data.examples import read_jsonl
 from pasta_jax.data.pairs import PairBatches, PreferencePair
+from pasta_jax.data.records import Records
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.checkpoint import Checkpoint
@@ -52,26 +52,28 @@ def make_pair_update(graph, optimiser: optax.GradientTransformation, config, bet
     gradient = jax.tree.map(lambda g: g / pairs, gradient)
     updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.trainable)
     metrics = {name: sums[name] / pairs for name in ("loss", "margin", "accuracy", "chosen", "rejected")}
-    metrics |= {"drift": sums["drift"] / tokens, "pairs": sums["pairs"], "tokens": sums["tokens"],
+    metrics |= {"lost": sums["lost"] / tokens, "pairs": sums["pairs"], "tokens": sums["tokens"],
                 "gradient_norm": optax.global_norm(gradient)}
     return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), optimiser_state), metrics
 
   return update
 
 
-def answer_likelihoods(graph, trainable, frozen, config, batches: PairBatches, pairs: Sequence[PreferencePair],
-                       what: str) -> list[tuple[float, float]]:
-  """(log p of the chosen, of the rejected answer) of each pair by the trainer's own forward pass."""
+def answer_likelihoods(graph, trainable, frozen, config, batches: PairBatches,
+                       done: Callable[[int, tuple[float, float]], None]) -> None:
+  """`done(i, (log p of the chosen, of the rejected answer))` of each pair by the trainer's own forward pass."""
   run = jax.jit(lambda trainable, frozen, batch: answer_log_likelihood(
       compute_model(graph, trainable, frozen, config.dtype), batch, chunk=config.loss_chunk))
-  bar, task = progress_bar(what, len(pairs))
-  out = []
-  with bar:
-    for pair in pairs:
-      chosen, rejected = np.asarray(run(trainable, frozen, batches.batch([pair])))[0]
-      out.append((float(chosen), float(rejected)))
-      bar.advance(task)
-  return out
+  for step, members in enumerate(batches.epoch(0)):
+    found = np.asarray(run(trainable, frozen, batches(step)))
+    for i, (chosen, rejected) in zip(members, found):
+      done(i, (float(chosen), float(rejected)))
+
+
+def _reference_key(pair: PreferencePair) -> str:
+  """Changes with what the reference model reads."""
+  parts = [a.tobytes() for e in (pair.chosen, pair.rejected) for a in (e.tokens, e.positions, e.targets)]
+  return hashlib.sha256(b"".join(parts)).hexdigest()[:24]
 
 
 def check_settings(c) -> None:
@@ -82,20 +84,21 @@ def check_settings(c) -> None:
     raise ValueError(f"preference.dtype must be {' or '.join(DTYPES)}, not {c.dtype!r}")
   if not 0 <= c.alpha <= 1 or c.beta < 0:
     raise ValueError(f"preference.alpha must be in [0, 1] and preference.beta 0 or more, not {c.alpha} and {c.beta}")
-  for field in ("batch_size", "accumulate", "length", "loss_chunk", "checkpoint_every"):
-    if c[field] < 1:
-      raise ValueError(f"preference.{field} must be 1 or more, not {c[field]}")
+  for field, least in (("batch_size", 2), ("accumulate", 1), ("length", 1), ("loss_chunk", 1), ("checkpoint_every", 1),
+                       ("steps", 0), ("lora_rank", 1)):
+    if c[field] < least:
+      raise ValueError(f"preference.{field} must be {least} or more, not {c[field]}")
+  if not c.steps and c.epochs <= 0:
+    raise ValueError("preference.epochs must be above 0, or preference.steps say how many steps")
 
 
-def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair], names: Sequence[str], *,
-                   checkpoint: Checkpoint, vocabulary: Vocabulary, rule: PositionRule, adapter: Path | None,
-                   samples: int, notes: dict[str, str] | None = None) -> dict[str, float]:
-  """Trains `config.preference` on pairs, from the policy that `adapter` is; returns the last metrics.
+def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair], *, checkpoint: Checkpoint,
+                   vocabulary: Vocabulary, rule: PositionRule, adapter: Path, notes: dict[str, str]) -> bool:
+  """Trains `config.preference` on pairs, from the policy that `adapter` is; False if SIGTERM stopped it.
 
-  That policy is the reference too: its log p of every pair is computed once and kept in `reference.jsonl`, by
-  the pair's name. `samples` is the number that best and worst were chosen from (β follows from it), `notes` go
-  into the adapter's header. Leaves what SFT leaves. Raises ValueError, one line, for settings or folders that
-  cannot be used.
+  That policy is the reference too: its log p of every pair is computed once and kept in `reference.jsonl`. `notes` go
+  into the new adapter's header. Leaves what SFT leaves. Raises ValueError, one line, for settings or folders
+  that cannot be used.
   """
   c = config.preference
   check_settings(c)
@@ -106,23 +109,25 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
   levels = max(e.hidden.shape[1] for p in pairs for e in (p.chosen, p.rejected))
   shape = dict(rows=c.batch_size, length=c.length, levels=levels, seed=c.seed)
 
-  path = workdir / "reference.jsonl"
-  start = "" if adapter is None else hashlib.sha256(adapter.read_bytes()).hexdigest()
-  known = {r["id"]: r["log_p"] for r in read_jsonl(path) if r["start"] == start} if path.exists() else {}
-  todo = [i for i, name in enumerate(names) if name not in known]
+  records = Records(workdir / "reference.jsonl", {"reference": hashlib.sha256(adapter.read_bytes()).hexdigest(),
+                                                  "dtype": c.dtype})
+  keys = [_reference_key(p) for p in pairs]
+  todo = [i for i, key in enumerate(keys) if key not in records.rows]
   if todo:
-    found = answer_likelihoods(graph, trainable, frozen, c, PairBatches(pairs, **shape), [pairs[i] for i in todo],
-                               "reference")
-    known |= {names[i]: log_p for i, log_p in zip(todo, found)}
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps({"id": n, "start": start, "log_p": known[n]}) + "\n" for n in names))
-    temporary.replace(path)
-  pairs = [dataclasses.replace(p, reference=tuple(known[n])) for p, n in zip(pairs, names)]
+    bar, task = progress_bar("reference", len(pairs), len(pairs) - len(todo))
+
+    def note(i: int, log_p: tuple[float, float]) -> None:
+      records.add({"id": keys[todo[i]], "log_p": log_p})
+      bar.advance(task)
+
+    with bar:
+      answer_likelihoods(graph, trainable, frozen, c, PairBatches([pairs[i] for i in todo], **shape), note)
+  pairs = [dataclasses.replace(p, reference=tuple(records.rows[k]["log_p"])) for p, k in zip(pairs, keys)]
 
   batches = PairBatches(pairs, **shape)
   per_epoch = batches.steps_in_epoch(0) / c.accumulate
   total = c.steps or math.ceil(c.epochs * per_epoch)
-  beta = c.beta or default_beta(c.loss, samples)
+  beta = c.beta or default_beta(c.loss, c.samples)
   print(f"{len(pairs)} pairs; {total} steps, {per_epoch:.0f} an epoch; {c.loss}, beta {beta:.4f}")
   optimiser, schedule = make_optimiser(c, total)
   update = make_pair_update(graph, optimiser, c, beta)
@@ -137,19 +142,19 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
                              "pairs_per_second": scalars["pairs"] / seconds}
 
   state = TrainState(jnp.zeros((), jnp.int32), trainable, optimiser.init(trainable))
-  state, scalars = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
+  state, stopped = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
   if int(state.step) == total:
     model = compute_model(graph, state.trainable, frozen, jnp.float32)
-    export(workdir, model, rule, checkpoint.tokenizer, full=c.lora_rank == 0, tags=True,
-           metadata={"preference": _recipe(c), **(notes or {})})
-  return scalars
+    export(workdir, model, rule, checkpoint.tokenizer, full=False, tags=True,
+           metadata={"preference": json.dumps(recipe(c)), **notes})
+  return not stopped
 
 
-def _recipe(c) -> str:
-  """The settings for an adapter's header: what it depends on, of files the names only."""
-  recipe = json.loads(c.to_json_best_effort())
-  for field in ("stages", "audit", "requests", "width", "rounds", "weights"):
-    del recipe[field]
+def recipe(c) -> dict:
+  """The settings of `config.preference` that an adapter depends on; of files the names only."""
+  found = json.loads(c.to_json_best_effort())
+  for field in ("stages", "audit", "requests", "width", "rounds", "weights", "checkpoint_every"):
+    del found[field]
   for field in ("prompts", "cost"):
-    recipe[field] = Path(recipe[field]).name
-  return json.dumps(recipe)
+    found[field] = Path(found[field]).name
+  return found

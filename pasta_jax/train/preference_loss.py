@@ -41,8 +41,8 @@ def preference_loss(model: Decoder, batch: Batch, *, loss: str, alpha: float, be
                     remat: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum of the pairs' losses, and sums for metrics (divide by `pairs`, token ones by `tokens`).
 
-  `margin` is Δ, `accuracy` counts Δ > 0, `chosen` and `rejected` are log p, `drift` is log p_ref − log p of both
-  answers: over `tokens` it estimates, on these answers, how far a token's distribution went from the reference's.
+  `margin` is Δ, `accuracy` counts Δ > 0, `chosen` and `rejected` are log p, `lost` is log p_ref − log p of both
+  answers together: how much less likely they became.
   """
   log_p = answer_log_likelihood(model, batch, chunk=chunk, remat=remat)
   weight = batch["weight"]
@@ -60,5 +60,5 @@ def preference_loss(model: Decoder, batch: Batch, *, loss: str, alpha: float, be
   over = lambda x: jnp.sum(weight * x)
   tokens = jnp.sum((batch["targets"] >= 0) & (batch["answers"] < 2 * weight.shape[0]))
   return total, {"loss": total, "pairs": weight.sum(), "margin": over(margin), "accuracy": over(margin > 0),
-                 "chosen": over(log_p[:, 0]), "rejected": over(log_p[:, 1]), "drift": -over(gain.sum(axis=1)),
+                 "chosen": over(log_p[:, 0]), "rejected": over(log_p[:, 1]), "lost": -over(gain.sum(axis=1)),
                  "tokens": tokens}

@@ -26,6 +26,7 @@ from pasta_jax.model.hf_folder import save_hf_folder
 from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.loss import sft_loss
+from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.state import TrainState, compute_model, make_model, make_optimiser
 
 
@@ -65,7 +66,7 @@ def make_update(graph, optimiser: optax.GradientTransformation, config):
 
 
 def train(config, workdir: str | Path | None) -> dict[str, float]:
-  """Runs `config.train` to its last step in `workdir`; returns the last metrics.
+  """Runs `config.train` to its last step in `workdir`; returns the metrics of the last step that was done.
 
   Leaves checkpoints, `metrics.jsonl`, `tensorboard/`, `config.json` and, at the end, `adapter.safetensors` there;
   after full training `model/` too (a Hugging Face folder; the adapter then holds the tags). SIGTERM saves and
@@ -121,11 +122,11 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
       scalars["validation_accuracy"] = sum(float(s["correct"]) for s in sums) / tokens
     return state, scalars
 
-  state, scalars = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
+  state, _ = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
   if int(state.step) == total:
     export(workdir, compute_model(graph, state.trainable, frozen, jnp.float32), rule, checkpoint.tokenizer,
            full=c.lora_rank == 0, tags=c.annotation != "none", metadata={"train": _recipe(config)})
-  return scalars
+  return last_scalars(workdir)
 
 
 def export(workdir: Path, model: Decoder, rule: PositionRule, tokenizer: Tokenizer, *, full: bool, tags: bool,

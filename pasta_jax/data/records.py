@@ -2,17 +2,44 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-from pasta_jax.data.examples import read_jsonl
-from pasta_jax.evaluate.prompts import EvalError, Request
+from pasta_jax.data.examples import DataError, read_jsonl
+
+
+class Request(Protocol):
+  """What a row answers (`evaluate.prompts.Request` is one)."""
+
+  @property
+  def id(self) -> str: ...
+  @property
+  def prompt(self) -> str: ...
+
+
+Asked = TypeVar("Asked", bound=Request)
+
+
+def agree(what: Path, beside: Path, settings: dict[str, Any]) -> None:
+  """Writes the settings that `what` is made with to `beside`; DataError, naming one, where others stand there."""
+  settings = json.loads(json.dumps(settings))
+  before = json.loads(beside.read_text()) if beside.exists() else settings
+  for name in dict.fromkeys([*before, *settings]):
+    if before.get(name) != settings.get(name):
+      raise DataError(
+        f"{what} was made with {name}={before.get(name)!r}, not {settings.get(name)!r}: choose "
+        "another --workdir, or the settings of that run"
+      )
+  temporary = beside.with_name(beside.name + ".tmp")
+  temporary.write_text(json.dumps(settings, indent=2) + "\n")
+  temporary.replace(beside)
 
 
 class Records:
   """Rows by `id` in `path`. `settings` is what they depend on; rows made with others are not mixed with them.
 
-  Raises EvalError, naming the setting, when `path` holds such rows.
+  Raises DataError, naming the setting, when `path` holds such rows.
   """
 
   def __init__(self, path: Path, settings: dict[str, Any]):
@@ -23,27 +50,20 @@ class Records:
       written = path.read_bytes()
       os.truncate(path, written.rfind(b"\n") + 1)
     self.rows = {r["id"]: r for r in read_jsonl(path)} if path.exists() else {}
-    settings = json.loads(json.dumps(settings))
-    if self.rows and beside.exists():
-      before = json.loads(beside.read_text())
-      for name in dict.fromkeys([*before, *settings]):
-        if before.get(name) != settings.get(name):
-          raise EvalError(
-            f"{path} was made with {name}={before.get(name)!r}, not {settings.get(name)!r}: choose "
-            "another --workdir, or the settings of that run"
-          )
-    beside.write_text(json.dumps(settings, indent=2) + "\n")
+    if not self.rows:
+      beside.unlink(missing_ok=True)
+    agree(path, beside, settings)
 
   def add(self, row: dict) -> None:
     self.rows[row["id"]] = row
     with open(self.path, "a", encoding="utf-8") as file:
       file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-  def missing(self, requests: list[Request]) -> list[Request]:
-    """Those without a row. Raises EvalError where a row answers another prompt of the same id."""
+  def missing(self, requests: Sequence[Asked]) -> list[Asked]:
+    """Those without a row. Raises DataError where a row answers another prompt of the same id."""
     for r in requests:
       if (row := self.rows.get(r.id)) and row["prompt"] != r.prompt:
-        raise EvalError(
+        raise DataError(
           f"{self.path} holds a response to another prompt with the id {r.id!r}: choose another --workdir"
         )
     return [r for r in requests if r.id not in self.rows]
