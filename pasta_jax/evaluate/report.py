@@ -298,8 +298,9 @@ def draw(run: Run, summary: dict) -> dict[str, plots.Figure]:
         points[name] = (f[key], rate["win_rate"], interval)
     if points:
       points[run.baseline] = (1.0, 50.0, None)
+      speed = what if by_clock(run) else "baseline's tokens over the longest path"
       figures[f"speed_quality_{judge}"] = plots.pareto(
-        points, speed=what if by_clock(run) else "baseline's tokens over the longest path", judge=judge, palette=palette, baseline=run.baseline, paper=by_clock(run)
+        points, speed=speed, judge=judge, palette=palette, baseline=run.baseline, paper=by_clock(run)
       )
   if others:
     figures["speedups"] = plots.distribution(
