@@ -11,6 +11,7 @@ from folders import SEED_DATA, model_config, write_model
 from safetensors.numpy import load_file
 
 from configs.smollm2_135m import get_config
+from pasta_jax.decode import command
 from pasta_jax.decode.generate import DecodeError, Generator, use_compilation_cache
 from pasta_jax.evaluate.prompts import read_prompts
 from pasta_jax.model.lora import read_metadata
@@ -182,16 +183,22 @@ def test_one_policy_for_all_weights(start, whole, tmp_path):
   systems = json.loads((tmp_path / "eval" / "summary.json").read_text())["systems"]
   assert {"conditioned_speed0_round1", "conditioned_speed1_round1"} <= systems.keys()
   config.model.adapter = str(adapter)
-  for speed in (0, 1):
+  (tmp_path / "one.jsonl").write_text(json.dumps(PROMPTS[3]) + "\n")
+  answers = []
+  for speed in (-1, 0, 1):
     config.decode.speed = speed
-    asked = Generator(config).encode("Sing.")
-    assert f"Sing.\n\n(speed {speed})" in Generator(config).vocabulary.text(asked)
+    generator = Generator(config)
+    assert (f"Sing.\n\n(speed {speed})" in generator.vocabulary.text(generator.encode("Sing.", speed))) == (speed >= 0)
+    command.decode_file(config, str(tmp_path / "one.jsonl"), str(tmp_path / "out.jsonl"))
+    answers.append(rows_of(tmp_path / "out.jsonl")[0]["text"])
+    assert answers[-1] == generator.respond("Sing.", speed=speed).text
+  assert len(set(answers)) > 1
   config.decode.speed = 2
-  with pytest.raises(DecodeError, match="decode.speed=2 means nothing to this adapter: it knows 0, 1"):
-    Generator(config).encode("Sing.")
+  with pytest.raises(DecodeError, match="speed=2 means nothing to the adapter .*: it knows 0, 1"):
+    command.decode_file(config, str(tmp_path / "one.jsonl"), None)
   config.model.adapter = start.model.adapter
   with pytest.raises(DecodeError, match="was not trained for it"):
-    Generator(config).encode("Sing.")
+    command.decode_file(config, str(tmp_path / "one.jsonl"), None)
 
 
 @pytest.mark.parametrize("changes, words", [
