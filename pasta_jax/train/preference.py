@@ -25,38 +25,22 @@ from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.preference_loss import LOSSES, answer_log_likelihood, default_beta, preference_loss
 from pasta_jax.train.sft import export
 from pasta_jax.train.state import TrainState, compute_model, make_model, make_optimiser
+from pasta_jax.train.update import make_step
 
 
 def make_pair_update(graph, optimiser: optax.GradientTransformation, config, beta: float):
-  """The jitted update: (state, frozen, batches) -> (state, metrics), as `sft.make_update`, over `data.pairs` batches.
-
-  `batches` has leaves [A, …]: the losses of A batches are summed and divided by all their pairs.
-  """
+  """`update.make_step` over batches of `data.pairs`."""
   loss = partial(preference_loss, loss=config.loss, alpha=config.alpha, beta=beta, chunk=config.loss_chunk,
                  remat=config.remat)
 
   def one(trainable, frozen, batch):
     return loss(compute_model(graph, trainable, frozen, config.dtype), batch)
 
-  @partial(jax.jit, donate_argnums=0)
-  def update(state: TrainState, frozen, batches):
-    def add(sums, batch):
-      (_, metrics), gradient = jax.value_and_grad(one, has_aux=True)(state.trainable, frozen, batch)
-      return jax.tree.map(jnp.add, sums, (gradient, metrics)), None
+  def means(sums, pairs):
+    return {name: sums[name] / pairs for name in ("loss", "margin", "accuracy", "chosen", "rejected")} | {
+        "lost": sums["lost"] / jnp.maximum(sums["tokens"], 1)}
 
-    first = jax.tree.map(lambda x: x[0], batches)
-    _, shapes = jax.eval_shape(one, state.trainable, frozen, first)
-    start = (jax.tree.map(jnp.zeros_like, state.trainable), jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes))
-    (gradient, sums), _ = jax.lax.scan(add, start, batches)
-    pairs, tokens = jnp.maximum(sums["pairs"], 1), jnp.maximum(sums["tokens"], 1)
-    gradient = jax.tree.map(lambda g: g / pairs, gradient)
-    updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.trainable)
-    metrics = {name: sums[name] / pairs for name in ("loss", "margin", "accuracy", "chosen", "rejected")}
-    metrics |= {"lost": sums["lost"] / tokens, "pairs": sums["pairs"], "tokens": sums["tokens"],
-                "gradient_norm": optax.global_norm(gradient)}
-    return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), optimiser_state), metrics
-
-  return update
+  return make_step(one, optimiser, over="pairs", means=means)
 
 
 def answer_likelihoods(graph, trainable, frozen, config, batches: PairBatches,

@@ -28,41 +28,21 @@ from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.loss import sft_loss
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.state import TrainState, compute_model, make_model, make_optimiser
+from pasta_jax.train.update import make_step
 
 
 def make_update(graph, optimiser: optax.GradientTransformation, config):
-  """The jitted update: (state, frozen, batches) -> (state, metrics).
-
-  `batches` has leaves [A, B, T, …]: A batches whose gradients are summed and divided by all their targets,
-  which is what one batch of A x B rows gives. The state's buffers are reused.
-  """
+  """(update, evaluate): `update.make_step` over batches of `data.packing`, and jitted sums of one of them."""
   loss = partial(sft_loss, chunk=config.loss_chunk, remat=config.remat)
 
   def one(trainable, frozen, batch):
     return loss(compute_model(graph, trainable, frozen, config.dtype), batch)
 
-  @partial(jax.jit, donate_argnums=0)
-  def update(state: TrainState, frozen, batches):
-    def add(sums, batch):
-      (_, metrics), gradient = jax.value_and_grad(one, has_aux=True)(state.trainable, frozen, batch)
-      return jax.tree.map(jnp.add, sums, (gradient, metrics)), None
+  def means(sums, tokens):
+    return {"loss": sums["loss"] / tokens, "accuracy": sums["correct"] / tokens}
 
-    zero = jnp.zeros(())
-    start = (jax.tree.map(jnp.zeros_like, state.trainable),
-             {"loss": zero, "tokens": jnp.zeros((), jnp.int32), "correct": jnp.zeros((), jnp.int32)})
-    (gradient, sums), _ = jax.lax.scan(add, start, batches)
-    tokens = jnp.maximum(sums["tokens"], 1)
-    gradient = jax.tree.map(lambda g: g / tokens, gradient)
-    updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.trainable)
-    metrics = {"loss": sums["loss"] / tokens, "accuracy": sums["correct"] / tokens, "tokens": sums["tokens"],
-               "gradient_norm": optax.global_norm(gradient)}
-    return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), optimiser_state), metrics
-
-  @jax.jit
-  def evaluate(trainable, frozen, batch):
-    return one(trainable, frozen, batch)[1]
-
-  return update, evaluate
+  evaluate = jax.jit(lambda trainable, frozen, batch: one(trainable, frozen, batch)[1])
+  return make_step(one, optimiser, over="tokens", means=means), evaluate
 
 
 def train(config, workdir: str | Path | None) -> dict[str, float]:
