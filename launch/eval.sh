@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The README's tables: every system over a file of prompts, some of them by the clock, judged, and reported.
+# The README's table: four systems over a file of prompts, some of them by the clock, judged, and reported. More systems:
+# --config.eval.systems=pasta,baseline,apar,sot,sequential,base.
 #   launch/eval.sh PROMPTS_FILE TIMED_PROMPTS_FILE RUN_FOLDER [flags]
 # Prompts by the clock are those of PROMPTS_FILE that stand in TIMED_PROMPTS_FILE too. Leave the machine alone
 # while they run, or give --config.eval.timed=0 first and take the flag away later: what was answered is kept.
@@ -12,5 +13,5 @@ shift 3
 cd "$(dirname "$0")/.."
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 "${PYTHON:-.venv/bin/python}" main.py --mode=eval --workdir="$run" --config.eval.prompts="$prompts" \
-  --config.eval.systems=pasta,baseline,apar,sot,sequential,base \
+  --config.eval.systems=pasta,baseline,apar,sot \
   --config.eval.timed=-1 --config.eval.timed_prompts="$timed" "$@"
