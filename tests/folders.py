@@ -8,9 +8,11 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, pre_tokenizers, trainers
 
+from configs.smollm2_135m import get_config
 from pasta_jax.data.examples import read_jsonl
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.weights import param_shapes
+from pasta_jax.train import sft
 
 SEED_DATA = Path(__file__).parent.parent / "data" / "seed.jsonl"
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -62,3 +64,14 @@ def write_model(folder: Path, config: ModelConfig) -> Path:
   (folder / "tokenizer_config.json").write_text(
     json.dumps({"eos_token": "<|im_end|>", "chat_template": TEMPLATE}))
   return folder
+
+
+def trained_config(folder: Path):
+  """A config with a tiny model in `folder` and an adapter that the trainer made in four steps on the seed data."""
+  config = get_config()
+  config.model.source = str(write_model(folder / "model", model_config()))
+  config.train.update(data=str(SEED_DATA), length=1024, batch_size=1, steps=4, lora_rank=2, dtype="float32",
+                      validate_every=4, validation=str(SEED_DATA), min_speedup=2.2)
+  sft.train(config, folder / "run")
+  config.model.adapter = str(folder / "run" / "adapter.safetensors")
+  return config

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from folders import SEED_DATA, model_config, write_model
+from folders import trained_config
 
 from configs.smollm2_135m import get_config
 from pasta_jax.data.examples import DataError
@@ -20,7 +20,6 @@ from pasta_jax.evaluate.likelihood import Likelihood
 from pasta_jax.evaluate.prompts import EvalError, conversation, read_prompts
 from pasta_jax.evaluate.run import _requests, evaluate, pilot
 from pasta_jax.evaluate.skeleton import Skeleton, parse_outline
-from pasta_jax.train import sft
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [
@@ -35,16 +34,9 @@ def trained(tmp_path_factory):
   """A config whose adapter was trained by the trainer for a few steps on the seed data, and its folder."""
   folder = tmp_path_factory.mktemp("evaluate")
   use_compilation_cache(folder / "compiled")  # every run of a mode compiles the same programs
-  config = get_config()
-  config.model.source = str(write_model(folder / "model", model_config()))
-  config.train.update(
-    data=str(SEED_DATA), length=1024, batch_size=1, steps=4, lora_rank=2, dtype="float32", min_speedup=2.2
-  )
-  sft.train(config, folder / "run")
-  adapter = str(folder / "run" / "adapter.safetensors")
-  config.model.adapter = adapter
+  config = trained_config(folder)
   for name in ("baseline", "apar"):
-    config.systems[name].adapter = adapter
+    config.systems[name].adapter = config.model.adapter
   config.decode.update(max_new_tokens=120, slots=2, capacity=1024, temperature=1.0, dtype="float32", promise_bias=5.0)
   config.skeleton.update(outline_tokens=24, point_tokens=16)
   config.eval.update(requests=2, width=2, systems="pasta,baseline,sot")

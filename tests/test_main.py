@@ -8,18 +8,16 @@ from pathlib import Path
 
 import pytest
 from absl import flags
-from folders import SEED_DATA, model_config, write_model
+from folders import trained_config
 from ml_collections import config_flags
 
 from configs.ablations import positions
 from configs.ablations.positions import sweep
-from configs.smollm2_135m import get_config
 from pasta_jax.data.examples import DataError
 from pasta_jax.decode import command
 from pasta_jax.decode.generate import DecodeError, Generator
 from pasta_jax.lang.layout import STRATEGIES
 from pasta_jax.model.lora import AdapterError
-from pasta_jax.train import sft
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,12 +26,7 @@ ROOT = Path(__file__).parent.parent
 def trained(tmp_path_factory):
   """A config whose adapter was trained by the trainer for four steps on the seed data, and its folder."""
   folder = tmp_path_factory.mktemp("modes")
-  config = get_config()
-  config.model.source = str(write_model(folder / "model", model_config()))
-  config.train.update(data=str(SEED_DATA), length=1024, batch_size=1, steps=4, lora_rank=2, dtype="float32",
-                      validate_every=4, validation=str(SEED_DATA), min_speedup=2.2)
-  sft.train(config, folder / "run")
-  config.model.adapter = str(folder / "run" / "adapter.safetensors")
+  config = trained_config(folder)
   config.decode.update(max_new_tokens=40, slots=2, capacity=1024, temperature=1.0, dtype="float32")
   prompts = [{"id": str(i), "prompt": text} for i, text in enumerate(["Plan a trip.", "Why?", "Name three birds."])]
   (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))

@@ -1,5 +1,6 @@
 """`--mode=preference` on a tiny model: rounds, stages by themselves, resuming, one policy for all weights, audits."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -7,17 +8,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from folders import SEED_DATA, model_config, write_model
+from folders import trained_config
 from safetensors.numpy import load_file
 
-from configs.smollm2_135m import get_config
 from pasta_jax.decode import command
 from pasta_jax.decode.generate import DecodeError, Generator, use_compilation_cache
 from pasta_jax.evaluate.prompts import read_prompts
+from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.lora import read_metadata
 from pasta_jax.preference import audit, sampling
 from pasta_jax.preference.rounds import optimise, policies
-from pasta_jax.train import sft
 
 PROMPTS = [{"id": str(i), "prompt": p} for i, p in enumerate(["Plan a trip.", "Why?", "Name three birds.", "Sing."])]
 
@@ -27,13 +27,8 @@ def start(tmp_path_factory):
   """A config whose adapter the trainer made in a few steps on the seed data."""
   folder = tmp_path_factory.mktemp("preference")
   use_compilation_cache(folder / "compiled")  # every policy compiles the same programs
-  config = get_config()
-  config.model.source = str(write_model(folder / "model", model_config()))
-  config.train.update(data=str(SEED_DATA), length=1024, batch_size=1, steps=4, lora_rank=2, dtype="float32",
-                      min_speedup=2.2)
-  sft.train(config, folder / "run")
-  adapter = str(folder / "run" / "adapter.safetensors")
-  config.model.adapter = config.systems.baseline.adapter = adapter
+  config = trained_config(folder)
+  config.systems.baseline.adapter = config.model.adapter
   config.decode.update(max_new_tokens=90, slots=2, capacity=1024, dtype="float32", promise_bias=5.0, no_repeat=0,
                        repetition_penalty=1.0)
   (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
@@ -149,6 +144,9 @@ def test_samples_depend_on_their_own_seed_alone(start, tmp_path, whole):
   """Fewer prompts and other places beside them: the same samples."""
   requests = read_prompts(start.preference.prompts)[1:3]
   drawn = sampling.draw(changed(start, requests=2), start.model.adapter, requests, tmp_path / "samples.jsonl")
+  other = [dataclasses.replace(requests[0], prompt="Another prompt.")]
+  with pytest.raises(ValueError, match="another prompt with the id '1#0'"):
+    sampling.draw(start, start.model.adapter, other, tmp_path / "samples.jsonl")
   known = {r["id"]: r["text"] for r in rows_of(whole / "start" / "samples.jsonl")}
   assert {s["id"]: s["text"] for rows in drawn.values() for s in rows} == {
     i: t for i, t in known.items() if i.split("#")[0] in ("1", "2")}
@@ -157,16 +155,17 @@ def test_samples_depend_on_their_own_seed_alone(start, tmp_path, whole):
 def test_decode_loop_and_trainer_agree(start, whole):
   samples = rows_of(whole / "start" / "samples.jsonl")
   assert sum(s["promises"] > 0 for s in samples) >= 3
-  found = audit.compare(start, Path(start.model.adapter), samples[:6])
+  checkpoint, adapter = load_checkpoint(start.model.source), Path(start.model.adapter)
+  found = audit.compare(start, checkpoint, adapter, samples[:6])
   assert found["samples"] == 6 and found["worst"] < 1e-4
   wrong = [s | {"log_p": s["log_p"] + 1.0} for s in samples[:1]]
-  assert audit.compare(start, Path(start.model.adapter), wrong)["worst"] > 1e-3
-  assert audit.divergence(start, Path(start.model.adapter), samples[:6]) == pytest.approx(0, abs=1e-4)
+  assert audit.compare(start, checkpoint, adapter, wrong)["worst"] > 1e-3
+  assert audit.divergence(start, checkpoint, adapter, samples[:6]) == pytest.approx(0, abs=1e-4)
   trained = whole / "weight_2" / "round1" / "train" / "adapter.safetensors"
   behind = json.loads((whole / "weight_2" / "round2" / "audit.json").read_text())
   assert behind["worst"] < 1e-4 and behind["from_start"] > 1e-2  # its own samples, which the start would rarely write
-  assert audit.divergence(start, trained, rows_of(whole / "weight_2" / "round2" / "samples.jsonl")) == pytest.approx(
-    0, abs=1e-4)
+  own = rows_of(whole / "weight_2" / "round2" / "samples.jsonl")
+  assert audit.divergence(start, checkpoint, trained, own) == pytest.approx(0, abs=1e-4)
 
 
 def test_one_policy_for_all_weights(start, whole, tmp_path):

@@ -51,7 +51,9 @@ def adapter_digest(name: str) -> str | None:
 
 
 def with_speed(message: Mapping[str, str], speed: int) -> dict[str, str]:
-  """A user's message with the wanted speed as training and decoding write it."""
+  """A user's message with the wanted speed as training and decoding write it; as it is for a negative one."""
+  if speed < 0:
+    return dict(message)
   return {**message, "content": f"{message['content']}\n\n(speed {speed})"}
 
 
@@ -121,11 +123,10 @@ class Generator:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages[-1]["content"].strip():
       raise DecodeError("the prompt is empty")
-    if speed >= 0:
-      if speed not in self.speeds:
-        known = f"it knows {', '.join(map(str, self.speeds))}" if self.speeds else "it was not trained for it"
-        raise DecodeError(f"speed={speed} means nothing to the adapter {self.adapter!r}: {known}")
-      messages[-1] = with_speed(messages[-1], speed)
+    if speed >= 0 and speed not in self.speeds:
+      known = f"it knows {', '.join(map(str, self.speeds))}" if self.speeds else "it was not trained for it"
+      raise DecodeError(f"speed={speed} means nothing to the adapter {self.adapter!r}: {known}")
+    messages[-1] = with_speed(messages[-1], speed)
     try:
       return self.vocabulary.tokenizer.chat_prompt(messages)
     except ValueError as error:

@@ -16,9 +16,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from pasta_jax.data.examples import read_jsonl
-from pasta_jax.data.records import Records
 from pasta_jax.evaluate.judge import Answer, Pair
-from pasta_jax.evaluate.judging import judges_of
+from pasta_jax.evaluate.judging import judge_pairs, judges_of
 from pasta_jax.evaluate.prompts import EvalError
 
 
@@ -49,15 +48,8 @@ def measure(config, workdir: Path, files: list[str]) -> list[dict]:
   for judge in judges_of(config):
     for path in files:
       pairs, categories = pairs_of_labels(path)
-      folder = workdir / "judgements" / judge.name
-      records = Records(folder / f"labels-{Path(path).stem}.jsonl", judge.settings)
-      todo = [p for p in pairs if p.id not in records.rows]
-
-      def done(i: int, row: dict, *, todo=todo, records=records) -> None:
-        records.add({"id": todo[i].id, **row})
-
-      judge.compare(todo, folder, done)
-      judged = [(p, c, records.rows[p.id]["preference"]) for p, c in zip(pairs, categories) if p.id in records.rows]
+      rows_of = judge_pairs(judge, pairs, workdir / "judgements" / judge.name / f"labels-{Path(path).stem}.jsonl")
+      judged = [(p, c, rows_of[p.id]["preference"]) for p, c in zip(pairs, categories) if p.id in rows_of]
       groups = {"all": judged} | ({c: [j for j in judged if j[1] == c] for c in sorted(set(categories))}
                                   if len(set(categories)) > 1 else {})
       for group, members in groups.items():

@@ -1,5 +1,6 @@
 """Judges over a run's responses: every system against the baseline, each judgement made once."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pasta_jax.data.records import Records, read_records
@@ -79,12 +80,16 @@ def judge(config, workdir: Path, names: list[str], requests: list[Request], judg
       if name == baseline:
         continue
       folder = workdir / "judgements" / j.name
-      records = Records(folder / f"{name}-against-{baseline}.jsonl", j.settings)
-      pairs = pairs_of(workdir, name, baseline, requests)
-      todo = [p for p in pairs if records.rows.get(p.id, {}).get("texts") != p.digest()]  # new, or of other texts
+      judge_pairs(j, pairs_of(workdir, name, baseline, requests), folder / f"{name}-against-{baseline}.jsonl")
 
-      def done(i: int, row: dict, *, todo=todo, records=records) -> None:
-        records.add({"id": todo[i].id, "texts": todo[i].digest(), **row})
 
-      if todo:
-        j.compare(todo, folder, done)
+def judge_pairs(judge: Judge, pairs: Sequence[Pair], path: Path) -> dict[str, dict]:
+  """Judgements by id, of those pairs that could be judged; kept in `path` and made once, unless a text changes."""
+  records = Records(path, judge.settings)
+  known = lambda p: records.rows.get(p.id, {}).get("texts") == p.digest()
+  todo = [p for p in pairs if not known(p)]
+  if todo:
+    judge.compare(
+      todo, path.parent, lambda i, row: records.add({"id": todo[i].id, "texts": todo[i].digest(), **row})
+    )
+  return {p.id: records.rows[p.id] for p in pairs if known(p)}

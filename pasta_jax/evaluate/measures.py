@@ -23,6 +23,11 @@ def bootstrap_interval(values: Sequence[float], samples: int = 2000, seed: int =
   return float(low), float(high)
 
 
+def theoretical_against(row: dict, baseline: dict) -> float:
+  """Tokens of the baseline's text over the longest path of a system's answer: the paper's theoretical speedup."""
+  return max(baseline["text_tokens"], 1) / max(row["longest_path"], 1)
+
+
 def summarise(rows: Sequence[dict], baseline: Sequence[dict] | None = None) -> dict[str, float]:
   """Figures over prompts of one system's records; with the baseline's records, what compares the two as well.
 
@@ -63,7 +68,7 @@ def summarise(rows: Sequence[dict], baseline: Sequence[dict] | None = None) -> d
   by_id = {r["id"]: r for r in baseline or ()}
   both = [(r, by_id[r["id"]]) for r in rows if r["id"] in by_id]
   out["theoretical_against_baseline"] = geometric_mean(
-      max(b["text_tokens"], 1) / max(r["longest_path"], 1) for r, b in both)
+      theoretical_against(r, b) for r, b in both)
   pairs = [(r, b) for r, b in both if r.get("seconds") and b.get("seconds")]
   if pairs:
     out |= _speedups(pairs)

@@ -83,6 +83,12 @@ def _note_run(path: Path, requests: list[Request]) -> None:
   path.write_text(json.dumps(now, indent=1) + "\n")
 
 
+def decode_settings(config, *, parallel: bool) -> dict:
+  """The fields of `config.decode` that an answer depends on, with promises (`parallel`) or without."""
+  free = _FREE if parallel else (*_FREE, *_PROMISES)
+  return {f"decode.{k}": v for k, v in config.decode.items() if k not in free}
+
+
 def settings_of(config, name: str, *, timed: bool) -> dict:
   """What a system's responses depend on, flat."""
   entry, e = config.systems[name], config.eval
@@ -91,11 +97,9 @@ def settings_of(config, name: str, *, timed: bool) -> dict:
     "decode": entry.decode,
     "adapter's sha256": adapter_digest(entry.adapter),  # not its path: a run's folder may be moved
   }
-  free: tuple[str, ...] = (*_FREE, *_PROMISES)
   if entry.decode == "parallel":
-    free = _FREE
     out |= {f"positions.{k}": v for k, v in config.positions.items()}
-  out |= {f"decode.{k}": v for k, v in config.decode.items() if k not in free}
+  out |= decode_settings(config, parallel=entry.decode == "parallel")
   if (speed := entry.get("speed", config.decode.speed)) >= 0:
     out["decode.speed"] = speed
   out["decode.dtype"] = config.decode.dtype if timed else e.dtype

@@ -12,16 +12,15 @@ from pasta_jax.data.packing import pack_row
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import lora
-from pasta_jax.model.checkpoint import load_checkpoint
+from pasta_jax.model.checkpoint import Checkpoint
 from pasta_jax.model.decoder import exact_products
 from pasta_jax.preference.pairs import laid_out
 from pasta_jax.train.loss import token_log_likelihood
 from pasta_jax.train.state import compute_model, make_model
 
 
-def log_likelihoods(config, adapter: Path, samples: Sequence[dict]) -> np.ndarray:
+def log_likelihoods(config, checkpoint: Checkpoint, adapter: Path, samples: Sequence[dict]) -> np.ndarray:
   """[n] the trainer's log p of sampled answers under the policy `adapter`, in `preference.sample_dtype`."""
-  checkpoint = load_checkpoint(config.model.source)
   vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
   c = ml_collections.ConfigDict(config.preference.to_dict() | {"dtype": config.preference.sample_dtype})
   exact_products(c.dtype)
@@ -42,17 +41,17 @@ def some(samples: Sequence[dict], n: int) -> list[dict]:
   return [samples[i] for i in np.random.default_rng(0).permutation(len(samples))[:n]]
 
 
-def compare(config, adapter: Path, samples: Sequence[dict]) -> dict[str, float]:
+def compare(config, checkpoint: Checkpoint, adapter: Path, samples: Sequence[dict]) -> dict[str, float]:
   """Differences between the samples' own log p and the trainer's, a token: `mean` and `worst`, in nats."""
   tokens = np.array([max(s["total_tokens"], 1) for s in samples])
-  differences = np.abs(log_likelihoods(config, adapter, samples) - [s["log_p"] for s in samples]) / tokens
+  differences = np.abs(log_likelihoods(config, checkpoint, adapter, samples) - [s["log_p"] for s in samples]) / tokens
   return {"samples": len(samples), "mean": float(differences.mean()), "worst": float(differences.max())}
 
 
-def divergence(config, start: Path, samples: Sequence[dict]) -> float:
+def divergence(config, checkpoint: Checkpoint, start: Path, samples: Sequence[dict]) -> float:
   """Nats a token by which the policy that wrote the samples finds them likelier than `start` does.
 
   At temperature 1 without penalties, bans and bias this estimates the Kullback-Leibler divergence from the start.
   """
-  gain = np.array([s["log_p"] for s in samples]) - log_likelihoods(config, start, samples)
+  gain = np.array([s["log_p"] for s in samples]) - log_likelihoods(config, checkpoint, start, samples)
   return float(gain.sum() / max(sum(s["total_tokens"] for s in samples), 1))

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from pasta_jax.data.pairs import PreferencePair
-from pasta_jax.data.records import Records
 from pasta_jax.decode.trace import from_json
 from pasta_jax.evaluate.judge import Answer, Judge, Pair
+from pasta_jax.evaluate.judging import judge_pairs
 from pasta_jax.evaluate.measures import geometric_mean
 from pasta_jax.lang.layout import Layout, PositionRule, layout
 from pasta_jax.lang.vocabulary import Vocabulary
@@ -22,15 +22,10 @@ Samples = Mapping[str, Sequence[dict]]  # of each prompt, by its id
 
 def judged(judge: Judge, samples: Samples, baseline: Mapping[str, dict], folder: Path) -> dict[str, float]:
   """Quality of each sample, by its id: the judge's preference for it over the baseline's answer. Kept in `folder`."""
-  records = Records(folder / "samples.jsonl", judge.settings)
-  pairs = [
+  asked = [
     Pair(s["id"], _answer(s), _answer(baseline[of]), "samples") for of, rows in samples.items() for s in rows
   ]
-  todo = [p for p in pairs if records.rows.get(p.id, {}).get("texts") != p.digest()]
-  if todo:
-    judge.compare(todo, folder, lambda i, row: records.add({"id": todo[i].id, "texts": todo[i].digest(), **row}))
-  rows = {p.id: records.rows.get(p.id, {}) for p in pairs}
-  return {p.id: rows[p.id]["preference"] for p in pairs if rows[p.id].get("texts") == p.digest()}
+  return {i: row["preference"] for i, row in judge_pairs(judge, asked, folder / "samples.jsonl").items()}
 
 
 def _answer(row: dict) -> Answer:

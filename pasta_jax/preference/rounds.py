@@ -15,10 +15,12 @@ can run on different machines, with the folder carried between these.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import rich.console
 import rich.table
@@ -31,7 +33,7 @@ from pasta_jax.evaluate.prompts import Request, read_prompts
 from pasta_jax.evaluate.run import evaluate
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
-from pasta_jax.model.checkpoint import load_checkpoint
+from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
 from pasta_jax.model.decoder import DTYPES
 from pasta_jax.model.lora import read_metadata
 from pasta_jax.preference import audit, pairs, sampling
@@ -119,6 +121,10 @@ class _Job:
       raise ValueError("preference optimisation starts from a PASTA adapter: name --config.model.adapter")
     self.start: Path = start
 
+  @functools.cached_property
+  def checkpoint(self) -> Checkpoint:
+    return load_checkpoint(self.config.model.source)
+
   def adapter(self, policy: Policy, number: int) -> Path:
     """The policy behind round `number`; 0: where all start."""
     return self.start if number == 0 else self.folder(policy, number) / "train" / "adapter.safetensors"
@@ -181,41 +187,51 @@ def _round(job: _Job, policy: Policy, number: int) -> bool:
     return True
   folder.mkdir(parents=True, exist_ok=True)
   agree(folder, folder / "settings.json", job.settings(policy, number))
-  checkpoint = load_checkpoint(config.model.source)
-  vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
-  rule = PositionRule(**json.loads(read_metadata(before)["positions"]))
   baseline = sampling.answers_of_baseline(config, job.requests, job.workdir / "baseline.jsonl")
-  laid: list[PreferencePair] = []
-  report: dict = {"policy": policy.name, "round": number, "by weight": {}}
+  found: list[_Judged] = []
   for weight in policy.weights:
-    where, drawn_for = job.samples(policy, number, weight)
-    samples = sampling.draw(config, str(before), job.requests, where / "samples.jsonl", drawn_for,
+    where, speed = job.samples(policy, number, weight)
+    samples = sampling.draw(config, str(before), job.requests, where / "samples.jsonl", speed,
                             may_draw="sample" in job.stages)
     if c.audit:
       _audit(job, where / "audit.json", before, number, [s for rows in samples.values() for s in rows])
-    if not set(job.stages) & {"judge", "train"}:
-      continue
-    quality = pairs.judged(job.judge, samples, baseline, where / "judgements" / job.judge.name)
-    if "train" not in job.stages:
-      continue
-    speed = policy.speed(weight)
-    messages = [{"role": "user", "content": r.prompt} for r in job.requests]
-    messages = [with_speed(m, speed) if speed >= 0 else m for m in messages]
-    prompts = {r.id: vocabulary.tokenizer.chat_prompt([m]) for r, m in zip(job.requests, messages)}
+    if set(job.stages) & {"judge", "train"}:
+      quality = pairs.judged(job.judge, samples, baseline, where / "judgements" / job.judge.name)
+      found.append(_Judged(weight, samples, quality))
+  return _train(job, policy, number, baseline, found) if "train" in job.stages else True
+
+
+class _Judged(NamedTuple):
+  """What a weight's pairs are chosen from."""
+
+  weight: float
+  samples: dict[str, list[dict]]
+  quality: dict[str, float]
+
+
+def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], found: list[_Judged]) -> bool:
+  """Chooses the pairs of each weight, trains on all of them and writes the round's report; False if SIGTERM came."""
+  config, c = job.config, job.config.preference
+  folder, before = job.folder(policy, number), job.adapter(policy, number - 1)
+  vocabulary = Vocabulary(job.checkpoint.tokenizer, job.checkpoint.config.vocab_size)
+  rule = PositionRule(**json.loads(read_metadata(before)["positions"]))
+  laid: list[PreferencePair] = []
+  report: dict = {"policy": policy.name, "round": number, "by weight": {}}
+  for weight, samples, quality in found:
+    say = lambda prompt, weight=weight: with_speed({"role": "user", "content": prompt}, policy.speed(weight))
+    prompts = {r.id: vocabulary.tokenizer.chat_prompt([say(r.prompt)]) for r in job.requests}
     rows = pairs.scored(samples, baseline, quality, c.score, job.cost, prompts=prompts, length=c.length)
     chosen, reasons = pairs.choose_pairs(rows, weight, guards=c.guards)
     pairs.write_pairs(folder / (f"pairs_{weight:g}.jsonl" if policy.conditioned else "pairs.jsonl"), chosen, weight)
     report["by weight"][f"{weight:g}"] = pairs.figures(rows, chosen, reasons, sum(map(len, samples.values())))
     laid += pairs.lay_out(chosen, vocabulary, rule, prompts)
-  if "train" not in job.stages:
-    return True
   if not laid:
-    found = {w: f["without a pair"] for w, f in report["by weight"].items()}
-    raise ValueError(f"round {number} of {policy.name} found no pair to train on; prompts without, by weight: {found}")
+    why = {w: f["without a pair"] for w, f in report["by weight"].items()}
+    raise ValueError(f"round {number} of {policy.name} found no pair to train on; prompts without, by weight: {why}")
   notes = {"weights": ", ".join(f"{w:g}" for w in policy.weights), "round": str(number)}
   if policy.conditioned:
     notes["speeds"] = json.dumps(sorted(policy.speed(w) for w in policy.weights))
-  went_on = train_on_pairs(config, folder / "train", laid, checkpoint=checkpoint, vocabulary=vocabulary, rule=rule,
+  went_on = train_on_pairs(config, folder / "train", laid, checkpoint=job.checkpoint, vocabulary=vocabulary, rule=rule,
                            adapter=before, notes=notes)
   if job.adapter(policy, number).is_file():
     report["training"] = last_scalars(folder / "train", share=0.25)  # one step holds few pairs
@@ -228,11 +244,11 @@ def _audit(job: _Job, path: Path, policy: Path, number: int, samples: list[dict]
   if path.is_file():
     return
   few = audit.some(samples, job.config.preference.audit)
-  found: dict = audit.compare(job.config, policy, few)
+  found: dict = audit.compare(job.config, job.checkpoint, policy, few)
   print(f"audit of {found['samples']} samples: between decode loop and trainer, log p a token differs by "
         f"{found['mean']:.2g} on average, {found['worst']:.2g} at most")
   if number > 1:
-    found["from_start"] = audit.divergence(job.config, job.start, few)
+    found["from_start"] = audit.divergence(job.config, job.checkpoint, job.start, few)
     print(f"the policy finds its samples likelier than the start does by {found['from_start']:.3f} nats a token")
   _write_json(path, found)
 

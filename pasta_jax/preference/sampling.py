@@ -14,17 +14,17 @@ from pasta_jax.decode.generate import Generator, adapter_digest
 from pasta_jax.decode.record import describe
 from pasta_jax.decode.trace import Trace, to_json
 from pasta_jax.evaluate.prompts import Request
-from pasta_jax.evaluate.run import settings_of
+from pasta_jax.evaluate.run import decode_settings, settings_of
 from pasta_jax.evaluate.systems import load_system
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.preference.score import chunk_facts
 from pasta_jax.progress import progress_bar
 
 
-def seed_of(seed: int, policy: str | None, speed: int, prompt: str, k: int) -> int:
-  """The seed of a prompt's sample number `k`: the same on every machine, whatever is sampled beside it; another one for
+def seed_of(seed: int, policy: str | None, speed: int, sample: str) -> int:
+  """The seed of a sample, by its id: the same on every machine, whatever is sampled beside it; another one for
   another policy, so that rounds do not draw the same noise."""
-  return zlib.crc32(f"{seed}/{policy}/{speed}/{prompt}/{k}".encode())
+  return zlib.crc32(f"{seed}/{policy}/{speed}/{sample}".encode())
 
 
 def sample_record(trace: Trace, vocabulary: Vocabulary) -> dict:
@@ -48,42 +48,39 @@ def draw(config, adapter: str, requests: Sequence[Request], path: Path, speed: i
   """
   c = config.preference
   digest = adapter_digest(adapter)
-  settings = {
+  settings = decode_settings(config, parallel=True) | {
     "source": config.model.source,
     "adapter's sha256": digest,
     "samples": c.samples,
-    "temperature": c.temperature,
     "speed": speed,
-    "seed": c.seed,
-    "dtype": c.sample_dtype,
+    "decode.temperature": c.temperature,
+    "decode.seed": c.seed,
+    "decode.dtype": c.sample_dtype,
   }
-  skipped = ("live", "compare", "requests", "parallel", "slots", "temperature", "speed", "seed", "dtype")
-  settings |= {f"decode.{k}": v for k, v in config.decode.items() if k not in skipped}
   records = Records(path, settings)
-  wanted = [(r, k, f"{r.id}#{k}") for r in requests for k in range(c.samples)]
-  todo = [w for w in wanted if w[2] not in records.rows]
+  wanted = [dataclasses.replace(r, id=f"{r.id}#{k}") for r in requests for k in range(c.samples)]
+  todo = records.missing(wanted)
   if todo and not may_draw:
     raise ValueError(f"{path} lacks {len(todo)} of {len(wanted)} samples: run the sample stage first "
                      "(--config.preference.stages=sample)")
   if todo:
     generator = Generator(config, adapter=adapter, dtype=c.sample_dtype)
     decoder = BatchDecoder(generator.interpreter(True), requests=c.requests, width=c.width)
-    encoded = {r.id: generator.encode(r.prompt, speed) for r, _, _ in todo}
+    encoded = {prompt: generator.encode(prompt, speed) for prompt in {r.prompt for r in todo}}
     sampling = dataclasses.replace(generator.sampling, temperature=c.temperature)
     started, tokens = time.perf_counter(), 0
     bar, task = progress_bar(f"samples, {path.parent.name}", len(wanted), len(wanted) - len(todo))
 
     def done(i: int, trace: Trace) -> None:
       nonlocal tokens
-      request, k, name = todo[i]
       tokens += trace.cost.total_tokens
-      records.add({"id": name, "of": request.id, "sample": k, "prompt": request.prompt,
+      records.add({"id": todo[i].id, "of": todo[i].id.rpartition("#")[0], "prompt": todo[i].prompt,
                    **sample_record(trace, generator.vocabulary)})
       bar.update(task, advance=1, note=f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
 
-    seeds = [seed_of(c.seed, digest, speed, r.id, k) for r, k, _ in todo]
+    seeds = [seed_of(c.seed, digest, speed, r.id) for r in todo]
     with bar:
-      decoder.run([encoded[r.id] for r, _, _ in todo], sampling, seeds=seeds, done=done)
+      decoder.run([encoded[r.prompt] for r in todo], sampling, seeds=seeds, done=done)
   return {r.id: [records.rows[f"{r.id}#{k}"] for k in range(c.samples)] for r in requests}
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from pasta_jax.decode.trace import Trace
+from pasta_jax.evaluate.measures import theoretical_against
 from pasta_jax.lang.thread import Thread, read
 from pasta_jax.lang.vocabulary import Vocabulary
 
@@ -19,22 +20,17 @@ RUNAWAY = (2.0, 64)  # times the baseline's tokens, and so many more
 CURT = (0.25, 16)  # times the baseline's tokens, less so many
 
 
-def _theoretical(sample: dict, baseline: dict) -> float:
-  """Tokens of the baseline's text over the sample's longest path: the paper's."""
-  return max(baseline["text_tokens"], 1) / max(sample["longest_path"], 1)
-
-
 def _arithmetic(sample: dict, baseline: dict) -> float:
-  return (_theoretical(sample, baseline) + sample["parallelism"]) / 2
+  return (theoretical_against(sample, baseline) + sample["parallelism"]) / 2
 
 
 def _harmonic(sample: dict, baseline: dict) -> float:
-  speed, parallel = _theoretical(sample, baseline), max(sample["parallelism"], 1e-9)
+  speed, parallel = theoretical_against(sample, baseline), max(sample["parallelism"], 1e-9)
   return 2 * speed * parallel / (speed + parallel)
 
 
 SPEEDUPS: dict[str, Callable[[dict, dict], float]] = {
-  "theoretical": _theoretical,
+  "theoretical": theoretical_against,
   "parallelism": lambda sample, baseline: sample["parallelism"],
   "arithmetic": _arithmetic,  # means of the two above
   "harmonic": _harmonic,

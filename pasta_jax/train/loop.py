@@ -26,6 +26,8 @@ def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: St
   `gradient_norm`. Raises FloatingPointError when one of these is not finite, and ValueError, one line, when an
   earlier run in `workdir` cannot be gone on with.
   """
+  if total < 1:
+    raise ValueError(f"{total} training steps were asked for: one at least is needed")
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir, checkpoint_every)
@@ -37,8 +39,6 @@ def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: St
   try:
     state = checkpoints.restore(state) or state
     first = int(state.step)
-    if total < 1:
-      raise ValueError(f"{total} training steps were asked for: one at least is needed")
     if first > total:
       raise ValueError(f"{workdir} is at step {first} already, behind the {total} steps asked for")
     _write_config(workdir / "config.json", config, first)
