@@ -13,11 +13,13 @@ from safetensors.numpy import load_file
 
 from pasta_jax.decode import command
 from pasta_jax.decode.generate import DecodeError, Generator, use_compilation_cache
+from pasta_jax.evaluate.benchmark import step_cost
 from pasta_jax.evaluate.prompts import read_prompts
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.lora import read_metadata
 from pasta_jax.preference import audit, sampling
 from pasta_jax.preference.rounds import optimise, policies
+from pasta_jax.preference.score import StepCost
 
 PROMPTS = [{"id": str(i), "prompt": p} for i, p in enumerate(["Plan a trip.", "Why?", "Name three birds.", "Sing."])]
 
@@ -198,6 +200,24 @@ def test_one_policy_for_all_weights(start, whole, tmp_path):
   config.model.adapter = start.model.adapter
   with pytest.raises(DecodeError, match="was not trained for it"):
     command.decode_file(config, str(tmp_path / "one.jsonl"), None)
+
+
+def test_a_start_without_tags_is_refused_before_any_work(start, tmp_path):
+  for name, words in (("baseline", "starts from a PASTA adapter"), ("", "starts from a PASTA adapter"),
+                      (str(tmp_path / "gone"), "gone is no readable safetensors file")):
+    config = start.copy_and_resolve_references()
+    config.model.adapter = name
+    with pytest.raises(ValueError, match=words):
+      optimise(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_step_cost_is_found_again():
+  """From steps of a known cost, with a measurement of another precision and of other kinds beside them."""
+  cost = StepCost(base=0.02, row=0.003, entry=1e-5)
+  median = {("float32", b, p): 0.02 + 0.003 * b + 1e-5 * p / 2 for b, p in ((1, 512), (4, 512), (8, 512), (1, 2048))}
+  median |= {("bfloat16", 1, 512): 9.0, ("sequential", "float32"): 1.0, ("requests", "float32", 8): 5.0}
+  assert dataclasses.asdict(cost) == pytest.approx(step_cost(median, "float32"))
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -9,6 +9,7 @@ that bandwidth. A branch ratio flatters a poor single-branch step, so absolute t
 
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -191,6 +192,8 @@ def llama_cpp_timer() -> Callable[[], float] | None:
 
 def main(argv: list[str]) -> None:
   del argv
+  if FLAGS.cost and (len(set(FLAGS.branches)) < 2 or len(set(FLAGS.pools)) < 2):  # before minutes of measuring
+    sys.exit("error: --cost needs two numbers of --branches and two sizes of --pools at least")
   console = rich.console.Console()
   checkpoint = load_checkpoint(FLAGS.model)
   vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
@@ -233,8 +236,6 @@ def step_cost(median: dict[tuple, float], dtype: str) -> dict[str, float]:
   A measured step has half of its pool's entries in use.
   """
   points = [(key[1], key[2] / 2, seconds) for key, seconds in median.items() if key[0] == dtype]
-  if len({p[0] for p in points}) < 2 or len({p[1] for p in points}) < 2:
-    raise ValueError("a step cost needs two numbers of --branches and two sizes of --pools at least")
   rows = np.array([[1 / s, b / s, used / s] for b, used, s in points])
   base, row, entry = np.maximum(np.linalg.lstsq(rows, np.ones(len(points)), rcond=None)[0], 0.0)
   return {"base": float(base), "row": float(row), "entry": float(entry)}

@@ -75,9 +75,19 @@ def model_signature(model: Decoder) -> dict[str, int]:
 
 def read_metadata(path: Path) -> dict[str, str]:
   """The header of an adapter's file. Raises AdapterError, one line, if it cannot be read."""
+  return _header(path)[0]
+
+
+def has_tags(path: Path) -> bool:
+  """Whether an adapter's file holds tag rows: whether it is one of PASTA. Raises as `read_metadata`."""
+  return "embed.tags" in _header(path)[1]
+
+
+def _header(path: Path) -> tuple[dict[str, str], list[str]]:
+  """Metadata and names of arrays."""
   try:
     with safe_open(path, "numpy") as file:
-      return file.metadata() or {}
+      return file.metadata() or {}, list(file.keys())
   except (SafetensorError, OSError) as error:
     raise AdapterError(f"{path} is no readable safetensors file: {error}") from None
 

@@ -35,7 +35,7 @@ from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
 from pasta_jax.model.decoder import DTYPES
-from pasta_jax.model.lora import read_metadata
+from pasta_jax.model.lora import has_tags, read_metadata
 from pasta_jax.preference import audit, pairs, sampling
 from pasta_jax.preference.score import SPEEDUPS, StepCost
 from pasta_jax.train.metrics import last_scalars
@@ -117,7 +117,7 @@ class _Job:
       if both := sum(r.prompt in known for r in held_out):
         print(f"{both} of {len(held_out)} prompts of the evaluation are trained on too")
     start = adapter_path(config.model.adapter)
-    if start is None or "positions" not in read_metadata(start):
+    if start is None or not has_tags(start):
       raise ValueError("preference optimisation starts from a PASTA adapter: name --config.model.adapter")
     self.start: Path = start
 
