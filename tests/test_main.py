@@ -11,8 +11,7 @@ from absl import flags
 from folders import trained_config
 from ml_collections import config_flags
 
-from configs.ablations import positions
-from configs.ablations.positions import sweep
+from configs.ablations import positions, preference
 from pasta_jax.data.examples import DataError
 from pasta_jax.decode import command
 from pasta_jax.decode.generate import DecodeError, Generator
@@ -85,22 +84,57 @@ def test_wrong_input_is_one_clear_error(trained, tmp_path):
     Generator(config, adapter=str(tmp_path / "none.safetensors"))
 
 
+def parsed(words: list[str], monkeypatch) -> flags.FlagValues:
+  """The flags of a command, its config loaded."""
+  monkeypatch.setattr(sys, "argv", words)  # where ml_collections looks for overrides
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", flag_values=values)
+  for name in ("mode", "workdir"):
+    flags.DEFINE_string(name, "", "", flag_values=values)
+  values(words)
+  return values
+
+
 def test_every_step_of_the_ablation_is_a_command_that_parses(monkeypatch):
   """Each printed command names a config that loads, and flags that exist; the trained adapter is what is evaluated."""
-  commands = [shlex.split(c) for c in sweep("a folder/runs", "data.jsonl", "prompts.jsonl", "--config.train.steps=3")]
+  steps = positions.sweep("a folder/runs", "data.jsonl", "prompts.jsonl", "--config.train.steps=3")
+  commands = [shlex.split(c) for c in steps]
   trained = [c for c in commands if "--mode=train" in c]
   assert [positions.get_config(s).positions.strategy for s in STRATEGIES] == list(STRATEGIES)
   assert len(trained) == len(STRATEGIES) == len(commands) - len(trained) + 1  # the oracle is not decoded
   for words in commands:
-    monkeypatch.setattr(sys, "argv", words[1:])  # where ml_collections looks for overrides
-    parsed = config_flags.DEFINE_config_file("config", flag_values=(values := flags.FlagValues()))
-    flags.DEFINE_string("mode", "", "", flag_values=values)
-    flags.DEFINE_string("workdir", "", "", flag_values=values)
-    values(words[1:])
-    assert parsed.value.train.steps == 3 and values.workdir.startswith("a folder/runs/")
+    values = parsed(words[1:], monkeypatch)
+    assert values.config.train.steps == 3 and values.workdir.startswith("a folder/runs/")
     if values.mode == "eval":
-      strategy = parsed.value.positions.strategy
-      assert parsed.value.systems.pasta.adapter == f"a folder/runs/{strategy}/train/adapter.safetensors"
+      strategy = values.config.positions.strategy
+      assert values.config.systems.pasta.adapter == f"a folder/runs/{strategy}/train/adapter.safetensors"
+
+
+def test_every_step_of_the_preference_ablation_parses(monkeypatch, tmp_path):
+  """The first run draws the samples, the others get copies, also when all of it is started again."""
+  runs = tmp_path / "a folder"
+  steps = preference.sweep(str(runs), "train.jsonl", "held out.jsonl", "--config.preference.rounds=1")
+  commands = [shlex.split(c) for c in steps if c.startswith("python ")]
+  found = [parsed(words[1:], monkeypatch) for words in commands]
+  assert [f.config.preference.score for f in found] == ["theoretical", "parallelism", "arithmetic", "harmonic"]
+  for f in found:
+    assert f.mode == "preference" and f.workdir == str(runs / f.config.preference.score)
+    assert f.config.preference.prompts == "train.jsonl" and f.config.eval.prompts == "held out.jsonl"
+    assert f.config.preference.rounds == 1
+  (runs / "theoretical" / "start").mkdir(parents=True)
+  for name in ("start/samples.jsonl", "baseline.jsonl", "baseline.settings.json"):
+    (runs / "theoretical" / name).write_text(name)
+  for _ in range(2):
+    for c in steps:
+      if not c.startswith("python "):
+        subprocess.run(["bash", "-ec", c], check=True)
+  for score in ("parallelism", "arithmetic", "harmonic"):
+    assert (runs / score / "start" / "samples.jsonl").read_text() == "start/samples.jsonl"
+    assert (runs / score / "baseline.settings.json").read_text() == "baseline.settings.json"
+  with_clock = preference.sweep("runs", "train.jsonl", "held.jsonl", "--config.preference.cost=cost.json")
+  assert shlex.split(with_clock[-1])[2] == "--config=configs/ablations/preference.py:clock"
+  with pytest.raises(ValueError, match="'speed' is none of theoretical, parallelism"):
+    preference.get_config("speed")
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -1,6 +1,6 @@
 """The paper's ablation of positions, and two later ideas: how far a promise jumps (PASTA.md section 4).
 
-    python configs/ablations/positions.py RUNS_FOLDER TRAINING_DATA PROMPTS_FILE [flags for all] | bash
+    python configs/ablations/positions.py RUNS_FOLDER TRAINING_DATA PROMPTS_FILE [flags for all] | bash -e
 
 Each strategy trains in a folder of its own, then answers the prompts; `sweep()` gives the commands, which may run on
 several machines. `oracle` needs true lengths, which nobody has while decoding: it is compared by its validation loss
