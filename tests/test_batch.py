@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
-from pasta_jax.decode.batch import BatchDecoder
+from pasta_jax.decode.batch import BatchDecoder, pool_groups
 from pasta_jax.decode.config import Limits, SamplingConfig, Switches
 from pasta_jax.decode.interpreter import DecodeError, Interpreter
 
@@ -47,6 +47,15 @@ def test_together_as_alone(interpreter, alone, requests, width):
     traces = decoder.run(PROMPTS, SAMPLED, seeds=range(len(PROMPTS)), done=note)
     assert [figures(t) for t in traces] == expected
     assert told == dict(enumerate(expected))
+
+
+def test_few_requests_join_those_of_the_next_pool():
+  assert pool_groups([], 4) == []
+  assert pool_groups([512, 384, 512, 384], 4) == [(512, [1, 3, 0, 2])]  # two places would stay empty
+  assert pool_groups([512, 384, 512, 384], 2) == [(384, [1, 3]), (512, [0, 2])]
+  assert pool_groups([384, 512, 640, 768, 896], 9) == [(768, [0, 1, 2, 3]), (896, [4])]  # never more than twice
+  assert pool_groups([256, 4096], 9) == [(256, [0]), (4096, [1])]
+  assert pool_groups([512, 1024, 1024, 512, 512], 2) == [(512, [0, 3, 4]), (1024, [1, 2])]
 
 
 def test_warm_programs_are_not_compiled_again(interpreter):

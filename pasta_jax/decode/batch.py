@@ -22,6 +22,27 @@ from pasta_jax.decode.step import step
 from pasta_jax.decode.trace import Trace, read_trace
 
 
+def pool_groups(needs: Sequence[int], places: int) -> list[tuple[int, list[int]]]:
+  """(pool entries, indices of the requests that run together in pools of that size), smallest pools first.
+
+  Attention costs a request the whole pool, so requests run with those that need one of the same size. Fewer than
+  `places` would leave places empty for as long as the longest of them takes, and each size compiles its own programs:
+  they join those of the next size, unless that is more than twice what they need.
+  """
+  sizes: dict[int, list[int]] = {}
+  for i, need in enumerate(needs):
+    sizes.setdefault(need, []).append(i)
+  groups: list[tuple[int, list[int]]] = []
+  least = 0  # that a member of the last group needs
+  for size in sorted(sizes):
+    if groups and len(groups[-1][1]) < places and size <= 2 * least:
+      groups[-1] = (size, groups[-1][1] + sizes[size])
+    else:
+      groups.append((size, sizes[size]))
+      least = size
+  return groups
+
+
 class BatchDecoder:
   """Decodes lists of prompts, `requests` at a time, each with up to `width` branches a step."""
 
@@ -67,18 +88,15 @@ class BatchDecoder:
     """The prompts' traces, in their order; `done(i, trace)` is called as each one ends.
 
     Request i draws from seed `seeds[i]`, else from `sampling.seed`; the same prompt several times in a row, as when
-    several samples are drawn, is read once. Attention costs a request the whole pool,
-    so prompts that need pools of one size run together, or, with `one_pool_size`, all in the largest. Raises
-    DecodeError if prompt and limits together exceed the largest pool.
+    several samples are drawn, is read once. With `one_pool_size` all get the largest pool that one of them needs.
+    Raises DecodeError if prompt and limits together exceed the largest pool.
     """
-    groups: dict[int, list[int]] = {}
     longest = max(map(len, prompts), default=0)
-    for i, prompt in enumerate(prompts):
-      groups.setdefault(self._capacity(longest if one_pool_size else len(prompt)), []).append(i)
+    needs = [self._capacity(longest if one_pool_size else len(prompt)) for prompt in prompts]
     traces: dict[int, Trace] = {}
-    for capacity in sorted(groups):
+    for capacity, members in pool_groups(needs, self.requests):
       start = self._starter(prompts, [sampling.seed] * len(prompts) if seeds is None else seeds, capacity)
-      self._run_group(groups[capacity], start, sampling, traces, done)
+      self._run_group(members, start, sampling, traces, done)
     return [traces[i] for i in range(len(prompts))]
 
   def _starter(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], capacity: int) -> Callable[[int], State]:

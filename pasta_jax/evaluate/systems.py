@@ -96,7 +96,7 @@ class TwoStage:
     self.generator, self._skeleton = skeleton.generator, skeleton
 
   def many(self, conversations: Sequence[Conversation], done: Callable[[int, dict], None]) -> None:
-    group = self._skeleton.requests  # what a kill may lose
+    group = 4 * self._skeleton.requests  # what a kill may lose; fewer leave places empty at the end of each stage
     for first in range(0, len(conversations), group):
       for i, record in enumerate(self._skeleton.answer(conversations[first : first + group])):
         done(first + i, record)

@@ -22,6 +22,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+import rich.box
 import rich.console
 import rich.table
 
@@ -278,17 +279,22 @@ def _evaluate(job: _Job, number: int) -> None:
 
 
 def show(workdir: Path) -> None:
-  """Prints what each round's samples and pairs were like."""
-  table = rich.table.Table(title="rounds", caption="speedup and quality: of all samples (of the best ones, the worst)")
-  for name in ("policy", "round", "weight", "pairs", "speedup", "quality", "faulty", "margin", "accuracy"):
-    table.add_column(name, justify="left" if name == "policy" else "right")
+  """Prints what each round's samples and pairs were like, and which faults the samples had."""
+  table = rich.table.Table(title="rounds", box=rich.box.SIMPLE_HEAD)
+  for name in ("policy", "samples", "speedup", "quality", "pairs", "faulty", "margin", "accuracy"):
+    table.add_column(name, justify="left" if name in ("policy", "samples") else "right", no_wrap=True)
+  faults = []
   for path in sorted(workdir.glob("*/round*/round.json")):
     report = json.loads(path.read_text())
     for weight, f in report["by weight"].items():
-      of = lambda key, f=f: "{:.2f} ({:.2f}, {:.2f})".format(*(f[side].get(key, math.nan)
-                                                               for side in ("samples", "best", "worst")))
-      table.add_row(report["policy"], str(report["round"]), weight, str(f["pairs"]), of("speedup"), of("quality"),
+      name = [report["policy"], f"round {report['round']}", *([f"weight {weight}"] if len(report["by weight"]) > 1 else [])]
+      of = lambda key, f=f: "\n".join(f"{f[side].get(key, math.nan):.2f}" for side in ("samples", "best", "worst"))
+      table.add_row("\n".join(name), "all\nbest\nworst", of("speedup"), of("quality"), str(f["pairs"]),
                     f"{100 * f['share with faults']:.0f} %", f"{report['training']['margin']:.1f}",
                     f"{100 * report['training']['accuracy']:.0f} %")
+      found = ", ".join(f"{fault} {100 * share:.0f} %" for fault, share in f["faults of samples, share"].items())
+      faults.append(f"{', '.join(name)}: {found or 'none'}")
   if table.row_count:
-    rich.console.Console().print(table)
+    console = rich.console.Console(highlight=False)
+    console.print(table)
+    console.print("Faults of samples, a share of all of them each:", *faults, sep="\n")
