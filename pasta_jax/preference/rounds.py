@@ -287,13 +287,15 @@ def show(workdir: Path) -> None:
   for path in sorted(workdir.glob("*/round*/round.json")):
     report = json.loads(path.read_text())
     for weight, f in report["by weight"].items():
-      name = [report["policy"], f"round {report['round']}", *([f"weight {weight}"] if len(report["by weight"]) > 1 else [])]
+      which = [report["policy"], f"round {report['round']}"]
+      if len(report["by weight"]) > 1:
+        which.append(f"weight {weight}")
       of = lambda key, f=f: "\n".join(f"{f[side].get(key, math.nan):.2f}" for side in ("samples", "best", "worst"))
-      table.add_row("\n".join(name), "all\nbest\nworst", of("speedup"), of("quality"), str(f["pairs"]),
+      table.add_row("\n".join(which), "all\nbest\nworst", of("speedup"), of("quality"), str(f["pairs"]),
                     f"{100 * f['share with faults']:.0f} %", f"{report['training']['margin']:.1f}",
                     f"{100 * report['training']['accuracy']:.0f} %")
       found = ", ".join(f"{fault} {100 * share:.0f} %" for fault, share in f["faults of samples, share"].items())
-      faults.append(f"{', '.join(name)}: {found or 'none'}")
+      faults.append(f"{', '.join(which)}: {found or 'none'}")
   if table.row_count:
     console = rich.console.Console(highlight=False)
     console.print(table)
