@@ -226,8 +226,7 @@ def test_draws_follow_from_seed_path_and_index():
 
   @jax.jit
   def drawn(key, indices, logits):
-    one = lambda i, x: jax.random.choice(jax.random.fold_in(key, i), x.shape[0], p=jax.nn.softmax(x))
-    return jax.vmap(one)(indices, logits)
+    return jax.vmap(lambda i, x: jax.random.categorical(jax.random.fold_in(key, i), x))(indices, logits)
 
   @tiny.examples(20)
   @given(tiny.seeds, tiny.prompts)
