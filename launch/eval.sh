@@ -4,7 +4,7 @@
 #   launch/eval.sh PROMPTS_FILE TIMED_PROMPTS_FILE RUN_FOLDER [flags]
 # Prompts by the clock are those of PROMPTS_FILE that stand in TIMED_PROMPTS_FILE too. Leave the machine alone
 # while they run, or give --config.eval.timed=0 first and take the flag away later: what was answered is kept.
-# Started again, it goes on where it stopped. --limit=16 tries all of it in a quarter of an hour. PYTHON names
+# Started again, it goes on where it stopped. --limit=5 tries all of it in ten minutes, compilation included. PYTHON names
 # another Python than the checkout's own .venv.
 set -euo pipefail
 usage="usage: launch/eval.sh PROMPTS_FILE TIMED_PROMPTS_FILE RUN_FOLDER [flags]"
