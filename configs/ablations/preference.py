@@ -31,10 +31,10 @@ def get_config(arg: str = "theoretical") -> ConfigDict:
 def sweep(runs: str, prompts: str, held_out: str, *flags: str) -> list[str]:
   """Commands that optimise each score on `prompts` and evaluate it on `held_out`, under the folder `runs`."""
   first, *others = [s for s in SCORES if s != "clock" or any("preference.cost=" in f for f in flags)]
-  run = lambda score, *more: shlex.join([
+  run = lambda score: shlex.join([
     "python", "main.py", f"--config=configs/ablations/preference.py:{score}", "--mode=preference",
     f"--workdir={Path(runs) / score}", f"--config.preference.prompts={prompts}", f"--config.eval.prompts={held_out}",
-    *flags, *more])
+    *flags])
   commands = [run(first)]
   for score in others:
     here, there = (Path(runs) / s for s in (first, score))

@@ -24,7 +24,7 @@ def clocks(thread: Thread, sync: int, start: int = 1) -> tuple[list[np.ndarray],
   waiting: list[int] = []
   clock = start
   for i, token in enumerate(thread.tokens):
-    if token == sync and waiting:
+    if token == sync and waiting and i + 1 < len(thread.tokens):  # cut off behind it, it was written, not read back
       # A chunk's last token, written at step w, is in the cache after step w + 1; the sync is read back then.
       clock, waiting = max(clock, *(w + 1 for w in waiting)), []
     own[i] = clock
