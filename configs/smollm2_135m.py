@@ -19,6 +19,7 @@ def get_config(arg: str = "") -> ConfigDict:
       source="smollm2-135m-instruct",  # or a .gguf file, or a Hugging Face folder
       adapter=arg or "pasta",  # the package's own; a file; "" for the base model
   ))
+  c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # devices of training by axis (train.sharding); -1: all others
   c.positions = ConfigDict(dict(strategy="pred_10x", fixed=60))  # of training; decoding takes the adapter's
   c.train = ConfigDict(dict(
       annotation={"": "plan", "baseline": "none", "apar": "structure"}[arg],  # of the rows of `data`
@@ -126,7 +127,7 @@ def get_config(arg: str = "") -> ConfigDict:
       weight_decay=0.0,
       adam_b2=0.99,
       clip=1.0,
-      lora_rank=16,  # of new updates, where the start has none
+      lora_rank=16,  # of new updates, where the start has none; 0: train every parameter
       lora_alpha=32.0,
       dtype="bfloat16",
       remat=True,

@@ -21,10 +21,12 @@ from pasta_jax.lang.layout import Layout, layout
 from pasta_jax.preference.score import StepCost, choose, chunk_facts, faults, score
 from pasta_jax.train.preference import answer_likelihoods, make_pair_update
 from pasta_jax.train.preference_loss import LOSSES, default_beta, preference_loss
+from pasta_jax.train.sharding import AXES, make_mesh
 from pasta_jax.train.state import TrainState
 
 LIMITS = Limits(max_new_tokens=40, max_threads=6, max_depth=2, widths=(2,), buckets=(128,))
 SAMPLED = SamplingConfig(temperature=1.0)
+MESH = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
 ROWS, LENGTH, LEVELS = 3, 112, 3
 N = 6  # samples a prompt
 PROMPTS = [[int(x) for x in np.random.default_rng(i).integers(1, 24, 5)] for i in range(12)]
@@ -182,7 +184,7 @@ def test_a_policy_learns_what_is_rewarded(decoder, drawn, wanted):
   graph, trainable, frozen = nnx.split(nnx.merge(tiny.GRAPH, params), nnx.Param, ...)
   shape = dict(rows=ROWS, length=LENGTH, levels=LEVELS, seed=0)
   known: dict[int, tuple[float, float]] = {}
-  answer_likelihoods(graph, trainable, frozen, config, PairBatches(pairs, **shape), known.__setitem__)
+  answer_likelihoods(graph, trainable, frozen, config, MESH, PairBatches(pairs, **shape), known.__setitem__)
   pairs = [dataclasses.replace(p, reference=known[i]) for i, p in enumerate(pairs)]
   batches = PairBatches(pairs, **shape)
   optimiser = optax.adam(3e-3)
@@ -238,7 +240,7 @@ def test_the_best_and_the_worst():
   assert pick(math.inf, tie) == (1, 0, "")  # speed breaks ties
   assert score(2.0, 0.5, 4.0) > score(3.0, 0.2, 4.0)
   broken = [slow, fast | {"faults": ["loops"]}, good]
-  assert pick(0.0, broken) == (2, 0, "")
+  assert pick(0.0, broken) == (2, 1, "")  # below all that are whole, fast as it is
   assert pick(0.0, broken, guards=False) == (1, 0, "")
   assert pick(1.0, [good, dict(good)])[2] == "all the same"
   assert pick(1.0, [good])[2] == "not judged, or too long"

@@ -16,7 +16,7 @@ from pasta_jax.decode.generate import DecodeError, Generator, use_compilation_ca
 from pasta_jax.evaluate.benchmark import step_cost
 from pasta_jax.evaluate.prompts import read_prompts
 from pasta_jax.model.checkpoint import load_checkpoint
-from pasta_jax.model.lora import read_metadata
+from pasta_jax.model.lora import AdapterError, read_metadata
 from pasta_jax.preference import audit, sampling
 from pasta_jax.preference.rounds import optimise, policies
 from pasta_jax.preference.score import StepCost
@@ -133,6 +133,33 @@ def test_a_training_that_was_killed_goes_on(whole, start, tmp_path, steps, capsy
     del r["training"]["pairs_per_second"]
   assert reports[0] == reports[1] and "margin" in capsys.readouterr().out
   assert_same_adapter(train / "adapter.safetensors", whole / "weight_2" / "round1" / "train" / "adapter.safetensors")
+
+
+def test_every_parameter_can_be_trained(whole, start, tmp_path):
+  """From a low-rank start: each round goes on from the weights of the one before, and so does whoever decodes."""
+  for name in ("baseline.jsonl", "baseline.settings.json"):
+    shutil.copy(whole / name, tmp_path)
+  shutil.copytree(whole / "start", tmp_path / "start")
+  optimise(changed(start, lora_rank=0, learning_rate=1e-3, stages="sample,judge,train"), tmp_path)
+  first, second = (tmp_path / "weight_2" / f"round{n}" / "train" for n in (1, 2))
+  low_rank, full = ({r["id"]: r["log_p"] for r in rows_of(f / "reference.jsonl")}
+                    for f in (whole / "weight_2" / "round1" / "train", first))
+  assert low_rank.keys() == full.keys()
+  np.testing.assert_allclose(list(full.values()), [low_rank[k] for k in full], rtol=1e-5)  # the start, updates merged
+  kernels = [load_checkpoint(source).params["layers.0.attn.q.kernel"]
+             for source in (start.model.source, first / "model", second / "model")]
+  assert all(np.abs(a - b).max() > 1e-4 for a, b in zip(kernels, kernels[1:]))
+  found = json.loads((second.parent / "audit.json").read_text())
+  assert found["samples"] == 8 and found["worst"] < 1e-5 and abs(found["from_start"]) > 1e-4
+  moved = shutil.copytree(second, tmp_path / "elsewhere")
+  generators = [Generator(start, adapter=str(f / "adapter.safetensors"), dtype="float32") for f in (second, moved)]
+  kernel = generators[1].model.layers[0].attn.q.kernel[...]
+  np.testing.assert_array_equal(kernel, generators[0].model.layers[0].attn.q.kernel[...])
+  np.testing.assert_array_equal(kernel, kernels[2])
+  shutil.rmtree(moved / "model")
+  with pytest.raises(AdapterError, match="belongs to the weights in .*model, which is not there") as caught:
+    Generator(start, adapter=str(moved / "adapter.safetensors"))
+  assert "\n" not in str(caught.value)
 
 
 def test_other_settings_need_another_folder(whole, start):

@@ -44,6 +44,15 @@ def adapter_path(name: str) -> Path | None:
   return Path(name).expanduser()
 
 
+def source_of(config, adapter: str | Path) -> str | Path:
+  """Where the weights under an adapter are: beside it, after full training; else where `config.model.source` says.
+
+  Raises AdapterError, one line, if the adapter cannot be read.
+  """
+  path = adapter_path(str(adapter))
+  return (lora.weights_of(path) if path else None) or config.model.source
+
+
 def adapter_digest(name: str) -> str | None:
   """sha256 of an adapter's file; None where there is none."""
   path = adapter_path(name)
@@ -71,14 +80,14 @@ class Generator:
     if d.dtype not in DTYPES:
       raise DecodeError(f"decode.dtype must be {' or '.join(DTYPES)}, not {d.dtype!r}")
     exact_products(d.dtype)
-    checkpoint = load_checkpoint(config.model.source)
+    self.adapter = config.model.adapter if adapter is None else adapter
+    path = adapter_path(self.adapter)
+    checkpoint = load_checkpoint(source_of(config, self.adapter))
     self.name = checkpoint.name
     self.vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
     self.rule = PositionRule(config.positions.strategy, config.positions.fixed)
     model = build.from_params(checkpoint.config, checkpoint.params)
-    path = adapter_path(config.model.adapter if adapter is None else adapter)
     self.has_tags = False
-    self.adapter = config.model.adapter if adapter is None else adapter
     self.speed = d.speed if adapter is None else -1  # wanted of the config's own adapter
     self.speeds: tuple[int, ...] = ()  # that the adapter was trained for
     if path is not None:

@@ -78,8 +78,8 @@ def load_hf_folder(folder: Path, progress: bool) -> tuple[ModelConfig, dict[str,
   return config, params, tokenizer
 
 
-def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, ArrayLike], tokenizer: Tokenizer) -> None:
-  """Writes a model so that `load_hf_folder` and `transformers` read it, float32.
+def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, ArrayLike], tokenizer: Tokenizer) -> Path:
+  """Writes a model so that `load_hf_folder` and `transformers` read it, float32; returns the file of its tensors.
 
   The folder is made under another name first: it is there whole or not at all. One that stood there before
   is replaced.
@@ -103,6 +103,7 @@ def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, Array
   tokenizer.save(temporary)
   shutil.rmtree(folder, ignore_errors=True)
   temporary.replace(folder)
+  return folder / _SINGLE
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -78,6 +78,20 @@ def read_metadata(path: Path) -> dict[str, str]:
   return _header(path)[0]
 
 
+def weights_of(path: Path) -> Path | None:
+  """The folder beside an adapter's file with the weights that it belongs to, where these were trained too; else None.
+
+  Raises AdapterError, one line, if the file cannot be read or the folder is gone.
+  """
+  name = read_metadata(path).get("weights")
+  if name is None:
+    return None
+  folder = path.parent / name
+  if not folder.is_dir():
+    raise AdapterError(f"{path} belongs to the weights in {folder}, which is not there: keep both in one folder")
+  return folder
+
+
 def has_tags(path: Path) -> bool:
   """Whether an adapter's file holds tag rows: whether it is one of PASTA. Raises as `read_metadata`."""
   return "embed.tags" in _header(path)[1]

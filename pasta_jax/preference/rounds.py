@@ -15,7 +15,6 @@ can run on different machines, with the folder carried between these.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -28,7 +27,7 @@ import rich.table
 
 from pasta_jax.data.pairs import PreferencePair
 from pasta_jax.data.records import agree
-from pasta_jax.decode.generate import adapter_path, with_speed
+from pasta_jax.decode.generate import adapter_path, source_of, with_speed
 from pasta_jax.evaluate.judging import judges_of
 from pasta_jax.evaluate.prompts import Request, read_prompts
 from pasta_jax.evaluate.run import evaluate
@@ -82,7 +81,7 @@ def _check(config) -> tuple[list[str], StepCost | None]:
   for field, least in (("rounds", 1), ("samples", 2), ("requests", 1), ("width", 1), ("audit", 0)):
     if c[field] < least:
       raise ValueError(f"preference.{field} must be {least} or more, not {c[field]}")
-  check_settings(c)
+  check_settings(config)
   if c.sample_dtype not in DTYPES:
     raise ValueError(f"preference.sample_dtype must be {' or '.join(DTYPES)}, not {c.sample_dtype!r}")
   if not c.temperature > 0:
@@ -121,10 +120,15 @@ class _Job:
     if start is None or not has_tags(start):
       raise ValueError("preference optimisation starts from a PASTA adapter: name --config.model.adapter")
     self.start: Path = start
+    self._loaded: tuple[str | Path, Checkpoint] | None = None
 
-  @functools.cached_property
-  def checkpoint(self) -> Checkpoint:
-    return load_checkpoint(self.config.model.source)
+  def checkpoint(self, adapter: Path) -> Checkpoint:
+    """The weights under a policy's adapter; the last ones asked for are kept."""
+    source = source_of(self.config, adapter)
+    if self._loaded is None or self._loaded[0] != source:
+      self._loaded = None  # before the next ones are read
+      self._loaded = source, load_checkpoint(source)
+    return self._loaded[1]
 
   def adapter(self, policy: Policy, number: int) -> Path:
     """The policy behind round `number`; 0: where all start."""
@@ -214,7 +218,8 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], fo
   """Chooses the pairs of each weight, trains on all of them and writes the round's report; False if SIGTERM came."""
   config, c = job.config, job.config.preference
   folder, before = job.folder(policy, number), job.adapter(policy, number - 1)
-  vocabulary = Vocabulary(job.checkpoint.tokenizer, job.checkpoint.config.vocab_size)
+  checkpoint = job.checkpoint(before)
+  vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
   rule = PositionRule(**json.loads(read_metadata(before)["positions"]))
   laid: list[PreferencePair] = []
   report: dict = {"policy": policy.name, "round": number, "by weight": {}}
@@ -232,7 +237,7 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], fo
   notes = {"weights": ", ".join(f"{w:g}" for w in policy.weights), "round": str(number)}
   if policy.conditioned:
     notes["speeds"] = json.dumps(sorted(policy.speed(w) for w in policy.weights))
-  went_on = train_on_pairs(config, folder / "train", laid, checkpoint=job.checkpoint, vocabulary=vocabulary, rule=rule,
+  went_on = train_on_pairs(config, folder / "train", laid, checkpoint=checkpoint, vocabulary=vocabulary, rule=rule,
                            adapter=before, notes=notes)
   if job.adapter(policy, number).is_file():
     report["training"] = last_scalars(folder / "train", share=0.25)  # one step holds few pairs
@@ -245,11 +250,11 @@ def _audit(job: _Job, path: Path, policy: Path, number: int, samples: list[dict]
   if path.is_file():
     return
   few = audit.some(samples, job.config.preference.audit)
-  found: dict = audit.compare(job.config, job.checkpoint, policy, few)
+  found: dict = audit.compare(job.config, job.checkpoint(policy), policy, few)
   print(f"audit of {found['samples']} samples: between decode loop and trainer, log p a token differs by "
         f"{found['mean']:.2g} on average, {found['worst']:.2g} at most")
   if number > 1:
-    found["from_start"] = audit.divergence(job.config, job.checkpoint, job.start, few)
+    found["from_start"] = audit.divergence(job.config, job.checkpoint(job.start), job.start, few)
     print(f"the policy finds its samples likelier than the start does by {found['from_start']:.3f} nats a token")
   _write_json(path, found)
 

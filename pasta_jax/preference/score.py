@@ -114,19 +114,19 @@ class Choice:
 def choose(samples: Sequence[dict], weight: float, *, guards: bool = True) -> Choice:
   """The pair of a prompt's samples, which have `speedup`, `quality`, `faults` and `text`.
 
-  `samples` may be fewer than were drawn: without those that were not judged, or that no training row holds. The best
-  is the best of those without faults (of all without `guards`), the worst the worst of all. No pair where
+  `samples` may be fewer than were drawn: without those that were not judged, or that no training row holds. With
+  `guards` any answer with faults ranks below all without: the best has none, and the worst is the worst of those that
+  have some, if there are any, so that what breaks an answer is unlearned even where it is fast. No pair where
   all samples are the same, where none is without faults, and where best and worst score the same.
   """
   if len(samples) < 2:
     return Choice(reason="not judged, or too long")
   if len({(s["text"], s["longest_path"]) for s in samples}) < 2:
     return Choice(reason="all the same")
-  sound = [i for i, s in enumerate(samples) if not (guards and s["faults"])]
-  if not sound:
+  keys = [(not (guards and s["faults"]), *score(s["speedup"], s["quality"], weight)) for s in samples]
+  best, worst = (choice(range(len(samples)), key=keys.__getitem__) for choice in (max, min))
+  if not keys[best][0]:
     return Choice(reason="none without faults")
-  keys = [score(s["speedup"], s["quality"], weight) for s in samples]
-  best, worst = max(sound, key=lambda i: keys[i]), min(range(len(samples)), key=lambda i: keys[i])
-  if keys[best] <= keys[worst]:
+  if keys[best] == keys[worst]:
     return Choice(reason="no difference")
   return Choice(best, worst)

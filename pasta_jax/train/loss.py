@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from pasta_jax.lang.layout import NO_TARGET, is_visible
 from pasta_jax.model.decoder import Decoder, dense_attention
+from pasta_jax.train.sharding import pin_rows
 
 Batch = dict[str, jax.Array]  # the fields of data.packing.Batch
 
@@ -21,38 +22,43 @@ def attention_mask(batch: Batch) -> jax.Array:
 
 def hidden_states(model: Decoder, batch: Batch, *, remat: bool) -> jax.Array:
   """[B, T, D] behind the final norm."""
-  attend = dense_attention(attention_mask(batch), model.dtype)
-  hidden, _ = model(batch["tokens"], batch["positions"], lambda *a: (attend(*a)[0], None), remat=remat)
-  return hidden
+  dense = dense_attention(attention_mask(batch), model.dtype)
+
+  def attend(cache, q, k, v):
+    q, k, v = (pin_rows(x, None, "tensor") for x in (q, k, v))
+    context, _ = dense(cache, q, k, v)
+    return pin_rows(context, None, "tensor"), None
+
+  hidden, _ = model(batch["tokens"], batch["positions"], attend, remat=remat)
+  return pin_rows(hidden)
 
 
 def token_log_likelihood(model: Decoder, batch: Batch, *, chunk: int = 1024,
                          remat: bool = False) -> tuple[jax.Array, jax.Array]:
   """(log p of each target [B, T], whether it is the model's first choice [B, T]); zero where none is.
 
-  The vocabulary's logits are formed for `chunk` tokens at a time and recomputed in the backward pass, so
-  that memory stays at chunk x V.
+  The vocabulary's logits are formed for about `chunk` tokens at a time, as many of each row, and recomputed in the
+  backward pass, so that memory stays at chunk x V.
   """
-  hidden = hidden_states(model, batch, remat=remat)
-  shape = batch["targets"].shape
-  flat, targets = hidden.reshape(-1, hidden.shape[-1]), batch["targets"].reshape(-1)
-  chunk = min(chunk, len(targets))
-  padding = -len(targets) % chunk
-  flat = jnp.pad(flat, ((0, padding), (0, 0)))
-  targets = jnp.pad(targets, (0, padding), constant_values=NO_TARGET)
+  hidden, targets = hidden_states(model, batch, remat=remat), batch["targets"]
+  rows, length = targets.shape
+  columns = min(max(chunk // rows, 1), length)
+  padding = -length % columns
+  hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+  targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=NO_TARGET)
 
   @jax.checkpoint
   def score(hidden, targets):
-    logits = model.logits(hidden)
-    chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+    logits = pin_rows(model.logits(pin_rows(hidden)), None, "tensor")
+    chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     log_p = chosen - jax.nn.logsumexp(logits, axis=-1)
     learned = targets != NO_TARGET
     return jnp.where(learned, log_p, 0.0), learned & (chosen >= jnp.max(logits, axis=-1))
 
-  log_p, correct = jax.lax.map(lambda xs: score(*xs), (flat.reshape(-1, chunk, flat.shape[-1]),
-                                                       targets.reshape(-1, chunk)))
-  unpad = lambda x: x.reshape(-1)[: shape[0] * shape[1]].reshape(shape)
-  return unpad(log_p), unpad(correct)
+  split = lambda x: x.reshape(rows, -1, columns, *x.shape[2:]).swapaxes(0, 1)  # [B, T, …] -> [T / columns, B, …]
+  found = jax.lax.map(lambda xs: score(*xs), (split(hidden), split(targets)))
+  log_p, correct = (x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in found)
+  return log_p, correct
 
 
 def sft_loss(model: Decoder, batch: Batch, *, chunk: int = 1024,

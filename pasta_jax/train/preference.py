@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from pasta_jax.data.pairs import PairBatches, PreferencePair
 from pasta_jax.data.records import Records
@@ -24,6 +25,7 @@ from pasta_jax.progress import progress_bar
 from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.preference_loss import LOSSES, answer_log_likelihood, default_beta, preference_loss
 from pasta_jax.train.sft import export
+from pasta_jax.train.sharding import check_rows, make_mesh, on_host, place, place_batch
 from pasta_jax.train.state import TrainState, compute_model, make_model, make_optimiser
 from pasta_jax.train.update import make_step
 
@@ -43,13 +45,13 @@ def make_pair_update(graph, optimiser: optax.GradientTransformation, config, bet
   return make_step(one, optimiser, over="pairs", means=means)
 
 
-def answer_likelihoods(graph, trainable, frozen, config, batches: PairBatches,
+def answer_likelihoods(graph, trainable, frozen, config, mesh: Mesh, batches: PairBatches,
                        done: Callable[[int, tuple[float, float]], None]) -> None:
   """`done(i, (log p of the chosen, of the rejected answer))` of each pair by the trainer's own forward pass."""
   run = jax.jit(lambda trainable, frozen, batch: answer_log_likelihood(
       compute_model(graph, trainable, frozen, config.dtype), batch, chunk=config.loss_chunk))
   for step, members in enumerate(batches.epoch(0)):
-    found = np.asarray(run(trainable, frozen, batches(step)))
+    found = np.asarray(run(trainable, frozen, place_batch(mesh, batches(step))))
     for i, (chosen, rejected) in zip(members, found):
       done(i, (float(chosen), float(rejected)))
 
@@ -60,8 +62,9 @@ def _reference_key(pair: PreferencePair) -> str:
   return hashlib.sha256(b"".join(parts)).hexdigest()[:24]
 
 
-def check_settings(c) -> None:
-  """Raises ValueError, one line, for what training on pairs cannot use of `config.preference`."""
+def check_settings(config) -> None:
+  """Raises ValueError, one line, for what training on pairs cannot use of `config.preference` and `config.mesh`."""
+  c = config.preference
   if c.loss not in LOSSES:
     raise ValueError(f"preference.loss must be one of {', '.join(LOSSES)}, not {c.loss!r}")
   if c.dtype not in DTYPES:
@@ -69,9 +72,10 @@ def check_settings(c) -> None:
   if not 0 <= c.alpha <= 1 or c.beta < 0:
     raise ValueError(f"preference.alpha must be in [0, 1] and preference.beta 0 or more, not {c.alpha} and {c.beta}")
   for field, least in (("batch_size", 2), ("accumulate", 1), ("length", 1), ("loss_chunk", 1), ("checkpoint_every", 1),
-                       ("steps", 0), ("lora_rank", 1)):
+                       ("steps", 0), ("lora_rank", 0)):
     if c[field] < least:
       raise ValueError(f"preference.{field} must be {least} or more, not {c[field]}")
+  check_rows(make_mesh(config.mesh), c.batch_size, "preference.batch_size")
   if not c.steps and c.epochs <= 0:
     raise ValueError("preference.epochs must be above 0, or preference.steps say how many steps")
 
@@ -85,11 +89,14 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
   that cannot be used.
   """
   c = config.preference
-  check_settings(c)
+  check_settings(config)
   exact_products(c.dtype)
   workdir = checked_workdir(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  graph, trainable, frozen = make_model(checkpoint, vocabulary, c, adapter=adapter)
+  mesh = make_mesh(config.mesh)
+  with on_host():
+    graph, trainable, frozen = make_model(checkpoint, vocabulary, c, adapter=adapter)
+  trainable, frozen = place(mesh, trainable), place(mesh, frozen)
   levels = max(e.hidden.shape[1] for p in pairs for e in (p.chosen, p.rejected))
   shape = dict(rows=c.batch_size, length=c.length, levels=levels, seed=c.seed)
 
@@ -104,8 +111,8 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
       records.add({"id": keys[todo[i]], "log_p": log_p})
       bar.advance(task)
 
-    with bar:
-      answer_likelihoods(graph, trainable, frozen, c, PairBatches([pairs[i] for i in todo], **shape), note)
+    with bar, jax.set_mesh(mesh):
+      answer_likelihoods(graph, trainable, frozen, c, mesh, PairBatches([pairs[i] for i in todo], **shape), note)
   pairs = [dataclasses.replace(p, reference=tuple(records.rows[k]["log_p"])) for p, k in zip(pairs, keys)]
 
   batches = PairBatches(pairs, **shape)
@@ -119,17 +126,18 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
   def one_step(step: int, state: TrainState) -> tuple[TrainState, dict[str, float]]:
     started = time.perf_counter()
     chosen = [batches(step * c.accumulate + i) for i in range(c.accumulate)]
-    state, metrics = update(state, frozen, jax.tree.map(lambda *x: np.stack(x), *chosen))
+    state, metrics = update(state, frozen, place_batch(mesh, jax.tree.map(lambda *x: np.stack(x), *chosen)))
     scalars = {k: float(v) for k, v in metrics.items()}
     seconds = time.perf_counter() - started
     return state, scalars | {"learning_rate": float(schedule(step)), "epoch": (step + 1) / per_epoch,
                              "pairs_per_second": scalars["pairs"] / seconds}
 
-  state = TrainState(jnp.zeros((), jnp.int32), trainable, optimiser.init(trainable))
-  state, stopped = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
+  state = place(mesh, TrainState(jnp.zeros((), jnp.int32), trainable, optimiser.init(trainable)))
+  with jax.set_mesh(mesh):
+    state, stopped = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
   if int(state.step) == total:
     model = compute_model(graph, state.trainable, frozen, jnp.float32)
-    export(workdir, model, rule, checkpoint.tokenizer, full=False, tags=True,
+    export(workdir, model, rule, checkpoint.tokenizer, full=c.lora_rank == 0, tags=True,
            metadata={"preference": json.dumps(recipe(c)), **notes})
   return not stopped
 

@@ -3,6 +3,7 @@
 Batch `step` is a function of seed and step, so a run that was killed goes on bit for bit (`train.loop`).
 """
 
+import hashlib
 import json
 import math
 import time
@@ -27,6 +28,7 @@ from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.loss import sft_loss
 from pasta_jax.train.metrics import last_scalars
+from pasta_jax.train.sharding import check_rows, make_mesh, on_host, place, place_batch
 from pasta_jax.train.state import TrainState, compute_model, make_model, make_optimiser
 from pasta_jax.train.update import make_step
 
@@ -49,7 +51,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   """Runs `config.train` to its last step in `workdir`; returns the metrics of the last step that was done.
 
   Leaves checkpoints, `metrics.jsonl`, `tensorboard/`, `config.json` and, at the end, `adapter.safetensors` there;
-  after full training `model/` too (a Hugging Face folder; the adapter then holds the tags). SIGTERM saves and
+  after full training `model/` too (a Hugging Face folder, which the adapter names and finds). SIGTERM saves and
   stops. Raises FloatingPointError when loss or gradient is not finite, and ValueError, one line, when folder,
   data, model or an earlier run in `workdir` cannot be used; the folder is
   then as it was.
@@ -61,6 +63,8 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
     if c[field] < 1:
       raise ValueError(f"train.{field} must be 1 or more, not {c[field]}")
   exact_products(c.dtype)
+  mesh = make_mesh(config.mesh)
+  check_rows(mesh, c.batch_size, "train.batch_size")
   workdir = checked_workdir(workdir)  # before minutes of loading
   rows, held_out_rows = mix(c.data), mix(c.validation)
   checkpoint = load_checkpoint(config.model.source)
@@ -82,27 +86,30 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   print(f"{len(data)} examples ({left_out}), {len(held_out)} held out; "
         f"{total} steps, {per_epoch:.0f} an epoch")
 
-  graph, trainable, frozen = make_model(checkpoint, vocabulary, c, tags=c.annotation != "none")
-  optimiser, schedule = make_optimiser(c, total)
+  with on_host():
+    graph, trainable, frozen = make_model(checkpoint, vocabulary, c, tags=c.annotation != "none")
+    optimiser, schedule = make_optimiser(c, total)
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimiser.init(trainable))
   update, evaluate = make_update(graph, optimiser, c)
-  state = TrainState(jnp.zeros((), jnp.int32), trainable, optimiser.init(trainable))
+  state, frozen = place(mesh, state), place(mesh, frozen)
 
   def one_step(step: int, state: TrainState) -> tuple[TrainState, dict[str, float]]:
     started = time.perf_counter()
     chosen = [batches(step * c.accumulate + i).as_dict() for i in range(c.accumulate)]
-    state, metrics = update(state, frozen, jax.tree.map(lambda *x: np.stack(x), *chosen))
+    state, metrics = update(state, frozen, place_batch(mesh, jax.tree.map(lambda *x: np.stack(x), *chosen)))
     scalars = {k: float(v) for k, v in metrics.items()}
     tokens = c.accumulate * c.batch_size * c.length
     scalars |= {"learning_rate": float(schedule(step)), "epoch": (step + 1) / per_epoch,
                 "tokens_per_second": tokens / (time.perf_counter() - started)}
     if validation and (step + 1 == total or (step + 1) % c.validate_every == 0):
-      sums = [evaluate(state.trainable, frozen, b.as_dict()) for b in validation]
+      sums = [evaluate(state.trainable, frozen, place_batch(mesh, b.as_dict())) for b in validation]
       tokens = sum(float(s["tokens"]) for s in sums)
       scalars["validation_loss"] = sum(float(s["loss"]) for s in sums) / tokens
       scalars["validation_accuracy"] = sum(float(s["correct"]) for s in sums) / tokens
     return state, scalars
 
-  state, _ = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
+  with jax.set_mesh(mesh):
+    state, _ = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
   if int(state.step) == total:
     export(workdir, compute_model(graph, state.trainable, frozen, jnp.float32), rule, checkpoint.tokenizer,
            full=c.lora_rank == 0, tags=c.annotation != "none", metadata={"train": _recipe(config)})
@@ -111,12 +118,14 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
 
 def export(workdir: Path, model: Decoder, rule: PositionRule, tokenizer: Tokenizer, *, full: bool, tags: bool,
            metadata: dict[str, str]) -> None:
-  """What decoding loads: `adapter.safetensors` with updates and tag rows, and of full training `model/`."""
+  """What decoding loads: `adapter.safetensors` with updates and tag rows; of full training, where it only names its
+  weights and holds the tags, `model/` too."""
+  if tags:
+    metadata = metadata | {"positions": json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})}
   if full:
-    save_hf_folder(workdir / "model", model.config, to_params(model), tokenizer)
-  if tags or not full:
-    positions = json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})
-    lora.save_adapter(workdir / "adapter.safetensors", model, {"positions": positions, **metadata})
+    weights = save_hf_folder(workdir / "model", model.config, to_params(model), tokenizer)
+    metadata = metadata | {"weights": "model", "weights' sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+  lora.save_adapter(workdir / "adapter.safetensors", model, metadata)
 
 
 def _recipe(config) -> str:

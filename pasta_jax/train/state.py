@@ -42,13 +42,19 @@ def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config, *, tags: 
 
   `config.lora_rank` 0 trains every parameter. Trainable parameters are float32; frozen ones are stored in
   `config.dtype`. `graph` turns both back into a Decoder with `nnx.merge`. With an `adapter` training goes on from
-  its updates and tag rows, and its rank stays; else new ones begin at no effect, `tags` or no tags.
+  its tag rows and its updates, whose rank stays, or which are merged where every parameter is trained; else new ones
+  begin at no effect, `tags` or no tags.
   """
   full = config.lora_rank == 0
   dtype = jnp.dtype(jnp.float32 if full else config.dtype)
   model = build.from_params(checkpoint.config, checkpoint.params, dtype)
   if adapter is not None:
     lora.load_adapter(adapter, model)
+    if full:
+      rows = model.embed.tags
+      model = build.from_params(checkpoint.config, jax.tree.map(np.asarray, build.to_params(model)), dtype)
+      if rows is not None:
+        lora.add_tags(model, np.asarray(rows[...]))
   model = build.stack(model)
   if adapter is None and tags:
     lora.add_tags(model, tag_rows(checkpoint.params["embed.embedding"], vocabulary))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pasta_jax.train.sharding import pin
 from pasta_jax.train.state import Params, TrainState
 
 Sums = dict[str, jax.Array]
@@ -19,14 +20,14 @@ def make_step(loss: Loss, optimiser: optax.GradientTransformation, *, over: str,
 
   `batches` has leaves [A, …]: the losses of A batches are summed and divided by all that their `over` counts, which
   is what one batch of them all would give. `means(sums, count)` makes metrics of the sums. The state's buffers are
-  reused.
+  reused; on a mesh (`jax.set_mesh`) its arrays stay where `sharding` puts them.
   """
 
   @partial(jax.jit, donate_argnums=0)
   def step(state: TrainState, frozen, batches):
     def add(sums, batch):
       (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, frozen, batch)
-      return jax.tree.map(jnp.add, sums, (gradient, metrics)), None
+      return jax.tree.map(jnp.add, sums, (pin(gradient), metrics)), None
 
     first = jax.tree.map(lambda x: x[0], batches)
     _, shapes = jax.eval_shape(loss, state.trainable, frozen, first)
@@ -36,6 +37,6 @@ def make_step(loss: Loss, optimiser: optax.GradientTransformation, *, over: str,
     gradient = jax.tree.map(lambda g: g / count, gradient)
     updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.trainable)
     metrics = means(sums, count) | {over: sums[over], "gradient_norm": optax.global_norm(gradient)}
-    return TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), optimiser_state), metrics
+    return pin(TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), optimiser_state)), metrics
 
   return step

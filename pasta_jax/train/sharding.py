@@ -1,0 +1,126 @@
+"""Where a training run's arrays live: a mesh of devices, one table of rules; XLA's partitioner (GSPMD) does the rest.
+
+    data    rows of a batch, parameters repeated
+    fsdp    rows of a batch too, and parameters and the optimiser's moments in pieces (Zhao et al. 2023)
+    tensor  heads and feed-forward columns (Shoeybi et al. 2019), and the vocabulary
+
+Functions that are traced find the mesh in `jax.set_mesh`; without one, or with one of a single device, they change
+nothing, so losses and updates are the same code on one device and on many.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes that divide a batch
+
+# Name of an array → axes of its last two dimensions. What no rule names (norm scales, tag rows, counters) is on every
+# device. An optimiser's moments bear the name of their parameter.
+_Axes = str | tuple[str, ...] | None
+_RULES: tuple[tuple[str, tuple[_Axes, _Axes]], ...] = (
+  (r"embed\.embedding", (("tensor", "fsdp"), None)),  # rows alone: tokens then fetch whole ones
+  (r"(q|k|v|gate|up|head)\.kernel", ("fsdp", "tensor")),
+  (r"(o|down)\.kernel", ("tensor", "fsdp")),
+  (r"(q|k|v|gate|up)\.lora_a", ("fsdp", None)),
+  (r"(q|k|v|gate|up)\.lora_b", (None, "tensor")),
+  (r"(o|down)\.lora_a", ("tensor", None)),
+  (r"(o|down)\.lora_b", (None, "fsdp")),
+)
+_OF_PAIRS = ("reference", "weight")  # leaves of a batch that count pairs, not rows
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh of `config.mesh`: a size for each axis, of which one may be -1 (all devices that the others leave).
+
+  Raises ValueError, one line, if the sizes do not make up the devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = [int(sizes[axis]) for axis in AXES]
+  given = math.prod(n for n in shape if n != -1)
+  if shape.count(-1) > 1 or min(n for n in (*shape, 1) if n != -1) < 1:
+    raise ValueError(f"mesh={dict(zip(AXES, shape))}: sizes are 1 or more; one may be -1, for all devices left")
+  if -1 in shape:
+    shape[shape.index(-1)] = len(devices) // given
+  if math.prod(shape) != len(devices):
+    raise ValueError(f"mesh={dict(zip(AXES, shape))} needs {math.prod(shape)} devices; {len(devices)} are here")
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def check_rows(mesh: Mesh, rows: int, name: str) -> None:
+  """Raises ValueError, one line, if a batch of so many rows (the setting `name`) cannot be divided over the mesh."""
+  parts = math.prod(mesh.shape[axis] for axis in ROWS)
+  if rows % parts:
+    raise ValueError(f"{name}={rows} rows cannot be divided over {parts} devices (mesh.data x mesh.fsdp): "
+                     f"choose a multiple of {parts}")
+
+
+def spec(name: str, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+  """How an array is divided; axes of a mesh (`sizes`) that do not divide their dimension are left out."""
+  axes = next((axes for rule, axes in _RULES if re.search(rf"(^|\.){rule}$", name)), None)
+  if axes is None or len(shape) < 2:
+    return PartitionSpec()
+  return PartitionSpec(*[None] * (len(shape) - 2), *_fitting(axes, shape[-2:], sizes))
+
+
+def _fitting(axes: Sequence[_Axes], shape: Sequence[int], sizes: Mapping[str, int]) -> list[_Axes]:
+  """None in the place of axes that do not divide their dimension."""
+  parts = lambda axis: math.prod(sizes[a] for a in ((axis,) if isinstance(axis, str) else axis))
+  return [axis if axis and n % parts(axis) == 0 else None for axis, n in zip(axes, shape)]
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+  """A NamedSharding for each array of parameters or of a whole `TrainState`, by its name and shape."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: NamedSharding(mesh, spec(_name(path), leaf.shape, mesh.shape)), tree)
+
+
+def place(mesh: Mesh, tree: Any) -> Any:
+  """Parameters or a `TrainState` on the mesh."""
+  return jax.device_put(tree, shardings(mesh, tree))
+
+
+def pin(tree: Any) -> Any:
+  """The same for traced values: what a step gives back lies where it lay."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size <= 1:
+    return tree
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: jax.lax.with_sharding_constraint(leaf, spec(_name(path), leaf.shape, mesh.shape)), tree)
+
+
+def pin_rows(x: jax.Array, *axes: str | None) -> jax.Array:
+  """A traced array [B, …] with its rows divided; `axes` are for the dimensions behind."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size <= 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *_fitting(axes, x.shape[1:], mesh.shape)))
+
+
+def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+  """A batch ([B, …], or several [A, B, …]) on the mesh. Every process makes the whole batch, and keeps its rows."""
+  before = [None] * (batch["tokens"].ndim - 2)
+
+  def put(name: str, x: np.ndarray) -> jax.Array:
+    divided = PartitionSpec() if name in _OF_PAIRS else PartitionSpec(*before, ROWS)
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, divided), lambda index: x[index])
+
+  return {name: put(name, x) for name, x in batch.items()}
+
+
+def on_host() -> contextlib.AbstractContextManager:
+  """Arrays made inside stay in the host's memory, until `place` divides them: no device need hold a whole model."""
+  try:
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+  except RuntimeError:  # JAX_PLATFORMS leaves the host out
+    return contextlib.nullcontext()
+
+
+def _name(path: tuple) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
