@@ -83,7 +83,7 @@ def weights_of(path: Path) -> Path | None:
 
   Raises AdapterError, one line, if the file cannot be read or the folder is gone.
   """
-  name = read_metadata(path).get("weights")
+  name = read_metadata(path).get("base")
   if name is None:
     return None
   folder = path.parent / name
@@ -99,6 +99,8 @@ def has_tags(path: Path) -> bool:
 
 def _header(path: Path) -> tuple[dict[str, str], list[str]]:
   """Metadata and names of arrays."""
+  if not path.is_file():
+    raise AdapterError(f"no adapter file at {path}")
   try:
     with safe_open(path, "numpy") as file:
       return file.metadata() or {}, list(file.keys())

@@ -39,7 +39,7 @@ from pasta_jax.model.lora import has_tags, read_metadata
 from pasta_jax.preference import audit, pairs, sampling
 from pasta_jax.preference.score import SPEEDUPS, StepCost
 from pasta_jax.train.metrics import last_scalars
-from pasta_jax.train.preference import check_settings, recipe, train_on_pairs
+from pasta_jax.train.preference import check_settings, mesh_for, recipe, train_on_pairs
 
 STAGES = ("sample", "judge", "train", "eval")
 
@@ -81,7 +81,9 @@ def _check(config) -> tuple[list[str], StepCost | None]:
   for field, least in (("rounds", 1), ("samples", 2), ("requests", 1), ("width", 1), ("audit", 0)):
     if c[field] < least:
       raise ValueError(f"preference.{field} must be {least} or more, not {c[field]}")
-  check_settings(config)
+  check_settings(c)
+  if "train" in stages:
+    mesh_for(config)
   if c.sample_dtype not in DTYPES:
     raise ValueError(f"preference.sample_dtype must be {' or '.join(DTYPES)}, not {c.sample_dtype!r}")
   if not c.temperature > 0:

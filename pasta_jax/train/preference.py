@@ -62,9 +62,8 @@ def _reference_key(pair: PreferencePair) -> str:
   return hashlib.sha256(b"".join(parts)).hexdigest()[:24]
 
 
-def check_settings(config) -> None:
-  """Raises ValueError, one line, for what training on pairs cannot use of `config.preference` and `config.mesh`."""
-  c = config.preference
+def check_settings(c) -> None:
+  """Raises ValueError, one line, for what training on pairs cannot use of `config.preference`, on any machine."""
   if c.loss not in LOSSES:
     raise ValueError(f"preference.loss must be one of {', '.join(LOSSES)}, not {c.loss!r}")
   if c.dtype not in DTYPES:
@@ -75,9 +74,15 @@ def check_settings(config) -> None:
                        ("steps", 0), ("lora_rank", 0)):
     if c[field] < least:
       raise ValueError(f"preference.{field} must be {least} or more, not {c[field]}")
-  check_rows(make_mesh(config.mesh), c.batch_size, "preference.batch_size")
   if not c.steps and c.epochs <= 0:
     raise ValueError("preference.epochs must be above 0, or preference.steps say how many steps")
+
+
+def mesh_for(config) -> Mesh:
+  """The devices that train. Raises ValueError, one line, if they do not fit `config.mesh` and the batch's rows."""
+  mesh = make_mesh(config.mesh)
+  check_rows(mesh, config.preference.batch_size, "preference.batch_size")
+  return mesh
 
 
 def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair], *, checkpoint: Checkpoint,
@@ -89,11 +94,11 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
   that cannot be used.
   """
   c = config.preference
-  check_settings(config)
+  check_settings(c)
+  mesh = mesh_for(config)
   exact_products(c.dtype)
   workdir = checked_workdir(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  mesh = make_mesh(config.mesh)
   with on_host():
     graph, trainable, frozen = make_model(checkpoint, vocabulary, c, adapter=adapter)
   trainable, frozen = place(mesh, trainable), place(mesh, frozen)
