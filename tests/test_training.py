@@ -550,6 +550,25 @@ def test_baseline_has_no_tags(tiny, tmp_path, checkpoint, vocabulary):
   assert model.embed.table().shape[0] == checkpoint.config.vocab_size
 
 
+def test_an_adapter_is_merged_where_every_parameter_is_trained(tmp_path):
+  """Updates into the kernels; tag rows of the embedding and of an untied head each as the adapter has them."""
+  checkpoint = load_checkpoint(write_model(tmp_path / "model", model_config(tie_embeddings=False)))
+  vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+  config = settings(tmp_path)
+  graph, trainable, frozen = make_model(checkpoint, vocabulary, config.train)
+  moved = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(x.size).normal(size=x.shape), trainable)
+  lora.save_adapter(tmp_path / "adapter.safetensors", nnx.merge(graph, moved, frozen), {})
+  tokens = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size + 6, (1, 24))
+  low_rank, full = [], []
+  for out, rank in ((low_rank, 2), (full, 0)):
+    config.train.lora_rank = rank
+    model = nnx.merge(*make_model(checkpoint, vocabulary, config.train, adapter=tmp_path / "adapter.safetensors"))
+    hidden, _ = model(jnp.asarray(tokens), jnp.arange(24)[None], dense_attention(causal_mask(24)))
+    out.append(np.asarray(model.logits(hidden)))
+  np.testing.assert_allclose(full[0], low_rank[0], atol=1e-4, rtol=1e-4)
+  assert not lora.linears(model)["layers.attn.q"].lora_a
+
+
 @pytest.mark.parametrize("annotated", [True, False])
 def test_full_training_leaves_a_model_that_others_load(tiny, tmp_path, checkpoint, monkeypatch, annotated: bool):
   """`model/` and the tags beside it are the trained model; `transformers` reads the folder as well."""

@@ -113,11 +113,9 @@ def load_adapter(path: Path, model: Decoder) -> dict[str, str]:
 
   Raises AdapterError, one line, if the file cannot be read or does not fit; the model is then as it was.
   """
-  if not path.is_file():
-    raise AdapterError(f"no adapter file at {path}")
+  metadata = read_metadata(path)
   try:
     with safe_open(path, "flax") as file:
-      metadata = file.metadata() or {}
       arrays = {name: file.get_tensor(name).astype(jnp.float32) for name in file.keys()}
   except (SafetensorError, OSError) as error:
     raise AdapterError(f"{path} is no readable safetensors file: {error}") from None

@@ -124,7 +124,8 @@ def export(workdir: Path, model: Decoder, rule: PositionRule, tokenizer: Tokeniz
     metadata = metadata | {"positions": json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})}
   if full:
     weights = save_hf_folder(workdir / "model", model.config, to_params(model), tokenizer)
-    metadata = metadata | {"base": "model", "base's sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    with weights.open("rb") as file:
+      metadata = metadata | {"base": "model", "base's sha256": hashlib.file_digest(file, "sha256").hexdigest()}
   lora.save_adapter(workdir / "adapter.safetensors", model, metadata)
 
 

@@ -51,10 +51,9 @@ def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config, *, tags: 
   if adapter is not None:
     lora.load_adapter(adapter, model)
     if full:
-      rows = model.embed.tags
+      tags_of = model.embed.tags, model.head_tags
       model = build.from_params(checkpoint.config, jax.tree.map(np.asarray, build.to_params(model)), dtype)
-      if rows is not None:
-        lora.add_tags(model, np.asarray(rows[...]))
+      model.embed.tags, model.head_tags = tags_of
   model = build.stack(model)
   if adapter is None and tags:
     lora.add_tags(model, tag_rows(checkpoint.params["embed.embedding"], vocabulary))
