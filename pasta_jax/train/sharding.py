@@ -46,10 +46,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   given = math.prod(n for n in shape if n != -1)
   if shape.count(-1) > 1 or min(n for n in (*shape, 1) if n != -1) < 1:
     raise ValueError(f"mesh={dict(zip(AXES, shape))}: sizes are 1 or more; one may be -1, for all devices left")
-  if -1 in shape:
-    shape[shape.index(-1)] = len(devices) // given
-  if math.prod(shape) != len(devices):
-    raise ValueError(f"mesh={dict(zip(AXES, shape))} needs {math.prod(shape)} devices; {len(devices)} are here")
+  if len(devices) % given if -1 in shape else len(devices) != given:
+    wanted = f"a multiple of {given}" if -1 in shape else str(given)
+    raise ValueError(f"mesh={dict(zip(AXES, shape))} needs {wanted} devices, not the {len(devices)} here")
+  shape = [len(devices) // given if n == -1 else n for n in shape]
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
