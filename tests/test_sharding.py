@@ -42,8 +42,8 @@ def test_rules(name, shape, wanted):
 def test_meshes_make_up_the_devices():
   one = jax.devices()[:1]
   assert dict(make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, one).shape) == dict.fromkeys(AXES, 1)
-  for sizes, words in [((1, -1, -1), "one may be -1"), ((0, 1, 1), "1 or more"), ((2, 1, 1), "needs 2 devices, not the 1"),
-                       ((2, -1, 1), "needs a multiple of 2 devices")]:
+  for sizes, words in [((1, -1, -1), "one may be -1"), ((0, 1, 1), "1 or more"),
+                       ((2, 1, 1), "needs 2 devices, not the 1"), ((2, -1, 1), "needs a multiple of 2 devices")]:
     with pytest.raises(ValueError, match=words):
       make_mesh(dict(zip(AXES, sizes)), one)
   check_rows(make_mesh(dict.fromkeys(AXES, 1), one), 3, "train.batch_size")
