@@ -105,6 +105,7 @@ def get_config(arg: str = "") -> ConfigDict:
       weights="1,2,4,8,inf",  # of quality in speedup + weight * quality; a policy each
       conditioned=False,  # one policy for all weights: its prompts say which speed is wanted (decode.speed)
       stages="sample,judge,train,eval",
+      share="",  # "2/3": of the sample stage, the second of three shares of the prompts, beside the others
       samples=10,  # answers a prompt, of which the best and the worst make a pair
       temperature=0.5,  # at 0.8 a small model's samples lose nearly always, and a judge tells them apart no more
       sample_dtype="float32",

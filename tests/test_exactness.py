@@ -6,6 +6,7 @@ here in plain Python: one thread at a time, tags and guard restated, nothing of 
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import zlib
@@ -77,13 +78,13 @@ def chosen_at(thread, clock: np.ndarray) -> np.ndarray:
   return np.where(thread.tokens == VOCABULARY.tags.sync, at_once, clock)
 
 
-def check_teacher_forcing(params, trace: Trace, rule: PositionRule, tolerance: float = TOLERANCE):
+def check_teacher_forcing(params, trace: Trace, rule: PositionRule, tolerance: float = TOLERANCE, graph=tiny.GRAPH):
   """Logits, log-probabilities, positions, rounds and targets of every token that the model chose."""
   prompt = len(trace.prompt)
   laid = layout(trace.thread, rule, TABLE, trace.prompt.tolist())
   at = np.arange(len(laid))
   visible = is_visible(at[:, None], at[None, :], laid.hidden[None])
-  dense = tiny.dense_logits(params, laid.tokens, laid.positions, visible)
+  dense = tiny.dense_logits(params, laid.tokens, laid.positions, visible, graph=graph)
   log_p = np.asarray(jax.nn.log_softmax(dense))
   names = dict(enumerate(path for path, _ in tiny.paths(trace.thread)))
   place = {(names[laid.threads[i]], int(laid.index[i])): i for i in range(prompt, len(laid))}
@@ -126,6 +127,35 @@ def test_decoding_agrees_with_one_dense_forward(strategy, guard, temperature, n)
 
   tally = tiny.over_programs(check, n, KINDS, always=[("habits",)], tally=Tally)
   tally.require(promises=3, nested=1, joins=1, finished=5)
+
+
+FAMILIES = {
+  "gemma 3 and more": dict(
+    window=7, local_layers=(True, False), local_rope_theta=100.0, qk_norm=True, post_norms=True, norm_offset=1.0,
+    activation="gelu", scale_embeddings=True, attention_softcap=4.0, logit_softcap=15.0, query_scale=0.2,
+    qkv_bias=True),
+  "mistral": dict(window=5)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_agree_with_one_dense_forward(family):
+  """Windows end in the middle of chunks and of the gaps that promises jump: positions count, not pool entries."""
+  config = dataclasses.replace(tiny.CONFIG, **FAMILIES[family])
+  wide = dataclasses.replace(config, window=0, local_layers=())
+  run = Interpreter(tiny.model(config), VOCABULARY, LIMITS, Switches(rule=PositionRule("pred_10x"), capture=True))
+
+  def check(tally, seed, prompt):
+    graph, run.params = tiny.other_family(config, tiny.weights((seed, 5)))
+    trace = run.run(prompt, SamplingConfig(temperature=1.0, seed=seed))
+    tally.add(trace)
+    check_teacher_forcing(run.params, trace, run.switches.rule, graph=graph)
+    with contextlib.suppress(AssertionError):
+      check_teacher_forcing(run.params, trace, run.switches.rule, graph=tiny.other_family(wide, run.params)[0])
+      tally["as without a window"] += 1
+
+  tally = tiny.over_programs(check, 20, tally=Tally)
+  tally.require(promises=3, joins=1, finished=5)
+  assert tally["as without a window"] < tally["programs"] / 2
 
 
 # Yardstick two: one thread at a time.

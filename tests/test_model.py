@@ -17,7 +17,7 @@ from pasta_jax.lang.layout import PositionRule, is_visible, layout
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import build, lora
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import NEGATIVE, Decoder, causal_mask, dense_attention, matmul
+from pasta_jax.model.decoder import NEGATIVE, Decoder, causal_mask, dense_attention, matmul, nearby
 from pasta_jax.model.weights import param_shapes
 
 
@@ -55,7 +55,9 @@ def random_tokens(rows: int, length: int, seed: int = 1) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("remat", "block"))
 def _logits(model: Decoder, tokens, positions, mask, remat: bool, block: int):
-  hidden, _ = model(tokens, positions, dense_attention(mask, model.dtype, block), remat=remat)
+  attend = dense_attention(mask, model.dtype, block, near=nearby(positions, positions, model.config.window),
+                           softcap=model.config.attention_softcap)
+  hidden, _ = model(tokens, positions, attend, remat=remat)
   return model.logits(hidden)
 
 
@@ -227,7 +229,7 @@ def test_caches_and_collected_come_in_the_layers_form():
   """The decoder hands each layer its own cache, and returns what `attend` collects in the same order."""
   model = build.from_params(TIED, random_params(TIED))
 
-  def attend(cache, q, k, v):
+  def attend(cache, q, k, v, local):
     del k, v
     return q, cache + 1
 

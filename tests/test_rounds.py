@@ -114,6 +114,27 @@ def test_stages_by_themselves_and_after_a_kill(whole, start, tmp_path):
   assert_same_adapter(tmp_path / adapter, whole / adapter)
 
 
+def test_samples_drawn_in_shares_are_those_of_one_call(whole, start, tmp_path):
+  once = changed(start, rounds=1)
+  optimise(changed(once, stages="sample", share="2/3"), tmp_path)
+  with pytest.raises(ValueError, match="lacks 9 of 12 samples"):
+    optimise(changed(once, stages="train"), tmp_path)
+  optimise(changed(once, stages="sample", share="1/2"), tmp_path)  # of other shares: what is there is not drawn again
+  optimise(changed(once, stages="sample"), tmp_path)
+  files = sorted((tmp_path / "start").glob("samples*.jsonl"))
+  assert [(p.name, len(rows_of(p))) for p in files] == [
+    ("samples.1-of-2.jsonl", 6), ("samples.2-of-3.jsonl", 3), ("samples.jsonl", 3)]
+  texts = lambda paths: {r["id"]: r["text"] for p in paths for r in rows_of(p)}
+  assert texts(files) == texts([whole / "start" / "samples.jsonl"])
+  optimise(changed(once, stages="judge,train"), tmp_path)
+  adapter = "weight_2/round1/train/adapter.safetensors"
+  assert_same_adapter(tmp_path / adapter, whole / adapter)
+  with pytest.raises(ValueError, match="preference.share='2/3' is for samples"):
+    optimise(changed(once, share="2/3"), tmp_path)
+  with pytest.raises(ValueError, match='write "2/3" for the second of three'):
+    optimise(changed(once, stages="sample", share="4/3"), tmp_path)
+
+
 @pytest.mark.parametrize("steps", [2, 3])
 def test_a_training_that_was_killed_goes_on(whole, start, tmp_path, steps, capsys):
   """Checkpoints of some steps, and neither adapter nor report: the adapter and the report of a run never stopped."""

@@ -8,6 +8,7 @@ write promises, numbers, syncs and ends at chosen rates; all other channels are 
 import collections
 import os
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from pasta_jax.lang import automaton as A
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import Decoder, dense_attention
+from pasta_jax.model.decoder import Decoder, dense_attention, nearby
 
 WORDS = ["#", "tree", "stone", "river", "cloud", "amber", "lemon", "tiger", "of", "a", "the", "in"]
 DIGITS = ["0", "1", "2", "3", "4", "5", "7", "9", "12", "345", "1000", "12345"]
@@ -152,21 +153,36 @@ def weights(seed: int | tuple[int, ...], kind: str = "habits"):
   return full
 
 
-@jax.jit
-def _dense(params, tokens, positions, mask):
-  decoder = nnx.merge(GRAPH, params)
-  hidden, _ = decoder(tokens[None], positions[None], dense_attention(mask[None]))
+def other_family(config: ModelConfig, params):
+  """(graph, parameters) of a model with further features: the same weights, and small random ones for what is new."""
+  graph, state = nnx.split(model(config))
+  rng, given = np.random.default_rng(1), dict(jax.tree_util.tree_leaves_with_path(params))
+
+  def fill(path, leaf):
+    if any("norm" in str(p) for p in path):
+      return 1 - config.norm_offset + 0.1 * jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+    return given[path] if path in given else 0.3 * jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+
+  return graph, jax.tree_util.tree_map_with_path(fill, state)
+
+
+@partial(jax.jit, static_argnums=0)
+def _dense(graph, params, tokens, positions, mask):
+  decoder = nnx.merge(graph, params)
+  near = nearby(positions[None], positions[None], decoder.config.window)
+  attend = dense_attention(mask[None], near=near, softcap=decoder.config.attention_softcap)
+  hidden, _ = decoder(tokens[None], positions[None], attend)
   return decoder.logits(hidden)[0]
 
 
-def dense_logits(params, tokens, positions, mask, length: int = 128) -> np.ndarray:
+def dense_logits(params, tokens, positions, mask, length: int = 128, graph=GRAPH) -> np.ndarray:
   """[n, V]: one dense forward over n tokens, padded to `length` so that it is compiled once."""
   n = len(tokens)
   assert n <= length, f"{n} tokens do not fit a padded row of {length}"
   padded_mask = np.zeros((length, length), bool)
   padded_mask[:n, :n] = mask
   pad = lambda x: np.pad(np.asarray(x, np.int32), (0, length - n))
-  return np.asarray(_dense(params, pad(tokens), pad(positions), padded_mask))[:n]
+  return np.asarray(_dense(graph, params, pad(tokens), pad(positions), padded_mask))[:n]
 
 
 def paths(thread, path=()):

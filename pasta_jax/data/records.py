@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -60,13 +60,15 @@ class Records:
       file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
   def missing(self, requests: Sequence[Asked]) -> list[Asked]:
-    """Those without a row. Raises DataError where a row answers another prompt of the same id."""
-    for r in requests:
-      if (row := self.rows.get(r.id)) and row["prompt"] != r.prompt:
-        raise DataError(
-          f"{self.path} holds a response to another prompt with the id {r.id!r}: choose another --workdir"
-        )
-    return [r for r in requests if r.id not in self.rows]
+    return missing(self.path, self.rows, requests)
+
+
+def missing(path: Path, rows: Mapping[str, dict], requests: Sequence[Asked]) -> list[Asked]:
+  """Requests without a row in `path`. Raises DataError where a row answers another prompt of the same id."""
+  for r in requests:
+    if (row := rows.get(r.id)) and row["prompt"] != r.prompt:
+      raise DataError(f"{path} holds a response to another prompt with the id {r.id!r}: choose another --workdir")
+  return [r for r in requests if r.id not in rows]
 
 
 def read_records(path: Path) -> list[dict]:

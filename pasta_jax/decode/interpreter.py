@@ -21,7 +21,7 @@ from pasta_jax.decode.step import Tables, step
 from pasta_jax.decode.trace import Trace, read_trace
 from pasta_jax.lang import automaton
 from pasta_jax.lang.vocabulary import Vocabulary
-from pasta_jax.model.decoder import Decoder, causal_mask, dense_attention
+from pasta_jax.model.decoder import Decoder, causal_mask, dense_attention, nearby
 
 PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -89,8 +89,10 @@ class Interpreter:
                     capacity: int) -> State:
     model = nnx.merge(self.graph, params)
     size = prompt.shape[0]
-    attend = dense_attention(causal_mask(size), model.dtype)
-    _, cached = model(prompt[None], jnp.arange(size)[None], attend)
+    positions = jnp.arange(size)[None]
+    attend = dense_attention(causal_mask(size), model.dtype, softcap=model.config.attention_softcap,
+                             near=nearby(positions, positions, model.config.window))
+    _, cached = model(prompt[None], positions, attend)
     dtype = model.dtype
     return initial([k[0].astype(dtype) for k, _ in cached], [v[0].astype(dtype) for _, v in cached], prompt, length,
                    seed, max_threads=self.limits.max_threads, capacity=capacity,

@@ -15,7 +15,7 @@ from pasta_jax.decode.config import Limits, Switches
 from pasta_jax.decode.sampling import Sampling, ban, draw, gram_hash, penalise
 from pasta_jax.decode.state import DONE, FREE, LENGTH, POOL, RUNNING, STOP, UNFINISHED, WAITING, State, earlier
 from pasta_jax.lang import automaton as A
-from pasta_jax.model.decoder import NEGATIVE, Decoder
+from pasta_jax.model.decoder import NEGATIVE, Decoder, nearby, seen_by, soft_cap
 
 
 class Tables(NamedTuple):
@@ -41,18 +41,19 @@ class Branch(NamedTuple):
   gram: jax.Array  # uint32, hash of its last tokens (`sampling.gram_hash`)
 
 
-def pool_attention(visible: jax.Array):
-  """`attend` of one branch: its own token and the pool entries that it sees."""
+def pool_attention(visible: jax.Array, near: jax.Array | None, softcap: float):
+  """`attend` of one branch: its own token and the pool entries that it sees; `near` [P] of local layers."""
 
-  def attend(cache, q, k, v):
+  def attend(cache, q, k, v, local):
+    seen = seen_by(visible, near, local)
     keys, values = cache  # [K, H, P], [K, P, H]
     q, k, v = q.astype(keys.dtype), k.astype(keys.dtype), v.astype(values.dtype)
     scores = jnp.einsum("kgh,khp->kgp", q, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible, scores, NEGATIVE)
-    own = jnp.einsum("kgh,kh->kg", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen, soft_cap(scores, softcap), NEGATIVE)
+    own = soft_cap(jnp.einsum("kgh,kh->kg", q, k, preferred_element_type=jnp.float32), softcap)
     peak = jnp.maximum(jnp.max(scores, axis=-1), own)
     weights, own_weight = jnp.exp(scores - peak[..., None]), jnp.exp(own - peak)
-    weights = jnp.where(visible, weights, 0.0)
+    weights = jnp.where(seen, weights, 0.0)
     context = jnp.einsum("kgp,kph->kgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     context = context + own_weight[..., None] * v[:, None].astype(jnp.float32)
     return context / (jnp.sum(weights, axis=-1) + own_weight)[..., None], (k, v)
@@ -64,7 +65,9 @@ def branch_step(model: Decoder, state: State, branch: Branch, tables: Tables, sa
                 switches: Switches):
   """One branch's token through the model: (keys and values per layer, next token, its log p, logits [V])."""
   caches = list(zip(state.pool.keys, state.pool.values))
-  hidden, new = model(branch.token, branch.position, pool_attention(branch.visible), caches)
+  near = nearby(branch.position[None], state.log.position, model.config.window)
+  attend = pool_attention(branch.visible, None if near is None else near[0], model.config.attention_softcap)
+  hidden, new = model(branch.token, branch.position, attend, caches)
   logits = model.logits(hidden)
   scores = logits
   if switches.penalises:

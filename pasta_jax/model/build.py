@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import Decoder, Linear
+from pasta_jax.model.decoder import Decoder, Embedder, Linear, RMSNorm
 
 
 def abstract(config: ModelConfig, dtype: Any) -> Decoder:
@@ -21,7 +21,7 @@ def abstract(config: ModelConfig, dtype: Any) -> Decoder:
 def from_params(config: ModelConfig, params: Mapping[str, np.ndarray], dtype: Any = jnp.float32) -> Decoder:
   """A decoder that holds `params`, named as `checkpoint.Checkpoint` names them ("layers.0.attn.q.kernel").
 
-  Matrices are cast to `dtype`, norm scales stay float32. Raises ValueError naming the first parameter that
+  Matrices are cast to `dtype`, norm scales and biases stay float32. Raises ValueError naming the first parameter that
   is missing, left over or of the wrong shape.
   """
   model = abstract(config, dtype)
@@ -85,15 +85,17 @@ def to_params(model: Decoder) -> dict[str, jax.Array]:
   """The inverse of `from_params`, low-rank updates merged; tag rows that are kept apart are left out."""
   if not isinstance(model.layers, nnx.List):
     model = unstack(model)
-  params = {"embed.embedding": model.embed.embedding[...], "final_norm.scale": model.final_norm.scale[...]}
-  if model.head is not None:
-    params["head.kernel"] = model.head.kernel[...]
-  for i, layer in enumerate(model.layers):
-    params[f"layers.{i}.attn_norm.scale"] = layer.attn_norm.scale[...]
-    params[f"layers.{i}.mlp_norm.scale"] = layer.mlp_norm.scale[...]
-    for block, names in (("attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
-      for name in names:
-        params[f"layers.{i}.{block}.{name}.kernel"] = merged_kernel(getattr(getattr(layer, block), name))
+  params = {}
+  for path, module in nnx.iter_modules(model):
+    name = ".".join(map(str, path))
+    if isinstance(module, Embedder):
+      params[f"{name}.embedding"] = module.embedding[...]
+    elif isinstance(module, RMSNorm):
+      params[f"{name}.scale"] = module.scale[...]
+    elif isinstance(module, Linear):
+      params[f"{name}.kernel"] = merged_kernel(module)
+      if module.bias is not None:
+        params[f"{name}.bias"] = module.bias[...]
   return params
 
 

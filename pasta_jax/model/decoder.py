@@ -1,4 +1,4 @@
-"""A decoder-only transformer (llama family) as Flax NNX modules. It knows tokens and positions, no threads.
+"""A decoder-only transformer (Llama and its relatives) as Flax NNX modules. It knows tokens and positions, no threads.
 
 Every module works on any leading axes: training calls the decoder on [B, T], the interpreter on one token
 under `jax.vmap`. What a query may see is the caller's affair: the decoder hands each layer's queries, keys
@@ -8,17 +8,20 @@ Letters in comments and einsums are those of `config.ModelConfig`.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pasta_jax.model.config import ModelConfig
 
-# (cache of this layer, queries [..., K, G, H], keys [..., K, H], values [..., K, H])
+# (cache of this layer, queries [..., K, G, H], keys [..., K, H], values [..., K, H], whether the layer is local)
 #   -> (context [..., K, G, H], anything to collect per layer)
-Attend = Callable[[Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Local = bool | jax.Array  # an array where layers are scanned over
+Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, Local], tuple[jax.Array, Any]]
 
 
 class LoraParam(nnx.Param):
@@ -69,11 +72,12 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nnx.Module):
-  """x @ kernel, plus a low-rank update where `lora.add_lora` has put one. Accumulates in float32."""
+  """x @ kernel, plus a bias, and a low-rank update where `lora.add_lora` has put one. Accumulates in float32."""
 
-  def __init__(self, n_in: int, n_out: int, *, rngs: nnx.Rngs, dtype: Any):
+  def __init__(self, n_in: int, n_out: int, *, rngs: nnx.Rngs, dtype: Any, bias: bool = False):
     scale = n_in ** -0.5
     self.kernel = nnx.Param((jax.random.normal(rngs.params(), (n_in, n_out)) * scale).astype(dtype))
+    self.bias: nnx.Param | None = nnx.data(nnx.Param(jnp.zeros((n_out,), jnp.float32)) if bias else None)
     self.lora_a: LoraParam | None = nnx.data(None)  # [in, r]
     self.lora_b: LoraParam | None = nnx.data(None)  # [r, out]
     self.lora_scale = 0.0
@@ -83,6 +87,8 @@ class Linear(nnx.Module):
     kernel = self.kernel[...]
     x = x.astype(kernel.dtype)
     y = matmul(x, kernel)
+    if self.bias is not None:
+      y = y + self.bias[...].astype(jnp.float32)
     if self.lora_a is not None and self.lora_b is not None:
       low = matmul(x, self.lora_a[...].astype(x.dtype))
       y = y + self.lora_scale * matmul(low.astype(x.dtype), self.lora_b[...].astype(x.dtype))
@@ -92,21 +98,38 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
   """Root-mean-square normalisation in float32."""
 
-  def __init__(self, width: int, eps: float):
-    self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-    self.eps = eps
+  def __init__(self, width: int, c: ModelConfig):
+    self.scale = nnx.Param(jnp.full((width,), 1 - c.norm_offset, jnp.float32))
+    self.eps, self.offset = c.norm_eps, c.norm_offset
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[..., D] -> [..., D]."""
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(mean_square + self.eps) * self.scale[...]
+    return x * jax.lax.rsqrt(mean_square + self.eps) * (self.scale[...] + self.offset)
 
 
-def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_angles(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines, [..., 1, H/2] each, for rotate-half RoPE at integer `positions` [...]."""
-  frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-  angle = positions[..., None, None].astype(jnp.float32) * frequency
+  angle = positions[..., None, None].astype(jnp.float32) * frequencies
   return jnp.cos(angle), jnp.sin(angle)
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+  """x for small values, never beyond +-cap; 0: no cap."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+def nearby(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array | None:
+  """[..., q, k] boolean from positions [..., q] and [..., k]: what a local layer may see; None without a window.
+
+  Positions count, not places in a row or a pool: they jump at promises, and so does the window.
+  """
+  return queries[..., :, None] - keys[..., None, :] < window if window else None
+
+
+def seen_by(visible: jax.Array, near: jax.Array | None, local: Local) -> jax.Array:
+  """What a layer sees of what is visible."""
+  return visible if near is None or local is False else visible & (near | jnp.logical_not(local))
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -120,48 +143,59 @@ class Attention(nnx.Module):
   """Grouped-query attention around a caller's `attend`."""
 
   def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
-    self.q = Linear(c.d_model, c.n_heads * c.head_dim, rngs=rngs, dtype=dtype)
-    self.k = Linear(c.d_model, c.n_kv_heads * c.head_dim, rngs=rngs, dtype=dtype)
-    self.v = Linear(c.d_model, c.n_kv_heads * c.head_dim, rngs=rngs, dtype=dtype)
+    self.q = Linear(c.d_model, c.n_heads * c.head_dim, rngs=rngs, dtype=dtype, bias=c.qkv_bias)
+    self.k = Linear(c.d_model, c.n_kv_heads * c.head_dim, rngs=rngs, dtype=dtype, bias=c.qkv_bias)
+    self.v = Linear(c.d_model, c.n_kv_heads * c.head_dim, rngs=rngs, dtype=dtype, bias=c.qkv_bias)
     self.o = Linear(c.n_heads * c.head_dim, c.d_model, rngs=rngs, dtype=dtype)
+    self.q_norm: RMSNorm | None = nnx.data(RMSNorm(c.head_dim, c) if c.qk_norm else None)
+    self.k_norm: RMSNorm | None = nnx.data(RMSNorm(c.head_dim, c) if c.qk_norm else None)
     self.config = c
 
-  def __call__(self, x, angles, attend: Attend, cache) -> tuple[jax.Array, Any]:
+  def __call__(self, x, angles, attend: Attend, cache, local: Local) -> tuple[jax.Array, Any]:
     """[..., D] -> [..., D], and what `attend` collects."""
     c, lead = self.config, x.shape[:-1]
-    q = rotate(self.q(x).reshape(*lead, c.n_heads, c.head_dim), angles)
-    k = rotate(self.k(x).reshape(*lead, c.n_kv_heads, c.head_dim), angles)
+    q = self.q(x).reshape(*lead, c.n_heads, c.head_dim)
+    k = self.k(x).reshape(*lead, c.n_kv_heads, c.head_dim)
     v = self.v(x).reshape(*lead, c.n_kv_heads, c.head_dim)
-    q = q.reshape(*lead, c.n_kv_heads, c.n_groups, c.head_dim) * c.head_dim ** -0.5
-    context, collected = attend(cache, q, k, v)
+    if self.q_norm is not None and self.k_norm is not None:
+      q, k = self.q_norm(q), self.k_norm(k)
+    q, k = rotate(q, angles), rotate(k, angles)
+    q = q.reshape(*lead, c.n_kv_heads, c.n_groups, c.head_dim) * (c.query_scale or c.head_dim ** -0.5)
+    context, collected = attend(cache, q, k, v, local)
     return self.o(context.reshape(*lead, c.n_heads * c.head_dim)), collected
 
 
 class Mlp(nnx.Module):
-  """SwiGLU feed-forward."""
+  """Feed-forward with a gate: SwiGLU, or GeGLU (Shazeer 2020)."""
 
   def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
     self.gate = Linear(c.d_model, c.d_ff, rngs=rngs, dtype=dtype)
     self.up = Linear(c.d_model, c.d_ff, rngs=rngs, dtype=dtype)
     self.down = Linear(c.d_ff, c.d_model, rngs=rngs, dtype=dtype)
+    self.activation = c.activation
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    activation = jax.nn.silu if self.activation == "silu" else partial(jax.nn.gelu, approximate=True)
+    return self.down(activation(self.gate(x)) * self.up(x))
 
 
 class Layer(nnx.Module):
-  """Pre-norm residual block; the residual stream is float32 whatever the weights are."""
+  """Pre-norm residual block, with norms behind its parts too where the config has them; the residual stream is float32
+  whatever the weights are."""
 
   def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
-    self.attn_norm = RMSNorm(c.d_model, c.norm_eps)
+    self.attn_norm = RMSNorm(c.d_model, c)
     self.attn = Attention(c, rngs=rngs, dtype=dtype)
-    self.mlp_norm = RMSNorm(c.d_model, c.norm_eps)
+    self.mlp_norm = RMSNorm(c.d_model, c)
     self.mlp = Mlp(c, rngs=rngs, dtype=dtype)
+    self.attn_post_norm: RMSNorm | None = nnx.data(RMSNorm(c.d_model, c) if c.post_norms else None)
+    self.mlp_post_norm: RMSNorm | None = nnx.data(RMSNorm(c.d_model, c) if c.post_norms else None)
 
-  def __call__(self, x, angles, attend: Attend, cache) -> tuple[jax.Array, Any]:
-    update, collected = self.attn(self.attn_norm(x), angles, attend, cache)
-    x = x + update
-    return x + self.mlp(self.mlp_norm(x)), collected
+  def __call__(self, x, angles, attend: Attend, cache, local: Local) -> tuple[jax.Array, Any]:
+    update, collected = self.attn(self.attn_norm(x), angles, attend, cache, local)
+    x = x + (self.attn_post_norm(update) if self.attn_post_norm is not None else update)
+    update = self.mlp(self.mlp_norm(x))
+    return x + (self.mlp_post_norm(update) if self.mlp_post_norm is not None else update), collected
 
 
 class Embedder(nnx.Module):
@@ -171,6 +205,7 @@ class Embedder(nnx.Module):
     table = jax.random.normal(rngs.params(), (c.vocab_size, c.d_model)) * c.d_model ** -0.5
     self.embedding = nnx.Param(table.astype(dtype))
     self.tags: TagParam | None = nnx.data(None)  # [6, D] float32
+    self.scale = c.d_model ** 0.5 if c.scale_embeddings else 1.0
 
   def table(self) -> jax.Array:
     """[V, D] in the weights' dtype."""
@@ -179,7 +214,7 @@ class Embedder(nnx.Module):
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """[...] -> [..., D] float32."""
-    return self.table()[tokens].astype(jnp.float32)
+    return self.table()[tokens].astype(jnp.float32) * self.scale
 
 
 class Decoder(nnx.Module):
@@ -189,7 +224,7 @@ class Decoder(nnx.Module):
     self.config = config
     self.embed = Embedder(config, rngs=rngs, dtype=dtype)
     self.layers = nnx.List([Layer(config, rngs=rngs, dtype=dtype) for _ in range(config.n_layers)])
-    self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+    self.final_norm = RMSNorm(config.d_model, config)
     self.head: Linear | None = nnx.data(
         None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, rngs=rngs, dtype=dtype))
     self.head_tags: TagParam | None = nnx.data(None)  # [D, 6] float32, for an untied head
@@ -202,25 +237,34 @@ class Decoder(nnx.Module):
     list of layers, a pytree with a leading layer axis for stacked ones; what is collected comes back in the
     same form. `remat` recomputes each layer in the backward pass.
     """
-    x = self.embed(tokens)
-    angles = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
-    call = lambda layer, x, cache: layer(x, angles, attend, cache)
+    x, c = self.embed(tokens), self.config
+    angles, local_angles = (rope_angles(positions, c.rope_frequencies(local)) for local in (False, True))
+    local = [c.is_local(i) for i in range(c.n_layers)]
+
+    def call(layer, x, cache, local):
+      own = angles
+      if c.local_rope_theta:
+        own = tuple(jnp.where(local, theirs, ours) for theirs, ours in zip(local_angles, angles))
+      return layer(x, own, attend, cache, local)
+
     if isinstance(self.layers, nnx.List):
       collected = []
       for i, layer in enumerate(self.layers):
         cache = None if caches is None else caches[i]
         graph, state = nnx.split(layer)
-        run = lambda s, x, c, graph=graph: call(nnx.merge(graph, s), x, c)
+        run = lambda s, x, c, graph=graph, i=i: call(nnx.merge(graph, s), x, c, local[i])
         x, out = (jax.checkpoint(run) if remat else run)(state, x, cache)
         collected.append(out)
       return self.final_norm(x), collected
     graph, stacked = nnx.split(self.layers)
 
-    def body(x, layer_and_cache):
-      state, cache = layer_and_cache
-      return call(nnx.merge(graph, state), x, cache)
+    mixed = len(set(local)) > 1
 
-    x, collected = jax.lax.scan(jax.checkpoint(body) if remat else body, x, (stacked, caches))
+    def body(x, layer_and_cache):
+      state, cache, its_local = layer_and_cache
+      return call(nnx.merge(graph, state), x, cache, its_local if mixed else local[0])
+
+    x, collected = jax.lax.scan(jax.checkpoint(body) if remat else body, x, (stacked, caches, jnp.asarray(local)))
     return self.final_norm(x), collected
 
   @property
@@ -232,20 +276,23 @@ class Decoder(nnx.Module):
     """[..., D] -> [..., V] float32."""
     if self.head is not None:
       logits = self.head(hidden)
-      if self.head_tags is None:
-        return logits
-      tags = matmul(hidden.astype(self.dtype), self.head_tags[...].astype(self.dtype))
-      return jnp.concatenate([logits, tags], axis=-1)
-    table = self.embed.table()
-    return matmul(hidden.astype(table.dtype), table.T)
+      if self.head_tags is not None:
+        tags = matmul(hidden.astype(self.dtype), self.head_tags[...].astype(self.dtype))
+        logits = jnp.concatenate([logits, tags], axis=-1)
+    else:
+      table = self.embed.table()
+      logits = matmul(hidden.astype(table.dtype), table.T)
+    return soft_cap(logits, self.config.logit_softcap)
 
 
 NEGATIVE = -1e30  # a masked score: finite, so that a row that sees nothing averages instead of giving NaN
 
 
-def dense_attention(mask: jax.Array, dtype: Any = jnp.float32, block: int = 128) -> Attend:
+def dense_attention(mask: jax.Array, dtype: Any = jnp.float32, block: int = 128, *, near: jax.Array | None = None,
+                    softcap: float = 0.0) -> Attend:
   """`attend` over whole rows at once: `mask` is boolean [B, T, T], True where query t sees key s, and never
-  True for s > t. Products take operands in `dtype` and accumulate in float32.
+  True for s > t; local layers see those that are `near` too (`nearby`). Products take operands in `dtype` and
+  accumulate in float32.
 
   Queries go in blocks of `block`, each against the keys up to its own end: later keys are masked for all of
   them, so half of the work falls away. Sums of weights come from the same product as the context (a column
@@ -253,21 +300,22 @@ def dense_attention(mask: jax.Array, dtype: Any = jnp.float32, block: int = 128)
   """
   if mask.dtype != jnp.bool_:
     raise TypeError(f"a mask must be boolean (True = may attend), not {mask.dtype}")
-  bias = jnp.where(mask, 0.0, NEGATIVE)
+  everywhere = jnp.where(mask, 0.0, NEGATIVE)
 
   @jax.checkpoint
   def attend_block(q, k, v, bias):
     """q [B, K, G, t, H], k [B, K, H, s], v [B, K, s, H+], bias [B, t, s] -> [B, K, G, t, H+]."""
     rows, heads, groups, t, width = q.shape
     scores = matmul(q.reshape(rows, heads, groups * t, width), k).reshape(rows, heads, groups, t, -1)
-    scores = scores + bias[:, None, None]
+    scores = soft_cap(scores, softcap) + bias[:, None, None]
     peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
     weights = jnp.exp(scores - peak).astype(dtype)
     out = matmul(weights.reshape(rows, heads, groups * t, -1), v)
     return out.reshape(rows, heads, groups, t, -1)
 
-  def attend(cache, q, k, v):
+  def attend(cache, q, k, v, local=False):
     del cache
+    bias = everywhere if near is None or local is False else jnp.where(seen_by(mask, near, local), 0.0, NEGATIVE)
     length, width = q.shape[1], q.shape[-1]
     q_ = q.astype(dtype).transpose(0, 2, 3, 1, 4)  # B K G T H
     k_ = k.astype(dtype).transpose(0, 2, 3, 1)  # B K H T

@@ -1,4 +1,4 @@
-"""Llama-family models in Hugging Face's folder format: config.json, *.safetensors, tokenizer files."""
+"""Models in Hugging Face's folder format: config.json, *.safetensors, tokenizer files."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.config import ModelConfig, RopeScaling
 from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.model.weights import WeightsError, collect, read_json, rename
 
@@ -23,14 +23,42 @@ _NAMES = {
   "attn.q.kernel": "self_attn.q_proj.weight",
   "attn.k.kernel": "self_attn.k_proj.weight",
   "attn.v.kernel": "self_attn.v_proj.weight",
+  "attn.q.bias": "self_attn.q_proj.bias",
+  "attn.k.bias": "self_attn.k_proj.bias",
+  "attn.v.bias": "self_attn.v_proj.bias",
+  "attn.q_norm.scale": "self_attn.q_norm.weight",
+  "attn.k_norm.scale": "self_attn.k_norm.weight",
   "attn.o.kernel": "self_attn.o_proj.weight",
-  "mlp_norm.scale": "post_attention_layernorm.weight",
+  "mlp_norm.scale": "post_attention_layernorm.weight",  # where no norm stands behind attention
   "mlp.gate.kernel": "mlp.gate_proj.weight",
   "mlp.up.kernel": "mlp.up_proj.weight",
   "mlp.down.kernel": "mlp.down_proj.weight",
   "final_norm.scale": "model.norm.weight",
   "head.kernel": "lm_head.weight",
 }
+_NAMES_WITH_POST_NORMS = _NAMES | {
+  "attn_post_norm.scale": "post_attention_layernorm.weight",
+  "mlp_norm.scale": "pre_feedforward_layernorm.weight",
+  "mlp_post_norm.scale": "post_feedforward_layernorm.weight",
+}
+# What each `model_type` means, in fields of `ModelConfig`. A model is written as the first one that has its features.
+_LLAMA = {"activation": "silu", "norm_offset": 0.0, "scale_embeddings": False, "qkv_bias": False, "qk_norm": False,
+          "post_norms": False}  # fmt: skip
+_GEMMA = _LLAMA | {"activation": "gelu", "norm_offset": 1.0, "scale_embeddings": True}
+_FAMILIES: dict[str, dict[str, Any]] = {
+  "llama": _LLAMA,
+  "mistral": _LLAMA,
+  "qwen2": _LLAMA | {"qkv_bias": True},
+  "qwen3": _LLAMA | {"qk_norm": True},
+  "gemma": _GEMMA,
+  "gemma2": _GEMMA | {"post_norms": True},
+  "gemma3_text": _GEMMA | {"post_norms": True, "qk_norm": True},
+}
+# Every how many layers one is global, where `layer_types` is missing (as it was at first).
+_PATTERNS = {"gemma2": 2, "gemma3_text": 6}
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+# Of each family, whatever its config.json calls it: Gemma's first files said "gelu", and meant the approximation.
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu"}
 _COUNTS = (
   "vocab_size",
   "hidden_size",
@@ -48,8 +76,8 @@ def load_hf_folder(folder: Path, progress: bool) -> tuple[ModelConfig, dict[str,
   """Architecture, parameters (see `weights.param_shapes`) and tokenizer of a Hugging Face folder.
 
   Raises:
-    WeightsError: a file is missing or damaged, another architecture than llama, a feature of llama that
-      the decoder lacks (biases, scaled RoPE), or tensors that do not fit config.json.
+    WeightsError: a file is missing or damaged, an architecture or a feature that the decoder lacks (other kinds of
+      scaled RoPE, say), or tensors that do not fit config.json.
   """
   config = _config(folder / "config.json")
   tokenizer = Tokenizer.from_file(folder / "tokenizer.json", folder / "tokenizer_config.json")
@@ -70,7 +98,7 @@ def load_hf_folder(folder: Path, progress: bool) -> tuple[ModelConfig, dict[str,
     params = collect(
       config,
       folder,
-      lambda name: rename(name, _NAMES, "model.layers."),
+      lambda name: rename(name, _names(config), "model.layers."),
       stored,
       lambda _, theirs: file_of[theirs].get_tensor(theirs),
       progress,
@@ -90,16 +118,10 @@ def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, Array
   tensors = {}
   for name, x in params.items():
     x = np.asarray(x, np.float32)
-    tensors[rename(name, _NAMES, "model.layers.")] = np.ascontiguousarray(x.T if name.endswith(".kernel") else x)
+    theirs = rename(name, _names(config), "model.layers.")
+    tensors[theirs] = np.ascontiguousarray(x.T if name.endswith(".kernel") else x)
   save_file(tensors, temporary / _SINGLE, {"format": "pt"})
-  described = dict(
-    architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu", vocab_size=config.vocab_size,
-    hidden_size=config.d_model, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-    num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim, intermediate_size=config.d_ff,
-    rope_theta=config.rope_theta, rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
-    max_position_embeddings=config.max_position, eos_token_id=tokenizer.eos_id, bos_token_id=tokenizer.bos_id,
-    dtype="float32")
-  (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+  (temporary / "config.json").write_text(json.dumps(_described(config, tokenizer), indent=2) + "\n")
   tokenizer.save(temporary)
   shutil.rmtree(folder, ignore_errors=True)
   temporary.replace(folder)
@@ -134,20 +156,23 @@ def _redundant(name: str, config: ModelConfig) -> bool:
 
 def _config(path: Path) -> ModelConfig:
   raw = read_json(path)
-  if (kind := raw.get("model_type")) != "llama":
-    raise WeightsError(f"{path}: architecture {kind!r} is not supported, only 'llama'")
+  if (kind := raw.get("model_type")) not in _FAMILIES:
+    raise WeightsError(f"{path}: architecture {kind!r} is not supported, only {', '.join(_FAMILIES)}")
   for feature in ("attention_bias", "mlp_bias"):
     if raw.get(feature):
       raise WeightsError(f"{path}: {feature} is not supported")
-  if (activation := raw.get("hidden_act", "silu")) != "silu":
-    raise WeightsError(f"{path}: activation {activation!r} is not supported, only 'silu'")
+  given = raw.get("hidden_activation") or raw.get("hidden_act") or "silu"
+  if _ACTIVATIONS.get(given) != _FAMILIES[kind]["activation"]:
+    raise WeightsError(f"{path}: activation {given!r} is not supported in the family {kind!r}")
   # transformers 5 writes rope_parameters; before, rope_theta stood alone and rope_scaling beside it.
   rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-  if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
-    raise WeightsError(f"{path}: RoPE scaling {scaling!r} is not supported")
+  rope = rope.get(_GLOBAL, rope)
   for key in _COUNTS:
     if not isinstance(count := raw.get(key, 1), int | None) or count == 0:
       raise WeightsError(f"{path}: {key} = {count!r} is not a count")
+  context = raw.get("max_position_embeddings", 2048)
+  if raw.get("use_sliding_window"):
+    raise WeightsError(f"{path}: use_sliding_window is not supported in the family {kind!r}")
   try:
     d_model, n_heads = raw["hidden_size"], raw["num_attention_heads"]
     return ModelConfig(
@@ -159,11 +184,91 @@ def _config(path: Path) -> ModelConfig:
       head_dim=raw.get("head_dim") or d_model // n_heads,
       d_ff=raw["intermediate_size"],
       rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
+      rope_scaling=_rope_scaling(rope, context),
       norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-      tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-      max_position=raw.get("max_position_embeddings", 2048),
+      max_position=context,
+      tie_embeddings=bool(raw.get("tie_word_embeddings", kind.startswith("gemma"))),  # these do not say so
+      **_FAMILIES[kind],
+      **(_attention(raw, kind) if kind in ("mistral", *_PATTERNS) else {}),
     )
   except KeyError as error:
     raise WeightsError(f"{path}: {error.args[0]} is missing") from error
   except (ValueError, ZeroDivisionError, TypeError) as error:
     raise WeightsError(f"{path}: {error}") from error
+
+
+def _described(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+  """config.json: the inverse of `_config`."""
+  family = next(name for name, features in _FAMILIES.items() if features.items() <= vars(config).items())
+  if family == "llama" and config.window:
+    family = "mistral"
+  activation = "gelu_pytorch_tanh" if config.activation == "gelu" else config.activation
+  return dict(
+    architectures=[f"{family.removesuffix('_text').capitalize()}ForCausalLM"], model_type=family,
+    hidden_act=activation, hidden_activation=activation, vocab_size=config.vocab_size,
+    hidden_size=config.d_model, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+    num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim, intermediate_size=config.d_ff,
+    rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
+    max_position_embeddings=config.max_position, eos_token_id=tokenizer.eos_id, bos_token_id=tokenizer.bos_id,
+    dtype="float32", **_described_rope(config), **_described_attention(config))  # fmt: skip
+
+
+def _names(config: ModelConfig) -> Mapping[str, str]:
+  return _NAMES_WITH_POST_NORMS if config.post_norms else _NAMES
+
+
+def _attention(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
+  """What Mistral and the later Gemmas say of attention. Raises KeyError for what is missing."""
+  out: dict[str, Any] = {"window": raw.get("sliding_window") or 0}
+  if kind == "mistral":
+    return out
+  kinds = raw.get("layer_types")
+  every = raw.get("sliding_window_pattern", _PATTERNS[kind])
+  local = [k == _LOCAL for k in kinds] if kinds else [bool((i + 1) % every) for i in range(raw["num_hidden_layers"])]
+  if kind == "gemma3_text":
+    rope = (raw.get("rope_parameters") or {}).get(_LOCAL, {"rope_theta": raw.get("rope_local_base_freq", 10_000.0)})
+    out["local_rope_theta"] = float(rope["rope_theta"])
+  return out | {
+    "local_layers": tuple(local),
+    "query_scale": raw["query_pre_attn_scalar"] ** -0.5,
+    "attention_softcap": raw.get("attn_logit_softcapping") or 0.0,
+    "logit_softcap": raw.get("final_logit_softcapping") or 0.0,
+  }
+
+
+def _described_attention(config: ModelConfig) -> dict[str, Any]:
+  """The inverse of `_attention`."""
+  out: dict[str, Any] = {"sliding_window": config.window or None}
+  if config.post_norms:
+    out["layer_types"] = [_LOCAL if config.is_local(i) else _GLOBAL for i in range(config.n_layers)]
+    out["query_pre_attn_scalar"] = round((config.query_scale or config.head_dim ** -0.5) ** -2)  # a whole number
+    out["attn_logit_softcapping"] = config.attention_softcap or None
+    out["final_logit_softcapping"] = config.logit_softcap or None
+  return out
+
+
+def _rope_scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
+  """Raises KeyError for what is missing, ValueError for a kind that is not supported."""
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind == "default":
+    return None
+  if kind != "llama3":
+    return RopeScaling(kind, float(rope["factor"]))
+  return RopeScaling(kind, float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
+                     int(rope.get("original_max_position_embeddings", context)))
+
+
+def _described_rope(config: ModelConfig) -> dict[str, Any]:
+  """As transformers before and behind 5 read it."""
+  out: dict[str, Any] = {"rope_type": "default"}
+  if s := config.rope_scaling:
+    out = {"rope_type": s.kind, "factor": s.factor}
+    if s.kind == "llama3":
+      out |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor,
+              "original_max_position_embeddings": s.original_max_position}
+  parameters: dict[str, Any] = out | {"rope_theta": config.rope_theta}
+  described = {"rope_theta": config.rope_theta} | ({"rope_scaling": out} if config.rope_scaling else {})
+  if local := config.local_rope_theta:
+    parameters = {_GLOBAL: parameters, _LOCAL: {"rope_type": "default", "rope_theta": local}}
+    described["rope_local_base_freq"] = local
+  return described | {"rope_parameters": parameters}

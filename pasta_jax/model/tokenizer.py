@@ -1,7 +1,7 @@
 """Text to tokens and back, exactly, with control tokens kept out of the hands of whoever wrote the text.
 
-Only byte-level BPE is supported, the kind that the llama family uses since 2024: each ordinary token is
-a run of bytes, so the bytes of a text's tokens, put together, are the text.
+Two kinds of BPE are supported: byte-level (Llama 3, SmolLM2, Qwen), and SentencePiece's with bytes to fall back on
+(Gemma). In both each ordinary token is a run of bytes, so the bytes of a text's tokens, put together, are the text.
 """
 
 import datetime
@@ -22,10 +22,19 @@ from pasta_jax.model.weights import WeightsError, read_json, read_text
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
 _ROLES = ("system", "user", "assistant", "tool")
+_BLANK = "\u2581"  # what SentencePiece writes for a blank
+# Gemma's base models have the turn marks of the tuned ones, but no template.
+_GEMMA_TURNS = ("<start_of_turn>", "<end_of_turn>")
+_GEMMA_TEMPLATE = (
+  "{{ bos_token }}{% for m in messages %}"
+  "{% if m.role == 'system' %}{{ raise_exception('there is no system role') }}{% endif %}"
+  "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+  "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
 
 
 class Tokenizer:
-  """A byte-level BPE vocabulary with its chat template.
+  """A BPE vocabulary with its chat template.
 
   Attributes:
     vocab_size: number of ids, control tokens included. A model may have more (padded) embeddings.
@@ -35,8 +44,12 @@ class Tokenizer:
     chat_template: Jinja source, "" for a base model.
   """
 
-  def __init__(self, backend: tokenizers.Tokenizer, eos_id: int, bos_id: int | None, chat_template: str):
-    """Takes over `backend` and changes its settings. ValueError if `eos_id` or `bos_id` is no token."""
+  def __init__(self, backend: tokenizers.Tokenizer, eos_id: int, bos_id: int | None, chat_template: str, *,
+               pieces: bool = False):
+    """Takes over `backend` and changes its settings. `pieces`: entries are SentencePiece's, not byte-level ones.
+
+    ValueError if `eos_id` or `bos_id` is no token.
+    """
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True  # in the words of `tokenizers`: treat them as ordinary text
@@ -45,7 +58,11 @@ class Tokenizer:
     self._backend = backend
     self._bytes = [b""] * (max(vocab.values(), default=-1) + 1)
     for token, index in vocab.items():
-      self._bytes[index] = token.encode() if index in added else _ordinary_bytes(token)
+      self._bytes[index] = token.encode() if index in added else (_piece_bytes if pieces else _ordinary_bytes)(token)
+    # A text may hold the very character that pieces write for a blank: it is spelled out in bytes.
+    self._blank = [vocab.get(f"<0x{byte:02X}>", -1) for byte in _BLANK.encode()] if pieces else []
+    if min(self._blank, default=0) < 0:
+      raise ValueError("the vocabulary of pieces lacks tokens for single bytes")
     self.vocab_size = len(self._bytes)
     self.special_ids = frozenset(index for index, token in added.items() if token.special)
     self.eos_id = eos_id
@@ -102,16 +119,21 @@ class Tokenizer:
   def from_file(cls, tokenizer_json: Path, tokenizer_config: Path) -> "Tokenizer":
     """From Hugging Face's two files; a `chat_template.jinja` beside them takes precedence over the config's.
 
-    If `tokenizer.json` has a normaliser, texts are exact up to that normaliser only.
+    If a byte-level `tokenizer.json` has a normaliser, texts are exact up to that normaliser only.
 
     Raises:
-      WeightsError: a file is missing or damaged, not byte-level BPE, or names no end-of-turn token.
+      WeightsError: a file is missing or damaged, of another kind, or names no end-of-turn token.
     """
     text, config = read_text(tokenizer_json), read_json(tokenizer_config)
     parts = read_json(tokenizer_json)
+    model, normaliser = parts.get("model") or {}, parts.get("normalizer")
     byte_level = [part for part in _walk(parts.get("pre_tokenizer")) if part.get("type") == "ByteLevel"]
-    if (parts.get("model") or {}).get("type") != "BPE" or not byte_level:
-      raise WeightsError(f"{tokenizer_json}: not a byte-level BPE tokenizer, and no other kind is supported")
+    pieces = bool(not byte_level and model.get("byte_fallback"))
+    if model.get("type") != "BPE" or not (byte_level or pieces):
+      raise WeightsError(f"{tokenizer_json}: not a BPE tokenizer of bytes, or of pieces with bytes to fall back on")
+    if pieces and normaliser != {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}:
+      raise WeightsError(f"{tokenizer_json}: its normaliser changes more of a text than its blanks, which is not "
+                         "supported (Llama 2's puts a blank before every text)")
     if any(part.get("add_prefix_space") for part in byte_level):
       raise WeightsError(f"{tokenizer_json}: add_prefix_space changes the text, and is not supported")
     try:
@@ -125,7 +147,12 @@ class Tokenizer:
       raise WeightsError(f"{tokenizer_config}: eos_token {eos!r} is not a token of the vocabulary")
     beside = tokenizer_config.with_name("chat_template.jinja")
     template = read_text(beside) if beside.exists() else _default_template(config.get("chat_template"))
-    return cls(backend, eos_id, backend.token_to_id(bos) if bos else None, template)
+    if not template and all(backend.token_to_id(turn) is not None for turn in _GEMMA_TURNS):
+      template = _GEMMA_TEMPLATE
+    try:
+      return cls(backend, eos_id, backend.token_to_id(bos) if bos else None, template, pieces=pieces)
+    except ValueError as error:
+      raise WeightsError(f"{tokenizer_json}: {error}") from error
 
   def save(self, folder: Path) -> None:
     """Writes the two files that `from_file` and Hugging Face read into an existing folder."""
@@ -146,6 +173,9 @@ class Tokenizer:
     if raw.translate(None, self._absent) != raw:
       lost = next(char for char in text if set(char.encode()) & set(self._absent))
       raise ValueError(f"the vocabulary has no token for the character U+{ord(lost):04X}")
+    if self._blank and _BLANK in text:
+      first, *rest = (self._backend.encode(part, add_special_tokens=False).ids for part in text.split(_BLANK))
+      return first + [token for part in rest for token in (*self._blank, *part)]
     return self._backend.encode(text, add_special_tokens=False).ids
 
   def token_bytes(self, index: int) -> bytes:
@@ -264,6 +294,13 @@ def _ordinary_bytes(token: str) -> bytes:
   if any(char not in alphabet for char in token):
     return token.encode()
   return bytes(alphabet[char] for char in token)
+
+
+def _piece_bytes(token: str) -> bytes:
+  """Bytes of a SentencePiece entry: a single byte written as <0x0A>, or text with its blanks marked."""
+  if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+    return bytes([int(token[3:5], 16)])
+  return token.replace(_BLANK, " ").encode()
 
 
 def _token_text(entry: Any) -> str | None:

@@ -39,6 +39,12 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
       f"layers.{i}.mlp.up.kernel": (d, f),
       f"layers.{i}.mlp.down.kernel": (f, d),
     }
+    if config.qkv_bias:
+      shapes |= {f"layers.{i}.attn.{x}.bias": (n,) for x, n in (("q", q), ("k", kv), ("v", kv))}
+    if config.post_norms:
+      shapes |= {f"layers.{i}.{x}_post_norm.scale": (d,) for x in ("attn", "mlp")}
+    if config.qk_norm:
+      shapes |= {f"layers.{i}.attn.{x}_norm.scale": (config.head_dim,) for x in "qk"}
   shapes["final_norm.scale"] = (d,)
   if not config.tie_embeddings:
     shapes["head.kernel"] = (d, config.vocab_size)

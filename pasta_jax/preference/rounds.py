@@ -81,6 +81,9 @@ def _check(config) -> tuple[list[str], StepCost | None]:
   for field, least in (("rounds", 1), ("samples", 2), ("requests", 1), ("width", 1), ("audit", 0)):
     if c[field] < least:
       raise ValueError(f"preference.{field} must be {least} or more, not {c[field]}")
+  if sampling.share_of(c.share) and stages != ["sample"]:
+    raise ValueError(f"preference.share={c.share!r} is for samples: give --config.preference.stages=sample too, and "
+                     "the other stages without a share")
   check_settings(c)
   if "train" in stages:
     mesh_for(config)
@@ -200,7 +203,7 @@ def _round(job: _Job, policy: Policy, number: int) -> bool:
     where, speed = job.samples(policy, number, weight)
     samples = sampling.draw(config, str(before), job.requests, where / "samples.jsonl", speed,
                             may_draw="sample" in job.stages)
-    if c.audit:
+    if c.audit and not c.share:
       _audit(job, where / "audit.json", before, number, [s for rows in samples.values() for s in rows])
     if set(job.stages) & {"judge", "train"}:
       quality = pairs.judged(job.judge, samples, baseline, where / "judgements" / job.judge.name)

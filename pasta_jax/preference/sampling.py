@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pasta_jax.data.records import Records
+from pasta_jax.data.records import Records, missing
 from pasta_jax.decode.batch import BatchDecoder
 from pasta_jax.decode.generate import Generator, adapter_digest
 from pasta_jax.decode.record import describe
@@ -39,12 +39,36 @@ def sample_record(trace: Trace, vocabulary: Vocabulary) -> dict:
   }
 
 
+def share_of(share: str) -> tuple[int, int] | None:
+  """`config.preference.share`, such as "2/3", as (2, 3); None for all. Raises ValueError, one line."""
+  if not share:
+    return None
+  number, _, count = share.partition("/")
+  if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+    raise ValueError(f'preference.share={share!r}: write "2/3" for the second of three shares of the prompts')
+  return int(number), int(count)
+
+
+def _own(requests: Sequence[Request], share: tuple[int, int] | None) -> Sequence[Request]:
+  return requests[share[0] - 1 :: share[1]] if share else requests
+
+
+def _records(path: Path, settings: dict, share: tuple[int, int] | None) -> tuple[Records, dict[str, dict]]:
+  """(the file that rows are added to, all rows of `path` and of the shares of it that stand beside it)."""
+  named = lambda k, n: path.with_name(f"{path.stem}.{k}-of-{n}{path.suffix}")
+  records = Records(named(*share) if share else path, settings)
+  others = (Records(p, settings) for p in (path, *sorted(path.parent.glob(named("*", "*").name)))
+            if p != records.path and p.exists())
+  return records, {i: row for r in (records, *others) for i, row in r.rows.items()}
+
+
 def draw(config, adapter: str, requests: Sequence[Request], path: Path, speed: int = -1, *,
          may_draw: bool = True) -> dict[str, list[dict]]:
   """`config.preference.samples` samples of each request from the policy `adapter`, by the request's id.
 
-  They are decoded as `config.decode` says, but for the temperature. Rows stand in `path` as they end; those that are
-  there are not drawn again. Raises ValueError if some are missing and `may_draw` does not hold.
+  They are decoded as `config.decode` says, but for the temperature. Rows stand in `path` as they end, or, of
+  `preference.share` only those, in a file beside it; those that are there are not drawn again. Raises ValueError if
+  some are missing and `may_draw` does not hold.
   """
   c = config.preference
   digest = adapter_digest(adapter)
@@ -57,9 +81,11 @@ def draw(config, adapter: str, requests: Sequence[Request], path: Path, speed: i
     "decode.seed": c.seed,
     "decode.dtype": c.sample_dtype,
   }
-  records = Records(path, settings)
+  share = share_of(c.share)
+  records, rows = _records(path, settings, share)
+  requests = _own(requests, share)
   wanted = [dataclasses.replace(r, id=f"{r.id}#{k}") for r in requests for k in range(c.samples)]
-  todo = records.missing(wanted)
+  todo = missing(path, rows, wanted)
   if todo and not may_draw:
     raise ValueError(f"{path} lacks {len(todo)} of {len(wanted)} samples: run the sample stage first "
                      "(--config.preference.stages=sample)")
@@ -74,29 +100,35 @@ def draw(config, adapter: str, requests: Sequence[Request], path: Path, speed: i
     def done(i: int, trace: Trace) -> None:
       nonlocal tokens
       tokens += trace.cost.total_tokens
-      records.add({"id": todo[i].id, "of": todo[i].id.rpartition("#")[0], "prompt": todo[i].prompt,
-                   **sample_record(trace, generator.vocabulary)})
+      rows[todo[i].id] = {"id": todo[i].id, "of": todo[i].id.rpartition("#")[0], "prompt": todo[i].prompt,
+                          **sample_record(trace, generator.vocabulary)}
+      records.add(rows[todo[i].id])
       bar.update(task, advance=1, note=f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
 
     seeds = [seed_of(c.seed, digest, speed, r.id) for r in todo]
     with bar:
       decoder.run([encoded[r.prompt] for r in todo], sampling, seeds=seeds, done=done)
-  return {r.id: [records.rows[f"{r.id}#{k}"] for k in range(c.samples)] for r in requests}
+    seconds = time.perf_counter() - started
+    print(f"{len(todo)} samples of {tokens} tokens in {seconds:.0f} s: {tokens / seconds:.0f} tokens/s")
+  return {r.id: [rows[f"{r.id}#{k}"] for k in range(c.samples)] for r in requests}
 
 
 def answers_of_baseline(config, requests: Sequence[Request], path: Path) -> dict[str, dict]:
   """The baseline system's answers (`config.eval.baseline`) by id: what quality and speed are measured against."""
   name = config.eval.baseline
-  records = Records(path, settings_of(config, name, timed=False))
-  todo = records.missing(list(requests))
+  share = share_of(config.preference.share)
+  records, rows = _records(path, settings_of(config, name, timed=False), share)
+  requests = _own(requests, share)
+  todo = missing(path, rows, requests)
   if todo:
     system = load_system(config, name, {}, timed=False)
     bar, task = progress_bar(name, len(requests), len(requests) - len(todo))
 
     def done(i: int, record: dict) -> None:
-      records.add({"id": todo[i].id, "prompt": todo[i].prompt, **record})
+      rows[todo[i].id] = {"id": todo[i].id, "prompt": todo[i].prompt, **record}
+      records.add(rows[todo[i].id])
       bar.advance(task)
 
     with bar:
       system.many([[{"role": "user", "content": r.prompt}] for r in todo], done)
-  return {r.id: records.rows[r.id] for r in requests}
+  return {r.id: rows[r.id] for r in requests}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.lang.layout import NO_TARGET, is_visible
-from pasta_jax.model.decoder import Decoder, dense_attention
+from pasta_jax.model.decoder import Decoder, dense_attention, nearby
 from pasta_jax.train.sharding import pin_rows
 
 Batch = dict[str, jax.Array]  # the fields of data.packing.Batch
@@ -22,11 +22,12 @@ def attention_mask(batch: Batch) -> jax.Array:
 
 def hidden_states(model: Decoder, batch: Batch, *, remat: bool) -> jax.Array:
   """[B, T, D] behind the final norm."""
-  dense = dense_attention(attention_mask(batch), model.dtype)
+  near = nearby(batch["positions"], batch["positions"], model.config.window)
+  dense = dense_attention(attention_mask(batch), model.dtype, near=near, softcap=model.config.attention_softcap)
 
-  def attend(cache, q, k, v):
+  def attend(cache, q, k, v, local):
     q, k, v = (pin_rows(x, None, "tensor") for x in (q, k, v))
-    context, _ = dense(cache, q, k, v)
+    context, _ = dense(cache, q, k, v, local)
     return pin_rows(context, None, "tensor"), None
 
   hidden, _ = model(batch["tokens"], batch["positions"], attend, remat=remat)

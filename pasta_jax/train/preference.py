@@ -150,7 +150,7 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
 def recipe(c) -> dict:
   """The settings of `config.preference` that an adapter depends on; of files the names only."""
   found = json.loads(c.to_json_best_effort())
-  for field in ("stages", "audit", "requests", "width", "rounds", "weights", "checkpoint_every"):
+  for field in ("stages", "audit", "requests", "width", "rounds", "weights", "share", "checkpoint_every"):
     del found[field]
   for field in ("prompts", "cost"):
     found[field] = Path(found[field]).name

@@ -66,11 +66,11 @@ def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config, *, tags: 
 def compute_model(graph, trainable: Params, frozen: Params, dtype: Any) -> Decoder:
   """The decoder to differentiate through: float32 master weights cast to the dtype of products.
 
-  Norm scales stay float32, as in the frozen form.
+  Norm scales and biases stay float32, as in the frozen form.
   """
   def cast(path, leaf):
-    norm = any("norm" in str(p) for p in path)
-    return leaf if norm or leaf.ndim < 2 else leaf.astype(dtype)
+    small = any("norm" in str(p) or "bias" in str(p) for p in path)
+    return leaf if small or leaf.ndim < 2 else leaf.astype(dtype)
 
   return nnx.merge(graph, jax.tree_util.tree_map_with_path(cast, trainable), frozen)
 

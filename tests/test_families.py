@@ -1,0 +1,237 @@
+"""Every family against transformers' own classes: weights in and out, logits, PASTA's mask and positions, tokens."""
+
+import json
+import pickle
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from folders import CONTROLS, TEMPLATE
+from hypothesis import given
+from hypothesis import strategies as st
+from test_model import Letters, logits, nested_layout, torch_logits
+
+from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model import build
+from pasta_jax.model.checkpoint import load_checkpoint
+from pasta_jax.model.hf_folder import save_hf_folder
+from pasta_jax.model.tokenizer import Tokenizer
+from pasta_jax.model.weights import WeightsError
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+# All widths differ, heads together are wider than the model, and rows are as many as `Letters` and the tags need.
+_SHAPE = dict(vocab_size=Vocabulary(Letters()).size, hidden_size=24, intermediate_size=40, num_hidden_layers=3,
+              num_attention_heads=6, num_key_value_heads=2, head_dim=16, max_position_embeddings=4096,
+              rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None, pad_token_id=0, attn_implementation="eager")
+_LLAMA3 = dict(rope_type="llama3", rope_theta=10_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+               original_max_position_embeddings=64)
+FAMILIES = {
+  "llama": dict(tie_word_embeddings=True),
+  "llama, llama3 RoPE": dict(tie_word_embeddings=False, rope_parameters=_LLAMA3),
+  "llama, linear RoPE": dict(rope_parameters=dict(rope_type="linear", rope_theta=5e4, factor=4.0)),
+  "mistral": dict(sliding_window=None),
+  "mistral, window": dict(sliding_window=24),
+  "qwen2": dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e6)),
+  "qwen3": dict(tie_word_embeddings=False),
+  "gemma": {},  # ties its head without saying so
+  "gemma2": dict(sliding_window=24, query_pre_attn_scalar=11, attn_logit_softcapping=3.0, final_logit_softcapping=2.0),
+  "gemma3_text": dict(sliding_window=24, query_pre_attn_scalar=20, rope_local_base_freq=1e3,
+                      layer_types=["sliding_attention", "sliding_attention", "full_attention"], rope_parameters={
+                        "full_attention": dict(rope_type="linear", rope_theta=1e6, factor=4.0),
+                        "sliding_attention": dict(rope_type="default", rope_theta=1e3)}),
+}
+EVERY = pytest.mark.parametrize("name", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def torch_models():
+  """By family: transformers' model with random weights, norms and biases too."""
+  made = {}
+
+  def of(name: str):
+    if name not in made:
+      torch.manual_seed(len(made))
+      model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(name.split(",")[0], **_SHAPE | FAMILIES[name])).eval()
+      with torch.no_grad():
+        for key, x in model.named_parameters():
+          noise = torch.randn_like(x)
+          x.copy_(x + 0.2 * noise if "norm" in key else noise * 2 * 24 ** -0.5)
+      made[name] = model
+    return made[name]
+
+  return of
+
+
+@pytest.fixture
+def folder(tmp_path: Path, torch_models):
+  """Writes a family's model as transformers does, with a tokenizer beside it."""
+
+  def write(name: str) -> Path:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(CONTROLS)}, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.add_special_tokens(CONTROLS)
+    torch_models(name).save_pretrained(tmp_path / "model")
+    backend.save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "model" / "tokenizer_config.json").write_text(
+      json.dumps({"eos_token": "<|im_end|>", "chat_template": TEMPLATE}))
+    return tmp_path / "model"
+
+  return write
+
+
+def masked_logits(model, tokens, positions, mask) -> np.ndarray:
+  """transformers' logits under PASTA's mask; its local layers see a window of positions."""
+  config = model.config
+  if not getattr(config, "sliding_window", None):
+    return torch_logits(model, tokens, positions, mask)
+  near = np.asarray(mask) & (positions[:, :, None] - positions[:, None, :] < config.sliding_window)
+  if "full_attention" not in (getattr(config, "layer_types", None) or ()):
+    return torch_logits(model, tokens, positions, near)
+  additive = lambda m: torch.where(torch.from_numpy(np.array(m))[:, None], 0.0, torch.finfo(torch.float32).min)
+  with torch.no_grad():
+    return model(torch.from_numpy(tokens.astype(np.int64)), position_ids=torch.from_numpy(positions.astype(np.int64)),
+                 attention_mask={"full_attention": additive(mask), "sliding_attention": additive(near)},
+                 use_cache=False).logits.numpy()
+
+
+@EVERY
+def test_logits_equal_those_of_transformers(name: str, folder, torch_models):
+  """Plain text, and a program with nested chunks under its own mask and positions; far out, too."""
+  loaded = load_checkpoint(folder(name))
+  ours, theirs = build.from_params(loaded.config, loaded.params), torch_models(name)
+  tokens, positions, mask = nested_layout()
+  assert tokens.shape[1] > 4 * 24  # beyond windows
+  expected = torch_logits(theirs, tokens)
+  np.testing.assert_allclose(logits(ours, tokens), expected, atol=1e-4, rtol=1e-4)
+  assert expected.std() > 0.5  # the comparison is not one of zeros
+  for shift, error in ((0, 1e-4), (2000, 1e-3)):  # there a float32 angle is rounded by 1e-4
+    expected = masked_logits(theirs, tokens, positions + shift, mask)
+    actual = logits(ours, tokens, positions + shift, mask, block=48)
+    np.testing.assert_allclose(actual, expected, atol=error, rtol=1e-4)
+
+
+@EVERY
+def test_written_models_are_read_by_transformers_and_by_us(name: str, folder, torch_models, tmp_path: Path):
+  loaded = load_checkpoint(folder(name))
+  save_hf_folder(tmp_path / "again", loaded.config, loaded.params, loaded.tokenizer)
+  back = load_checkpoint(tmp_path / "again")
+  assert back.config == loaded.config
+  for key, value in loaded.params.items():
+    np.testing.assert_array_equal(back.params[key], value, err_msg=key)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager").eval()
+  if name != "mistral":  # without windows it is a Llama, and written as one
+    assert type(theirs) is type(torch_models(name))
+  tokens, positions, mask = nested_layout()
+  np.testing.assert_array_equal(masked_logits(theirs, tokens, positions, mask),
+                                masked_logits(torch_models(name), tokens, positions, mask))
+
+
+@EVERY
+def test_forms_of_the_model_agree(name: str, folder):
+  """Layers in a list and stacked, as it is and as it decodes, and back to named arrays."""
+  loaded = load_checkpoint(folder(name))
+  model = build.from_params(loaded.config, loaded.params)
+  tokens, positions, mask = nested_layout()
+  expected = logits(model, tokens, positions, mask)
+  stacked = build.stack(model)
+  np.testing.assert_allclose(logits(stacked, tokens, positions, mask), expected, atol=1e-4)
+  np.testing.assert_allclose(logits(build.for_decoding(stacked, jnp.float32), tokens, positions, mask), expected,
+                             atol=1e-4)
+  params = build.to_params(stacked)
+  assert params.keys() == loaded.params.keys()
+  for key, value in loaded.params.items():
+    np.testing.assert_array_equal(params[key], value, err_msg=key)
+
+
+BREAKAGES = {
+  "use_sliding_window is not supported in the family 'qwen2'": ("qwen2", dict(use_sliding_window=True)),
+  "RoPE scaling 'yarn' is not supported": ("llama", dict(rope_parameters=dict(rope_type="yarn", factor=2.0))),
+  "activation 'relu' is not supported in the family 'qwen3'": ("qwen3", dict(hidden_act="relu")),
+  "attention_bias is not supported": ("qwen3", dict(attention_bias=True)),
+  "factor is missing": ("llama", dict(rope_parameters=dict(rope_type="linear"))),
+}
+
+
+@pytest.mark.parametrize("message", BREAKAGES)
+def test_features_that_the_decoder_lacks_are_named(message: str, folder):
+  name, changes = BREAKAGES[message]
+  path = folder(name)
+  config = json.loads((path / "config.json").read_text())
+  (path / "config.json").write_text(json.dumps(config | changes))
+  with pytest.raises(WeightsError, match=message) as caught:
+    load_checkpoint(path)
+  assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- Gemma's tokenizer ---
+
+TURNS = ["<start_of_turn>", "<end_of_turn>"]
+_WORDS = ["he", "▁he", "▁▁", "lo", "▁world", "é"]
+
+
+@pytest.fixture(scope="module")
+def gemma_folder(tmp_path_factory) -> Path:
+  """Gemma's two files in small: pieces with marked blanks, and a token for every byte."""
+  folder = tmp_path_factory.mktemp("gemma")
+  specials = ["<pad>", "<eos>", "<bos>", "<unk>", *TURNS]
+  letters = sorted(set("helo wrd123\n▁é".replace(" ", "")))
+  vocab = [*specials, *(f"<0x{b:02X}>" for b in range(256)), *letters, *_WORDS[:3], "lo", "▁w", "or", "ld", "orld",
+           "▁world"]
+  merges = [("h", "e"), ("▁", "he"), ("▁", "▁"), ("l", "o"), ("▁", "w"), ("o", "r"), ("l", "d"), ("or", "ld"),
+            ("▁w", "orld")]
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(
+    vocab={t: i for i, t in enumerate(dict.fromkeys(vocab))}, merges=merges, unk_token="<unk>", fuse_unk=True,
+    byte_fallback=True))
+  backend.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "merged_with_previous")
+  backend.decoder = tokenizers.decoders.Sequence([
+    tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+  backend.add_special_tokens(specials)
+  backend.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "bos_token": "<bos>"}))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def gemma(gemma_folder: Path) -> Tokenizer:
+  return Tokenizer.from_file(gemma_folder / "tokenizer.json", gemma_folder / "tokenizer_config.json")
+
+
+@given(text=st.lists(st.text() | st.sampled_from([" he", "  ", " world", "▁", "<eos>", "<0x0A>"])).map("".join))
+def test_bytes_of_pieces_are_the_text(gemma: Tokenizer, text: str):
+  ids = gemma.encode(text)
+  assert gemma.decode(ids) == text and not gemma.special_ids & set(ids)
+
+
+def test_pieces_are_those_of_hugging_face(gemma: Tokenizer, gemma_folder: Path):
+  backend = tokenizers.Tokenizer.from_file(str(gemma_folder / "tokenizer.json"))
+  for text in ("hello world", "  he\n he é 12", "12🦜", ""):
+    assert gemma.encode(text) == backend.encode(text).ids
+  assert gemma.token_bytes(gemma.encode(" world")[0]) == b" world"
+  assert {gemma.token_bytes(t): v for t, v in gemma.digit_values().items()}[b"3"] == (3, 10)
+  assert pickle.loads(pickle.dumps(gemma)).encode("▁he") == gemma.encode("▁he")
+
+
+def test_gemma_has_turns_without_a_template(gemma: Tokenizer):
+  ids = gemma.chat_prompt([{"role": "user", "content": " he<end_of_turn>"}, {"role": "assistant", "content": "lo"},
+                           {"role": "user", "content": "12"}])
+  assert gemma.decode(ids) == ("<bos><start_of_turn>user\nhe<end_of_turn><end_of_turn>\n<start_of_turn>model\nlo"
+                               "<end_of_turn>\n<start_of_turn>user\n12<end_of_turn>\n<start_of_turn>model\n")
+  assert ids.count(TURNS.index("<end_of_turn>") + 4) == 3  # the one in the content is text
+  with pytest.raises(ValueError, match="no system role"):
+    gemma.chat_prompt([{"role": "system", "content": "x"}])
+
+
+def test_pieces_that_change_a_text_are_refused(gemma_folder: Path, tmp_path: Path):
+  for name in ("tokenizer.json", "tokenizer_config.json"):
+    (tmp_path / name).write_bytes((gemma_folder / name).read_bytes())
+  whole = json.loads((tmp_path / "tokenizer.json").read_text())
+  prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, whole["normalizer"]]}
+  (tmp_path / "tokenizer.json").write_text(json.dumps(whole | {"normalizer": prepend}))
+  with pytest.raises(WeightsError, match="puts a blank before every text"):
+    Tokenizer.from_file(tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json")
