@@ -1,9 +1,11 @@
 """Every family against transformers' own classes: weights in and out, logits, PASTA's mask and positions, tokens."""
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
 
+import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from test_model import Letters, logits, nested_layout, torch_logits
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import build
 from pasta_jax.model.checkpoint import load_checkpoint
+from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.families import family_of, local_layers
 from pasta_jax.model.hf_folder import save_hf_folder
 from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.model.weights import WeightsError
@@ -235,3 +239,84 @@ def test_pieces_that_change_a_text_are_refused(gemma_folder: Path, tmp_path: Pat
   (tmp_path / "tokenizer.json").write_text(json.dumps(whole | {"normalizer": prepend}))
   with pytest.raises(WeightsError, match="puts a blank before every text"):
     Tokenizer.from_file(tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json")
+
+
+# --- GGUF ---
+
+PIECES = [*(f"<0x{b:02X}>" for b in range(256)), "▁he", "▁world", "he", "▁w", "orld", "or", "ld", "lo", *"helorwd▁é1"]
+
+
+def write_gguf(path: Path, config: ModelConfig, params: dict[str, np.ndarray]) -> Path:
+  """As llama.cpp's converter does: scales of norms as they are used, rows of q and k in their order but for Llama."""
+  arch = family_of(config).removesuffix("_text")
+  writer = gguf.GGUFWriter(path, arch)
+  writer.add_block_count(config.n_layers)
+  writer.add_context_length(config.max_position)
+  writer.add_embedding_length(config.d_model)
+  writer.add_feed_forward_length(config.d_ff)
+  writer.add_head_count(config.n_heads)
+  writer.add_head_count_kv(config.n_kv_heads)
+  writer.add_key_length(config.head_dim)
+  writer.add_rope_freq_base(config.rope_theta)
+  writer.add_layer_norm_rms_eps(config.norm_eps)
+  if config.rope_scaling:
+    writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope_scaling.kind))
+    writer.add_rope_scaling_factor(config.rope_scaling.factor)
+  if config.window:
+    writer.add_sliding_window(config.window)
+  if config.attention_softcap:
+    writer.add_attn_logit_softcapping(config.attention_softcap)
+    writer.add_final_logit_softcapping(config.logit_softcap)
+  writer.add_tokenizer_model("llama")
+  tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *TURNS, "\n\n", "  ", *PIECES]
+  writer.add_token_list(tokens)
+  writer.add_token_types([3] * 6 + [4, 4] + [6] * 256 + [1] * (len(PIECES) - 256))
+  writer.add_token_scores([-1000.0] * 8 + [0.0] * 256 + [-float(i) for i in range(len(PIECES) - 256)])
+  writer.add_add_space_prefix(False)
+  writer.add_eos_token_id(1)
+  writer.add_bos_token_id(2)
+  words = {"embed.embedding": "token_embd", "final_norm": "output_norm", "head": "output", "attn.o": "attn_output",
+           "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v", "attn.q_norm": "attn_q_norm",
+           "attn.k_norm": "attn_k_norm", "mlp_norm": "ffn_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up",
+           "mlp.down": "ffn_down", "attn_post_norm": "post_attention_norm", "mlp_post_norm": "post_ffw_norm"}
+  for name, x in params.items():
+    layer = name.split(".")[1] if name.startswith("layers.") else None
+    middle, kind = (name.split(".", 2)[2] if layer else name), name.rsplit(".", 1)[1]
+    middle = middle if kind == "embedding" else middle.rsplit(".", 1)[0]
+    x = x.T if kind == "kernel" else x + np.float32(config.norm_offset) if kind == "scale" else x
+    writer.add_tensor((f"blk.{layer}." if layer else "") + words.get(middle, middle) + (
+      ".bias" if kind == "bias" else ".weight"), np.ascontiguousarray(x))
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"])
+def test_gguf_and_hugging_face_give_the_same_model(name: str, folder, tmp_path: Path):
+  loaded = load_checkpoint(folder(name))
+  config = loaded.config
+  if config.window:  # GGUF does not say these: llama.cpp knows them by the family
+    config = dataclasses.replace(config, local_layers=local_layers(name, 3), query_scale=config.head_dim ** -0.5,
+                                 local_rope_theta=10_000.0 if name == "gemma3_text" else 0.0)
+  config = dataclasses.replace(config, vocab_size=(rows := len(PIECES) + 8))
+  params = {k: np.resize(v, (rows, 24)) if k.startswith("embed") else np.resize(v.T, (rows, 24)).T
+            if k.startswith("head") else v for k, v in loaded.params.items()}
+  again = load_checkpoint(write_gguf(tmp_path / "model.gguf", config, params))
+  assert again.config == config and again.params.keys() == params.keys()
+  for key, value in params.items():
+    np.testing.assert_allclose(again.params[key], value, atol=1e-6 * key.endswith("scale"), rtol=0, err_msg=key)
+
+
+def test_pieces_of_gguf(folder, tmp_path: Path):
+  loaded = load_checkpoint(folder("gemma"))
+  config = dataclasses.replace(loaded.config, vocab_size=len(PIECES) + 8)
+  params = loaded.params | {"embed.embedding": np.zeros((len(PIECES) + 8, 24), np.float32)}
+  tokenizer = load_checkpoint(write_gguf(tmp_path / "model.gguf", config, params)).tokenizer
+  assert [tokenizer.token_bytes(t) for t in tokenizer.encode("hello he world\n\n  1▁é<eos>\n")] == [
+    b"he", b"l", b"lo", b" he", b" world", b"\n\n", b"  ", b"1", b"\xe2", b"\x96", b"\x81", "é".encode(), b"<", b"e",
+    b"o", b"s", b">", b"\n"]
+  assert tokenizer.special_ids == set(range(6))
+  assert tokenizer.decode(tokenizer.chat_prompt([{"role": "user", "content": "he"}])) == (
+    "<bos><start_of_turn>user\nhe<end_of_turn>\n<start_of_turn>model\n")

@@ -122,7 +122,7 @@ def test_gguf_tokenizer_without_a_chat_template(tmp_path: Path):
 @pytest.mark.parametrize(
   ("arch", "changes", "message"),
   [
-    ("qwen2", {}, "architecture 'qwen2' is not supported"),
+    ("mamba", {}, "architecture 'mamba' is not supported"),
     ("llama", {"blk.1.attn_k.weight": None}, "blk.1.attn_k.weight is missing"),
     ("llama", {"token_embd.weight": None}, "token_embd.weight is missing"),
     ("llama", {"blk.0.attn_q.bias": np.ones(48, "f")}, "blk.0.attn_q.bias is not part of"),

@@ -30,7 +30,7 @@ class Checkpoint:
 
 
 def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -> Checkpoint:
-  """Loads a checkpoint of any family that `hf_folder` knows.
+  """Loads a checkpoint of one of the `families`.
 
   Args:
     source: "smollm2-135m-instruct" (downloaded once, see `download.default_weights`), a .gguf file, or a

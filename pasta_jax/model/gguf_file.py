@@ -1,4 +1,4 @@
-"""Reads llama-family GGUF files: metadata, architecture, weights and tokenizer.
+"""Reads GGUF files of the families in `families`: metadata, architecture, weights and tokenizer.
 
 The container is parsed here, not with `gguf.GGUFReader`: that one makes a few NumPy arrays for every
 string of a vocabulary (2 s for 100,000 strings), and on a truncated file fails wherever it happens to.
@@ -14,7 +14,8 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.config import ModelConfig, RopeScaling
+from pasta_jax.model.families import FAMILIES, has_local_layers, local_layers
 from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.model.weights import WeightsError, collect, rename
 
@@ -24,6 +25,13 @@ _NAMES = {
   "attn.q.kernel": "attn_q.weight",
   "attn.k.kernel": "attn_k.weight",
   "attn.v.kernel": "attn_v.weight",
+  "attn.q.bias": "attn_q.bias",
+  "attn.k.bias": "attn_k.bias",
+  "attn.v.bias": "attn_v.bias",
+  "attn.q_norm.scale": "attn_q_norm.weight",
+  "attn.k_norm.scale": "attn_k_norm.weight",
+  "attn_post_norm.scale": "post_attention_norm.weight",
+  "mlp_post_norm.scale": "post_ffw_norm.weight",
   "attn.o.kernel": "attn_output.weight",
   "mlp_norm.scale": "ffn_norm.weight",
   "mlp.gate.kernel": "ffn_gate.weight",
@@ -32,6 +40,8 @@ _NAMES = {
   "final_norm.scale": "output_norm.weight",
   "head.kernel": "output.weight",
 }
+# Architectures by the names of `families`, where these differ. Mistral's files say llama.
+_FAMILY_NAMES = {"gemma3": "gemma3_text"}
 # Container types by number. 8 is a string and 9 an array; both are written out by hand below.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -53,7 +63,7 @@ def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, dict[str, np.nda
   """Architecture, parameters (see `weights.param_shapes`) and tokenizer of a GGUF file.
 
   Raises:
-    WeightsError: not GGUF, truncated, another architecture than llama, or tensors that do not fit it.
+    WeightsError: not GGUF, truncated, an architecture that is not known, or tensors that do not fit it.
   """
   fields, tensors = read_container(path)
   config = _config(path, fields, tensors)
@@ -63,6 +73,10 @@ def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, dict[str, np.nda
 
   def read(ours: str, theirs: str) -> np.ndarray:
     values = _values(path, theirs, tensors[theirs])
+    if ours.endswith(".scale"):
+      return values - np.float32(config.norm_offset)  # these files hold scales as they are used
+    if fields["general.architecture"] != "llama":
+      return values
     if ours.endswith(".attn.q.kernel"):
       return _unpermute(values, config.n_heads)
     if ours.endswith(".attn.k.kernel"):
@@ -182,33 +196,52 @@ def _unpermute(weight: np.ndarray, n_heads: int) -> np.ndarray:
 
 
 def _config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> ModelConfig:
-  architecture = fields.get("general.architecture")
-  if architecture != "llama":
-    raise WeightsError(f"{path}: architecture {architecture!r} is not supported, only 'llama'")
-  for feature in ("expert_count", "rope.scaling.type"):
-    if (value := fields.get(f"llama.{feature}")) not in (None, 0, "none"):
-      raise WeightsError(f"{path}: llama.{feature} = {value} is not supported")
+  arch = fields.get("general.architecture")
+  family = _FAMILY_NAMES.get(str(arch), str(arch))
+  if family not in FAMILIES:
+    known = [next((a for a, f in _FAMILY_NAMES.items() if f == name), name) for name in FAMILIES if name != "mistral"]
+    raise WeightsError(f"{path}: architecture {arch!r} is not supported, only {', '.join(known)}")
   if "token_embd.weight" not in tensors:
     raise WeightsError(f"{path}: tensor token_embd.weight is missing")
 
+  def field(name: str, *default: Any) -> Any:
+    return fields.get(f"{arch}.{name}", *default) if default else fields[f"{arch}.{name}"]
+
+  if (experts := field("expert_count", None)) not in (None, 0):
+    raise WeightsError(f"{path}: {arch}.expert_count = {experts} is not supported")
+
   try:
-    d_model, n_heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
-    head_dim = fields.get("llama.attention.key_length", d_model // n_heads)
-    if (rotated := fields.get("llama.rope.dimension_count", head_dim)) != head_dim:
+    d_model, n_heads, n_layers = field("embedding_length"), field("attention.head_count"), field("block_count")
+    head_dim = field("attention.key_length", d_model // n_heads)
+    if (rotated := field("rope.dimension_count", head_dim)) != head_dim:
       raise WeightsError(f"{path}: RoPE over {rotated} of {head_dim} dimensions is not supported")
+    scaling = field("rope.scaling.type", "none")
+    attention: dict[str, Any] = {"window": field("attention.sliding_window", None) or 0}
+    if has_local_layers(family):
+      largest = (family, n_layers) in (("gemma2", 46), ("gemma3_text", 62))  # 27B scales by its width
+      attention |= {
+        "local_layers": local_layers(family, n_layers),
+        "query_scale": (d_model // n_heads if largest else head_dim) ** -0.5,
+        "attention_softcap": field("attn_logit_softcapping", 0.0),
+        "logit_softcap": field("final_logit_softcapping", 0.0),
+        "local_rope_theta": 10_000.0 if family == "gemma3_text" else 0.0,
+      }
     return ModelConfig(
       vocab_size=tensors["token_embd.weight"].shape[0],
       d_model=d_model,
-      n_layers=fields["llama.block_count"],
+      n_layers=n_layers,
       n_heads=n_heads,
-      n_kv_heads=fields.get("llama.attention.head_count_kv", n_heads),
+      n_kv_heads=field("attention.head_count_kv", n_heads),
       head_dim=head_dim,
-      d_ff=fields["llama.feed_forward_length"],
-      rope_theta=fields.get("llama.rope.freq_base", 10_000.0),
+      d_ff=field("feed_forward_length"),
+      rope_theta=field("rope.freq_base", 10_000.0),
+      rope_scaling=None if scaling == "none" else RopeScaling(scaling, field("rope.scaling.factor")),
       # Stored as float32: 1e-5 comes back as 9.999999747e-06 without the detour over its shortest text.
-      norm_eps=float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
+      norm_eps=float(str(np.float32(field("attention.layer_norm_rms_epsilon")))),
       tie_embeddings="output.weight" not in tensors,
-      max_position=fields["llama.context_length"],
+      max_position=field("context_length"),
+      **FAMILIES[family],
+      **attention,
     )
   except KeyError as error:
     raise WeightsError(f"{path}: metadata {error.args[0]} is missing") from error
@@ -220,19 +253,21 @@ def _config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, StoredT
 
 def _tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
   model = fields.get("tokenizer.ggml.model")
-  if model != "gpt2":
-    raise WeightsError(f"{path}: tokenizer {model!r} is not supported, only 'gpt2' (byte-level BPE)")
+  if model not in ("gpt2", "llama"):
+    raise WeightsError(f"{path}: tokenizer {model!r} is not supported, only 'gpt2' (bytes) and 'llama' (pieces)")
+  field = lambda name: fields[f"tokenizer.ggml.{name}"]
   eos = fields.get("tokenizer.ggml.eot_token_id", fields.get("tokenizer.ggml.eos_token_id"))
   try:
+    if model == "llama":
+      if fields.get("tokenizer.ggml.add_space_prefix", True):
+        raise ValueError("a tokenizer that puts a blank before every text is not supported (Llama 2's)")
+      given = {"scores": field("scores")}
+    else:
+      given = {"merges": field("merges"), "pre": field("pre")}
     return Tokenizer.from_gguf_fields(
-      tokens=fields["tokenizer.ggml.tokens"],
-      merges=fields["tokenizer.ggml.merges"],
-      token_types=fields["tokenizer.ggml.token_type"],
-      pre=fields["tokenizer.ggml.pre"],
-      eos_id=eos,
-      bos_id=fields.get("tokenizer.ggml.bos_token_id"),
-      chat_template=fields.get("tokenizer.chat_template", ""),
-    )
+      tokens=field("tokens"), token_types=field("token_type"), eos_id=eos,
+      bos_id=fields.get("tokenizer.ggml.bos_token_id"), chat_template=fields.get("tokenizer.chat_template", ""),
+      **given)
   except KeyError as error:
     raise WeightsError(f"{path}: metadata {error.args[0]} is missing") from error
   except ValueError as error:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pasta_jax.model.config import ModelConfig, RopeScaling
+from pasta_jax.model.families import FAMILIES, family_of, has_local_layers, local_layers
 from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.model.weights import WeightsError, collect, read_json, rename
 
@@ -41,21 +42,6 @@ _NAMES_WITH_POST_NORMS = _NAMES | {
   "mlp_norm.scale": "pre_feedforward_layernorm.weight",
   "mlp_post_norm.scale": "post_feedforward_layernorm.weight",
 }
-# What each `model_type` means, in fields of `ModelConfig`. A model is written as the first one that has its features.
-_LLAMA = {"activation": "silu", "norm_offset": 0.0, "scale_embeddings": False, "qkv_bias": False, "qk_norm": False,
-          "post_norms": False}  # fmt: skip
-_GEMMA = _LLAMA | {"activation": "gelu", "norm_offset": 1.0, "scale_embeddings": True}
-_FAMILIES: dict[str, dict[str, Any]] = {
-  "llama": _LLAMA,
-  "mistral": _LLAMA,
-  "qwen2": _LLAMA | {"qkv_bias": True},
-  "qwen3": _LLAMA | {"qk_norm": True},
-  "gemma": _GEMMA,
-  "gemma2": _GEMMA | {"post_norms": True},
-  "gemma3_text": _GEMMA | {"post_norms": True, "qk_norm": True},
-}
-# Every how many layers one is global, where `layer_types` is missing (as it was at first).
-_PATTERNS = {"gemma2": 2, "gemma3_text": 6}
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 # Of each family, whatever its config.json calls it: Gemma's first files said "gelu", and meant the approximation.
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu"}
@@ -156,13 +142,13 @@ def _redundant(name: str, config: ModelConfig) -> bool:
 
 def _config(path: Path) -> ModelConfig:
   raw = read_json(path)
-  if (kind := raw.get("model_type")) not in _FAMILIES:
-    raise WeightsError(f"{path}: architecture {kind!r} is not supported, only {', '.join(_FAMILIES)}")
+  if (kind := raw.get("model_type")) not in FAMILIES:
+    raise WeightsError(f"{path}: architecture {kind!r} is not supported, only {', '.join(FAMILIES)}")
   for feature in ("attention_bias", "mlp_bias"):
     if raw.get(feature):
       raise WeightsError(f"{path}: {feature} is not supported")
   given = raw.get("hidden_activation") or raw.get("hidden_act") or "silu"
-  if _ACTIVATIONS.get(given) != _FAMILIES[kind]["activation"]:
+  if _ACTIVATIONS.get(given) != FAMILIES[kind]["activation"]:
     raise WeightsError(f"{path}: activation {given!r} is not supported in the family {kind!r}")
   # transformers 5 writes rope_parameters; before, rope_theta stood alone and rope_scaling beside it.
   rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -188,8 +174,8 @@ def _config(path: Path) -> ModelConfig:
       norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
       max_position=context,
       tie_embeddings=bool(raw.get("tie_word_embeddings", kind.startswith("gemma"))),  # these do not say so
-      **_FAMILIES[kind],
-      **(_attention(raw, kind) if kind in ("mistral", *_PATTERNS) else {}),
+      **FAMILIES[kind],
+      **(_attention(raw, kind) if kind == "mistral" or has_local_layers(kind) else {}),
     )
   except KeyError as error:
     raise WeightsError(f"{path}: {error.args[0]} is missing") from error
@@ -199,9 +185,7 @@ def _config(path: Path) -> ModelConfig:
 
 def _described(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
   """config.json: the inverse of `_config`."""
-  family = next(name for name, features in _FAMILIES.items() if features.items() <= vars(config).items())
-  if family == "llama" and config.window:
-    family = "mistral"
+  family = family_of(config)
   activation = "gelu_pytorch_tanh" if config.activation == "gelu" else config.activation
   return dict(
     architectures=[f"{family.removesuffix('_text').capitalize()}ForCausalLM"], model_type=family,
@@ -222,14 +206,14 @@ def _attention(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
   out: dict[str, Any] = {"window": raw.get("sliding_window") or 0}
   if kind == "mistral":
     return out
-  kinds = raw.get("layer_types")
-  every = raw.get("sliding_window_pattern", _PATTERNS[kind])
-  local = [k == _LOCAL for k in kinds] if kinds else [bool((i + 1) % every) for i in range(raw["num_hidden_layers"])]
+  if kinds := raw.get("layer_types"):
+    out["local_layers"] = tuple(k == _LOCAL for k in kinds)
+  else:  # as at first
+    out["local_layers"] = local_layers(kind, raw["num_hidden_layers"], raw.get("sliding_window_pattern"))
   if kind == "gemma3_text":
     rope = (raw.get("rope_parameters") or {}).get(_LOCAL, {"rope_theta": raw.get("rope_local_base_freq", 10_000.0)})
     out["local_rope_theta"] = float(rope["rope_theta"])
   return out | {
-    "local_layers": tuple(local),
     "query_scale": raw["query_pre_attn_scalar"] ** -0.5,
     "attention_softcap": raw.get("attn_logit_softcapping") or 0.0,
     "logit_softcap": raw.get("final_logit_softcapping") or 0.0,

@@ -16,11 +16,11 @@ from typing import Any
 import jinja2
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from pasta_jax.model.weights import WeightsError, read_json, read_text
 
-_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # GGUF token types
 _ROLES = ("system", "user", "assistant", "tool")
 _BLANK = "\u2581"  # what SentencePiece writes for a blank
 # Gemma's base models have the turn marks of the tuned ones, but no template.
@@ -82,38 +82,53 @@ class Tokenizer:
   def from_gguf_fields(
     cls,
     tokens: Sequence[str],
-    merges: Sequence[str],
     token_types: Sequence[int],
-    pre: str,
     eos_id: int | None,
     bos_id: int | None = None,
     chat_template: str = "",
+    *,
+    merges: Sequence[str] = (),
+    pre: str = "",
+    scores: Sequence[float] | None = None,
   ) -> "Tokenizer":
-    """From GGUF metadata of a "gpt2" tokenizer. `merges` are pairs such as "h e", best first.
+    """From GGUF metadata: of a "gpt2" tokenizer `merges`, pairs such as "h e", best first, and its pre-tokenizer;
+    of SentencePiece's ("llama") the pieces' `scores`.
 
     Raises:
       ValueError: an unknown pre-tokenizer, or lists that contradict each other.
     """
-    if pre != "smollm":
+    if scores is None and pre != "smollm":
       raise ValueError(f"pre-tokenizer {pre!r} is not supported, only 'smollm'")
+    if scores is not None and len(scores) != len(tokens):
+      raise ValueError(f"{len(tokens)} tokens, but {len(scores)} scores")
     if len(token_types) != len(tokens):
       raise ValueError(f"{len(tokens)} tokens, but {len(token_types)} token types")
     if eos_id is None:
       raise ValueError("no end-of-turn token is named")
     try:
-      pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-      bpe = models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=pairs)
+      if scores is None:
+        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+      else:
+        pairs = _merges_of_pieces({token: index for index, token in enumerate(tokens)}, scores, token_types)
+      bpe = models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=pairs,
+                       **({} if scores is None else {"byte_fallback": True, "fuse_unk": True}))
     except Exception as error:  # `tokenizers` raises bare Exception
       raise ValueError(f"unusable vocabulary: {error}") from error
     backend = tokenizers.Tokenizer(bpe)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-      [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
+    if scores is None:
+      backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+      )
+      backend.decoder = decoders.ByteLevel()
+    else:
+      backend.normalizer = normalizers.Replace(" ", _BLANK)
+      backend.decoder = decoders.Sequence([decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()])
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
       texts = [token for token, its_kind in zip(tokens, token_types, strict=True) if its_kind == kind]
       backend.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in texts])
-    return cls(backend, eos_id, bos_id, chat_template)
+    if not chat_template and set(_GEMMA_TURNS) <= set(tokens):
+      chat_template = _GEMMA_TEMPLATE
+    return cls(backend, eos_id, bos_id, chat_template, pieces=scores is not None)
 
   @classmethod
   def from_file(cls, tokenizer_json: Path, tokenizer_config: Path) -> "Tokenizer":
@@ -301,6 +316,19 @@ def _piece_bytes(token: str) -> bytes:
   if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
     return bytes([int(token[3:5], 16)])
   return token.replace(_BLANK, " ").encode()
+
+
+def _merges_of_pieces(vocab: Mapping[str, int], scores: Sequence[float],
+                      token_types: Sequence[int]) -> list[tuple[str, str]]:
+  """The pairs that SentencePiece merges, best first: any two pieces that make up a third, by the third's score."""
+  found = []
+  for piece, index in vocab.items():
+    if token_types[index] == _NORMAL:
+      for cut in range(1, len(piece)):
+        left, right = piece[:cut], piece[cut:]
+        if left in vocab and right in vocab:
+          found.append((-scores[index], vocab[left], vocab[right], (left, right)))
+  return [pair for *_, pair in sorted(found)]
 
 
 def _token_text(entry: Any) -> str | None:
