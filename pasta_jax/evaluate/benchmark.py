@@ -175,8 +175,8 @@ def llama_cpp_timer() -> Callable[[], float] | None:
     import llama_cpp
   except ImportError:
     return None
-  from pasta_jax.model.download import default_weights
-  model = llama_cpp.Llama(str(default_weights()), n_ctx=MAIN_POOL, logits_all=False, verbose=False)
+  from pasta_jax.model.download import named_weights
+  model = llama_cpp.Llama(str(named_weights("smollm2-135m-instruct")), n_ctx=MAIN_POOL, logits_all=False, verbose=False)
 
   def measure() -> float:
     model.reset()

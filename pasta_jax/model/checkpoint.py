@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.download import default_weights
+from pasta_jax.model.download import RELEASES, named_weights
 from pasta_jax.model.gguf_file import load_gguf
 from pasta_jax.model.hf_folder import load_hf_folder
 from pasta_jax.model.tokenizer import Tokenizer
@@ -33,15 +33,15 @@ def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -
   """Loads a checkpoint of one of the `families`.
 
   Args:
-    source: "smollm2-135m-instruct" (downloaded once, see `download.default_weights`), a .gguf file, or a
-      folder in Hugging Face's format.
+    source: one of `download.RELEASES` ("smollm2-135m-instruct", "gemma3-270m"; downloaded once), a .gguf file, or
+      a folder in Hugging Face's format.
     progress: show a bar on stderr, if that is a terminal.
 
   Raises:
     WeightsError: nothing usable is found there; the message is one line that says why.
   """
-  if source == DEFAULT_MODEL:
-    name, path = DEFAULT_MODEL, default_weights()
+  if source in RELEASES:
+    name, path = str(source), named_weights(str(source))
   else:
     path = Path(source).expanduser()
     name = path.resolve().name.removesuffix(".gguf")
@@ -49,4 +49,4 @@ def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -
     return Checkpoint(name, *load_hf_folder(path, progress))
   if path.is_file():
     return Checkpoint(name, *load_gguf(path, progress))
-  raise WeightsError(f"{source}: neither a GGUF file, nor a model's folder, nor {DEFAULT_MODEL!r}")
+  raise WeightsError(f"{source}: neither a GGUF file, nor a model's folder, nor one of {', '.join(RELEASES)}")
