@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from configs import gemma3_270m
 from configs.paper import gemma_7b
 from pasta_jax.model import build, lora
 from pasta_jax.model.decoder import Decoder
@@ -73,6 +74,19 @@ def test_step_lowers_for_tpu_at_full_size(stage: str, tmp_path: Path):
     lowered = update.trace(state, placed(frozen), batch(c, stage == "preference")).lower(lowering_platforms=("tpu",))
   text = lowered.as_text()
   assert "256000" in text and ("sdy.sharding" in text or "mhlo.sharding" in text)
+
+
+@pytest.mark.parametrize("make", [gemma_7b.get_config, gemma3_270m.get_config])
+def test_other_models_have_no_adapter_of_smollm2(make):
+  """Adapters fit one model: what a config names is what its own commands leave; a flag changes what follows from it."""
+  for arg in ("", "baseline"):
+    config = make(arg)
+    named = {config.model.adapter, *(s.adapter for s in config.systems.values())} - {""}
+    assert named <= {f"runs/{make.__module__.rpartition('.')[2]}/{n}/adapter.safetensors"
+                     for n in ("pasta", "baseline", "apar")}
+  config = make()
+  config.model.adapter = "mine.safetensors"
+  assert config.systems.pasta.adapter == "mine.safetensors" != config.systems.baseline.adapter
 
 
 def test_stage_two_is_the_papers():

@@ -1,0 +1,24 @@
+"""Gemma 3 270M, a base model of the paper's family: fetched under Gemma's terms, and taught to answer by SFT.
+
+    python main.py --config=configs/gemma3_270m.py --mode=train --workdir=runs/gemma3_270m/pasta
+    python main.py --config=configs/gemma3_270m.py:baseline --mode=train --workdir=runs/gemma3_270m/baseline
+    python main.py --config=configs/gemma3_270m.py --mode=decode --prompt="Compare trains and planes."
+
+No adapter of it is in this package: train first, on more than the seed data.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import smollm2_135m
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """`arg`: as of `smollm2_135m`."""
+  c = smollm2_135m.get_config(arg)
+  c.model.source = "gemma3-270m"
+  adapter = lambda name: f"runs/gemma3_270m/{name}/adapter.safetensors"
+  c.model.adapter = adapter(arg or "pasta")
+  for system, name in (("pasta", "pasta"), ("sequential", "pasta"), ("baseline", "baseline"), ("apar", "apar")):
+    c.systems[system].adapter = adapter(name)
+  c.train.loss_chunk = c.preference.loss_chunk = 256  # its vocabulary is five times SmolLM2's
+  return c
