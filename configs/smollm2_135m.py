@@ -112,12 +112,13 @@ def get_config(arg: str = "") -> ConfigDict:
       requests=48,  # decoded at once
       width=2,
       audit=8,  # so many samples a round: their log-probabilities against the trainer's, and against the start's
-      score="theoretical",  # or parallelism, arithmetic, harmonic; clock: predicted by a step cost
+      score="delivered",  # or theoretical (the paper's), parallelism, arithmetic, harmonic, clock (preference.score)
       cost="",  # file of the step cost (evaluate.benchmark --cost=FILE)
       guards=True,  # a broken answer cannot be the best one
       loss="bonbon",  # or ipo, dpo
       alpha=0.005,  # share of the likelihood of the best answer
       beta=0.0,  # 0: from the number of samples (train.preference_loss)
+      per_token=True,  # compare answers of different lengths by the token; False: by their sums, as in the paper
       length=768,  # tokens of a packed row; samples that are longer are left out
       batch_size=3,  # rows, which hold about as many pairs
       accumulate=2,

@@ -116,24 +116,25 @@ def test_every_step_of_the_preference_ablation_parses(monkeypatch, tmp_path):
   steps = preference.sweep(str(runs), "train.jsonl", "held out.jsonl", "--config.preference.rounds=1")
   commands = [shlex.split(c) for c in steps if c.startswith("python ")]
   found = [parsed(words[1:], monkeypatch) for words in commands]
-  assert [f.config.preference.score for f in found] == ["theoretical", "parallelism", "arithmetic", "harmonic"]
+  scores = [f.config.preference.score for f in found]
+  assert scores == ["delivered", "theoretical", "parallelism", "arithmetic", "harmonic"]
   for f in found:
     assert f.mode == "preference" and f.workdir == str(runs / f.config.preference.score)
     assert f.config.preference.prompts == "train.jsonl" and f.config.eval.prompts == "held out.jsonl"
     assert f.config.preference.rounds == 1
-  (runs / "theoretical" / "start").mkdir(parents=True)
+  (runs / "delivered" / "start").mkdir(parents=True)
   for name in ("start/samples.jsonl", "baseline.jsonl", "baseline.settings.json"):
-    (runs / "theoretical" / name).write_text(name)
+    (runs / "delivered" / name).write_text(name)
   for _ in range(2):
     for c in steps:
       if not c.startswith("python "):
         subprocess.run(["bash", "-ec", c], check=True)
-  for score in ("parallelism", "arithmetic", "harmonic"):
+  for score in scores[1:]:
     assert (runs / score / "start" / "samples.jsonl").read_text() == "start/samples.jsonl"
     assert (runs / score / "baseline.settings.json").read_text() == "baseline.settings.json"
   with_clock = preference.sweep("runs", "train.jsonl", "held.jsonl", "--config.preference.cost=cost.json")
   assert shlex.split(with_clock[-1])[2] == "--config=configs/ablations/preference.py:clock"
-  with pytest.raises(ValueError, match="'speed' is none of theoretical, parallelism"):
+  with pytest.raises(ValueError, match="'speed' is none of delivered, theoretical"):
     preference.get_config("speed")
 
 

@@ -95,5 +95,6 @@ def test_stage_two_is_the_papers():
   assert (config.preference.rounds, config.preference.samples, config.preference.loss) == (2, 10, "bonbon")
   assert config.systems.pasta.adapter == config.model.adapter == "runs/gemma_7b/pasta/adapter.safetensors"
   assert config.preference.score == "theoretical" and config.preference.lora_rank == 0
+  assert not config.preference.per_token
   with pytest.raises(ValueError, match="unknown argument 'apar'"):
     gemma_7b.get_config("apar")

@@ -17,8 +17,8 @@ from pasta_jax.data.pairs import PairBatches, PreferencePair
 from pasta_jax.decode.batch import BatchDecoder
 from pasta_jax.decode.config import Limits, SamplingConfig, Switches
 from pasta_jax.decode.interpreter import Interpreter
-from pasta_jax.lang.layout import Layout, layout
-from pasta_jax.preference.score import StepCost, choose, chunk_facts, faults, score
+from pasta_jax.lang.layout import NO_TARGET, Layout, layout
+from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, chunk_facts, faults, score
 from pasta_jax.train.preference import answer_likelihoods, make_pair_update
 from pasta_jax.train.preference_loss import LOSSES, default_beta, preference_loss
 from pasta_jax.train.sharding import AXES, make_mesh
@@ -79,38 +79,48 @@ def some_pairs(decoder, drawn):
   return pairs, np.array(known)
 
 
-def by_hand(kind: str, pairs, known, alpha: float, beta: float) -> np.ndarray:
-  """The losses of pairs, from the definitions in PASTA.md and the papers."""
+def margins(pairs, known, per_token: bool) -> list[float]:
+  """Δ of each pair: of sums, or by the token times the answers' mean length."""
   out = []
   for pair, (chosen, rejected) in zip(pairs, known):
-    delta = (chosen - rejected) - (pair.reference[0] - pair.reference[1])
+    gains = chosen - pair.reference[0], rejected - pair.reference[1]
+    n = [sum(t != NO_TARGET for t in e.targets) for e in (pair.chosen, pair.rejected)]
+    out.append((gains[0] / n[0] - gains[1] / n[1]) * sum(n) / 2 if per_token else gains[0] - gains[1])
+  return out
+
+
+def by_hand(kind: str, pairs, known, alpha: float, beta: float, per_token: bool) -> np.ndarray:
+  """The losses of pairs, from the definitions in PASTA.md and the papers."""
+  out = []
+  for delta, (chosen, _) in zip(margins(pairs, known, per_token), known):
     out.append({"bonbon": -alpha * chosen + (1 - alpha) * (delta - 1 / beta) ** 2,
                 "ipo": (delta - 1 / (2 * beta)) ** 2,
                 "dpo": math.log1p(math.exp(-beta * delta)) if beta * delta > -500 else -beta * delta}[kind])
   return np.array(out)
 
 
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("kind", LOSSES)
-def test_losses_are_those_of_the_decode_loops_log_p(drawn, some_pairs, kind):
+def test_losses_are_those_of_the_decode_loops_log_p(drawn, some_pairs, kind, per_token):
   pairs, known = some_pairs
   batches = PairBatches(pairs, rows=ROWS, length=LENGTH, levels=LEVELS, seed=0)
   alpha, beta = 0.1, 0.05
   model = nnx.merge(tiny.GRAPH, drawn[0])
   total = {k: 0.0 for k in ("loss", "pairs", "margin", "accuracy", "chosen", "rejected", "lost")}
   for step in range(batches.steps_in_epoch(0)):
-    _, sums = preference_loss(model, batches(step), loss=kind, alpha=alpha, beta=beta)
+    _, sums = preference_loss(model, batches(step), loss=kind, alpha=alpha, beta=beta, per_token=per_token)
     total = {k: v + float(sums[k]) for k, v in total.items()}
   reference = np.array([p.reference for p in pairs])
-  gains = known - reference
-  expected = {"loss": by_hand(kind, pairs, known, alpha, beta).sum(), "pairs": len(pairs),
-              "margin": (gains[:, 0] - gains[:, 1]).sum(), "accuracy": (gains[:, 0] > gains[:, 1]).sum(),
+  gains, delta = known - reference, np.array(margins(pairs, known, per_token))
+  expected = {"loss": by_hand(kind, pairs, known, alpha, beta, per_token).sum(), "pairs": len(pairs),
+              "margin": delta.sum(), "accuracy": (delta > 0).sum(),
               "chosen": known[:, 0].sum(), "rejected": known[:, 1].sum(), "lost": -gains.sum()}
   for name, value in expected.items():
     assert total[name] == pytest.approx(value, rel=1e-4, abs=1e-3), name
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_gradients_equal_finite_differences(drawn, some_pairs, kind):
+@pytest.mark.parametrize("kind, per_token", [*((kind, False) for kind in LOSSES), ("bonbon", True)])
+def test_gradients_equal_finite_differences(drawn, some_pairs, kind, per_token):
   """Along random directions through every parameter."""
   pairs, _ = some_pairs
   batch = PairBatches(pairs, rows=ROWS, length=LENGTH, levels=LEVELS, seed=0)(0)
@@ -118,7 +128,8 @@ def test_gradients_equal_finite_differences(drawn, some_pairs, kind):
 
   @jax.jit
   def loss(params):
-    return preference_loss(nnx.merge(tiny.GRAPH, params), batch, loss=kind, alpha=0.3, beta=0.04)[0]
+    return preference_loss(nnx.merge(tiny.GRAPH, params), batch, loss=kind, alpha=0.3, beta=0.04,
+                           per_token=per_token)[0]
 
   scaled = lambda tree, h: jax.tree.map(lambda x: h * x, tree)
   gradient = jax.grad(loss)(drawn[0])
@@ -170,11 +181,13 @@ def test_batches_hold_whole_pairs_and_every_pair_once_an_epoch(some_pairs):
     PairBatches(pairs, rows=1, length=40, levels=LEVELS, seed=5)
 
 
+@pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("wanted", [1, -1])
-def test_a_policy_learns_what_is_rewarded(decoder, drawn, wanted):
+def test_a_policy_learns_what_is_rewarded(decoder, drawn, wanted, per_token):
   """Planted reward: one that is paid for promises makes more of them, one that is fined for them fewer."""
   params, groups = drawn
-  config = ConfigDict(dict(loss="bonbon", alpha=0.005, loss_chunk=256, remat=False, dtype="float32"))
+  config = ConfigDict(dict(loss="bonbon", alpha=0.005, per_token=per_token, loss_chunk=256, remat=False,
+                           dtype="float32"))
   pairs = []
   for group in groups:
     order = sorted(group, key=lambda t: wanted * (len(t.threads) - 1))
@@ -205,7 +218,7 @@ def test_a_policy_learns_what_is_rewarded(decoder, drawn, wanted):
 def test_accumulated_batches_weigh_every_pair_the_same(drawn, some_pairs):
   """Two batches with different numbers of pairs: the mean over pairs, not of batches' means."""
   pairs, _ = some_pairs
-  config = ConfigDict(dict(loss="ipo", alpha=0.0, loss_chunk=256, remat=False, dtype="float32"))
+  config = ConfigDict(dict(loss="ipo", alpha=0.0, per_token=False, loss_chunk=256, remat=False, dtype="float32"))
   graph, trainable, frozen = nnx.split(nnx.merge(tiny.GRAPH, drawn[0]), nnx.Param, ...)
   batches = PairBatches(pairs, rows=ROWS, length=LENGTH, levels=LEVELS, seed=0)
   two = [batches.batch(pairs[:2]), batches.batch(pairs[2:3])]
@@ -226,6 +239,19 @@ def row(**changes) -> dict:
   base = dict(text="An answer.", finish_reason="stop", ill_formed=0, loops=False, empty_chunks=0, copied_chunks=0,
               refused=0, text_tokens=80, total_tokens=100, longest_path=50, speedup=1.6, quality=0.5, faults=[])
   return base | changes
+
+
+def test_saying_less_is_no_speed():
+  """60 tokens on a path of 30, where the baseline wrote 120; and 200 on a path of 100."""
+  baseline = dict(text_tokens=120)
+  short = dict(text_tokens=60, longest_path=30, theoretical_speedup=2.0, parallelism=2.5)
+  long = dict(text_tokens=200, longest_path=100, theoretical_speedup=2.0, parallelism=2.5)
+  values = lambda how: (SPEEDUPS[how](short, baseline), SPEEDUPS[how](long, baseline))
+  assert values("theoretical") == (4.0, 1.2)
+  assert values("delivered") == (2.0, 1.2)
+  assert values("parallelism") == (2.5, 2.5)
+  assert values("arithmetic") == (3.25, 1.85)
+  assert values("harmonic") == pytest.approx((2 / (1 / 4 + 1 / 2.5), 2 / (1 / 1.2 + 1 / 2.5)))
 
 
 def test_the_best_and_the_worst():
@@ -273,5 +299,7 @@ def test_empty_and_copied_chunks_are_seen():
 def test_the_clock_is_predicted_from_steps():
   cost = StepCost(base=10.0, row=1.0, entry=0.5)
   assert cost.seconds([1, 2, 2], prompt=4) == (10 + 1 + 2) + (10 + 2 + 2.5)
-  sample = {"prompt_tokens": 4, "rounds": [1, 2, 2, 2]}
+  sample = {"prompt_tokens": 4, "rounds": [1, 2, 2, 2], "text_tokens": 3}
   assert cost.speedup(sample, {"text_tokens": 2}) == pytest.approx(((13) + (10 + 1 + 2.5)) / (13 + (10 + 3 + 2.5)))
+  three = 13 + (10 + 1 + 2.5) + (10 + 1 + 3)
+  assert cost.speedup(sample, {"text_tokens": 50}) == pytest.approx(three / (13 + (10 + 3 + 2.5)))

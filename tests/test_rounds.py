@@ -275,7 +275,8 @@ def test_the_step_cost_is_found_again():
   ({"weights": "1,x"}, "give weights of quality"), ({"weights": "2,2"}, "give weights of quality"),
   ({"stages": "sample,guess"}, "'guess' is none of sample, judge, train, eval"),
   ({"samples": 1}, "samples must be 2 or more"), ({"temperature": 0.0}, "temperature must be above 0"),
-  ({"score": "fast"}, "score must be one of theoretical"), ({"score": "clock"}, "needs preference.cost=FILE"),
+  ({"score": "fast"}, "score must be one of delivered, theoretical"),
+  ({"score": "clock"}, "needs preference.cost=FILE"),
   ({"prompts": ""}, "name a file"), ({"loss": "hinge"}, "loss must be one of bonbon, ipo, dpo"),
   ({"alpha": 2.0}, "alpha must be in"), ({"dtype": "float16"}, "dtype must be float32 or bfloat16")])  # fmt: skip
 def test_wrong_settings_are_one_line(start, tmp_path, changes, words):
@@ -290,3 +291,22 @@ def test_policies(start):
     ("weight_1", (1.0,)), ("weight_inf", (float("inf"),))]
   [one] = policies(changed(start, weights="1,8,inf", conditioned=True))
   assert [one.speed(w) for w in one.weights] == [2, 1, 0]
+
+
+def test_what_a_round_learned_is_in_its_report(whole, start):
+  """Gains by kind of token add up to what the answers gained as a whole."""
+  report = json.loads((whole / "weight_2" / "round1" / "round.json").read_text())
+  by_id = {r["id"]: r for r in rows_of(whole / "start" / "samples.jsonl")}
+  checkpoint = load_checkpoint(start.model.source)
+  policies = [start.model.adapter, whole / "weight_2" / "round1" / "train" / "adapter.safetensors"]
+  pairs = rows_of(whole / "weight_2" / "round1" / "pairs.jsonl")
+  picked = audit.some([(p["best"]["id"], p["worst"]["id"]) for p in pairs], start.preference.audit)
+  for side, name in enumerate(("best", "worst")):
+    answers = [by_id[ids[side]] for ids in picked]
+    log_p = [audit.log_likelihoods(start, checkpoint, Path(p), answers) for p in policies]
+    kinds = report["learned"][name]
+    assert {"text", "promise"} <= kinds.keys() and "async" not in kinds
+    total = sum(k["tokens"] * k["gain"] for k in kinds.values())
+    assert total == pytest.approx((log_p[1] - log_p[0]).mean(), abs=1e-3)
+  margin = {n: sum(k["tokens"] * k["gain"] for k in report["learned"][n].values()) for n in ("best", "worst")}
+  assert margin["best"] > margin["worst"]

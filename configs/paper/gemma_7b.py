@@ -38,6 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
   # Greedy decoding and nothing else, as in the paper.
   c.decode.update(max_new_tokens=2048, capacity=4096, repetition_penalty=1.0, no_repeat=0, promise_bias=0.0)
   c.preference.update(
+      score="theoretical", per_token=False,  # as published; the defaults are ours
       weights="1,2,4,8,inf", rounds=2, samples=10, temperature=1.0, length=2560, batch_size=8, accumulate=4,
       learning_rate=1e-6, lora_rank=0, sample_dtype="bfloat16", checkpoint_every=100,
   )

@@ -1,15 +1,17 @@
-"""Sampled answers under the trainer's forward pass: does it agree with the decode loop, and how far did policies go?"""
+"""Sampled answers under the trainer's forward pass: does it agree with the decode loop, how far did policies go, and
+what did they learn?"""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import ml_collections
 import numpy as np
 
 from pasta_jax.data.packing import pack_row
-from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.layout import NO_TARGET, PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import lora
 from pasta_jax.model.checkpoint import Checkpoint
@@ -18,25 +20,52 @@ from pasta_jax.preference.pairs import laid_out
 from pasta_jax.train.loss import token_log_likelihood
 from pasta_jax.train.state import compute_model, make_model
 
+T = TypeVar("T")
+KINDS = ("text", "digits", "promise", "number", "close", "async", "end", "sync", "eos")  # in `automaton`'s order
 
-def log_likelihoods(config, checkpoint: Checkpoint, adapter: Path, samples: Sequence[dict]) -> np.ndarray:
-  """[n] the trainer's log p of sampled answers under the policy `adapter`, in `preference.sample_dtype`."""
+
+def token_log_likelihoods(config, checkpoint: Checkpoint, adapter: Path,
+                          samples: Sequence[dict]) -> list[tuple[np.ndarray, np.ndarray]]:
+  """(targets, the trainer's log p of each) of sampled answers under the policy `adapter`, in
+  `preference.sample_dtype`."""
   vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
   c = ml_collections.ConfigDict(config.preference.to_dict() | {"dtype": config.preference.sample_dtype})
   exact_products(c.dtype)
   graph, trainable, frozen = make_model(checkpoint, vocabulary, c, adapter=adapter)
   rule = PositionRule(**json.loads(lora.read_metadata(adapter)["positions"]))
   run = jax.jit(lambda trainable, frozen, batch: token_log_likelihood(
-    compute_model(graph, trainable, frozen, c.dtype), batch)[0].sum())
+    compute_model(graph, trainable, frozen, c.dtype), batch)[0])
   out = []
   for s in samples:
     laid = laid_out(s, vocabulary, rule)
     row = pack_row([laid], 1 << (len(laid) - 1).bit_length(), laid.hidden.shape[1])
-    out.append(float(run(trainable, frozen, row.as_dict())))
-  return np.array(out)
+    learned = row.targets[0] != NO_TARGET
+    out.append((row.targets[0][learned], np.asarray(run(trainable, frozen, row.as_dict()))[0][learned]))
+  return out
 
 
-def some(samples: Sequence[dict], n: int) -> list[dict]:
+def log_likelihoods(config, checkpoint: Checkpoint, adapter: Path, samples: Sequence[dict]) -> np.ndarray:
+  """[n] their sums, an answer each."""
+  return np.array([log_p.sum(dtype=np.float64)
+                   for _, log_p in token_log_likelihoods(config, checkpoint, adapter, samples)])
+
+
+def gains(config, before: tuple[Checkpoint, Path], after: tuple[Checkpoint, Path],
+          samples: Sequence[dict]) -> dict[str, dict[str, float]]:
+  """By kind of token, how many an answer has (`tokens`) and how much likelier they became, nats a token (`gain`).
+
+  Where text loses in best and worst answers alike and tags win, a policy has learned length, and nothing about them.
+  """
+  vocabulary = Vocabulary(before[0].tokenizer, before[0].config.vocab_size)
+  pairs = zip(*(token_log_likelihoods(config, *policy, samples) for policy in (before, after)))
+  found: dict[str, list[float]] = {}
+  for (targets, old), (_, new) in pairs:
+    for kind, gain in zip(vocabulary.table.classes[targets], new - old):
+      found.setdefault(KINDS[kind], []).append(float(gain))
+  return {k: {"tokens": len(found[k]) / len(samples), "gain": float(np.mean(found[k]))} for k in KINDS if k in found}
+
+
+def some(samples: Sequence[T], n: int) -> list[T]:
   """At most `n` of the samples, drawn: always the same ones."""
   return [samples[i] for i in np.random.default_rng(0).permutation(len(samples))[:n]]
 

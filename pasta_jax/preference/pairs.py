@@ -88,6 +88,7 @@ def figures(samples: Samples, pairs: Sequence[tuple[dict, dict]], reasons: Mappi
       return {}
     return {
       "speedup": geometric_mean(s["speedup"] for s in chosen),
+      "theoretical_speedup": geometric_mean(s["theoretical_speedup"] for s in chosen),
       "quality": float(np.mean([s["quality"] for s in chosen])),
       "promises": float(np.mean([s["promises"] for s in chosen])),
       "text_tokens": float(np.mean([s["text_tokens"] for s in chosen])),

@@ -227,6 +227,7 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], fo
   vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
   rule = PositionRule(**json.loads(read_metadata(before)["positions"]))
   laid: list[PreferencePair] = []
+  picked: list[tuple[dict, dict]] = []
   report: dict = {"policy": policy.name, "round": number, "by weight": {}}
   for weight, samples, quality in found:
     say = lambda prompt, weight=weight: with_speed({"role": "user", "content": prompt}, policy.speed(weight))
@@ -236,6 +237,7 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], fo
     pairs.write_pairs(folder / (f"pairs_{weight:g}.jsonl" if policy.conditioned else "pairs.jsonl"), chosen, weight)
     report["by weight"][f"{weight:g}"] = pairs.figures(rows, chosen, reasons, sum(map(len, samples.values())))
     laid += pairs.lay_out(chosen, vocabulary, rule, prompts)
+    picked += chosen
   if not laid:
     why = {w: f["without a pair"] for w, f in report["by weight"].items()}
     raise ValueError(f"round {number} of {policy.name} found no pair to train on; prompts without, by weight: {why}")
@@ -246,6 +248,8 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], fo
                            adapter=before, notes=notes)
   if job.adapter(policy, number).is_file():
     report["training"] = last_scalars(folder / "train", share=0.25)  # one step holds few pairs
+    if c.audit:
+      report["learned"] = _learned(job, before, job.adapter(policy, number), picked)
     _write_json(folder / "round.json", report)
   return went_on
 
@@ -262,6 +266,14 @@ def _audit(job: _Job, path: Path, policy: Path, number: int, samples: list[dict]
     found["from_start"] = audit.divergence(job.config, job.checkpoint(job.start), job.start, few)
     print(f"the policy finds its samples likelier than the start does by {found['from_start']:.3f} nats a token")
   _write_json(path, found)
+
+
+def _learned(job: _Job, before: Path, after: Path, picked: list[tuple[dict, dict]]) -> dict:
+  """What became likelier in some of the best and of the worst answers (`audit.gains`)."""
+  few = audit.some(picked, job.config.preference.audit)
+  of = lambda side: audit.gains(job.config, (job.checkpoint(before), before), (job.checkpoint(after), after),
+                                [pair[side] for pair in few])
+  return {"best": of(0), "worst": of(1)}
 
 
 def _write_json(path: Path, found: dict) -> None:
@@ -293,7 +305,7 @@ def show(workdir: Path) -> None:
   table = rich.table.Table(title="rounds", box=rich.box.SIMPLE_HEAD)
   for name in ("policy", "samples", "speedup", "quality", "pairs", "faulty", "margin", "accuracy"):
     table.add_column(name, justify="left" if name in ("policy", "samples") else "right", no_wrap=True)
-  faults = []
+  faults, learned = [], []
   for path in sorted(workdir.glob("*/round*/round.json")):
     report = json.loads(path.read_text())
     for weight, f in report["by weight"].items():
@@ -306,7 +318,17 @@ def show(workdir: Path) -> None:
                     f"{100 * report['training']['accuracy']:.0f} %")
       found = ", ".join(f"{fault} {100 * share:.0f} %" for fault, share in f["faults of samples, share"].items())
       faults.append(f"{', '.join(which)}: {found or 'none'}")
+    if of_kinds := report.get("learned"):
+      words = (f"{kind} {' / '.join(_gain(of_kinds[side].get(kind)) for side in ('best', 'worst'))}"
+               for kind in audit.KINDS if any(kind in of_kinds[side] for side in ("best", "worst")))
+      learned.append(f"{report['policy']}, round {report['round']}: {', '.join(words)}")
   if table.row_count:
     console = rich.console.Console(highlight=False)
     console.print(table)
     console.print("Faults of samples, a share of all of them each:", *faults, sep="\n")
+    if learned:
+      console.print("How much likelier tokens became in best / worst answers, nats a token:", *learned, sep="\n")
+
+
+def _gain(kind: dict | None) -> str:
+  return f"{kind['gain']:+.2f}" if kind else "-"

@@ -32,8 +32,8 @@ from pasta_jax.train.update import make_step
 
 def make_pair_update(graph, optimiser: optax.GradientTransformation, config, beta: float):
   """`update.make_step` over batches of `data.pairs`."""
-  loss = partial(preference_loss, loss=config.loss, alpha=config.alpha, beta=beta, chunk=config.loss_chunk,
-                 remat=config.remat)
+  loss = partial(preference_loss, loss=config.loss, alpha=config.alpha, beta=beta, per_token=config.per_token,
+                 chunk=config.loss_chunk, remat=config.remat)
 
   def one(trainable, frozen, batch):
     return loss(compute_model(graph, trainable, frozen, config.dtype), batch)

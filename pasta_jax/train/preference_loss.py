@@ -5,6 +5,14 @@ With Δ = log p(y⁺)/p(y⁻) − log p_ref(y⁺)/p_ref(y⁻), every log p summe
     bonbon   −α log p(y⁺) + (1 − α) (Δ − 1/β)²      Gui et al. 2024, arXiv 2406.00832
     ipo      (Δ − 1/(2β))²                          Azar et al. 2023, arXiv 2310.12036
     dpo      −log σ(β Δ)                            Rafailov et al. 2023, arXiv 2305.18290
+
+Fast answers are short, so the rejected one is mostly the longer one, and the cheapest way to a large Δ is to make every
+token of text a little less likely: the sum over the longer answer falls by more. What is taken from text goes to tags.
+`per_token` closes this way out: with n targets an answer and m the mean of both,
+
+    Δ = m (log p(y⁺)/p_ref(y⁺) / n⁺ − log p(y⁻)/p_ref(y⁻) / n⁻)
+
+which a shift of all tokens alike leaves as it is, and which is the sum where both are of one length.
 """
 
 import jax
@@ -30,15 +38,20 @@ def default_beta(loss: str, samples: int) -> float:
   return 1 / target if loss == "bonbon" else 1 / (2 * target)
 
 
+def _by_answer(x: jax.Array, batch: Batch) -> jax.Array:
+  """[P, 2] sums of a number for each token [B, T] over the chosen and the rejected answer of each pair."""
+  n = 2 * batch["weight"].shape[0]
+  return jax.ops.segment_sum(x.reshape(-1), batch["answers"].reshape(-1), n + 1)[:n].reshape(-1, 2)
+
+
 def answer_log_likelihood(model: Decoder, batch: Batch, *, chunk: int = 1024, remat: bool = False) -> jax.Array:
   """[P, 2] log p of the chosen and the rejected answer of each pair, summed over their targets; 0 where no pair is."""
   log_p, _ = token_log_likelihood(model, batch, chunk=chunk, remat=remat)
-  n = 2 * batch["weight"].shape[0]
-  return jax.ops.segment_sum(log_p.reshape(-1), batch["answers"].reshape(-1), n + 1)[:n].reshape(-1, 2)
+  return _by_answer(log_p, batch)
 
 
-def preference_loss(model: Decoder, batch: Batch, *, loss: str, alpha: float, beta: float, chunk: int = 1024,
-                    remat: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
+def preference_loss(model: Decoder, batch: Batch, *, loss: str, alpha: float, beta: float, per_token: bool = False,
+                    chunk: int = 1024, remat: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum of the pairs' losses, and sums for metrics (divide by `pairs`, token ones by `tokens`).
 
   `margin` is Δ, `accuracy` counts Δ > 0, `chosen` and `rejected` are log p, `lost` is log p_ref − log p of both
@@ -47,7 +60,9 @@ def preference_loss(model: Decoder, batch: Batch, *, loss: str, alpha: float, be
   log_p = answer_log_likelihood(model, batch, chunk=chunk, remat=remat)
   weight = batch["weight"]
   gain = log_p - batch["reference"]
-  margin = gain[:, 0] - gain[:, 1]
+  lengths = jnp.maximum(_by_answer((batch["targets"] >= 0).astype(jnp.float32), batch), 1)
+  scaled = gain * lengths.mean(axis=1, keepdims=True) / lengths if per_token else gain
+  margin = scaled[:, 0] - scaled[:, 1]
   if loss == "bonbon":
     losses = -alpha * log_p[:, 0] + (1 - alpha) * (margin - 1 / beta) ** 2
   elif loss == "ipo":
@@ -58,7 +73,7 @@ def preference_loss(model: Decoder, batch: Batch, *, loss: str, alpha: float, be
     raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}")
   total = jnp.sum(weight * losses)
   over = lambda x: jnp.sum(weight * x)
-  tokens = jnp.sum((batch["targets"] >= 0) & (batch["answers"] < 2 * weight.shape[0]))
+  tokens = jnp.sum(weight[:, None] * lengths)
   return total, {"loss": total, "pairs": weight.sum(), "margin": over(margin), "accuracy": over(margin > 0),
                  "chosen": over(log_p[:, 0]), "rejected": over(log_p[:, 1]), "lost": -over(gain.sum(axis=1)),
                  "tokens": tokens}
