@@ -119,7 +119,12 @@ def test_samples_drawn_in_shares_are_those_of_one_call(whole, start, tmp_path):
   optimise(changed(once, stages="sample", share="2/3"), tmp_path)
   with pytest.raises(ValueError, match="lacks 9 of 12 samples"):
     optimise(changed(once, stages="train"), tmp_path)
+  other = tmp_path / "start" / "samples.2-of-3.jsonl"
+  whole_lines = other.read_bytes()
+  other.write_bytes(whole_lines + b'{"id": "0#0", ')  # another process is about to end a line
   optimise(changed(once, stages="sample", share="1/2"), tmp_path)  # of other shares: what is there is not drawn again
+  assert other.read_bytes() == whole_lines + b'{"id": "0#0", '
+  other.write_bytes(whole_lines)
   optimise(changed(once, stages="sample"), tmp_path)
   files = sorted((tmp_path / "start").glob("samples*.jsonl"))
   assert [(p.name, len(rows_of(p))) for p in files] == [

@@ -36,6 +36,11 @@ def agree(what: Path, beside: Path, settings: dict[str, Any]) -> None:
   temporary.replace(beside)
 
 
+def settings_beside(path: Path) -> Path:
+  """Where the settings of a file of rows stand."""
+  return path.with_suffix(".settings.json")
+
+
 class Records:
   """Rows by `id` in `path`. `settings` is what they depend on; rows made with others are not mixed with them.
 
@@ -45,7 +50,7 @@ class Records:
   def __init__(self, path: Path, settings: dict[str, Any]):
     self.path = path
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".settings.json")
+    beside = settings_beside(path)
     if path.exists():  # a run that was killed may have left a line without its end
       written = path.read_bytes()
       os.truncate(path, written.rfind(b"\n") + 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pasta_jax.data.records import Records, missing
+from pasta_jax.data.records import Records, agree, missing, read_records, settings_beside
 from pasta_jax.decode.batch import BatchDecoder
 from pasta_jax.decode.generate import Generator, adapter_digest
 from pasta_jax.decode.record import describe
@@ -54,12 +54,18 @@ def _own(requests: Sequence[Request], share: tuple[int, int] | None) -> Sequence
 
 
 def _records(path: Path, settings: dict, share: tuple[int, int] | None) -> tuple[Records, dict[str, dict]]:
-  """(the file that rows are added to, all rows of `path` and of the shares of it that stand beside it)."""
+  """(the file that rows are added to, all rows of `path` and of the shares of it that stand beside it).
+
+  The others are only read: another process may be writing to them.
+  """
   named = lambda k, n: path.with_name(f"{path.stem}.{k}-of-{n}{path.suffix}")
   records = Records(named(*share) if share else path, settings)
-  others = (Records(p, settings) for p in (path, *sorted(path.parent.glob(named("*", "*").name)))
-            if p != records.path and p.exists())
-  return records, {i: row for r in (records, *others) for i, row in r.rows.items()}
+  rows = dict(records.rows)
+  for other in (path, *sorted(path.parent.glob(named("*", "*").name))):
+    if other != records.path and (found := read_records(other)):
+      agree(other, settings_beside(other), settings)
+      rows |= {row["id"]: row for row in found}
+  return records, rows
 
 
 def draw(config, adapter: str, requests: Sequence[Request], path: Path, speed: int = -1, *,
