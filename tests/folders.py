@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
@@ -27,6 +28,19 @@ def model_config(**changes) -> ModelConfig:
     vocab_size=520, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48,
     rope_theta=10_000.0, norm_eps=1e-5, tie_embeddings=True, max_position=1024,
   ) | changes)  # fmt: skip
+
+
+def describe_shape(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+  """The fields of a GGUF file that every family has."""
+  writer.add_block_count(config.n_layers)
+  writer.add_context_length(config.max_position)
+  writer.add_embedding_length(config.d_model)
+  writer.add_feed_forward_length(config.d_ff)
+  writer.add_head_count(config.n_heads)
+  writer.add_head_count_kv(config.n_kv_heads)
+  writer.add_key_length(config.head_dim)
+  writer.add_rope_freq_base(config.rope_theta)
+  writer.add_layer_norm_rms_eps(config.norm_eps)
 
 
 def write_model(folder: Path, config: ModelConfig) -> Path:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from folders import CONTROLS, TEMPLATE
+from folders import CONTROLS, TEMPLATE, describe_shape
 from hypothesis import given
 from hypothesis import strategies as st
 from test_model import Letters, logits, nested_layout, torch_logits
@@ -250,15 +250,7 @@ def write_gguf(path: Path, config: ModelConfig, params: dict[str, np.ndarray]) -
   """As llama.cpp's converter does: scales of norms as they are used, rows of q and k in their order but for Llama."""
   arch = family_of(config).removesuffix("_text")
   writer = gguf.GGUFWriter(path, arch)
-  writer.add_block_count(config.n_layers)
-  writer.add_context_length(config.max_position)
-  writer.add_embedding_length(config.d_model)
-  writer.add_feed_forward_length(config.d_ff)
-  writer.add_head_count(config.n_heads)
-  writer.add_head_count_kv(config.n_kv_heads)
-  writer.add_key_length(config.head_dim)
-  writer.add_rope_freq_base(config.rope_theta)
-  writer.add_layer_norm_rms_eps(config.norm_eps)
+  describe_shape(writer, config)
   if config.rope_scaling:
     writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope_scaling.kind))
     writer.add_rope_scaling_factor(config.rope_scaling.factor)

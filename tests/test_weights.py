@@ -6,6 +6,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from folders import describe_shape
 from safetensors.numpy import load_file, save_file
 from tokenizers import pre_tokenizers
 
@@ -48,16 +49,8 @@ def write_gguf(
 ) -> Path:
   """A GGUF file as llama.cpp's converter writes it. `changes` replaces tensors by name; None drops one."""
   writer = gguf.GGUFWriter(path, arch)
-  writer.add_block_count(CONFIG.n_layers)
-  writer.add_context_length(CONFIG.max_position)
-  writer.add_embedding_length(CONFIG.d_model)
-  writer.add_feed_forward_length(CONFIG.d_ff)
-  writer.add_head_count(CONFIG.n_heads)
-  writer.add_head_count_kv(CONFIG.n_kv_heads)
-  writer.add_key_length(CONFIG.head_dim)
+  describe_shape(writer, CONFIG)
   writer.add_rope_dimension_count(CONFIG.head_dim)
-  writer.add_rope_freq_base(CONFIG.rope_theta)
-  writer.add_layer_norm_rms_eps(CONFIG.norm_eps)
   writer.add_tokenizer_model("gpt2")
   writer.add_tokenizer_pre("smollm")
   writer.add_token_list(TOKENS)

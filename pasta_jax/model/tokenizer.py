@@ -41,7 +41,7 @@ class Tokenizer:
     eos_id: the token that ends an assistant's turn.
     bos_id: the token that may begin a text, or None. `encode` never adds it; a chat template may.
     special_ids: the control tokens: `encode` never yields them.
-    chat_template: Jinja source, "" for a base model.
+    chat_template: Jinja source, "" for a base model (but Gemma's, whose turn marks say enough).
   """
 
   def __init__(self, backend: tokenizers.Tokenizer, eos_id: int, bos_id: int | None, chat_template: str, *,
@@ -67,7 +67,7 @@ class Tokenizer:
     self.special_ids = frozenset(index for index, token in added.items() if token.special)
     self.eos_id = eos_id
     self.bos_id = bos_id
-    self.chat_template = chat_template
+    self.chat_template = chat_template or (_GEMMA_TEMPLATE if vocab.keys() >= set(_GEMMA_TURNS) else "")
     for named in (eos_id, bos_id):
       if named is not None and not 0 <= named < self.vocab_size:
         raise ValueError(f"the token that ends a turn or begins a text, {named}, is not in the vocabulary")
@@ -105,13 +105,12 @@ class Tokenizer:
       raise ValueError(f"{len(tokens)} tokens, but {len(token_types)} token types")
     if eos_id is None:
       raise ValueError("no end-of-turn token is named")
+    vocab = {token: index for index, token in enumerate(tokens)}
     try:
       if scores is None:
-        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+        bpe = models.BPE(vocab, [(left, right) for left, right in (merge.split(" ") for merge in merges)])
       else:
-        pairs = _merges_of_pieces({token: index for index, token in enumerate(tokens)}, scores, token_types)
-      bpe = models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=pairs,
-                       **({} if scores is None else {"byte_fallback": True, "fuse_unk": True}))
+        bpe = models.BPE(vocab, _merges_of_pieces(vocab, scores, token_types), byte_fallback=True, fuse_unk=True)
     except Exception as error:  # `tokenizers` raises bare Exception
       raise ValueError(f"unusable vocabulary: {error}") from error
     backend = tokenizers.Tokenizer(bpe)
@@ -126,8 +125,6 @@ class Tokenizer:
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
       texts = [token for token, its_kind in zip(tokens, token_types, strict=True) if its_kind == kind]
       backend.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in texts])
-    if not chat_template and set(_GEMMA_TURNS) <= set(tokens):
-      chat_template = _GEMMA_TEMPLATE
     return cls(backend, eos_id, bos_id, chat_template, pieces=scores is not None)
 
   @classmethod
@@ -162,8 +159,6 @@ class Tokenizer:
       raise WeightsError(f"{tokenizer_config}: eos_token {eos!r} is not a token of the vocabulary")
     beside = tokenizer_config.with_name("chat_template.jinja")
     template = read_text(beside) if beside.exists() else _default_template(config.get("chat_template"))
-    if not template and all(backend.token_to_id(turn) is not None for turn in _GEMMA_TURNS):
-      template = _GEMMA_TEMPLATE
     try:
       return cls(backend, eos_id, backend.token_to_id(bos) if bos else None, template, pieces=pieces)
     except ValueError as error:

@@ -51,18 +51,23 @@ def log_likelihoods(config, checkpoint: Checkpoint, adapter: Path, samples: Sequ
 
 
 def gains(config, before: tuple[Checkpoint, Path], after: tuple[Checkpoint, Path],
-          samples: Sequence[dict]) -> dict[str, dict[str, float]]:
-  """By kind of token, how many an answer has (`tokens`) and how much likelier they became, nats a token (`gain`).
+          pairs: Sequence[tuple[dict, dict]]) -> dict[str, dict[str, dict[str, float]]]:
+  """Of the `best` and the `worst` of pairs, by kind of token: how many an answer has (`tokens`), and how much likelier
+  they became, nats a token (`gain`).
 
   Where text loses in best and worst answers alike and tags win, a policy has learned length, and nothing about them.
   """
-  vocabulary = Vocabulary(before[0].tokenizer, before[0].config.vocab_size)
-  pairs = zip(*(token_log_likelihoods(config, *policy, samples) for policy in (before, after)))
-  found: dict[str, list[float]] = {}
-  for (targets, old), (_, new) in pairs:
-    for kind, gain in zip(vocabulary.table.classes[targets], new - old):
-      found.setdefault(KINDS[kind], []).append(float(gain))
-  return {k: {"tokens": len(found[k]) / len(samples), "gain": float(np.mean(found[k]))} for k in KINDS if k in found}
+  classes = Vocabulary(before[0].tokenizer, before[0].config.vocab_size).table.classes
+  answers = [answer for pair in pairs for answer in pair]
+  old, new = (token_log_likelihoods(config, *policy, answers) for policy in (before, after))
+
+  def side(start: int) -> dict[str, dict[str, float]]:
+    kinds = np.concatenate([classes[targets] for targets, _ in old[start::2]])
+    gain = np.concatenate([n - o for (_, o), (_, n) in zip(old[start::2], new[start::2])])
+    return {name: {"tokens": float((kinds == k).sum() / len(pairs)), "gain": float(gain[kinds == k].mean())}
+            for k, name in enumerate(KINDS) if (kinds == k).any()}
+
+  return {"best": side(0), "worst": side(1)}
 
 
 def some(samples: Sequence[T], n: int) -> list[T]:

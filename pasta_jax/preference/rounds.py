@@ -269,11 +269,9 @@ def _audit(job: _Job, path: Path, policy: Path, number: int, samples: list[dict]
 
 
 def _learned(job: _Job, before: Path, after: Path, picked: list[tuple[dict, dict]]) -> dict:
-  """What became likelier in some of the best and of the worst answers (`audit.gains`)."""
+  """What became likelier in some of the pairs (`audit.gains`)."""
   few = audit.some(picked, job.config.preference.audit)
-  of = lambda side: audit.gains(job.config, (job.checkpoint(before), before), (job.checkpoint(after), after),
-                                [pair[side] for pair in few])
-  return {"best": of(0), "worst": of(1)}
+  return audit.gains(job.config, (job.checkpoint(before), before), (job.checkpoint(after), after), few)
 
 
 def _write_json(path: Path, found: dict) -> None:
