@@ -149,4 +149,8 @@ def get_config(arg: str = "") -> ConfigDict:
       timeout=60.0,
       cache="",  # file of paid calls, for several runs; "": in the run's folder
   ))
+  c.export = ConfigDict(dict(
+      form="merged",  # a Hugging Face folder with the adapter in the weights; or "peft", the adapter alone
+      dtype="float32",
+  ))
   return c

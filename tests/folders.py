@@ -1,6 +1,7 @@
 """A tiny model as a Hugging Face folder, for tests of whole modes."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -43,8 +44,9 @@ def describe_shape(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
   writer.add_layer_norm_rms_eps(config.norm_eps)
 
 
-def write_model(folder: Path, config: ModelConfig) -> Path:
-  """A Hugging Face folder: random weights, and a byte-level BPE learned from the seed data."""
+def write_model(folder: Path, config: ModelConfig, reserved: Sequence[str] = ()) -> Path:
+  """A Hugging Face folder: random weights, and a byte-level BPE of 512 entries learned from the seed data, with those
+  that are `reserved` among them."""
   folder.mkdir()
   rng = np.random.default_rng(0)
   words = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
@@ -72,7 +74,7 @@ def write_model(folder: Path, config: ModelConfig) -> Path:
   backend.decoder = decoders.ByteLevel()
   backend.train_from_iterator(
     (row["response"] for row in read_jsonl(SEED_DATA)),
-    trainers.BpeTrainer(vocab_size=512, special_tokens=CONTROLS, show_progress=False,
+    trainers.BpeTrainer(vocab_size=512, special_tokens=[*CONTROLS, *reserved], show_progress=False,
                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
   backend.save(str(folder / "tokenizer.json"))
   (folder / "tokenizer_config.json").write_text(

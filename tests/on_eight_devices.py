@@ -70,7 +70,7 @@ def compare(name, config, update, model, batches, *, shapes=SHAPES, atol=1e-5):
 def main(folder: Path) -> None:
   assert len(jax.devices()) == 8
   checkpoint = t.load_checkpoint(folder / "model")
-  vocabulary = t.Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+  vocabulary = checkpoint.vocabulary
   laid = t.examples(t.read_jsonl(folder / "data.jsonl"), vocabulary, t.RULE, annotation="plan",
                     max_length=t.LENGTH).examples
   for rank in (2, 0):

@@ -89,7 +89,7 @@ def checkpoint(tiny):
 
 @pytest.fixture(scope="module")
 def vocabulary(checkpoint):
-  return Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+  return checkpoint.vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -553,7 +553,7 @@ def test_baseline_has_no_tags(tiny, tmp_path, checkpoint, vocabulary):
 def test_an_adapter_is_merged_where_every_parameter_is_trained(tmp_path):
   """Updates into the kernels; tag rows of the embedding and of an untied head each as the adapter has them."""
   checkpoint = load_checkpoint(write_model(tmp_path / "model", model_config(tie_embeddings=False)))
-  vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+  vocabulary = checkpoint.vocabulary
   config = settings(tmp_path)
   graph, trainable, frozen = make_model(checkpoint, vocabulary, config.train)
   moved = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(x.size).normal(size=x.shape), trainable)

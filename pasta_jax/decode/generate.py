@@ -15,7 +15,6 @@ from pasta_jax.decode.config import Limits, SamplingConfig, Switches
 from pasta_jax.decode.interpreter import DecodeError, Interpreter
 from pasta_jax.decode.trace import Trace
 from pasta_jax.lang.layout import PositionRule
-from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import build, lora
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.decoder import DTYPES, exact_products
@@ -83,19 +82,19 @@ class Generator:
     self.adapter = config.model.adapter if adapter is None else adapter
     path = adapter_path(self.adapter)
     checkpoint = load_checkpoint(source_of(config, self.adapter))
+    metadata = checkpoint.pasta
     self.name = checkpoint.name
-    self.vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+    self.vocabulary = checkpoint.vocabulary
     self.rule = PositionRule(config.positions.strategy, config.positions.fixed)
     model = build.from_params(checkpoint.config, checkpoint.params)
-    self.has_tags = False
+    self.has_tags = bool(metadata)
     self.speed = d.speed if adapter is None else -1  # wanted of the config's own adapter
-    self.speeds: tuple[int, ...] = ()  # that the adapter was trained for
     if path is not None:
-      metadata = lora.load_adapter(path, model)
-      self.has_tags = model.embed.tags is not None
-      if "positions" in metadata and self.has_tags:
-        self.rule = PositionRule(**json.loads(metadata["positions"]))
-      self.speeds = tuple(json.loads(metadata.get("speeds", "[]")))
+      metadata = metadata | lora.load_adapter(path, model)
+      self.has_tags |= model.embed.tags is not None
+    if "positions" in metadata and self.has_tags:
+      self.rule = PositionRule(**json.loads(metadata["positions"]))
+    self.speeds: tuple[int, ...] = tuple(json.loads(metadata.get("speeds", "[]")))  # that it was trained for
     self.model = build.for_decoding(model, jnp.dtype(d.dtype))
     # XLA's CPU backend multiplies one bfloat16 row slower than two, so there a step holds two at least.
     self._narrowest = 2 if d.dtype == "bfloat16" and jax.default_backend() == "cpu" else 1

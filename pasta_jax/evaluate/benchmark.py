@@ -196,7 +196,7 @@ def main(argv: list[str]) -> None:
     sys.exit("error: --cost needs two numbers of --branches and two sizes of --pools at least")
   console = rich.console.Console()
   checkpoint = load_checkpoint(FLAGS.model)
-  vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+  vocabulary = checkpoint.vocabulary
   branches, pools, requests = ([int(n) for n in f] for f in (FLAGS.branches, FLAGS.pools, FLAGS.requests))
   timers: dict[tuple, Callable[[], float]] = {("bandwidth",): bandwidth_timer()}
   with console.status("compiling …"):

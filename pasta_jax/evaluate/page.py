@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from pasta_jax.decode.timeline import printable, timeline_style, timeline_svg
 from pasta_jax.decode.trace import from_json
 from pasta_jax.lang.layout import PositionRule
-from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.progress import progress_bar
 
@@ -82,7 +81,7 @@ def _extremes(run: "Run", name: str, ranked: list[tuple[dict, float]]) -> str:
 def _timelines(run: "Run") -> dict[str, dict[str, str]]:
   """Packed SVGs by system and id, of every response."""
   checkpoint = load_checkpoint(run.config["model"]["source"], progress=False)
-  vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+  vocabulary = checkpoint.vocabulary
   rule = PositionRule(run.config["positions"]["strategy"], run.config["positions"]["fixed"])
   rows = [(name, r) for name, rows in run.responses.items() for r in rows if r["trace"]["threads"]]
   drawn: dict[str, dict[str, str]] = {}

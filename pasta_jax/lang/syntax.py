@@ -17,6 +17,8 @@ from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise
 OPEN, MIDDLE, CLOSE = '<promise topic="', '" tokens="', '"/>'
 ASYNC, END, SYNC = "<async>", "</async>", "<sync/>"
 TAG_TEXTS = (OPEN, MIDDLE, CLOSE, ASYNC, END, SYNC)  # the fixed parts, one special token each
+# What these tokens are called in a vocabulary for other engines: many have an ordinary token `"/>`.
+TOKEN_TEXTS = (OPEN, MIDDLE, '" />', ASYNC, END, SYNC)
 
 MAX_DEPTH = 64  # of nested chunks in text that is parsed
 

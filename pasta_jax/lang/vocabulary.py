@@ -24,22 +24,24 @@ class TextTokenizer(Protocol):
 
 
 class Vocabulary:
-  """A tokenizer with the six tags appended: ids `base_size` to `base_size + 5`.
+  """A tokenizer with the six tags: ids `tag_ids`, else behind the others, `base_size` to `base_size + 5`.
 
   A topic's tokens begin with a blank (" cost" is one token where "cost" may be three), which is not part of
   the topic.
 
   `base_size` is the number of rows of the model's embedding, which may exceed the tokenizer's vocabulary.
-  The tokenizer's control tokens all end a response.
+  The tokenizer's control tokens all end a response, but for those that the tags take.
   """
 
-  def __init__(self, tokenizer: TextTokenizer, base_size: int | None = None):
+  def __init__(self, tokenizer: TextTokenizer, base_size: int | None = None, tag_ids: Sequence[int] = ()):
     self.tokenizer = tokenizer
     self.base_size = tokenizer.vocab_size if base_size is None else base_size
-    self.size = self.base_size + len(TAG_TEXTS)
-    controls = sorted(set(tokenizer.special_ids) - {tokenizer.eos_id})
-    b = self.base_size
-    self.tags = Tags(b, b + 1, b + 2, b + 3, b + 4, b + 5, eos=(tokenizer.eos_id, *controls))
+    ids = tuple(tag_ids) or tuple(range(self.base_size, self.base_size + len(TAG_TEXTS)))
+    self.size = max(self.base_size, max(ids) + 1)
+    controls = sorted(set(tokenizer.special_ids) - {tokenizer.eos_id, *ids})
+    opening, middle, close, async_, end, sync = ids
+    self.tags = Tags(opening, middle, close, async_, end, sync, eos=(tokenizer.eos_id, *controls))
+    self._tag_texts = dict(zip(ids, TAG_TEXTS))
     self.table = TokenTable.build(self.size, self.tags, tokenizer.digit_values())
 
   # Programs to tokens.
@@ -80,7 +82,7 @@ class Vocabulary:
 
   def label(self, token: int) -> str:
     """One token as a person would want it in a dump: a tag's text, or the token's own."""
-    return TAG_TEXTS[token - self.base_size] if token >= self.base_size else self.text([token])
+    return self._tag_texts[token] if token in self._tag_texts else self.text([token])
 
   def decode(self, thread: Thread, rule: PositionRule, *, is_main: bool = True) -> Program:
     """The program that a thread wrote: its text, kept promises and syncs; ill-formed tags leave nothing."""

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import Decoder, Embedder, Linear, RMSNorm
+from pasta_jax.model.decoder import Decoder, Embedder, Linear, RMSNorm, with_tags
 
 
 def abstract(config: ModelConfig, dtype: Any) -> Decoder:
@@ -71,14 +71,22 @@ def for_decoding(model: Decoder, dtype: Any) -> Decoder:
   A separate head costs V x D weights of memory; a matrix product with the embedding's transpose would cost
   a transposition each step. `model` is left as it is; its layers may be stacked.
   """
-  table = model.embed.table()
-  params = to_params(model) | {"embed.embedding": table}
-  if model.head is None:
-    params["head.kernel"] = table.T
-  elif model.head_tags is not None:
-    params["head.kernel"] = jnp.concatenate([model.head.kernel[...], model.head_tags[...]], 1)
-  config = dataclasses.replace(model.config, vocab_size=table.shape[0], tie_embeddings=False)
+  config, params = merged(model)
+  if config.tie_embeddings:
+    params["head.kernel"] = params["embed.embedding"].T
+  config = dataclasses.replace(config, tie_embeddings=False)
   return from_params(config, {k: np.asarray(v, np.float32) for k, v in params.items()}, dtype)
+
+
+def merged(model: Decoder) -> tuple[ModelConfig, dict[str, jax.Array]]:
+  """Architecture and parameters of the model with updates merged and the tags among the vocabulary's rows, where
+  `config.tag_ids` then says."""
+  params = to_params(model)
+  table = params["embed.embedding"] = model.embed.table()
+  if model.head is not None and model.head_tags is not None:
+    params["head.kernel"] = with_tags(model.head.kernel[...], model.head_tags[...], model.config.tag_ids, axis=1)
+  ids = model.config.tag_ids or tuple(range(model.config.vocab_size, len(table)))
+  return dataclasses.replace(model.config, vocab_size=len(table), tag_ids=ids), params
 
 
 def to_params(model: Decoder) -> dict[str, jax.Array]:

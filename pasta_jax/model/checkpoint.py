@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pasta_jax.lang.syntax import TAG_TEXTS
+from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.download import RELEASES, named_weights
 from pasta_jax.model.gguf_file import load_gguf
@@ -20,13 +22,19 @@ class Checkpoint:
   """A pretrained decoder on the host.
 
   `params` holds the names and shapes of `weights.param_shapes(config)`, float32, C-contiguous, in memory
-  of their own. RoPE in Hugging Face's convention: dimension i rotates with i + H/2.
+  of their own. RoPE in Hugging Face's convention: dimension i rotates with i + H/2. `pasta` is an adapter's metadata
+  where one was merged into the weights (`export`), else empty.
   """
 
   name: str
   config: ModelConfig
   params: dict[str, np.ndarray]
   tokenizer: Tokenizer
+  pasta: dict[str, str] = dataclasses.field(default_factory=dict)
+
+  @property
+  def vocabulary(self) -> Vocabulary:
+    return Vocabulary(self.tokenizer, self.config.vocab_size, self.config.tag_ids)
 
 
 def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -> Checkpoint:
@@ -46,7 +54,19 @@ def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -
     path = Path(source).expanduser()
     name = path.resolve().name.removesuffix(".gguf")
   if path.is_dir():
-    return Checkpoint(name, *load_hf_folder(path, progress))
-  if path.is_file():
-    return Checkpoint(name, *load_gguf(path, progress))
-  raise WeightsError(f"{source}: neither a GGUF file, nor a model's folder, nor one of {', '.join(RELEASES)}")
+    config, params, tokenizer, pasta = load_hf_folder(path, progress)
+  elif path.is_file():
+    (config, params, tokenizer), pasta = load_gguf(path, progress), {}
+  else:
+    raise WeightsError(f"{source}: neither a GGUF file, nor a model's folder, nor one of {', '.join(RELEASES)}")
+  config = dataclasses.replace(config, tag_ids=tag_rows_for(tokenizer, config.vocab_size))
+  return Checkpoint(name, config, params, tokenizer, pasta)
+
+
+def tag_rows_for(tokenizer: Tokenizer, rows: int) -> tuple[int, ...]:
+  """Which of the vocabulary's rows the tags take: those that the tokenizer holds for them, else rows that no token has;
+  () where there are too few: the tags are then added."""
+  if tokenizer.tag_ids:
+    return tokenizer.tag_ids
+  first = tokenizer.vocab_size
+  return tuple(range(first, first + len(TAG_TEXTS))) if rows - first >= len(TAG_TEXTS) else ()

@@ -63,6 +63,7 @@ class ModelConfig:
   window: int = 0  # local layers see keys less than so many *positions* before the query; 0: no layer is local
   local_layers: tuple[bool, ...] = ()  # which are; (): all, where there is a window
   local_rope_theta: float = 0.0  # of local layers, without scaling; 0: as the others (Gemma 3)
+  tag_ids: tuple[int, ...] = ()  # rows of the vocabulary that PASTA's six tags take; (): six more, behind the others
 
   def __post_init__(self):
     if self.n_heads % self.n_kv_heads:

@@ -29,7 +29,7 @@ class LoraParam(nnx.Param):
 
 
 class TagParam(nnx.Param):
-  """Rows of the vocabulary that PASTA adds."""
+  """Rows of the vocabulary that belong to PASTA's tags."""
 
 
 DTYPES = ("float32", "bfloat16")
@@ -198,19 +198,27 @@ class Layer(nnx.Module):
     return x + (self.mlp_post_norm(update) if self.mlp_post_norm is not None else update), collected
 
 
+def with_tags(rows: jax.Array, tags: jax.Array, ids: Sequence[int], axis: int = 0) -> jax.Array:
+  """What a vocabulary holds along `axis`, with what the tags hold at `ids`, or behind it all where none are given."""
+  if not ids:
+    return jnp.concatenate([rows, tags], axis)
+  return rows.at[np.asarray(ids)].set(tags) if axis == 0 else rows.at[..., np.asarray(ids)].set(tags)
+
+
 class Embedder(nnx.Module):
-  """Token rows, with PASTA's tag rows behind them where they are kept apart for training."""
+  """Token rows, and PASTA's tag rows where they are kept apart for training."""
 
   def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
     table = jax.random.normal(rngs.params(), (c.vocab_size, c.d_model)) * c.d_model ** -0.5
     self.embedding = nnx.Param(table.astype(dtype))
     self.tags: TagParam | None = nnx.data(None)  # [6, D] float32
+    self.tag_ids = c.tag_ids
     self.scale = c.d_model ** 0.5 if c.scale_embeddings else 1.0
 
   def table(self) -> jax.Array:
     """[V, D] in the weights' dtype."""
     table = self.embedding[...]
-    return table if self.tags is None else jnp.concatenate([table, self.tags[...].astype(table.dtype)])
+    return table if self.tags is None else with_tags(table, self.tags[...].astype(table.dtype), self.tag_ids)
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """[...] -> [..., D] float32."""
@@ -278,7 +286,7 @@ class Decoder(nnx.Module):
       logits = self.head(hidden)
       if self.head_tags is not None:
         tags = matmul(hidden.astype(self.dtype), self.head_tags[...].astype(self.dtype))
-        logits = jnp.concatenate([logits, tags], axis=-1)
+        logits = with_tags(logits, tags, self.config.tag_ids, axis=-1)
     else:
       table = self.embed.table()
       logits = matmul(hidden.astype(table.dtype), table.T)

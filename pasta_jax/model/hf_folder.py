@@ -58,8 +58,9 @@ _COUNTS = (
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def load_hf_folder(folder: Path, progress: bool) -> tuple[ModelConfig, dict[str, np.ndarray], Tokenizer]:
-  """Architecture, parameters (see `weights.param_shapes`) and tokenizer of a Hugging Face folder.
+def load_hf_folder(folder: Path,
+                   progress: bool) -> tuple[ModelConfig, dict[str, np.ndarray], Tokenizer, dict[str, str]]:
+  """Architecture, parameters (see `weights.param_shapes`), tokenizer, and what `save_hf_folder` got as `pasta`.
 
   Raises:
     WeightsError: a file is missing or damaged, an architecture or a feature that the decoder lacks (other kinds of
@@ -84,16 +85,20 @@ def load_hf_folder(folder: Path, progress: bool) -> tuple[ModelConfig, dict[str,
     params = collect(
       config,
       folder,
-      lambda name: rename(name, _names(config), "model.layers."),
+      lambda name: hf_name(config, name),
       stored,
       lambda _, theirs: file_of[theirs].get_tensor(theirs),
       progress,
     )
-  return config, params, tokenizer
+  return config, params, tokenizer, _pasta(folder / "config.json", tokenizer)
 
 
-def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, ArrayLike], tokenizer: Tokenizer) -> Path:
-  """Writes a model so that `load_hf_folder` and `transformers` read it, float32; returns the file of its tensors.
+def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, ArrayLike], tokenizer: Tokenizer, *,
+                   dtype: str = "float32", pasta: Mapping[str, str] | None = None) -> Path:
+  """Writes a model so that `load_hf_folder` and `transformers` read it; returns the file of its tensors.
+
+  `pasta` is for weights with PASTA's tags among the rows of the vocabulary, at `config.tag_ids`: the metadata of their
+  adapter, which goes into config.json; the tokenizer then knows the tags.
 
   The folder is made under another name first: it is there whole or not at all. One that stood there before
   is replaced.
@@ -103,12 +108,13 @@ def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, Array
   temporary.mkdir(parents=True)
   tensors = {}
   for name, x in params.items():
-    x = np.asarray(x, np.float32)
-    theirs = rename(name, _names(config), "model.layers.")
+    x = np.asarray(x, dtype)
+    theirs = hf_name(config, name)
     tensors[theirs] = np.ascontiguousarray(x.T if name.endswith(".kernel") else x)
   save_file(tensors, temporary / _SINGLE, {"format": "pt"})
-  (temporary / "config.json").write_text(json.dumps(_described(config, tokenizer), indent=2) + "\n")
-  tokenizer.save(temporary)
+  described = _described(config, tokenizer) | {"dtype": dtype} | ({"pasta": dict(pasta)} if pasta else {})
+  (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+  tokenizer.save(temporary, config.tag_ids if pasta else ())
   shutil.rmtree(folder, ignore_errors=True)
   temporary.replace(folder)
   return folder / _SINGLE
@@ -194,11 +200,22 @@ def _described(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim, intermediate_size=config.d_ff,
     rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
     max_position_embeddings=config.max_position, eos_token_id=tokenizer.eos_id, bos_token_id=tokenizer.bos_id,
-    dtype="float32", **_described_rope(config), **_described_attention(config))  # fmt: skip
+    **_described_rope(config), **_described_attention(config))  # fmt: skip
 
 
-def _names(config: ModelConfig) -> Mapping[str, str]:
-  return _NAMES_WITH_POST_NORMS if config.post_norms else _NAMES
+def _pasta(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
+  """What config.json says of the adapter that was merged into the weights; {} where none was."""
+  found = read_json(path).get("pasta", {})
+  if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+    raise WeightsError(f"{path}: pasta holds no metadata of an adapter")
+  if found and not tokenizer.knows_tags:
+    raise WeightsError(f"{path} speaks of PASTA's tags, which the tokenizer beside it does not have")
+  return found
+
+
+def hf_name(config: ModelConfig, name: str) -> str:
+  """Hugging Face's name of a parameter of ours."""
+  return rename(name, _NAMES_WITH_POST_NORMS if config.post_norms else _NAMES, "model.layers.")
 
 
 def _attention(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -39,11 +39,12 @@ def add_lora(model: Decoder, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
     module.lora_scale = alpha / rank
 
 
-def add_tags(model: Decoder, rows: np.ndarray) -> None:
-  """Appends PASTA's tag rows [6, D] to the vocabulary, apart from the base's, in place."""
+def add_tags(model: Decoder, rows: np.ndarray, head_rows: np.ndarray | None = None) -> None:
+  """Gives PASTA's tags rows [6, D] of the vocabulary (`config.tag_ids`), apart from the base's, in place; an untied
+  head gets the same, or others."""
   model.embed.tags = TagParam(jnp.asarray(rows, jnp.float32))
   if model.head is not None:
-    model.head_tags = TagParam(jnp.asarray(rows, jnp.float32).T)
+    model.head_tags = TagParam(jnp.asarray(rows if head_rows is None else head_rows, jnp.float32).T)
 
 
 def save_adapter(path: Path, model: Decoder, metadata: Mapping[str, str]) -> None:
@@ -60,7 +61,8 @@ def save_adapter(path: Path, model: Decoder, metadata: Mapping[str, str]) -> Non
     if module.lora_a is not None and module.lora_b is not None:
       arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"] = module.lora_a[...], module.lora_b[...]
       scale = module.lora_scale
-  header = {"format": FORMAT, "scale": repr(scale), "model": json.dumps(model_signature(model)), **metadata}
+  belongs = model_signature(model) | ({"tags": model.config.tag_ids} if model.embed.tags is not None else {})
+  header = {"format": FORMAT, "scale": repr(scale), "model": json.dumps(belongs), **metadata}
   temporary = path.with_name(path.name + ".tmp")
   save_file({k: np.asarray(v.astype(jnp.bfloat16)) for k, v in arrays.items()}, temporary, header)
   temporary.replace(path)
@@ -132,6 +134,9 @@ def load_adapter(path: Path, model: Decoder) -> dict[str, str]:
 
   tags = arrays.pop("embed.tags", None)
   head_tags = arrays.pop("head.tags", None) if model.head is not None else None
+  if tags is not None and (at := tuple(theirs.get("tags", ()))) != model.config.tag_ids:
+    there, here = (f"rows {', '.join(map(str, i))}" if i else "rows of their own" for i in (at, model.config.tag_ids))
+    raise AdapterError(f"{path} has its tags in {there} of the vocabulary, this model in {here}: train it anew")
   if tags is not None and (tags.ndim != 2 or tags.shape[1] != model.config.d_model):
     raise AdapterError(f"{path}: embed.tags is {tags.shape}, not rows of {model.config.d_model}")
   if model.head is not None and (None if tags is None else tags.shape[::-1]) != (

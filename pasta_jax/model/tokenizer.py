@@ -18,9 +18,12 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from pasta_jax.lang.syntax import TOKEN_TEXTS
 from pasta_jax.model.weights import WeightsError, read_json, read_text
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # GGUF token types
+# Entries that vocabularies hold for others to use: Gemma's, Llama 3's, Mistral's, and what fills up Qwen's GGUF files.
+_RESERVED = (r"<unused(\d+)>", r"<\|reserved_special_token_(\d+)\|>", r"\[control_(\d+)\]", r"\[PAD(\d+)\]")
 _ROLES = ("system", "user", "assistant", "tool")
 _BLANK = "\u2581"  # what SentencePiece writes for a blank
 # Gemma's base models have the turn marks of the tuned ones, but no template.
@@ -41,6 +44,9 @@ class Tokenizer:
     eos_id: the token that ends an assistant's turn.
     bos_id: the token that may begin a text, or None. `encode` never adds it; a chat template may.
     special_ids: the control tokens: `encode` never yields them.
+    tag_ids: the entries that PASTA's tags take: their own, where weights were saved with them, else the first six that
+      the vocabulary holds for others to use; () where it has none.
+    knows_tags: whether they are the tags' own.
     chat_template: Jinja source, "" for a base model (but Gemma's, whose turn marks say enough).
   """
 
@@ -56,6 +62,8 @@ class Tokenizer:
     added = backend.get_added_tokens_decoder()
     vocab = backend.get_vocab(with_added_tokens=True)
     self._backend = backend
+    texts = _texts_for_tags(vocab)
+    self.tag_ids, self.knows_tags = tuple(vocab[text] for text in texts), texts == list(TOKEN_TEXTS)
     self._bytes = [b""] * (max(vocab.values(), default=-1) + 1)
     for token, index in vocab.items():
       self._bytes[index] = token.encode() if index in added else (_piece_bytes if pieces else _ordinary_bytes)(token)
@@ -122,8 +130,10 @@ class Tokenizer:
     else:
       backend.normalizer = normalizers.Replace(" ", _BLANK)
       backend.decoder = decoders.Sequence([decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()])
+    reserved = _texts_for_tags(vocab)
+    kinds = {token: _CONTROL if token in reserved else kind for token, kind in zip(tokens, token_types, strict=True)}
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-      texts = [token for token, its_kind in zip(tokens, token_types, strict=True) if its_kind == kind]
+      texts = [token for token, its_kind in kinds.items() if its_kind == kind]
       backend.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in texts])
     return cls(backend, eos_id, bos_id, chat_template, pieces=scores is not None)
 
@@ -136,8 +146,7 @@ class Tokenizer:
     Raises:
       WeightsError: a file is missing or damaged, of another kind, or names no end-of-turn token.
     """
-    text, config = read_text(tokenizer_json), read_json(tokenizer_config)
-    parts = read_json(tokenizer_json)
+    parts, config = read_json(tokenizer_json), read_json(tokenizer_config)
     model, normaliser = parts.get("model") or {}, parts.get("normalizer")
     byte_level = [part for part in _walk(parts.get("pre_tokenizer")) if part.get("type") == "ByteLevel"]
     pieces = bool(not byte_level and model.get("byte_fallback"))
@@ -149,7 +158,7 @@ class Tokenizer:
     if any(part.get("add_prefix_space") for part in byte_level):
       raise WeightsError(f"{tokenizer_json}: add_prefix_space changes the text, and is not supported")
     try:
-      backend = tokenizers.Tokenizer.from_str(text)
+      backend = tokenizers.Tokenizer.from_str(json.dumps(_with_special_tags(parts)))
     except Exception as error:  # `tokenizers` raises bare Exception
       raise WeightsError(f"{tokenizer_json}: {error}") from error
 
@@ -164,9 +173,13 @@ class Tokenizer:
     except ValueError as error:
       raise WeightsError(f"{tokenizer_json}: {error}") from error
 
-  def save(self, folder: Path) -> None:
-    """Writes the two files that `from_file` and Hugging Face read into an existing folder."""
-    self._backend.save(str(folder / "tokenizer.json"))
+  def save(self, folder: Path, tag_ids: Sequence[int] = ()) -> None:
+    """Writes the two files that `from_file` and Hugging Face read into an existing folder; with the tags, if their
+    ids are given, as entries of the vocabulary (`pasta_jax.lang.syntax.TOKEN_TEXTS`)."""
+    parts = json.loads(self._backend.to_str())
+    if tag_ids:
+      _name_tags(parts, dict(zip(tag_ids, TOKEN_TEXTS)), self.vocab_size)
+    (folder / "tokenizer.json").write_text(json.dumps(parts, indent=2, ensure_ascii=False) + "\n", "utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._literal(self.eos_id)}
     config |= {"bos_token": self._literal(self.bos_id)} if self.bos_id is not None else {}
     config |= {"chat_template": self.chat_template} if self.chat_template else {}
@@ -324,6 +337,55 @@ def _merges_of_pieces(vocab: Mapping[str, int], scores: Sequence[float],
         if left in vocab and right in vocab:
           found.append((-scores[index], vocab[left], vocab[right], (left, right)))
   return [pair for *_, pair in sorted(found)]
+
+
+def _texts_for_tags(vocab: Mapping[str, int]) -> list[str]:
+  """See `Tokenizer.tag_ids`."""
+  if all(text in vocab for text in TOKEN_TEXTS):
+    return list(TOKEN_TEXTS)
+  few = [text for text in vocab if text[:1] in ("<", "[")]
+  for pattern in _RESERVED:
+    numbered = sorted((int(found[1]), text) for text in few if (found := re.fullmatch(pattern, text)))
+    if len(numbered) >= len(TOKEN_TEXTS):
+      return [text for _, text in numbered[: len(TOKEN_TEXTS)]]
+  return []
+
+
+def _added(index: int, content: str, special: bool) -> dict[str, Any]:
+  """An entry of tokenizer.json's "added_tokens"."""
+  return {"id": index, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+          "special": special}
+
+
+def _with_special_tags(parts: Mapping[str, Any]) -> dict[str, Any]:
+  """tokenizer.json with the entries of the tags as control tokens, so that no text yields them."""
+  added = {entry["content"]: entry for entry in parts.get("added_tokens") or ()}
+  vocab = {**parts["model"].get("vocab", {}), **{text: entry["id"] for text, entry in added.items()}}
+  for text in _texts_for_tags(vocab):
+    added[text] = {**added.get(text, _added(vocab[text], text, True)), "special": True}
+  return {**parts, "added_tokens": sorted(added.values(), key=lambda entry: entry["id"])}
+
+
+def _name_tags(parts: dict[str, Any], texts: Mapping[int, str], size: int) -> None:
+  """Puts the tags into tokenizer.json, in place. Rows between the vocabulary and them get names too: ids have no gaps.
+
+  They are no control tokens there: other engines leave those out of a text, but not a promise's topic and number.
+  """
+  added = {entry["id"]: entry for entry in parts["added_tokens"]}
+  for index in range(size, max(texts) + 1):
+    added[index] = _added(index, f"<spare_{index}>", False)
+  before = {index: text for text, index in parts["model"]["vocab"].items() if index in texts}
+  for index, text in texts.items():
+    if parts["model"]["vocab"].get(text, index) != index:
+      raise ValueError(f"the vocabulary has a token {text!r} that is no tag")
+    added[index] = _added(index, text, False)
+    if index in before:
+      del parts["model"]["vocab"][before[index]]
+      parts["model"]["vocab"][text] = index
+  gone = set(before.values())
+  joined = lambda merge: "".join(merge) if isinstance(merge, list) else merge.replace(" ", "")
+  parts["model"]["merges"] = [merge for merge in parts["model"]["merges"] if joined(merge) not in gone]
+  parts["added_tokens"] = [added[index] for index in sorted(added)]
 
 
 def _token_text(entry: Any) -> str | None:

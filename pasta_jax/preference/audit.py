@@ -12,7 +12,6 @@ import numpy as np
 
 from pasta_jax.data.packing import pack_row
 from pasta_jax.lang.layout import NO_TARGET, PositionRule
-from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import lora
 from pasta_jax.model.checkpoint import Checkpoint
 from pasta_jax.model.decoder import exact_products
@@ -28,7 +27,7 @@ def token_log_likelihoods(config, checkpoint: Checkpoint, adapter: Path,
                           samples: Sequence[dict]) -> list[tuple[np.ndarray, np.ndarray]]:
   """(targets, the trainer's log p of each) of sampled answers under the policy `adapter`, in
   `preference.sample_dtype`."""
-  vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+  vocabulary = checkpoint.vocabulary
   c = ml_collections.ConfigDict(config.preference.to_dict() | {"dtype": config.preference.sample_dtype})
   exact_products(c.dtype)
   graph, trainable, frozen = make_model(checkpoint, vocabulary, c, adapter=adapter)
@@ -57,7 +56,7 @@ def gains(config, before: tuple[Checkpoint, Path], after: tuple[Checkpoint, Path
 
   Where text loses in best and worst answers alike and tags win, a policy has learned length, and nothing about them.
   """
-  classes = Vocabulary(before[0].tokenizer, before[0].config.vocab_size).table.classes
+  classes = before[0].vocabulary.table.classes
   answers = [answer for pair in pairs for answer in pair]
   old, new = (token_log_likelihoods(config, *policy, answers) for policy in (before, after))
 

@@ -32,7 +32,6 @@ from pasta_jax.evaluate.judging import judges_of
 from pasta_jax.evaluate.prompts import Request, read_prompts
 from pasta_jax.evaluate.run import evaluate
 from pasta_jax.lang.layout import PositionRule
-from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
 from pasta_jax.model.decoder import DTYPES
 from pasta_jax.model.lora import has_tags, read_metadata
@@ -224,7 +223,7 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], fo
   config, c = job.config, job.config.preference
   folder, before = job.folder(policy, number), job.adapter(policy, number - 1)
   checkpoint = job.checkpoint(before)
-  vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+  vocabulary = checkpoint.vocabulary
   rule = PositionRule(**json.loads(read_metadata(before)["positions"]))
   laid: list[PreferencePair] = []
   picked: list[tuple[dict, dict]] = []

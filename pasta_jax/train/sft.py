@@ -18,7 +18,6 @@ import optax
 from pasta_jax.data.examples import examples, mix
 from pasta_jax.data.packing import PackedBatches, single_batches
 from pasta_jax.lang.layout import PositionRule
-from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import lora
 from pasta_jax.model.build import to_params
 from pasta_jax.model.checkpoint import load_checkpoint
@@ -68,7 +67,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   workdir = checked_workdir(workdir)  # before minutes of loading
   rows, held_out_rows = mix(c.data), mix(c.validation)
   checkpoint = load_checkpoint(config.model.source)
-  vocabulary = Vocabulary(checkpoint.tokenizer, checkpoint.config.vocab_size)
+  vocabulary = checkpoint.vocabulary
   rule = PositionRule(config.positions.strategy, config.positions.fixed)
   load = partial(examples, vocabulary=vocabulary, rule=rule, annotation=c.annotation, max_length=c.length)
   selection = load(rows, min_speedup=c.min_speedup, plain_share=c.plain_share)

@@ -36,6 +36,16 @@ def tag_rows(embedding: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
   return np.stack([embedding[encode(words)].mean(axis=0) for words in TAG_WORDS])
 
 
+def first_tags(checkpoint: Checkpoint, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+  """Rows [6, D] that the tags start from, of the embedding and of the head: their own, where the weights know PASTA."""
+  embedding = checkpoint.params["embed.embedding"]
+  if not checkpoint.pasta:
+    return (tag_rows(embedding, vocabulary),) * 2
+  ids = list(checkpoint.config.tag_ids)
+  head = embedding if checkpoint.config.tie_embeddings else checkpoint.params["head.kernel"].T
+  return embedding[ids], head[ids]
+
+
 def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config, *, tags: bool = True,
                adapter: Path | None = None) -> tuple[Any, Params, Params]:
   """(graph, trainable, frozen) of the model to train, layers stacked.
@@ -56,7 +66,7 @@ def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config, *, tags: 
       model.embed.tags, model.head_tags = tags_of
   model = build.stack(model)
   if adapter is None and tags:
-    lora.add_tags(model, tag_rows(checkpoint.params["embed.embedding"], vocabulary))
+    lora.add_tags(model, *first_tags(checkpoint, vocabulary))
   if not full and not any(module.lora_a is not None for module in lora.linears(model).values()):
     lora.add_lora(model, config.lora_rank, config.lora_alpha, nnx.Rngs(config.seed))
   chosen = nnx.Param if full else nnx.Any(nnx.OfType(LoraParam), nnx.OfType(TagParam))

@@ -1,0 +1,93 @@
+"""Models for other engines: a Hugging Face folder with the adapter merged, or the adapter as PEFT reads it.
+
+Both have a tokenizer that knows the tags (`lang.syntax.TOKEN_TEXTS`). An engine that has no interpreter for them must
+be kept from writing them, by a bias or as bad words, and then writes ordinary answers: a promise is kept by another
+thread.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from pasta_jax.model import build, lora
+from pasta_jax.model.checkpoint import Checkpoint
+from pasta_jax.model.decoder import DTYPES, Decoder
+from pasta_jax.model.hf_folder import hf_name, save_hf_folder
+
+FORMS = ("merged", "peft")
+# What an adapter's metadata say of the file itself, not of what it learned.
+_OF_THE_FILE = ("format", "scale", "model", "base", "base's sha256")
+
+
+def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: str, dtype: str) -> None:
+  """Writes the weights of `checkpoint` under `adapter` into `folder`, which is there whole or not at all.
+
+  Args:
+    form: "merged": a Hugging Face folder; without an adapter, of the weights as they are. "peft": the adapter alone.
+    dtype: "float32" or "bfloat16".
+
+  Raises:
+    ValueError: one line, for settings that cannot be used, a folder that is there already, or an adapter that does not
+      fit (AdapterError).
+  """
+  if form not in FORMS or dtype not in DTYPES:
+    raise ValueError(f"export.form is {' or '.join(FORMS)} and export.dtype {' or '.join(DTYPES)}, not {form!r} and "
+                     f"{dtype!r}")
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(f"{folder} is there already: name another --workdir")
+  if form == "peft" and adapter is None:
+    raise ValueError("export.form=peft needs an adapter: name --config.model.adapter")
+  model = build.from_params(checkpoint.config, checkpoint.params)
+  metadata = lora.load_adapter(adapter, model) if adapter else {}
+  pasta = checkpoint.pasta | {k: v for k, v in metadata.items() if k not in _OF_THE_FILE}
+  if form == "peft":
+    _save_peft(folder, checkpoint, model, dtype)
+    return
+  with_tags = bool(checkpoint.pasta) or model.embed.tags is not None
+  config, params = build.merged(model)
+  save_hf_folder(folder, config, params, checkpoint.tokenizer, dtype=dtype, pasta=pasta if with_tags else None)
+
+
+def _save_peft(folder: Path, checkpoint: Checkpoint, model: Decoder, dtype: str) -> None:
+  """adapter_config.json, adapter_model.safetensors and the tokenizer."""
+  tensors: dict[str, np.ndarray] = {}
+  config: dict[str, object] = {
+    "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": checkpoint.name, "inference_mode": True,
+    "bias": "none", "lora_dropout": 0.0}
+
+  def store(name: str, x: jax.Array) -> None:
+    tensors[f"base_model.model.{name}"] = np.ascontiguousarray(np.asarray(x).astype(dtype))
+
+  targets = set()
+  for name, module in lora.linears(model).items():
+    if module.lora_a is not None and module.lora_b is not None:
+      theirs = hf_name(model.config, f"{name}.kernel").removesuffix(".weight")
+      targets.add(theirs.rpartition(".")[2])
+      store(f"{theirs}.lora_A.weight", module.lora_a[...].T)
+      store(f"{theirs}.lora_B.weight", module.lora_b[...].T)
+      rank = module.lora_a.shape[1]
+      config |= {"r": rank, "lora_alpha": module.lora_scale * rank}
+  if not targets:
+    raise ValueError("this adapter holds no low-rank updates, all weights were trained: use export.form=merged")
+  config["target_modules"] = sorted(targets)
+  ids = checkpoint.vocabulary.tags.ids
+  tags = {}
+  if model.embed.tags is not None:
+    tags["embed_tokens"] = ids
+    store("model.embed_tokens.token_adapter.trainable_tokens_delta", model.embed.tags[...])
+  if model.head_tags is not None:
+    tags["lm_head"] = ids
+    store("lm_head.token_adapter.trainable_tokens_delta", model.head_tags[...].T)
+  if tags:
+    config["trainable_token_indices"] = tags
+  temporary = folder.with_name(folder.name + ".tmp")
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+  (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+  checkpoint.tokenizer.save(temporary, ids if tags else ())
+  temporary.replace(folder)
