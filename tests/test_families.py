@@ -231,14 +231,51 @@ def test_gemma_has_turns_without_a_template(gemma: Tokenizer):
     gemma.chat_prompt([{"role": "system", "content": "x"}])
 
 
+BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+# How files of Llama 2 and Mistral put blanks before texts: (normalizer, pre_tokenizer) of tokenizer.json.
+PREFIXES = {
+  "every": ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, BLANKS]}, None),
+  "first": (None, _METASPACE | {"prepend_scheme": "first"}),
+  "always": (None, _METASPACE | {"prepend_scheme": "always"}),
+  "words": (None, _METASPACE | {"prepend_scheme": "always", "split": True}),
+  "never": (None, _METASPACE | {"prepend_scheme": "never"}),
+}
+
+
+def with_blanks(source: Path, folder: Path, normalizer, pre_tokenizer, template: str) -> Tokenizer:
+  folder.mkdir()
+  whole = json.loads((source / "tokenizer.json").read_text())
+  (folder / "tokenizer.json").write_text(json.dumps(
+    whole | {"normalizer": normalizer, "pre_tokenizer": pre_tokenizer}))
+  described = json.loads((source / "tokenizer_config.json").read_text())
+  (folder / "tokenizer_config.json").write_text(json.dumps(
+    described | {"chat_template": template, "tokenizer_class": "PreTrainedTokenizerFast"}))
+  return Tokenizer.from_file(folder / "tokenizer.json", folder / "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("begins", ["", "{{ bos_token }}"])
+@pytest.mark.parametrize("name", PREFIXES)
+def test_blanks_before_texts_stand_in_conversations_alone(name: str, begins: str, gemma_folder: Path, tmp_path: Path):
+  template = begins + "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}he"
+  ours = with_blanks(gemma_folder, tmp_path / "it", *PREFIXES[name], template)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "it")
+  ours.save(tmp_path / "it")
+  again = Tokenizer.from_file(tmp_path / "it" / "tokenizer.json", tmp_path / "it" / "tokenizer_config.json")
+  theirs_again = transformers.AutoTokenizer.from_pretrained(tmp_path / "it")
+  for first, second in (("he world", " he"), ("", "world\n"), ("  he", "1")):
+    messages = [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ours.chat_prompt(messages) == again.chat_prompt(messages) == expected
+    assert theirs_again.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == expected
+    for text in (first, second, first + "▁" + second):
+      assert ours.decode(ours.encode(text)) == text and ours.encode(text) == again.encode(text)
+
+
 def test_pieces_that_change_a_text_are_refused(gemma_folder: Path, tmp_path: Path):
-  for name in ("tokenizer.json", "tokenizer_config.json"):
-    (tmp_path / name).write_bytes((gemma_folder / name).read_bytes())
-  whole = json.loads((tmp_path / "tokenizer.json").read_text())
-  prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, whole["normalizer"]]}
-  (tmp_path / "tokenizer.json").write_text(json.dumps(whole | {"normalizer": prepend}))
-  with pytest.raises(WeightsError, match="puts a blank before every text"):
-    Tokenizer.from_file(tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json")
+  lower = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, BLANKS]}
+  with pytest.raises(WeightsError, match="tokenizer.json: its normaliser changes more of a text"):
+    with_blanks(gemma_folder, tmp_path / "it", lower, None, "")
 
 
 # --- GGUF ---
@@ -292,13 +329,53 @@ def test_gguf_and_hugging_face_give_the_same_model(name: str, folder, tmp_path: 
   if config.window:  # GGUF does not say these: llama.cpp knows them by the family
     config = dataclasses.replace(config, local_layers=local_layers(name, 3), query_scale=config.head_dim ** -0.5,
                                  local_rope_theta=10_000.0 if name == "gemma3_text" else 0.0)
-  config = dataclasses.replace(config, vocab_size=(rows := len(PIECES) + 8))
+  config = dataclasses.replace(config, vocab_size=(rows := len(PIECES) + 8), tag_ids=())  # another vocabulary
   params = {k: np.resize(v, (rows, 24)) if k.startswith("embed") else np.resize(v.T, (rows, 24)).T
             if k.startswith("head") else v for k, v in loaded.params.items()}
   again = load_checkpoint(write_gguf(tmp_path / "model.gguf", config, params))
   assert again.config == config and again.params.keys() == params.keys()
   for key, value in params.items():
     np.testing.assert_allclose(again.params[key], value, atol=1e-6 * key.endswith("scale"), rtol=0, err_msg=key)
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe"])
+def test_byte_level_gguf_cuts_texts_as_hugging_face_does(pre: str):
+  """Against the expressions that transformers holds for these vocabularies."""
+  from transformers.convert_slow_tokenizer import TikTokenConverter
+  from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+  pattern = PRETOKENIZE_REGEX if pre == "qwen2" else TikTokenConverter("").pattern
+  bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  merges = [("h", "e"), ("l", "o"), ("Ġ", "he"), ("1", "2"), ("12", "3"), ("'", "s"), ("Ċ", "Ċ"), ("Ġ", "Ġ")]
+  tokens = [*bytes_, *map("".join, merges), "helo", "<|end|>"]  # "helo" is an entry that no merge leads to
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, merges,
+                                                       ignore_merges=pre == "llama-bpe"))
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+    tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+    tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  ours = Tokenizer.from_gguf_fields(tokens, [1] * (len(tokens) - 1) + [3], len(tokens) - 1, pre=pre,
+                                    merges=[" ".join(m) for m in merges])
+
+  @given(text=st.lists(st.text() | st.sampled_from(["helo", " he", "1234", "'s", "\n\n", "  ", "é"])).map("".join))
+  def same(text: str):
+    assert ours.encode(text) == backend.encode(text).ids and ours.decode(ours.encode(text)) == text
+
+  same()
+  assert (len(tokens) - 2 in ours.encode("helo")) == (pre == "llama-bpe")
+  assert max(value for value, _ in ours.digit_values().values()) == 123
+
+
+def test_a_blank_before_texts_of_gguf(tmp_path: Path):
+  given = dict(tokens=["<unk>", "<s>", "</s>", *PIECES], token_types=[2, 3, 3] + [6] * 256 + [1] * (len(PIECES) - 256),
+               scores=[-float(i) for i in range(len(PIECES) + 3)], eos_id=2, bos_id=1,
+               chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}he")
+  ours = Tokenizer.from_gguf_fields(**given, prefix=True)
+  ids = ours.chat_prompt([{"role": "user", "content": "he world"}])
+  assert [ours.token_bytes(t) for t in ids] == [b"<s>", b" he", b" world", b"</s>", b" he"]
+  assert ours.token_bytes(ours.encode("he")[0]) == b"he"
+  ours.save(tmp_path)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert theirs.apply_chat_template([{"role": "user", "content": "he world"}], return_dict=False,
+                                    add_generation_prompt=True) == ids
 
 
 def test_pieces_of_gguf(folder, tmp_path: Path):

@@ -259,9 +259,7 @@ def _tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
   eos = fields.get("tokenizer.ggml.eot_token_id", fields.get("tokenizer.ggml.eos_token_id"))
   try:
     if model == "llama":
-      if fields.get("tokenizer.ggml.add_space_prefix", True):
-        raise ValueError("a tokenizer that puts a blank before every text is not supported (Llama 2's)")
-      given = {"scores": field("scores")}
+      given = {"scores": field("scores"), "prefix": bool(fields.get("tokenizer.ggml.add_space_prefix", True))}
     else:
       given = {"merges": field("merges"), "pre": field("pre")}
     return Tokenizer.from_gguf_fields(

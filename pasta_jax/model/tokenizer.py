@@ -1,7 +1,8 @@
 """Text to tokens and back, exactly, with control tokens kept out of the hands of whoever wrote the text.
 
 Two kinds of BPE are supported: byte-level (Llama 3, SmolLM2, Qwen), and SentencePiece's with bytes to fall back on
-(Gemma). In both each ordinary token is a run of bytes, so the bytes of a text's tokens, put together, are the text.
+(Gemma, Llama 2). In both each ordinary token is a run of bytes, so the bytes of a text's tokens, put together, are the
+text. Llama 2 puts a blank before every text: here conversations have these blanks, and a text encoded by itself not.
 """
 
 import datetime
@@ -16,16 +17,13 @@ from typing import Any
 import jinja2
 import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models
 
 from pasta_jax.lang.syntax import TOKEN_TEXTS
+from pasta_jax.model import tokenizer_forms as forms
 from pasta_jax.model.weights import WeightsError, read_json, read_text
 
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # GGUF token types
-# Entries that vocabularies hold for others to use: Gemma's, Llama 3's, Mistral's, and what fills up Qwen's GGUF files.
-_RESERVED = (r"<unused(\d+)>", r"<\|reserved_special_token_(\d+)\|>", r"\[control_(\d+)\]", r"\[PAD(\d+)\]")
 _ROLES = ("system", "user", "assistant", "tool")
-_BLANK = "\u2581"  # what SentencePiece writes for a blank
 # Gemma's base models have the turn marks of the tuned ones, but no template.
 _GEMMA_TURNS = ("<start_of_turn>", "<end_of_turn>")
 _GEMMA_TEMPLATE = (
@@ -51,8 +49,10 @@ class Tokenizer:
   """
 
   def __init__(self, backend: tokenizers.Tokenizer, eos_id: int, bos_id: int | None, chat_template: str, *,
-               pieces: bool = False):
-    """Takes over `backend` and changes its settings. `pieces`: entries are SentencePiece's, not byte-level ones.
+               pieces: bool = False, prefix: str = "", stored: Mapping[str, Any] | None = None):
+    """Takes over `backend` and changes its settings. `pieces`: entries are SentencePiece's, not byte-level ones;
+    `prefix`: where conversations get blanks (`tokenizer_forms.without_prefix`), and the parts of tokenizer.json that
+    `save` writes so that others put them there too.
 
     ValueError if `eos_id` or `bos_id` is no token.
     """
@@ -62,15 +62,16 @@ class Tokenizer:
     added = backend.get_added_tokens_decoder()
     vocab = backend.get_vocab(with_added_tokens=True)
     self._backend = backend
-    texts = _texts_for_tags(vocab)
+    texts = forms.texts_for_tags(vocab)
     self.tag_ids, self.knows_tags = tuple(vocab[text] for text in texts), texts == list(TOKEN_TEXTS)
     self._bytes = [b""] * (max(vocab.values(), default=-1) + 1)
     for token, index in vocab.items():
       self._bytes[index] = token.encode() if index in added else (_piece_bytes if pieces else _ordinary_bytes)(token)
     # A text may hold the very character that pieces write for a blank: it is spelled out in bytes.
-    self._blank = [vocab.get(f"<0x{byte:02X}>", -1) for byte in _BLANK.encode()] if pieces else []
+    self._blank = [vocab.get(f"<0x{byte:02X}>", -1) for byte in forms.BLANK.encode()] if pieces else []
     if min(self._blank, default=0) < 0:
       raise ValueError("the vocabulary of pieces lacks tokens for single bytes")
+    self._prefix, self._stored = prefix, dict(stored or {})
     self.vocab_size = len(self._bytes)
     self.special_ids = frozenset(index for index, token in added.items() if token.special)
     self.eos_id = eos_id
@@ -95,18 +96,18 @@ class Tokenizer:
     bos_id: int | None = None,
     chat_template: str = "",
     *,
+    prefix: bool = False,
     merges: Sequence[str] = (),
     pre: str = "",
     scores: Sequence[float] | None = None,
   ) -> "Tokenizer":
     """From GGUF metadata: of a "gpt2" tokenizer `merges`, pairs such as "h e", best first, and its pre-tokenizer;
-    of SentencePiece's ("llama") the pieces' `scores`.
+    of SentencePiece's ("llama") the pieces' `scores`, and whether conversations have blanks before their texts.
 
     Raises:
       ValueError: an unknown pre-tokenizer, or lists that contradict each other.
     """
-    if scores is None and pre != "smollm":
-      raise ValueError(f"pre-tokenizer {pre!r} is not supported, only 'smollm'")
+    cut = forms.byte_level(pre) if scores is None else None
     if scores is not None and len(scores) != len(tokens):
       raise ValueError(f"{len(tokens)} tokens, but {len(scores)} scores")
     if len(token_types) != len(tokens):
@@ -116,26 +117,26 @@ class Tokenizer:
     vocab = {token: index for index, token in enumerate(tokens)}
     try:
       if scores is None:
-        bpe = models.BPE(vocab, [(left, right) for left, right in (merge.split(" ") for merge in merges)])
+        bpe = models.BPE(vocab, [(left, right) for left, right in (merge.split(" ") for merge in merges)],
+                         ignore_merges=pre in forms.WHOLE_WORDS)
       else:
-        bpe = models.BPE(vocab, _merges_of_pieces(vocab, scores, token_types), byte_fallback=True, fuse_unk=True)
+        bpe = models.BPE(vocab, forms.merges_of_pieces(vocab, scores, token_types), byte_fallback=True, fuse_unk=True)
     except Exception as error:  # `tokenizers` raises bare Exception
       raise ValueError(f"unusable vocabulary: {error}") from error
     backend = tokenizers.Tokenizer(bpe)
-    if scores is None:
-      backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-      )
+    if cut is not None:
+      backend.pre_tokenizer = cut
       backend.decoder = decoders.ByteLevel()
     else:
-      backend.normalizer = normalizers.Replace(" ", _BLANK)
-      backend.decoder = decoders.Sequence([decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()])
-    reserved = _texts_for_tags(vocab)
-    kinds = {token: _CONTROL if token in reserved else kind for token, kind in zip(tokens, token_types, strict=True)}
-    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+      backend.normalizer = forms.blanks()
+      whole = [decoders.Replace(forms.BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+      backend.decoder = decoders.Sequence(whole)
+    kinds = dict(zip(tokens, token_types)) | dict.fromkeys(forms.texts_for_tags(vocab), forms.CONTROL)
+    for kind, special in ((forms.CONTROL, True), (forms.USER_DEFINED, False)):
       texts = [token for token, its_kind in kinds.items() if its_kind == kind]
       backend.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in texts])
-    return cls(backend, eos_id, bos_id, chat_template, pieces=scores is not None)
+    return cls(backend, eos_id, bos_id, chat_template, pieces=scores is not None, prefix="every" if prefix else "",
+               stored={"normalizer": forms.PREFIXED} if prefix else None)
 
   @classmethod
   def from_file(cls, tokenizer_json: Path, tokenizer_config: Path) -> "Tokenizer":
@@ -147,18 +148,18 @@ class Tokenizer:
       WeightsError: a file is missing or damaged, of another kind, or names no end-of-turn token.
     """
     parts, config = read_json(tokenizer_json), read_json(tokenizer_config)
-    model, normaliser = parts.get("model") or {}, parts.get("normalizer")
-    byte_level = [part for part in _walk(parts.get("pre_tokenizer")) if part.get("type") == "ByteLevel"]
+    model, prefix = parts.get("model") or {}, ""
+    stored = {key: parts.get(key) for key in ("normalizer", "pre_tokenizer")}
+    byte_level = [part for part in forms.components(parts.get("pre_tokenizer")) if part.get("type") == "ByteLevel"]
     pieces = bool(not byte_level and model.get("byte_fallback"))
     if model.get("type") != "BPE" or not (byte_level or pieces):
       raise WeightsError(f"{tokenizer_json}: not a BPE tokenizer of bytes, or of pieces with bytes to fall back on")
-    if pieces and normaliser != {"type": "Replace", "pattern": {"String": " "}, "content": _BLANK}:
-      raise WeightsError(f"{tokenizer_json}: its normaliser changes more of a text than its blanks, which is not "
-                         "supported (Llama 2's puts a blank before every text)")
     if any(part.get("add_prefix_space") for part in byte_level):
       raise WeightsError(f"{tokenizer_json}: add_prefix_space changes the text, and is not supported")
     try:
-      backend = tokenizers.Tokenizer.from_str(json.dumps(_with_special_tags(parts)))
+      if pieces:
+        parts, prefix = forms.without_prefix(parts)
+      backend = tokenizers.Tokenizer.from_str(json.dumps(forms.with_special_tags(parts)))
     except Exception as error:  # `tokenizers` raises bare Exception
       raise WeightsError(f"{tokenizer_json}: {error}") from error
 
@@ -169,16 +170,17 @@ class Tokenizer:
     beside = tokenizer_config.with_name("chat_template.jinja")
     template = read_text(beside) if beside.exists() else _default_template(config.get("chat_template"))
     try:
-      return cls(backend, eos_id, backend.token_to_id(bos) if bos else None, template, pieces=pieces)
+      return cls(backend, eos_id, backend.token_to_id(bos) if bos else None, template, pieces=pieces, prefix=prefix,
+                 stored=stored)
     except ValueError as error:
       raise WeightsError(f"{tokenizer_json}: {error}") from error
 
   def save(self, folder: Path, tag_ids: Sequence[int] = ()) -> None:
     """Writes the two files that `from_file` and Hugging Face read into an existing folder; with the tags, if their
     ids are given, as entries of the vocabulary (`pasta_jax.lang.syntax.TOKEN_TEXTS`)."""
-    parts = json.loads(self._backend.to_str())
+    parts = json.loads(self._backend.to_str()) | self._stored
     if tag_ids:
-      _name_tags(parts, dict(zip(tag_ids, TOKEN_TEXTS)), self.vocab_size)
+      forms.name_tags(parts, dict(zip(tag_ids, TOKEN_TEXTS)), self.vocab_size)
     (folder / "tokenizer.json").write_text(json.dumps(parts, indent=2, ensure_ascii=False) + "\n", "utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._literal(self.eos_id)}
     config |= {"bos_token": self._literal(self.bos_id)} if self.bos_id is not None else {}
@@ -196,8 +198,8 @@ class Tokenizer:
     if raw.translate(None, self._absent) != raw:
       lost = next(char for char in text if set(char.encode()) & set(self._absent))
       raise ValueError(f"the vocabulary has no token for the character U+{ord(lost):04X}")
-    if self._blank and _BLANK in text:
-      first, *rest = (self._backend.encode(part, add_special_tokens=False).ids for part in text.split(_BLANK))
+    if self._blank and forms.BLANK in text:
+      first, *rest = (self._backend.encode(part, add_special_tokens=False).ids for part in text.split(forms.BLANK))
       return first + [token for part in rest for token in (*self._blank, *part)]
     return self._backend.encode(text, add_special_tokens=False).ids
 
@@ -231,12 +233,18 @@ class Tokenizer:
     text, shield = self._render(messages)
     # Text between two control tokens is encoded in one piece, as Hugging Face does: where template and
     # content meet, characters of both may belong to one token.
-    for piece in re.split(f"({self._any_control})", text):
+    for i, piece in enumerate(re.split(f"({self._any_control})", text)):
       if piece in self._controls:
         ids.append(self._controls[piece])
       else:
-        ids += self.encode(piece.replace(shield, ""))
+        ids += self.encode(self._with_prefix(piece.replace(shield, ""), is_first=i == 0))
     return ids
+
+  def _with_prefix(self, text: str, *, is_first: bool) -> str:
+    """A text of a conversation with the blank that Hugging Face puts before it."""
+    if not text or not self._prefix or self._prefix == "first" and not is_first:
+      return text
+    return text if self._prefix != "every" and text.startswith((" ", forms.BLANK)) else " " + text
 
   def digit_values(self) -> dict[int, tuple[int, int]]:
     """Token → (value, 10 ** number of digits) for ordinary tokens made of ASCII digits and nothing else.
@@ -323,69 +331,7 @@ def _piece_bytes(token: str) -> bytes:
   """Bytes of a SentencePiece entry: a single byte written as <0x0A>, or text with its blanks marked."""
   if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
     return bytes([int(token[3:5], 16)])
-  return token.replace(_BLANK, " ").encode()
-
-
-def _merges_of_pieces(vocab: Mapping[str, int], scores: Sequence[float],
-                      token_types: Sequence[int]) -> list[tuple[str, str]]:
-  """The pairs that SentencePiece merges, best first: any two pieces that make up a third, by the third's score."""
-  found = []
-  for piece, index in vocab.items():
-    if token_types[index] == _NORMAL:
-      for cut in range(1, len(piece)):
-        left, right = piece[:cut], piece[cut:]
-        if left in vocab and right in vocab:
-          found.append((-scores[index], vocab[left], vocab[right], (left, right)))
-  return [pair for *_, pair in sorted(found)]
-
-
-def _texts_for_tags(vocab: Mapping[str, int]) -> list[str]:
-  """See `Tokenizer.tag_ids`."""
-  if all(text in vocab for text in TOKEN_TEXTS):
-    return list(TOKEN_TEXTS)
-  few = [text for text in vocab if text[:1] in ("<", "[")]
-  for pattern in _RESERVED:
-    numbered = sorted((int(found[1]), text) for text in few if (found := re.fullmatch(pattern, text)))
-    if len(numbered) >= len(TOKEN_TEXTS):
-      return [text for _, text in numbered[: len(TOKEN_TEXTS)]]
-  return []
-
-
-def _added(index: int, content: str, special: bool) -> dict[str, Any]:
-  """An entry of tokenizer.json's "added_tokens"."""
-  return {"id": index, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-          "special": special}
-
-
-def _with_special_tags(parts: Mapping[str, Any]) -> dict[str, Any]:
-  """tokenizer.json with the entries of the tags as control tokens, so that no text yields them."""
-  added = {entry["content"]: entry for entry in parts.get("added_tokens") or ()}
-  vocab = {**parts["model"].get("vocab", {}), **{text: entry["id"] for text, entry in added.items()}}
-  for text in _texts_for_tags(vocab):
-    added[text] = {**added.get(text, _added(vocab[text], text, True)), "special": True}
-  return {**parts, "added_tokens": sorted(added.values(), key=lambda entry: entry["id"])}
-
-
-def _name_tags(parts: dict[str, Any], texts: Mapping[int, str], size: int) -> None:
-  """Puts the tags into tokenizer.json, in place. Rows between the vocabulary and them get names too: ids have no gaps.
-
-  They are no control tokens there: other engines leave those out of a text, but not a promise's topic and number.
-  """
-  added = {entry["id"]: entry for entry in parts["added_tokens"]}
-  for index in range(size, max(texts) + 1):
-    added[index] = _added(index, f"<spare_{index}>", False)
-  before = {index: text for text, index in parts["model"]["vocab"].items() if index in texts}
-  for index, text in texts.items():
-    if parts["model"]["vocab"].get(text, index) != index:
-      raise ValueError(f"the vocabulary has a token {text!r} that is no tag")
-    added[index] = _added(index, text, False)
-    if index in before:
-      del parts["model"]["vocab"][before[index]]
-      parts["model"]["vocab"][text] = index
-  gone = set(before.values())
-  joined = lambda merge: "".join(merge) if isinstance(merge, list) else merge.replace(" ", "")
-  parts["model"]["merges"] = [merge for merge in parts["model"]["merges"] if joined(merge) not in gone]
-  parts["added_tokens"] = [added[index] for index in sorted(added)]
+  return token.replace(forms.BLANK, " ").encode()
 
 
 def _token_text(entry: Any) -> str | None:
@@ -398,10 +344,3 @@ def _default_template(entry: Any) -> str:
   if isinstance(entry, list):
     return next((each["template"] for each in entry if each.get("name") == "default"), "")
   return entry or ""
-
-
-def _walk(part: Any) -> list[dict[str, Any]]:
-  """A component of tokenizer.json and the components inside it, if it is a sequence."""
-  if not isinstance(part, dict):
-    return []
-  return [part] + [inner for child in part.get("pretokenizers", []) for inner in _walk(child)]
