@@ -8,9 +8,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("mode", "decode", ["train", "preference", "decode", "eval", "pilot", "report", "export"],
-                  "what to do; pilot: eval with thresholds and an exit code; report: eval's report anew; export: the "
-                  "model for other engines")
+flags.DEFINE_enum("mode", "decode", ["train", "preference", "decode", "eval", "pilot", "report", "annotate", "export"],
+                  "what to do; pilot: eval with thresholds and an exit code; report: eval's report anew; annotate: "
+                  "responses for training; export: the model for other engines")
 config_flags.DEFINE_config_file("config", None, "experiment: a file, or file.py:argument; configs/smollm2_135m.py "
                                 "if not given", lock_config=True)
 flags.DEFINE_string("workdir", None, "folder of the run (all but decode): checkpoints, metrics, results")
@@ -46,6 +46,9 @@ def run() -> None:
   elif FLAGS.mode == "report":
     from pasta_jax.evaluate import report
     report.write(Path(FLAGS.workdir))
+  elif FLAGS.mode == "annotate":
+    from pasta_jax.annotate.run import annotate
+    annotate(FLAGS.config, Path(FLAGS.workdir))
   elif FLAGS.mode == "export":
     from pasta_jax.decode.generate import adapter_path, source_of
     from pasta_jax.model.checkpoint import load_checkpoint

@@ -149,6 +149,26 @@ def get_config(arg: str = "") -> ConfigDict:
       timeout=60.0,
       cache="",  # file of paid calls, for several runs; "": in the run's folder
   ))
+  c.annotate = ConfigDict(dict(
+      data="",  # JSON lines: prompt and response; Alpaca's fields; SlimOrca's conversations; messages
+      limit=0,  # rows, spread over the file; 0: all
+      avoid="",  # a file of evaluation prompts: rows that share eight words in a row with one are left out
+      kind="openai",  # any OpenAI-compatible endpoint; "gemini"; "structure": no model, by lists and headings
+      url="",  # as of the judge, and so are the next ones
+      model="",
+      key_env="",
+      max_tokens=1500,
+      concurrency=8,
+      per_minute=0,  # calls, at most; 0: no limit
+      retries=6,
+      timeout=120.0,
+      tries=3,  # answers asked for where one cannot be used
+      check=True,  # ask of each chunk whether its writer could have written it
+      demonstrations="data/seed.jsonl",
+      against="",  # a file with other annotations of the same responses, to compare with
+      price_read=0.0,  # of a million tokens
+      price_written=0.0,
+  ))
   c.export = ConfigDict(dict(
       form="merged",  # a Hugging Face folder with the adapter in the weights; or "peft", the adapter alone
       dtype="float32",

@@ -2,73 +2,24 @@
 
 import json
 import math
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import loopback
 import pytest
+from loopback import KEY
 
 from configs.smollm2_135m import get_config
+from pasta_jax.endpoint import Endpoint, EndpointError
 from pasta_jax.evaluate.agreement import measure
-from pasta_jax.evaluate.endpoint import Endpoint, EndpointError
 from pasta_jax.evaluate.judge import Answer, FileJudge, Pair
 from pasta_jax.evaluate.llm_judge import LlmJudge, confidence_in_a, messages
 from pasta_jax.evaluate.local_judge import contradicts_length, faults, preference, repetition
 from pasta_jax.evaluate.prompts import EvalError
 
-KEY = "secret-4711"
 
+class Server(loopback.Server):
+  """Judges by a rule: the answer with more "good" wins with probability 0.8; A gets `bias` logits on top."""
 
-class Server:
-  """Judges by a rule: the answer with more "good" wins with probability 0.8; A gets `bias` logits on top.
-
-  `faults` are done first, one a call, whatever the call is.
-  """
-
-  def __init__(self):
-    self.calls: list[dict] = []
-    self.headers: list[dict] = []
-    self.faults: list = []
-    self.bias, self.with_log_p = 0.0, True
-    self.status_body = b'{"error": "as asked"}'
-    self.lock = threading.Lock()
-    outer = self
-
-    class Handler(BaseHTTPRequestHandler):
-      protocol_version = "HTTP/1.1"
-
-      def log_message(self, *args):
-        pass
-
-      def reply(self, status, body, headers=()):
-        self.send_response(status)
-        for name, value in headers:
-          self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-      def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with outer.lock:
-          outer.calls.append(body | {"path": self.path})
-          outer.headers.append(dict(self.headers))
-          fault = outer.faults.pop(0) if outer.faults else None
-        if isinstance(fault, int):
-          self.reply(fault, outer.status_body, [("Retry-After", "0")] if fault == 429 else ())
-        elif fault == "hang up":
-          self.close_connection = True
-        elif fault == "slow":
-          threading.Event().wait(1.5)
-          self.reply(200, b"{}")
-        elif fault is not None:
-          self.reply(200, fault)
-        else:
-          self.reply(200, json.dumps(outer.answer(body, self.path)).encode())
-
-    self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    self.http.daemon_threads = True
-    threading.Thread(target=self.http.serve_forever, daemon=True).start()
-    self.url = f"http://127.0.0.1:{self.http.server_port}"
+  bias, with_log_p = 0.0, True
 
   def answer(self, body, path):
     gemini = path.endswith(":generateContent")
@@ -98,13 +49,12 @@ def server(monkeypatch):
   monkeypatch.setenv("GEMINI_API_KEY", KEY)
   s = Server()
   yield s
-  s.http.shutdown()
-  s.http.server_close()
+  s.close()
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-  monkeypatch.setattr("pasta_jax.evaluate.endpoint.time.sleep", lambda seconds: None)
+  monkeypatch.setattr("pasta_jax.endpoint.time.sleep", lambda seconds: None)
 
 
 def pair(i, system, baseline):
@@ -222,10 +172,10 @@ def test_keys_come_from_the_environment_alone(monkeypatch, tmp_path):
     judged(LlmJudge(Endpoint("m", concurrency=1)), PAIRS[:1], tmp_path)
   for changes, words in (
     (dict(kind="other"), "judge.kind"),
-    (dict(model=""), "name the judge's model"),
-    (dict(concurrency=0), "judge.concurrency"),
+    (dict(model=""), "name a model"),
+    (dict(concurrency=0), "judge: concurrency"),
   ):
-    with pytest.raises(EvalError, match=words):
+    with pytest.raises(EndpointError, match=words):
       Endpoint(**(dict(model="m") | changes))
 
 

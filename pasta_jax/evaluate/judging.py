@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pasta_jax.data.records import Records, read_records
 from pasta_jax.decode.generate import Generator, adapter_digest
-from pasta_jax.evaluate.endpoint import Endpoint
+from pasta_jax.endpoint import Endpoint
 from pasta_jax.evaluate.judge import Answer, FileJudge, Judge, Pair
 from pasta_jax.evaluate.llm_judge import LlmJudge
 from pasta_jax.evaluate.local_judge import LocalJudge

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pasta_jax.evaluate.endpoint import Caller, Endpoint
+from pasta_jax.endpoint import Caller, Endpoint
 from pasta_jax.evaluate.judge import Answer, Pair
 from pasta_jax.progress import progress_bar
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pasta_jax.data.records import Records
-from pasta_jax.evaluate.prompts import EvalError
 
 Messages = Sequence[Mapping[str, str]]
 _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
@@ -28,8 +27,8 @@ _THIS_ONE = re.compile(r"content.?(filter|policy)|context.?(length|window)|maxim
 _URLS = {"openai": "https://api.openai.com/v1", "gemini": "https://generativelanguage.googleapis.com/v1beta"}
 
 
-class EndpointError(EvalError):
-  """An endpoint that refuses, or does not answer; the message never holds the key."""
+class EndpointError(ValueError):
+  """An endpoint that cannot be asked, refuses, or does not answer; the message never holds the key."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,26 +44,32 @@ class Endpoint:
   concurrency: int = 8
   retries: int = 6  # after the first attempt; waits double from one second, or are what the server says
   timeout: float = 60.0  # seconds
+  per_minute: int = 0  # calls that are begun, at most; 0: as many as there are
+  part: str = "judge"  # of the config, for messages
 
   def __post_init__(self):
     if self.kind not in _URLS:
-      raise EvalError(f"judge.kind must be {' or '.join(_URLS)}, not {self.kind!r}")
+      raise EndpointError(f"{self.part}.kind must be {' or '.join(_URLS)}, not {self.kind!r}")
     if not self.model:
-      raise EvalError("name the judge's model: --config.judge.model=…")
-    if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
-      raise EvalError("judge.concurrency must be 1 or more, judge.retries 0 or more, judge.timeout above 0")
+      raise EndpointError(f"name a model: --config.{self.part}.model=…")
+    if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0 or self.per_minute < 0:
+      raise EndpointError(f"{self.part}: concurrency must be 1 or more, retries and per_minute 0 or more, timeout "
+                          "above 0")
 
   def _key(self) -> str:
     return os.environ.get(self.key_env or f"{self.kind.upper()}_API_KEY", "").strip()
 
+  def require_key(self) -> None:
+    """Raises EndpointError where a provider needs a key and none is set; a server of one's own may need none."""
+    if not self._key() and not self.url:
+      raise EndpointError(
+        f"{self.part}: the key is read from ${self.key_env or self.kind.upper() + '_API_KEY'}, which is not set"
+      )
+
   def _request(self, messages: Messages) -> tuple[str, dict, dict[str, str]]:
     """(address, body, headers) of a call."""
-    base = (self.url or _URLS[self.kind]).rstrip("/")
-    key = self._key()
-    if not key and not self.url:
-      raise EndpointError(
-        f"the judge's key is read from ${self.key_env or self.kind.upper() + '_API_KEY'}, which is not set"
-      )
+    self.require_key()
+    base, key = (self.url or _URLS[self.kind]).rstrip("/"), self._key()
     if self.kind == "openai":
       body = {
         "model": self.model,
@@ -95,16 +100,17 @@ class Endpoint:
     return hashlib.sha256(json.dumps([address, body], sort_keys=True).encode()).hexdigest()[:32]
 
   def call(self, messages: Messages) -> dict:
-    """{"text": …, "log_p": {token: log p of it as the first token}}; the latter empty where the server gives none.
+    """{"text": …, "log_p": {token: log p of it as the first token}, "tokens": [read, written]}; the latter two are
+    empty where the server does not say.
 
-    Both are empty, and `refused` says why, where the server will not answer this one request (its content is
+    All are empty, and `refused` says why, where the server will not answer this one request (its content is
     filtered, or too long). Tries again, with growing waits, what may pass: limits, server errors, broken answers,
     silence. Raises
     EndpointError when it does not pass, and at once for what will not (a wrong key, an unknown model).
     """
     address, body, headers = self._request(messages)
     if not all(value.isascii() and value.isprintable() for value in headers.values()):
-      raise EndpointError("the judge's key holds characters that no key has")
+      raise EndpointError(f"{self.part}: the key holds characters that no key has")
     request = urllib.request.Request(
       address, json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
     )
@@ -118,7 +124,7 @@ class Endpoint:
       except urllib.error.HTTPError as error:
         fault = self._without_key(f"status {error.code}: {_excerpt(error)}")
         if error.code == 400 and _THIS_ONE.search(fault):
-          return {"text": "", "log_p": {}, "refused": fault}
+          return {"text": "", "log_p": {}, "tokens": [], "refused": fault}
         if error.code not in _TRY_AGAIN:
           raise EndpointError(f"{address} refused, {fault}") from None
         asked = error.headers.get("Retry-After", "")
@@ -159,14 +165,21 @@ def _read(kind: str, answer: dict) -> dict:
     choice = answer["choices"][0]
     first = ((choice.get("logprobs") or {}).get("content") or [{}])[0]
     found = {t["token"]: float(t["logprob"]) for t in first.get("top_logprobs") or ()}
-    return {"text": choice["message"].get("content") or "", "log_p": found}
+    tokens = _counts(answer.get("usage"), "prompt_tokens", "completion_tokens")
+    return {"text": choice["message"].get("content") or "", "log_p": found, "tokens": tokens}
   if "candidates" not in answer and "promptFeedback" in answer:
-    return {"text": "", "log_p": {}, "refused": str(answer["promptFeedback"].get("blockReason", "blocked"))}
+    reason = str(answer["promptFeedback"].get("blockReason", "blocked"))
+    return {"text": "", "log_p": {}, "tokens": [], "refused": reason}
   candidate = answer["candidates"][0]
   tops = (candidate.get("logprobsResult") or {}).get("topCandidates") or [{}]
   found = {t["token"]: float(t["logProbability"]) for t in tops[0].get("candidates") or ()}
   parts = (candidate.get("content") or {}).get("parts") or ()
-  return {"text": "".join(p.get("text", "") for p in parts), "log_p": found}
+  tokens = _counts(answer.get("usageMetadata"), "promptTokenCount", "candidatesTokenCount")
+  return {"text": "".join(p.get("text", "") for p in parts), "log_p": found, "tokens": tokens}
+
+
+def _counts(usage: object, *names: str) -> list[int]:
+  return [int(usage.get(name) or 0) for name in names] if isinstance(usage, dict) else []
 
 
 class Caller:
@@ -175,17 +188,27 @@ class Caller:
   def __init__(self, endpoint: Endpoint, path: Path):
     self._endpoint, self._records, self._lock = endpoint, Records(path, {}), threading.Lock()
     self.paid = 0  # calls made, not read from the file
+    self._next = 0.0  # when the next call may begin, where they are limited
 
   def _one(self, messages: Messages) -> dict:
     key = self._endpoint.identity(messages)
     with self._lock:
       if key in self._records.rows:
         return self._records.rows[key]
+    self._wait()
     row = {"id": key, **self._endpoint.call(messages)}
     with self._lock:
       self._records.add(row)
       self.paid += 1
     return row
+
+  def _wait(self) -> None:
+    """Until the endpoint's limit lets a call begin."""
+    if self._endpoint.per_minute:
+      with self._lock:
+        now = time.monotonic()
+        at, self._next = max(now, self._next), max(now, self._next) + 60 / self._endpoint.per_minute
+      time.sleep(at - now)
 
   def map(self, calls: Sequence[Messages], done: Callable[[int, dict], None]) -> None:
     """`done(i, answer)` for each call, as answers come. Calls under way are finished before an error is raised."""

@@ -1,0 +1,1 @@
+"""Which parts of a response are independent: plans from a language model, checked, or from form alone."""

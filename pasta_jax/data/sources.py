@@ -1,0 +1,136 @@
+"""Instructions and responses from files of several forms. What cannot be used is counted and named, not dropped.
+
+Rows are JSON lines (or AlpacaEval's JSON list) with `prompt` and `response`; Alpaca's `instruction`, `input`, `output`;
+SlimOrca's `conversations`; or OpenAI's `messages`. A system message stands before the prompt.
+"""
+
+import collections
+import dataclasses
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pasta_jax.data.examples import DataError
+
+LONGEST = 100_000  # characters of a prompt or response
+_USER, _MODEL = ("user", "human"), ("assistant", "gpt", "model")
+
+
+@dataclasses.dataclass
+class Source:
+  """Usable rows (`id`, `prompt`, `response`, and whatever else they had), and by cause the names of the others."""
+
+  rows: list[dict] = dataclasses.field(default_factory=list)
+  faults: dict[str, list[str]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
+
+  def counts(self) -> dict[str, int]:
+    return {cause: len(names) for cause, names in self.faults.items()}
+
+
+def read_instructions(path: str | Path) -> Source:
+  """The rows of a file. Raises DataError if there is no such file, or none of its rows can be used."""
+  path, source, seen = Path(path), Source(), set()
+  for number, raw in enumerate(_lines(path), 1):
+    where = f"{path.name}, line {number}"
+    try:
+      row = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+      source.faults["not UTF-8"].append(where)
+      continue
+    except json.JSONDecodeError:
+      source.faults["not JSON"].append(where)
+      continue
+    found = _instruction(row) if isinstance(row, dict) else "not an object"
+    if isinstance(found, str):
+      source.faults[found].append(where)
+      continue
+    name = str(row.get("id", f"{path.name.split('.')[0]}-{number}"))
+    if name in seen:
+      source.faults["an id that another row has"].append(f"{where} ({name})")
+      continue
+    seen.add(name)
+    source.rows.append({**row, **found, "id": name})
+  if not source.rows:
+    why = ", ".join(f"{n} {cause}" for cause, n in source.counts().items()) or "it is empty"
+    raise DataError(f"{path} holds no row with an instruction and a response ({why})")
+  return source
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+  """Rows as bytes, so that a damaged one does not stop the others."""
+  if not path.is_file():
+    raise DataError(f"no such data file: {path}")
+  try:
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+  except (OSError, EOFError, zlib.error) as error:
+    raise DataError(f"{path}: {error}") from None
+  if data.lstrip()[:1] == b"[":
+    try:
+      yield from (json.dumps(row).encode() for row in json.loads(data))
+    except ValueError as error:
+      raise DataError(f"{path}: {error}") from None
+    return
+  yield from (line for line in data.split(b"\n") if line.strip())
+
+
+def _instruction(row: dict[str, Any]) -> dict[str, str] | str:
+  """`prompt` and `response` of a row, or what is wrong with it."""
+  if turns := row.get("conversations") or row.get("messages"):
+    said = _turns(turns)
+    if said is None:
+      return "a conversation of another form"
+    if len(said) < 2 or said[-2][0] not in _USER or said[-1][0] not in _MODEL or len(said) > 3 or (
+        len(said) == 3 and said[0][0] != "system"):
+      return "a conversation of several turns"
+    prompt: Any = "\n\n".join(text for _, text in said[:-1] if text)
+    response: Any = said[-1][1]
+  else:
+    prompt, response = row.get("prompt", row.get("instruction")), row.get("response", row.get("output"))
+    if isinstance(prompt, str) and isinstance(given := row.get("input"), str) and given.strip():
+      prompt = f"{prompt}\n\n{given}"
+  if not isinstance(prompt, str) or not prompt.strip():
+    return "no prompt"
+  if not isinstance(response, str) or not response.strip():
+    return "no response"
+  if max(len(prompt), len(response)) > LONGEST:
+    return f"more than {LONGEST:,} characters"
+  try:
+    (prompt + response).encode()
+  except UnicodeEncodeError:
+    return "characters that are no Unicode"  # halves of surrogate pairs
+  return {"prompt": prompt, "response": response}
+
+
+def _turns(turns: object) -> list[tuple[str, str]] | None:
+  """(role, text) of each message; None where they have another form."""
+  found = []
+  for turn in turns if isinstance(turns, list) else [None]:
+    if not isinstance(turn, dict):
+      return None
+    role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if not isinstance(role, str) or not isinstance(text, str):
+      return None
+    found.append((role, text))
+  return found
+
+
+def ngrams(text: str, n: int = 8) -> set[str]:
+  """Runs of `n` words, in small letters without punctuation; of a shorter text, all of it."""
+  words = re.findall(r"\w+", text.lower())
+  return {" ".join(words[i : i + n]) for i in range(max(len(words) - n + 1, 1))} if words else set()
+
+
+def decontaminate(source: Source, prompts: Iterable[str], n: int = 8) -> None:
+  """Moves rows whose prompt shares `n` words in a row with one of `prompts` to the faults, in place."""
+  known = set().union(*(ngrams(p, n) for p in prompts))
+  kept = []
+  for row in source.rows:
+    if ngrams(row["prompt"], n) & known:
+      source.faults["shares words with an evaluation prompt"].append(row["id"])
+    else:
+      kept.append(row)
+  source.rows = kept
