@@ -8,9 +8,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
-flags.DEFINE_enum("mode", "decode", ["train", "preference", "decode", "eval", "pilot", "report", "annotate", "export"],
-                  "what to do; pilot: eval with thresholds and an exit code; report: eval's report anew; annotate: "
-                  "responses for training; export: the model for other engines")
+MODES = ["decode", "train", "preference", "eval", "pilot", "report", "annotate", "build", "export"]
+flags.DEFINE_enum("mode", "decode", MODES, "what to do; pilot: eval with thresholds and an exit code; report: eval's "
+                  "report anew; annotate: responses to training data; build: a data set of them; export: the model for "
+                  "other engines")
 config_flags.DEFINE_config_file("config", None, "experiment: a file, or file.py:argument; configs/smollm2_135m.py "
                                 "if not given", lock_config=True)
 flags.DEFINE_string("workdir", None, "folder of the run (all but decode): checkpoints, metrics, results")
@@ -49,6 +50,13 @@ def run() -> None:
   elif FLAGS.mode == "annotate":
     from pasta_jax.annotate.run import annotate
     annotate(FLAGS.config, Path(FLAGS.workdir))
+  elif FLAGS.mode == "build":
+    from pasta_jax.data.build import build
+    from pasta_jax.evaluate.prompts import read_prompts
+    from pasta_jax.model.checkpoint import load_checkpoint
+    avoid = FLAGS.config.dataset.avoid
+    build(FLAGS.config, Path(FLAGS.workdir), load_checkpoint(FLAGS.config.model.source).vocabulary,
+          [r.prompt for r in read_prompts(avoid, part="dataset")] if avoid else [])
   elif FLAGS.mode == "export":
     from pasta_jax.decode.generate import adapter_path, source_of
     from pasta_jax.model.checkpoint import load_checkpoint

@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.positions = ConfigDict(dict(strategy="pred_10x", fixed=60))  # of training; decoding takes the adapter's
   c.train = ConfigDict(dict(
       annotation={"": "plan", "baseline": "none", "apar": "structure"}[arg],  # of the rows of `data`
-      data="data/seed.jsonl",  # files, comma-separated; "FILE*2" counts twice an epoch
+      data="data/seed.jsonl",  # files or built data sets, comma-separated; "FILE*2" counts twice an epoch
       validation="",
       min_speedup=1.4,  # annotated responses that save less are left out
       plain_share=0.15,  # of the examples, at most this share without chunks
@@ -168,6 +168,13 @@ def get_config(arg: str = "") -> ConfigDict:
       against="",  # a file with other annotations of the same responses, to compare with
       price_read=0.0,  # of a million tokens
       price_written=0.0,
+  ))
+  c.dataset = ConfigDict(dict(  # of --mode=build
+      train="",  # files of annotated rows, comma-separated (or of plain responses): JSON lines, parquet, Arrow folders
+      validation="",
+      validation_share=0.0,  # where no file is named: so much of `train`, chosen by the prompt
+      avoid="",  # a file of evaluation prompts, as of annotate
+      strict=False,  # stop at a row that cannot be used, instead of naming it
   ))
   c.export = ConfigDict(dict(
       form="merged",  # a Hugging Face folder with the adapter in the weights; or "peft", the adapter alone

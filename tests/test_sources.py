@@ -47,8 +47,8 @@ def test_bad_rows_are_counted_and_named(tmp_path: Path):
     "no response": 2, f"more than {LONGEST:,} characters": 1,
     "a conversation of several turns": 2, "a conversation of another form": 1,
     "characters that are no Unicode": 1}
-  assert source.faults["not JSON"] == ["a.jsonl, line 2"]
-  assert source.faults["an id that another row has"] == ["a.jsonl, line 5 (a)"]
+  assert source.faults["not JSON"] == ["a.jsonl, row 2"]
+  assert source.faults["an id that another row has"] == ["a.jsonl, row 5 (a)"]
 
 
 def test_files_that_cannot_be_used_are_one_line(tmp_path: Path):

@@ -1,37 +1,9 @@
-"""How much an annotation gains, and how far it agrees with another one of the same responses."""
+"""How far an annotation agrees with another one of the same responses."""
 
-import contextlib
 import math
 from collections.abc import Sequence
 
-from pasta_jax.data.examples import DataError, program_of
-from pasta_jax.lang.cost import cost
-from pasta_jax.lang.layout import PositionRule
-from pasta_jax.lang.vocabulary import Vocabulary
-
-
-def figures(rows: Sequence[dict], vocabulary: Vocabulary) -> dict[str, float]:
-  """Of annotated rows: how many, the share with chunks and with a sync, chunks each, the share of their text in chunks,
-  and theoretical speedups, geometric means over the rows that the vocabulary can express; all but the first two and
-  `speedup_of_all` are of rows with chunks."""
-  rule = PositionRule("pred_10x")
-  chunked = [r for r in rows if r["chunks"]]
-  logs: dict[str, float] = {}
-  for r in rows:
-    with contextlib.suppress(ValueError):  # a character that the vocabulary lacks
-      logs[r["id"]] = math.log(cost(vocabulary.encode(program_of(r), rule), vocabulary.table).theoretical_speedup)
-  mean = lambda values: sum(values) / len(values) if values else math.nan
-  outer = lambda r: [c for c in r["chunks"] if not any(
-    d is not c and d["start"] <= c["start"] and c["end"] <= d["end"] for d in r["chunks"])]
-  return {
-    "rows": len(rows),
-    "with_chunks": len(chunked) / max(len(rows), 1),
-    "with_syncs": mean([bool(r["syncs"]) for r in chunked]),
-    "chunks": mean([len(r["chunks"]) for r in chunked]),
-    "covered": mean([sum(c["end"] - c["start"] for c in outer(r)) / len(r["response"]) for r in chunked]),
-    "speedup": math.exp(mean([logs[r["id"]] for r in chunked if r["id"] in logs])),
-    "speedup_of_all": math.exp(mean(list(logs.values()))),
-  }
+from pasta_jax.data.examples import DataError
 
 
 def boundaries(row: dict) -> set[tuple[str, int]]:

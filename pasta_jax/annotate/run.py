@@ -12,17 +12,17 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import rich.box
 import rich.console
-import rich.table
 
 from pasta_jax.annotate import check, measure, plan, prompts
+from pasta_jax.data import report as data_report
 from pasta_jax.data import structure
 from pasta_jax.data.examples import DataError, read_jsonl
 from pasta_jax.data.records import agree
 from pasta_jax.data.sources import decontaminate, read_instructions
 from pasta_jax.endpoint import Caller, Endpoint
 from pasta_jax.evaluate.prompts import read_prompts
+from pasta_jax.lang.layout import PositionRule
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.progress import progress_bar
 
@@ -55,16 +55,18 @@ def annotate(config, workdir: Path) -> dict:
   else:
     done, refused = by_model(rows)
     rejected += refused
+  rule = PositionRule(config.positions.strategy, config.positions.fixed)
+  figures = lambda annotated: data_report.figures(data_report.facts(annotated, vocabulary, rule))
   report: dict = {
     "annotator": c.kind if by_model is None else c.model,
-    "figures": measure.figures(done, vocabulary) if done else {},
+    "figures": figures(done),
     "rejected": dict(collections.Counter(r["cause"] for r in rejected)),
     **(by_model.report if by_model else {}),
   }
   if c.against:
     report["agreement"] = measure.agreement(done, other)
-    report["other's figures"] = measure.figures(
-      [r for r in other if r["response"] in {d["response"] for d in done}], vocabulary)
+    both = {d["response"] for d in done}
+    report["other's figures"] = figures([r for r in other if r["response"] in both])
   for name, content in (("annotated", done), ("rejected", rejected)):
     _write(workdir / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in content))
   _write(workdir / "report.json", json.dumps(report, indent=2) + "\n")
@@ -195,19 +197,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _show(report: dict, workdir: Path) -> None:
-  table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-  for name in ("", report["annotator"], *(["against"] if "agreement" in report else [])):
-    table.add_column(name, justify="left" if not name else "right")
-  form = {"rows": "{:.0f}", "with_chunks": "{:.0%}", "with_syncs": "{:.0%}", "chunks": "{:.1f}", "covered": "{:.0%}",
-          "speedup": "{:.2f}", "speedup_of_all": "{:.2f}"}
-  says = {"with_chunks": "with chunks", "with_syncs": "of these with a sync", "chunks": "chunks each", "covered":
-          "of their text in chunks", "speedup": "theoretical speedup", "speedup_of_all": "the same, all rows"}
-  for key, how in form.items():
-    if report["figures"]:
-      sides = [report["figures"], *([report["other's figures"]] if "agreement" in report else [])]
-      table.add_row(says.get(key, key), *(how.format(side[key]) for side in sides))
   console = rich.console.Console(highlight=False)
-  console.print(table)
+  sides = {report["annotator"]: report["figures"]}
+  console.print(data_report.table(sides | ({"against": report["other's figures"]} if "agreement" in report else {})))
   if "agreement" in report:
     a = report["agreement"]
     console.print(f"Boundaries of chunks: precision {a['precision']:.0%}, recall {a['recall']:.0%}; "

@@ -175,11 +175,18 @@ def examples(rows: Iterable[dict], vocabulary: Vocabulary, rule: PositionRule, *
 
 
 def mix(files: str) -> list[dict]:
-  """Rows of several files: "a.jsonl*2,b.jsonl.gz" reads the first one's rows twice an epoch."""
+  """Rows of several files: "a.jsonl*2,b.jsonl.gz" reads the first one's rows twice an epoch. A folder is a data set
+  that `data.build` made, "folder:validation" another split of it than its "train"."""
   rows: list[dict] = []
   for entry in filter(None, (e.strip() for e in files.split(","))):
     path, star, times = entry.partition("*")
     if star and not re.fullmatch("[0-9]+", times):
       raise DataError(f"data: {entry!r} is not of the form FILE or FILE*TIMES")
-    rows += read_jsonl(path) * int(times or 1)
+    folder, colon, split = path.rpartition(":")
+    if Path(path).is_dir() or colon and Path(folder).is_dir():
+      from pasta_jax.data import dataset  # here: it takes a second to import, and few need it
+      found = dataset.read(Path(path)) if Path(path).is_dir() else dataset.read(Path(folder), split)
+    else:
+      found = read_jsonl(path)
+    rows += found * int(times or 1)
   return rows

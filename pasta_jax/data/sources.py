@@ -1,7 +1,8 @@
 """Instructions and responses from files of several forms. What cannot be used is counted and named, not dropped.
 
-Rows are JSON lines (or AlpacaEval's JSON list) with `prompt` and `response`; Alpaca's `instruction`, `input`, `output`;
-SlimOrca's `conversations`; or OpenAI's `messages`. A system message stands before the prompt.
+A file is JSON lines (or one JSON list), parquet, or a folder that Hugging Face's `datasets` saved. Rows have `prompt`
+and `response`; Alpaca's `instruction`, `input`, `output`; SlimOrca's `conversations`; or OpenAI's `messages`. A system
+message stands before the prompt.
 """
 
 import collections
@@ -13,6 +14,10 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pyarrow
+import pyarrow.ipc
+import pyarrow.parquet
 
 from pasta_jax.data.examples import DataError
 
@@ -34,30 +39,54 @@ class Source:
 def read_instructions(path: str | Path) -> Source:
   """The rows of a file. Raises DataError if there is no such file, or none of its rows can be used."""
   path, source, seen = Path(path), Source(), set()
-  for number, raw in enumerate(_lines(path), 1):
-    where = f"{path.name}, line {number}"
-    try:
-      row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-      source.faults["not UTF-8"].append(where)
-      continue
-    except json.JSONDecodeError:
-      source.faults["not JSON"].append(where)
-      continue
-    found = _instruction(row) if isinstance(row, dict) else "not an object"
-    if isinstance(found, str):
-      source.faults[found].append(where)
+  for number, row in enumerate(_rows(path), 1):
+    where = f"{path.name}, row {number}"
+    found = row if isinstance(row, str) else _instruction(row)
+    if isinstance(row, str) or isinstance(found, str):
+      source.faults[str(found)].append(where)
       continue
     name = str(row.get("id", f"{path.name.split('.')[0]}-{number}"))
     if name in seen:
       source.faults["an id that another row has"].append(f"{where} ({name})")
       continue
     seen.add(name)
-    source.rows.append({**row, **found, "id": name})
+    source.rows.append({**row, **found, "id": name})  # what else it has stays
   if not source.rows:
     why = ", ".join(f"{n} {cause}" for cause, n in source.counts().items()) or "it is empty"
     raise DataError(f"{path} holds no row with an instruction and a response ({why})")
   return source
+
+
+def _rows(path: Path) -> Iterator[dict | str]:
+  """Each row, or what is wrong with it. Raises DataError if the file as a whole cannot be read."""
+  if path.is_dir() or path.suffix == ".parquet":
+    yield from _tables(path)
+    return
+  for raw in _lines(path):
+    try:
+      row = json.loads(raw.decode("utf-8"))
+      yield row if isinstance(row, dict) else "not an object"
+    except UnicodeDecodeError:
+      yield "not UTF-8"
+    except json.JSONDecodeError:
+      yield "not JSON"
+
+
+def _tables(path: Path) -> Iterator[dict]:
+  """Rows of a parquet file, or of the Arrow files that `datasets` saves."""
+  files = [path] if path.suffix == ".parquet" else sorted(path.glob("*.arrow")) or sorted(path.glob("*.parquet"))
+  if not files or not all(f.is_file() for f in files):
+    raise DataError(f"no such data file: {path}" if not path.exists() else f"{path} holds no .arrow or .parquet file")
+  for file in files:
+    try:
+      if file.suffix == ".parquet":
+        batches: Iterable[pyarrow.RecordBatch] = pyarrow.parquet.ParquetFile(file).iter_batches()
+      else:
+        batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
+      for batch in batches:
+        yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+      raise DataError(f"{file}: {' '.join(str(error).split())}") from None
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -1,0 +1,99 @@
+"""Building a data set from files of annotated rows: checked, split, decontaminated, counted and shown.
+
+    workdir/responses/VERSION/   the TFDS data set (`data.dataset`)
+    workdir/rejected.jsonl       rows that are not in it, each with its cause
+    workdir/report.html          what it holds (`data.report`)
+"""
+
+import collections
+import hashlib
+import json
+from pathlib import Path
+
+import rich.console
+
+from pasta_jax.data import report
+from pasta_jax.data.dataset import Responses, write
+from pasta_jax.data.examples import DataError, program_of
+from pasta_jax.data.sources import Source, decontaminate, read_instructions
+from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.vocabulary import Vocabulary
+
+
+def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> dict:
+  """Builds `config.dataset` in `workdir`; returns its figures.
+
+  Rows without `chunks` are plain text. A row whose spans overlap, leave the response, or that the vocabulary cannot
+  express is rejected and named. `avoid` are prompts of evaluations. Raises DataError, one line, for what cannot be
+  used, and, with `dataset.strict`, for the first row that is rejected.
+  """
+  c = config.dataset
+  if not c.train:
+    raise DataError("name files of annotated rows: --config.dataset.train=FILE,FILE")
+  if not 0 <= c.validation_share < 1:
+    raise DataError(f"dataset.validation_share must be in [0, 1), not {c.validation_share}")
+  target = workdir / Responses.name / str(Responses.VERSION)
+  if target.exists():
+    raise DataError(f"{target} is built already: name another --workdir")
+  rejected: list[dict] = []
+  splits = {"train": _rows(c.train, vocabulary, avoid, rejected)}
+  if c.validation:
+    splits["validation"] = _rows(c.validation, vocabulary, [], rejected)
+    held_out = {r["prompt"] for r in splits["validation"]}
+    rejected += [{"id": r["id"], "cause": "in the validation split too"} for r in splits["train"]
+                 if r["prompt"] in held_out]
+    splits["train"] = [r for r in splits["train"] if r["prompt"] not in held_out]
+  elif c.validation_share:
+    chosen = lambda r: int(hashlib.sha256(r["prompt"].encode()).hexdigest()[:8], 16) < c.validation_share * 16**8
+    splits = {"train": [r for r in splits["train"] if not chosen(r)],
+              "validation": [r for r in splits["train"] if chosen(r)]}
+  if c.strict and rejected:
+    raise DataError(f"row {rejected[0]['id']}: {rejected[0]['cause']} ({len(rejected)} rows cannot be used)")
+  if not all(splits.values()):
+    raise DataError(f"no row is left for {next(name for name, rows in splits.items() if not rows)}")
+  rule = PositionRule(config.positions.strategy, config.positions.fixed)
+  facts = {name: report.facts(rows, vocabulary, rule) for name, rows in splits.items()}
+  figures = {name: report.figures(f) for name, f in facts.items()}
+  causes = dict(collections.Counter(r["cause"] for r in rejected))
+  workdir.mkdir(parents=True, exist_ok=True)
+  write(Responses(splits, {"figures": figures, "rejected": causes}, data_dir=str(workdir)))
+  (workdir / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected), "utf-8")
+  page = report.page(splits["train"], facts["train"], figures, causes, vocabulary, rule)
+  (workdir / "report.html").write_text(page, "utf-8")
+  _show(figures, causes, target)
+  return {"figures": figures, "rejected": causes}
+
+
+def _rows(files: str, vocabulary: Vocabulary, avoid: list[str], rejected: list[dict]) -> list[dict]:
+  """Usable rows of several files; the others go to `rejected`."""
+  whole = Source()
+  for path in filter(None, (p.strip() for p in files.split(","))):
+    source = read_instructions(path)
+    for cause, names in source.faults.items():
+      whole.faults[cause] += names
+    known = {r["id"] for r in whole.rows}
+    whole.rows += [r for r in source.rows if r["id"] not in known]
+    whole.faults["an id that another row has"] += [r["id"] for r in source.rows if r["id"] in known]
+  if avoid:
+    decontaminate(whole, avoid)
+  rows = []
+  for row in whole.rows:
+    row = row | {"chunks": row.get("chunks") or [], "syncs": row.get("syncs") or []}
+    try:
+      vocabulary.encode(program_of(row), PositionRule("pred_10x"))
+      vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
+      rows.append(row)
+    except DataError:
+      whole.faults["chunks or syncs that do not fit the response"].append(row["id"])
+    except ValueError:
+      whole.faults["characters that the vocabulary lacks"].append(row["id"])
+  rejected += [{"id": name, "cause": cause} for cause, names in whole.faults.items() for name in names]
+  return rows
+
+
+def _show(figures: dict[str, dict], causes: dict[str, int], target: Path) -> None:
+  console = rich.console.Console(highlight=False)
+  console.print(report.table(figures))
+  if causes:
+    console.print("rejected: " + ", ".join(f"{cause} {n:,}" for cause, n in causes.items()))
+  console.print(f"{target}", soft_wrap=True)

@@ -1,0 +1,158 @@
+"""What a data set holds: figures, histograms, and examples token by token, as one page."""
+
+import html
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib.figure
+import numpy as np
+import rich.box
+import rich.table
+
+from pasta_jax.data.examples import program_of
+from pasta_jax.lang.cost import cost
+from pasta_jax.lang.layout import NO_TARGET, Layout, PositionRule, layout
+from pasta_jax.lang.vocabulary import Vocabulary
+
+SAMPLES = 6
+LABELS = {
+  "rows": ("rows", "{:,}"), "with_chunks": ("with chunks", "{:.0%}"), "with_syncs": ("of these with a sync", "{:.0%}"),
+  "chunks": ("chunks each", "{:.1f}"), "covered": ("of their text in chunks", "{:.0%}"),
+  "prompt": ("tokens of a prompt", "{:.0f}"), "response": ("tokens of a response, tags included", "{:.0f}"),
+  "speedup": ("theoretical speedup", "{:.2f}"), "speedup_of_all": ("the same, all rows", "{:.2f}"),
+}
+
+
+class Facts(NamedTuple):
+  """Of each row."""
+
+  prompt: np.ndarray  # tokens
+  response: np.ndarray  # tokens, tags included
+  chunks: np.ndarray  # how many
+  covered: np.ndarray  # share of the text in chunks
+  synced: np.ndarray  # whether there is a sync
+  speedup: np.ndarray  # theoretical
+
+
+def facts(rows: Sequence[dict], vocabulary: Vocabulary, rule: PositionRule) -> Facts:
+  """Of the rows that the vocabulary can express."""
+  found: list[tuple] = []
+  for row in rows:
+    program = program_of(row)
+    try:
+      thread = vocabulary.encode(program, rule)
+      prompt = vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
+    except ValueError:
+      continue
+    outer, behind = 0, -1
+    for c in sorted(row["chunks"], key=lambda c: (c["start"], -c["end"])):
+      if c["start"] >= behind:
+        outer, behind = outer + c["end"] - c["start"], c["end"]
+    found.append((len(prompt), thread.total_tokens, len(row["chunks"]), outer / len(row["response"]),
+                  bool(row["syncs"]), cost(thread, vocabulary.table).theoretical_speedup))
+  return Facts(*(np.array([row[i] for row in found]) for i in range(len(Facts._fields))))
+
+
+def figures(f: Facts) -> dict[str, float]:
+  """See `LABELS`; lengths are means, speedups geometric means; what is said of chunks is of rows that have some."""
+  some = f.chunks > 0
+  if not len(some):
+    return dict.fromkeys(LABELS, math.nan) | {"rows": 0}
+  mean = lambda x: float(x.mean()) if len(x) else math.nan
+  return {
+    "rows": len(f.chunks), "with_chunks": mean(some), "with_syncs": mean(f.synced[some]),
+    "chunks": mean(f.chunks[some]), "covered": mean(f.covered[some]), "prompt": mean(f.prompt),
+    "response": mean(f.response), "speedup": math.exp(mean(np.log(f.speedup[some]))),
+    "speedup_of_all": math.exp(mean(np.log(f.speedup))),
+  }
+
+
+def table(by_name: Mapping[str, Mapping[str, float]]) -> rich.table.Table:
+  """Figures side by side, for a terminal."""
+  out = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+  for name in ("", *by_name):
+    out.add_column(name, justify="right" if name else "left")
+  for key, (label, form) in LABELS.items():
+    out.add_row(label, *(form.format(found[key]) for found in by_name.values()))
+  return out
+
+
+def histograms(f: Facts) -> matplotlib.figure.Figure:
+  """Lengths, chunks and speedups."""
+  figure = matplotlib.figure.Figure(figsize=(10, 2.6), layout="constrained")
+  some = f.chunks > 0
+  for axes, values, label, bins in zip(
+      figure.subplots(1, 3), (f.response, f.chunks, f.speedup[some]),
+      ("tokens of a response", "chunks", "theoretical speedup (rows with chunks)"),
+      (24, np.arange(f.chunks.max() + 2) - 0.5, 24)):
+    axes.hist(values, bins=bins, color="#2f7de1")
+    axes.set_xlabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+  return figure
+
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #f4f6f8; --card: #fff; --ink: #1a2230; --muted: #667085; --line: #dfe4ea }
+@media (prefers-color-scheme: dark) { :root { --page: #0b0e13; --card: #141a22; --ink: #e4e9f0; --muted: #93a0b0;
+  --line: #2a3340 } .plots { filter: invert(.88) hue-rotate(180deg) } }
+body { margin: 0; padding: 32px 24px 64px; background: var(--page); color: var(--ink);
+  font: 15px/1.6 system-ui, sans-serif }
+main { max-width: 1100px; margin: 0 auto }
+table { border-collapse: collapse } td, th { padding: 2px 18px 2px 0; text-align: right }
+td:first-child { text-align: left }
+article { margin-top: 20px; padding: 20px 24px; background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px }
+.plots svg { max-width: 100%; height: auto } .muted { color: var(--muted) } h3 { margin: 0 0 8px; font-size: 15px }
+.t { position: relative; white-space: pre-wrap; padding: 2px 0; border-bottom: 2px solid transparent }
+.tag { font-weight: 600; font-size: 12px } .unlearned { opacity: .55 }
+.t:hover { outline: 1px solid currentColor } sup { font-size: 9px; color: var(--muted) }
+"""
+_HUES = (212, 24, 155, 320, 45, 265, 190, 0)
+
+
+def page(rows: Sequence[dict], f: Facts, by_split: Mapping[str, Mapping[str, Any]], rejected: Mapping[str, int],
+         vocabulary: Vocabulary, rule: PositionRule) -> str:
+  """One HTML page that needs no network: figures by split, histograms and samples of the rows."""
+  head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *by_split))
+  cells = lambda key, form: "".join(f"<td>{form.format(s[key])}</td>" for s in by_split.values())
+  body = "".join(f"<tr><td>{label}</td>{cells(key, form)}</tr>" for key, (label, form) in LABELS.items())
+  causes = ", ".join(f"{html.escape(cause)} {n:,}" for cause, n in rejected.items()) or "none"
+  picture = io.StringIO()
+  histograms(f).savefig(picture, format="svg")
+  svg = re.sub(r"^.*?(?=<svg)", "", picture.getvalue(), flags=re.DOTALL)
+  some = [i for i in range(len(rows)) if f.chunks[i] and f.response[i] <= 400] or list(range(len(rows)))
+  samples = "".join(_sample(rows[i], vocabulary, rule)
+                    for i in sorted({some[k * len(some) // SAMPLES] for k in range(SAMPLES)}))
+  return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/><title>Data set</title>'
+          f"<style>{_STYLE}</style></head>\n<body><main><h1>Data set</h1>\n<table><tr>{head}</tr>{body}</table>\n"
+          f'<p class="muted">Rejected rows: {causes}.</p>\n<div class="plots">{svg}</div>\n<h2>Samples</h2>\n'
+          '<p class="muted">Tokens in the order of training, in the colour of their thread; small numbers are '
+          "positions, where they jump. Pale tokens have no target; pointing at one shows it.</p>\n"
+          f"{samples}</main></body></html>\n")
+
+
+def _sample(row: dict, vocabulary: Vocabulary, rule: PositionRule) -> str:
+  """A row token by token: threads, positions, targets."""
+  prompt = vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
+  laid = layout(vocabulary.encode(program_of(row), rule), rule, vocabulary.table, prompt)
+  start = len(prompt)
+  tokens = "".join(_token(laid, i, start, vocabulary) for i in range(start, len(laid)))
+  return f"<article><h3>{html.escape(row['prompt'][:300])}</h3><div>{tokens}</div></article>\n"
+
+
+def _token(laid: Layout, i: int, start: int, vocabulary: Vocabulary) -> str:
+  token, thread, target = int(laid.tokens[i]), int(laid.threads[i]), int(laid.targets[i])
+  is_tag = token in vocabulary.tags.ids or token in vocabulary.tags.eos
+  hue = _HUES[(thread - 1) % len(_HUES)]
+  style = f"background: hsl({hue} 80% 55% / .16); border-color: hsl({hue} 70% 50% / .6)" if thread else ""
+  jumps = i > start and laid.positions[i] != laid.positions[i - 1] + 1
+  says = "none" if target == NO_TARGET else repr(vocabulary.label(target))
+  hidden = ", ".join(f"{a}–{b}" for a, b in laid.hidden[i].tolist() if b > a) or "from none"
+  title = f"thread {thread}, index {i}, position {laid.positions[i]}; target {says}; hidden {hidden}"
+  kind = "t" + (" tag" if is_tag else "") + (" unlearned" if target == NO_TARGET else "")
+  mark = f"<sup>{laid.positions[i]}</sup>" if jumps or i == start else ""
+  text = html.escape(vocabulary.label(token))
+  return f'{mark}<span class="{kind}" style="{style}" title="{html.escape(title)}">{text}</span>'
