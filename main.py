@@ -7,6 +7,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+RESTART = 75  # exit code of a training that SIGTERM stopped: launchers start the same command again
+
 FLAGS = flags.FLAGS
 MODES = ["decode", "train", "preference", "eval", "pilot", "report", "annotate", "build", "export"]
 flags.DEFINE_enum("mode", "decode", MODES, "what to do; pilot: eval with thresholds and an exit code; report: eval's "
@@ -18,6 +20,11 @@ flags.DEFINE_string("workdir", None, "folder of the run (all but decode): checkp
 flags.DEFINE_string("prompt", None, "decode: the prompt; read from standard input where that is piped")
 flags.DEFINE_string("prompts_file", None, "decode, pilot: JSON lines with \"prompt\"")
 flags.DEFINE_integer("limit", None, "eval, pilot: so many prompts, spread evenly over the file", lower_bound=1)
+flags.DEFINE_bool("distributed", False, "train: this is one of several processes, one a host; Cloud TPU and SLURM say "
+                  "which, elsewhere the next three flags do")
+flags.DEFINE_string("coordinator", "", "host:port of the first process")
+flags.DEFINE_integer("processes", 0, "how many there are")
+flags.DEFINE_integer("process", -1, "which one this is, from 0")
 flags.DEFINE_string("output", None, "decode: where the answers to --prompts_file go; standard output if not given")
 flags.DEFINE_string("timeline", None, "decode: draw the answer's threads in this .html or .svg file")
 
@@ -28,7 +35,12 @@ def run() -> None:
 
   from pasta_jax.decode.generate import use_compilation_cache
   from pasta_jax.model.download import cache_folder
+  from pasta_jax.train import processes
 
+  if FLAGS.distributed:
+    if FLAGS.mode != "train":
+      raise ValueError(f"--distributed is for --mode=train, not {FLAGS.mode}")
+    processes.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
   use_compilation_cache(cache_folder() / "compiled")
   logging.info("devices: %s", jax.devices())
   if FLAGS.mode != "decode" and not FLAGS.workdir:
@@ -90,6 +102,8 @@ def run() -> None:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+  from pasta_jax.train.loop import Stopped
+
   logging.set_verbosity(logging.WARNING)  # orbax and jax tell a lot at INFO
   try:
     run()
@@ -98,6 +112,9 @@ def main(argv: list[str]) -> None:
       raise
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1)
+  except Stopped as stopped:
+    print(stopped)
+    sys.exit(RESTART)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)

@@ -138,6 +138,28 @@ def test_every_step_of_the_preference_ablation_parses(monkeypatch, tmp_path):
     preference.get_config("speed")
 
 
+def test_a_stopped_training_has_an_exit_code_of_its_own(monkeypatch, tmp_path, capsys):
+  """Launchers start the same command again where they see it."""
+  import main
+  from pasta_jax.train import loop, sft
+
+  def stopped(config, workdir):
+    raise loop.Stopped("stopped by SIGTERM behind step 3 of 6")
+
+  monkeypatch.setattr(sft, "train", stopped)
+  monkeypatch.setenv("PASTA_CACHE", str(tmp_path))
+  monkeypatch.setattr("pasta_jax.decode.generate.use_compilation_cache", lambda folder: None)
+  main.parse(["main.py", "--mode=train", f"--workdir={tmp_path}"])
+  with pytest.raises(SystemExit) as left:
+    main.main(["main.py"])
+  assert left.value.code == main.RESTART == 75 and "behind step 3 of 6" in capsys.readouterr().out
+  monkeypatch.setattr(sys, "argv", ["main.py"])
+  main.parse(["main.py", "--mode=eval", f"--workdir={tmp_path}", "--distributed"])
+  with pytest.raises(SystemExit) as left:
+    main.main(["main.py"])
+  assert left.value.code == 1 and "--distributed is for --mode=train, not eval" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--config.decode.slot=3"], "slot"),
     (["--config=configs/none.py"], "configs/none.py"),

@@ -1,15 +1,22 @@
 """Where arrays live: rules, meshes, and eight virtual devices against one."""
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from test_training import tiny  # noqa: F401  (a fixture)
+from on_two_processes import config_of
+from safetensors import safe_open
+from test_training import metric_lines, tiny  # noqa: F401  (a fixture)
 
+from pasta_jax.model.checkpoint import load_checkpoint
+from pasta_jax.train import processes, sft
 from pasta_jax.train.sharding import AXES, check_rows, make_mesh, spec
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +30,45 @@ def test_eight_devices_give_what_one_gives(tiny):  # noqa: F811
   assert done.returncode == 0, done.stderr[-3000:]
   lines = done.stdout.splitlines()
   assert sum("arrays divided" in line for line in lines) == 11 and lines[-1] == "moved"
+
+
+def test_two_processes_give_what_one_gives(tiny, tmp_path):  # noqa: F811
+  """Losses and weights, low-rank and full; and where one of them is told to stop, both do, and go on together."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  folder = tmp_path / "tiny"
+  shutil.copytree(tiny, folder)
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+  script = str(ROOT / "tests" / "on_two_processes.py")
+  both = [subprocess.Popen([sys.executable, script, str(folder), str(port), str(i)], env=environment, cwd=ROOT,
+                           text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in (0, 1)]
+  said = [p.communicate(timeout=600) for p in both]
+  for process, (out, errors) in zip(both, said):
+    assert process.returncode == 0, errors[-3000:]
+    assert "stopped by SIGTERM behind step 3 of 6" in out and out.splitlines()[-1] == "done"
+  for name, changes in (("two", {}), ("stopped", dict(lora_rank=0))):
+    sft.train(config_of(folder, 1, 1, **changes), folder / f"{name}, alone")
+    ours, theirs = ([row["loss"] for row in metric_lines(folder / run)] for run in (f"{name}, alone", name))
+    np.testing.assert_allclose(theirs, ours, rtol=1e-5)
+    assert sorted(p.name for p in (folder / name).iterdir()) == sorted(
+      p.name for p in (folder / f"{name}, alone").iterdir())
+    with safe_open(folder / f"{name}, alone" / "adapter.safetensors", "flax") as one, \
+         safe_open(folder / name / "adapter.safetensors", "flax") as two:
+      assert one.keys() == two.keys()
+      for key in one.keys():
+        ours, theirs = (file.get_tensor(key).astype("f") for file in (one, two))
+        np.testing.assert_allclose(theirs, ours, rtol=1e-2, atol=1e-4)  # bfloat16
+  weights = [load_checkpoint(folder / run / "model").params for run in ("stopped, alone", "stopped")]
+  for key, value in weights[0].items():
+    np.testing.assert_allclose(weights[1][key], value, rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("given, words", [
+  (("", 2, 0), "go together"), (("host:1", 0, 0), "go together"), (("host:1", 2, 2), "--process=2 is none of 0 to 1")])
+def test_processes_say_who_they_are(given, words):
+  with pytest.raises(ValueError, match=words):
+    processes.start(*given)
 
 
 @pytest.mark.parametrize("name, shape, wanted", [

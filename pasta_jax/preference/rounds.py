@@ -174,8 +174,8 @@ def optimise(config, workdir: Path) -> None:
   (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
   for number in range(1, config.preference.rounds + 1):
     for policy in job.policies:
-      if job.done(policy, number - 1) and not _round(job, policy, number):
-        return
+      if job.done(policy, number - 1):
+        _round(job, policy, number)
     waiting = [p.name for p in job.policies if not job.done(p, number)]
     if waiting:
       print(f"round {number} of {', '.join(waiting)} is not trained yet (--config.preference.stages=train)")
@@ -185,15 +185,15 @@ def optimise(config, workdir: Path) -> None:
   show(workdir)
 
 
-def _round(job: _Job, policy: Policy, number: int) -> bool:
-  """One round of one policy up to its adapter, as far as the stages go; False if SIGTERM stopped it."""
+def _round(job: _Job, policy: Policy, number: int) -> None:
+  """One round of one policy up to its adapter, as far as the stages go."""
   config, c = job.config, job.config.preference
   folder, before = job.folder(policy, number), job.adapter(policy, number - 1)
   if job.done(policy, number):
     agree(folder, folder / "settings.json", job.settings(policy, number))
-    return True
+    return
   if not set(job.stages) & {"sample", "judge", "train"}:
-    return True
+    return
   folder.mkdir(parents=True, exist_ok=True)
   agree(folder, folder / "settings.json", job.settings(policy, number))
   baseline = sampling.answers_of_baseline(config, job.requests, job.workdir / "baseline.jsonl")
@@ -207,7 +207,8 @@ def _round(job: _Job, policy: Policy, number: int) -> bool:
     if set(job.stages) & {"judge", "train"}:
       quality = pairs.judged(job.judge, samples, baseline, where / "judgements" / job.judge.name)
       found.append(_Judged(weight, samples, quality))
-  return _train(job, policy, number, baseline, found) if "train" in job.stages else True
+  if "train" in job.stages:
+    _train(job, policy, number, baseline, found)
 
 
 class _Judged(NamedTuple):
@@ -218,8 +219,8 @@ class _Judged(NamedTuple):
   quality: dict[str, float]
 
 
-def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], found: list[_Judged]) -> bool:
-  """Chooses the pairs of each weight, trains on all of them and writes the round's report; False if SIGTERM came."""
+def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], found: list[_Judged]) -> None:
+  """Chooses the pairs of each weight, trains on all of them and writes the round's report."""
   config, c = job.config, job.config.preference
   folder, before = job.folder(policy, number), job.adapter(policy, number - 1)
   checkpoint = job.checkpoint(before)
@@ -243,14 +244,12 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], fo
   notes = {"weights": ", ".join(f"{w:g}" for w in policy.weights), "round": str(number)}
   if policy.conditioned:
     notes["speeds"] = json.dumps(sorted(policy.speed(w) for w in policy.weights))
-  went_on = train_on_pairs(config, folder / "train", laid, checkpoint=checkpoint, vocabulary=vocabulary, rule=rule,
-                           adapter=before, notes=notes)
-  if job.adapter(policy, number).is_file():
-    report["training"] = last_scalars(folder / "train", share=0.25)  # one step holds few pairs
-    if c.audit:
-      report["learned"] = _learned(job, before, job.adapter(policy, number), picked)
-    _write_json(folder / "round.json", report)
-  return went_on
+  train_on_pairs(config, folder / "train", laid, checkpoint=checkpoint, vocabulary=vocabulary, rule=rule,
+                 adapter=before, notes=notes)
+  report["training"] = last_scalars(folder / "train", share=0.25)  # one step holds few pairs
+  if c.audit:
+    report["learned"] = _learned(job, before, job.adapter(policy, number), picked)
+  _write_json(folder / "round.json", report)
 
 
 def _audit(job: _Job, path: Path, policy: Path, number: int, samples: list[dict]) -> None:

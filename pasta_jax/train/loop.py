@@ -12,19 +12,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pasta_jax.progress import progress_bar
+from pasta_jax.train import processes
 from pasta_jax.train.metrics import MetricWriter
 from pasta_jax.train.state import Checkpoints, TrainState
 
 Step = Callable[[int, TrainState], tuple[TrainState, dict[str, float]]]
 
 
+class Stopped(Exception):
+  """SIGTERM came; the state was saved, and the same command goes on from there."""
+
+
 def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: Step, *,
-              checkpoint_every: int) -> tuple[TrainState, bool]:
-  """Runs `one_step(step, state)` up to step `total`; returns the last state and whether SIGTERM came.
+              checkpoint_every: int) -> TrainState:
+  """Runs `one_step(step, state)` up to step `total`; returns the last state.
 
   Leaves checkpoints, `metrics.jsonl`, `tensorboard/` and `config.json` in `workdir`. The scalars need `loss` and
-  `gradient_norm`. Raises FloatingPointError when one of these is not finite, and ValueError, one line, when an
-  earlier run in `workdir` cannot be gone on with.
+  `gradient_norm`. Raises Stopped where SIGTERM came to one of the processes before the last step, FloatingPointError
+  when one of the two is not finite, and ValueError, one line, when an earlier run in `workdir` cannot be gone on with.
   """
   if total < 1:
     raise ValueError(f"{total} training steps were asked for: one at least is needed")
@@ -41,9 +46,10 @@ def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: St
     first = int(state.step)
     if first > total:
       raise ValueError(f"{workdir} is at step {first} already, behind the {total} steps asked for")
-    _write_config(workdir / "config.json", config, first)
-    writer = MetricWriter(workdir, first)
-    bar, task = progress_bar("training", total, first)
+    if processes.is_first():
+      _write_config(workdir / "config.json", config, first)
+      writer = MetricWriter(workdir, first)
+    bar, task = progress_bar("training", total, first, visible=processes.is_first())
     with bar:
       for step in range(first, total):
         state, scalars = one_step(step, state)
@@ -51,20 +57,20 @@ def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: St
           if not math.isfinite(scalars[name]):
             raise FloatingPointError(
                 f"{name} is {scalars[name]} at step {step + 1}; the newest checkpoint is kept")
-        writer.write(step + 1, scalars)
+        if writer is not None:
+          writer.write(step + 1, scalars)
         bar.update(task, completed=step + 1, note=f"loss {scalars['loss']:.3f}")
         last = step + 1 == total
-        stopping = bool(stop)  # read once: a signal that comes during the save gets a save of its own
+        stopping = processes.any_of(bool(stop))  # once: a signal that comes during the save gets a save of its own
         checkpoints.save(state, force=last or stopping)
         if stopping and not last:
-          print(f"stopped by SIGTERM behind step {step + 1} of {total}; the same command goes on from there")
-          break
+          raise Stopped(f"stopped by SIGTERM behind step {step + 1} of {total}; the same command goes on from there")
   finally:
     checkpoints.close()
     if writer is not None:
       writer.close()
     signal.signal(signal.SIGTERM, previous)
-  return state, bool(stop)
+  return state
 
 
 def checked_workdir(workdir: str | Path | None) -> Path:

@@ -86,8 +86,8 @@ def mesh_for(config) -> Mesh:
 
 
 def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair], *, checkpoint: Checkpoint,
-                   vocabulary: Vocabulary, rule: PositionRule, adapter: Path, notes: dict[str, str]) -> bool:
-  """Trains `config.preference` on pairs, from the policy that `adapter` is; False if SIGTERM stopped it.
+                   vocabulary: Vocabulary, rule: PositionRule, adapter: Path, notes: dict[str, str]) -> None:
+  """Trains `config.preference` on pairs, from the policy that `adapter` is.
 
   That policy is the reference too: its log p of every pair is computed once and kept in `reference.jsonl`. `notes` go
   into the new adapter's header. Leaves what SFT leaves. Raises ValueError, one line, for settings or folders
@@ -139,12 +139,10 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
 
   state = place(mesh, TrainState(jnp.zeros((), jnp.int32), trainable, optimiser.init(trainable)))
   with jax.set_mesh(mesh):
-    state, stopped = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
-  if int(state.step) == total:
-    model = compute_model(graph, state.trainable, frozen, jnp.float32)
-    export(workdir, model, rule, checkpoint.tokenizer, full=c.lora_rank == 0, tags=True,
-           metadata={"preference": json.dumps(recipe(c)), **notes})
-  return not stopped
+    state = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
+  model = compute_model(graph, state.trainable, frozen, jnp.float32)
+  export(workdir, model, rule, checkpoint.tokenizer, full=c.lora_rank == 0, tags=True,
+         metadata={"preference": json.dumps(recipe(c)), **notes})
 
 
 def recipe(c) -> dict:

@@ -24,6 +24,7 @@ from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.decoder import DTYPES, Decoder, exact_products
 from pasta_jax.model.hf_folder import save_hf_folder
 from pasta_jax.model.tokenizer import Tokenizer
+from pasta_jax.train import processes
 from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.loss import sft_loss
 from pasta_jax.train.metrics import last_scalars
@@ -47,11 +48,11 @@ def make_update(graph, optimiser: optax.GradientTransformation, config):
 
 
 def train(config, workdir: str | Path | None) -> dict[str, float]:
-  """Runs `config.train` to its last step in `workdir`; returns the metrics of the last step that was done.
+  """Runs `config.train` to its last step in `workdir`; returns the metrics of that step, in the first process.
 
   Leaves checkpoints, `metrics.jsonl`, `tensorboard/`, `config.json` and, at the end, `adapter.safetensors` there;
-  after full training `model/` too (a Hugging Face folder, which the adapter names and finds). SIGTERM saves and
-  stops. Raises FloatingPointError when loss or gradient is not finite, and ValueError, one line, when folder,
+  after full training `model/` too (a Hugging Face folder, which the adapter names and finds). SIGTERM saves and raises
+  `loop.Stopped`. Raises FloatingPointError when loss or gradient is not finite, and ValueError, one line, when folder,
   data, model or an earlier run in `workdir` cannot be used; the folder is
   then as it was.
   """
@@ -108,10 +109,12 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
     return state, scalars
 
   with jax.set_mesh(mesh):
-    state, _ = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
-  if int(state.step) == total:
-    export(workdir, compute_model(graph, state.trainable, frozen, jnp.float32), rule, checkpoint.tokenizer,
-           full=c.lora_rank == 0, tags=c.annotation != "none", metadata={"train": _recipe(config)})
+    state = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
+    trainable, frozen = processes.to_host((state.trainable, frozen), mesh)
+  if not processes.is_first():
+    return {}
+  export(workdir, compute_model(graph, trainable, frozen, jnp.float32), rule, checkpoint.tokenizer,
+         full=c.lora_rank == 0, tags=c.annotation != "none", metadata={"train": _recipe(config)})
   return last_scalars(workdir)
 
 

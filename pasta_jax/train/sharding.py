@@ -82,8 +82,11 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def place(mesh: Mesh, tree: Any) -> Any:
-  """Parameters or a `TrainState` on the mesh."""
-  return jax.device_put(tree, shardings(mesh, tree))
+  """Parameters or a `TrainState` on the mesh. Of several processes each has them whole, and keeps its pieces."""
+  if jax.process_count() == 1:
+    return jax.device_put(tree, shardings(mesh, tree))
+  put = lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: np.asarray(x)[index])
+  return jax.tree.map(put, tree, shardings(mesh, tree))
 
 
 def pin(tree: Any) -> Any:

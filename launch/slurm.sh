@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Trains on GPUs under SLURM, one process a GPU, in a folder that all nodes see. The checkout needs its .venv
+# (pip install -e ".[cuda]"), on a file system that all nodes see too.
+#   NODES=2 GPUS=8 launch/slurm.sh [--dry-run] RUN_FOLDER [flags of main.py --mode=train]
+# Environment: NODES (1), GPUS a node (1), TIME (24:00:00), PARTITION, ACCOUNT, NAME (pasta). Two minutes before the time
+# is up, or when the job is pre-empted, the run saves and the job queues again; the same command does the same by hand.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launch/lib.sh
+[ "${1:-}" != --dry-run ] || { DRY_RUN=1; shift; }
+usage="usage: [NODES=… GPUS=…] launch/slurm.sh [--dry-run] RUN_FOLDER [flags]"
+workdir=$(realpath -m "${1:?$usage}")
+shift
+gpus=${GPUS:-1}
+train=$(words srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" main.py --mode=train --distributed \
+  --workdir="$workdir" "$@")
+# The batch script hands SIGTERM on to all processes, and queues the job again when they say that they were stopped.
+script="trap 'scancel --signal=TERM \$SLURM_JOB_ID.0' TERM
+$train &
+wait \$!; code=\$?
+while kill -0 \$! 2>/dev/null; do wait \$!; code=\$?; done
+[ \$code != 75 ] || scontrol requeue \$SLURM_JOB_ID
+exit \$code"
+run mkdir -p "$workdir"
+run sbatch --job-name="${NAME:-pasta}" --nodes="${NODES:-1}" --ntasks-per-node="$gpus" --gpus-per-node="$gpus" \
+  --time="${TIME:-24:00:00}" ${PARTITION:+--partition="$PARTITION"} ${ACCOUNT:+--account="$ACCOUNT"} --requeue \
+  --signal=B:TERM@120 --open-mode=append --output="$workdir/slurm.log" --chdir="$PWD" --wrap="$script"

@@ -1,0 +1,53 @@
+"""A script for `test_sharding`: one of two processes that train together, two virtual devices each.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python tests/on_two_processes.py FOLDER PORT PROCESS
+
+FOLDER is that of `test_training.tiny`. Leaves `two/`, and `stopped/`, whose second process was told to stop.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax  # noqa: E402
+import test_training as t  # noqa: E402
+
+from pasta_jax.train import loop, processes, sft  # noqa: E402
+
+
+def config_of(folder: Path, data: int, fsdp: int, **changes):
+  config = t.settings(folder, **dict(batch_size=4, lora_rank=2, learning_rate=1e-3) | changes)
+  config.mesh.update(dict(data=data, fsdp=fsdp, tensor=1))
+  return config
+
+
+def main(folder: Path, port: str, index: int) -> None:
+  processes.start(f"127.0.0.1:{port}", 2, index)
+  assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2 and processes.is_first() == (index == 0)
+  assert processes.any_of(index == 1) and not processes.any_of(False)
+  found = sft.train(config_of(folder, 2, 2), folder / "two")
+  assert bool(found) == (index == 0)
+  full = config_of(folder, 1, 4, lora_rank=0)
+  save = loop.Checkpoints.save
+
+  def and_terminate(self, state, *, force=False):
+    if int(state.step) == 2 and index == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    save(self, state, force=force)
+
+  loop.Checkpoints.save = and_terminate
+  try:
+    sft.train(full, folder / "stopped")
+  except loop.Stopped as stopped:
+    print(stopped, flush=True)
+  loop.Checkpoints.save = save
+  sft.train(full, folder / "stopped")
+  print("done", flush=True)
+
+
+if __name__ == "__main__":
+  jax.config.update("jax_disable_most_optimizations", True)
+  main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
