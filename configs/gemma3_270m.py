@@ -14,11 +14,6 @@ from configs import smollm2_135m
 
 def get_config(arg: str = "") -> ConfigDict:
   """`arg`: as of `smollm2_135m`."""
-  c = smollm2_135m.get_config(arg)
-  c.model.source = "gemma3-270m"
-  adapter = lambda name: f"runs/gemma3_270m/{name}/adapter.safetensors"
-  c.model.adapter = adapter(arg or "pasta")
-  for system, name in (("pasta", "pasta"), ("sequential", "pasta"), ("baseline", "baseline"), ("apar", "apar")):
-    c.systems[system].adapter = adapter(name)
+  c = smollm2_135m.of_another_model(arg, "gemma3-270m", "gemma3_270m")
   c.train.loss_chunk = c.preference.loss_chunk = 256  # its vocabulary is five times SmolLM2's
   return c

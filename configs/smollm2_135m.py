@@ -181,3 +181,14 @@ def get_config(arg: str = "") -> ConfigDict:
       dtype="float32",
   ))
   return c
+
+
+def of_another_model(arg: str, source: str, name: str) -> ConfigDict:
+  """The same settings for other weights. Their adapters are those that --mode=train leaves in runs/`name`."""
+  c = get_config(arg)
+  c.model.source = source
+  adapter = lambda system: f"runs/{name}/{system}/adapter.safetensors"
+  c.model.adapter = adapter(arg or "pasta")
+  for system, trained in (("pasta", "pasta"), ("sequential", "pasta"), ("baseline", "baseline"), ("apar", "apar")):
+    c.systems[system].adapter = adapter(trained)
+  return c

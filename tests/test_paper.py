@@ -5,13 +5,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from configs import gemma3_270m
+from configs import gemma3_270m, llama32_1b, qwen25_05b
+from configs import tiny as tiny_config
 from configs.paper import gemma_7b
 from pasta_jax.model import build, lora
+from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.decoder import Decoder
 from pasta_jax.model.hf_folder import _config
 from pasta_jax.preference.rounds import policies
@@ -76,7 +79,8 @@ def test_step_lowers_for_tpu_at_full_size(stage: str, tmp_path: Path):
   assert "256000" in text and ("sdy.sharding" in text or "mhlo.sharding" in text)
 
 
-@pytest.mark.parametrize("make", [gemma_7b.get_config, gemma3_270m.get_config])
+@pytest.mark.parametrize("make", [module.get_config for module in (
+  gemma_7b, gemma3_270m, llama32_1b, qwen25_05b, tiny_config)])
 def test_other_models_have_no_adapter_of_smollm2(make):
   """Adapters fit one model: what a config names is what its own commands leave; a flag changes what follows from it."""
   for arg in ("", "baseline"):
@@ -87,6 +91,16 @@ def test_other_models_have_no_adapter_of_smollm2(make):
   config = make()
   config.model.adapter = "mine.safetensors"
   assert config.systems.pasta.adapter == "mine.safetensors" != config.systems.baseline.adapter
+
+
+def test_tiny_is_made_up_the_same_way_each_time():
+  one, two = load_checkpoint(tiny_config.get_config().model.source), load_checkpoint("tiny")
+  for name, value in one.params.items():
+    np.testing.assert_array_equal(two.params[name], value)
+  assert one.config.tag_ids == tuple(range(258, 264))
+  text = "Any text, é🦜 <|end|><sync/>"
+  assert one.tokenizer.decode(one.tokenizer.encode(text)) == text
+  assert one.tokenizer.eos_id not in one.tokenizer.encode(text)
 
 
 def test_stage_two_is_the_papers():

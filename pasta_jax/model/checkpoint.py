@@ -11,10 +11,11 @@ from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.download import RELEASES, named_weights
 from pasta_jax.model.gguf_file import load_gguf
 from pasta_jax.model.hf_folder import load_hf_folder
+from pasta_jax.model.tiny import tiny_model
 from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.model.weights import WeightsError
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_MODEL, TINY = "smollm2-135m-instruct", "tiny"
 
 
 @dataclasses.dataclass
@@ -42,12 +43,15 @@ def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -
 
   Args:
     source: one of `download.RELEASES` ("smollm2-135m-instruct", "gemma3-270m"; downloaded once), a .gguf file, or
-      a folder in Hugging Face's format.
+      a folder in Hugging Face's format; or "tiny", which is made up (`tiny`).
     progress: show a bar on stderr, if that is a terminal.
 
   Raises:
     WeightsError: nothing usable is found there; the message is one line that says why.
   """
+  if source == TINY:
+    config, params, tokenizer = tiny_model()
+    return _checkpoint(TINY, config, params, tokenizer, {})
   if source in RELEASES:
     name, path = str(source), named_weights(str(source))
   else:
@@ -59,6 +63,11 @@ def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -
     (config, params, tokenizer), pasta = load_gguf(path, progress), {}
   else:
     raise WeightsError(f"{source}: neither a GGUF file, nor a model's folder, nor one of {', '.join(RELEASES)}")
+  return _checkpoint(name, config, params, tokenizer, pasta)
+
+
+def _checkpoint(name: str, config: ModelConfig, params: dict[str, np.ndarray], tokenizer: Tokenizer,
+                pasta: dict[str, str]) -> Checkpoint:
   config = dataclasses.replace(config, tag_ids=tag_rows_for(tokenizer, config.vocab_size))
   return Checkpoint(name, config, params, tokenizer, pasta)
 

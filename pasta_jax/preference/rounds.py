@@ -298,7 +298,7 @@ def _evaluate(job: _Job, number: int) -> None:
 
 def show(workdir: Path) -> None:
   """Prints what each round's samples and pairs were like, and which faults the samples had."""
-  table = rich.table.Table(title="rounds", box=rich.box.SIMPLE_HEAD)
+  table = rich.table.Table(title="rounds", box=rich.box.SIMPLE_HEAD, pad_edge=False)
   for name in ("policy", "samples", "speedup", "quality", "pairs", "faulty", "margin", "accuracy"):
     table.add_column(name, justify="left" if name in ("policy", "samples") else "right", no_wrap=True)
   faults, learned = [], []
