@@ -16,6 +16,7 @@ from pasta_jax.decode.generate import Generator
 from pasta_jax.lang.layout import PositionRule, is_visible, layout
 from pasta_jax.lang.syntax import TAG_TEXTS, TOKEN_TEXTS
 from pasta_jax.model import build, lora
+from pasta_jax.model.adapter import AdapterError, Merged, read_adapter
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.export import export
 from pasta_jax.model.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ def write_adapter(path: Path, source: Path, seed: int = 0) -> Path:
   rows = lambda: rng.normal(size=(6, checkpoint.config.d_model)).astype("f")
   lora.add_tags(model, rows(), rows())
   lora.add_lora(model, 3, 6.0, nnx.Rngs(seed))
-  for module in lora.linears(model).values():
+  for module in build.linears(model).values():
     module.lora_b[...] = jnp.asarray(rng.normal(size=module.lora_b.shape) * 0.1, jnp.float32)
   lora.save_adapter(path, model, {"positions": json.dumps({"strategy": RULE.strategy, "fixed": RULE.fixed}),
                                   "speeds": "[0, 1]"})
@@ -128,7 +129,7 @@ def test_transformers_gives_the_same_logits(place: str, made):
   theirs = transformers.AutoModelForCausalLM.from_pretrained(merged, attn_implementation="eager").eval()
   expected = logits(model, tokens, positions, mask)
   np.testing.assert_allclose(torch_logits(theirs, tokens, positions, mask), expected, atol=1e-4, rtol=1e-4)
-  for module in lora.linears(model).values():
+  for module in build.linears(model).values():
     module.lora_b[...] = jnp.zeros(module.lora_b.shape)
   assert np.abs(expected - logits(model, tokens, positions, mask)).max() > 0.1  # the updates matter
   tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
@@ -157,9 +158,9 @@ def test_peft_gives_the_same_logits(place: str, made, tmp_path: Path):
 @EVERY
 def test_merged_weights_come_back_bit_for_bit_and_answer_alike(place: str, made):
   source, adapter, merged = made(place)
-  _, model = with_adapter(source, adapter)
-  config, params = build.merged(model)
-  back = load_checkpoint(merged)
+  checkpoint = load_checkpoint(source)
+  params = Merged(checkpoint.config, checkpoint.params, read_adapter(adapter, checkpoint.config))
+  config, back = params.config, load_checkpoint(merged)
   assert back.config == config and params.keys() == back.params.keys()
   for name, value in params.items():
     np.testing.assert_array_equal(back.params[name], value, err_msg=name)
@@ -209,7 +210,7 @@ def test_an_adapter_whose_tags_stand_elsewhere_is_refused(made, tmp_path: Path):
   other = write_adapter(tmp_path / "other.safetensors", source)
   checkpoint = load_checkpoint(made("reserved entries")[0])
   model = build.from_params(checkpoint.config, checkpoint.params)
-  with pytest.raises(lora.AdapterError, match="rows of their own of the vocabulary, this model in rows 5, 6, 3"):
+  with pytest.raises(AdapterError, match="rows of their own of the vocabulary, this model in rows 5, 6, 3"):
     lora.load_adapter(other, model)
   assert model.embed.tags is None
 
@@ -226,7 +227,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(made, tmp_path: 
       export(tmp_path / "out", checkpoint, its_adapter, **given | changes)
   with pytest.raises(ValueError, match="is there already"):
     export(merged, checkpoint, adapter, **given)
-  with pytest.raises(lora.AdapterError, match="made for another model"):
+  with pytest.raises(AdapterError, match="made for another model"):
     export(tmp_path / "out", load_checkpoint(made("rows without a token")[0]), adapter, **given)
   assert not list(tmp_path.iterdir())
 

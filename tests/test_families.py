@@ -6,14 +6,13 @@ import pickle
 from pathlib import Path
 
 import gguf
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 from folders import CONTROLS, TEMPLATE, describe_shape
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model import Letters, logits, nested_layout, torch_logits
+from test_model import Letters, decoding_form, logits, nested_layout, torch_logits
 
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import build
@@ -144,7 +143,7 @@ def test_forms_of_the_model_agree(name: str, folder):
   expected = logits(model, tokens, positions, mask)
   stacked = build.stack(model)
   np.testing.assert_allclose(logits(stacked, tokens, positions, mask), expected, atol=1e-4)
-  np.testing.assert_allclose(logits(build.for_decoding(stacked, jnp.float32), tokens, positions, mask), expected,
+  np.testing.assert_allclose(logits(decoding_form(stacked), tokens, positions, mask), expected,
                              atol=1e-4)
   params = build.to_params(stacked)
   assert params.keys() == loaded.params.keys()
@@ -381,7 +380,7 @@ def test_a_blank_before_texts_of_gguf(tmp_path: Path):
 def test_pieces_of_gguf(folder, tmp_path: Path):
   loaded = load_checkpoint(folder("gemma"))
   config = dataclasses.replace(loaded.config, vocab_size=len(PIECES) + 8)
-  params = loaded.params | {"embed.embedding": np.zeros((len(PIECES) + 8, 24), np.float32)}
+  params = dict(loaded.params) | {"embed.embedding": np.zeros((len(PIECES) + 8, 24), np.float32)}
   tokenizer = load_checkpoint(write_gguf(tmp_path / "model.gguf", config, params)).tokenizer
   assert [tokenizer.token_bytes(t) for t in tokenizer.encode("hello he world\n\n  1▁é<eos>\n")] == [
     b"he", b"l", b"lo", b" he", b" world", b"\n\n", b"  ", b"1", b"\xe2", b"\x96", b"\x81", "é".encode(), b"<", b"e",

@@ -16,7 +16,7 @@ from pasta_jax.data.examples import DataError
 from pasta_jax.decode import command
 from pasta_jax.decode.generate import DecodeError, Generator
 from pasta_jax.lang.layout import STRATEGIES
-from pasta_jax.model.lora import AdapterError
+from pasta_jax.model.adapter import AdapterError
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,8 +16,18 @@ from safetensors.numpy import load_file, save_file
 from pasta_jax.lang.layout import PositionRule, is_visible, layout
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import build, lora
+from pasta_jax.model.adapter import AdapterError
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import NEGATIVE, Decoder, causal_mask, dense_attention, matmul, nearby
+from pasta_jax.model.decoder import (
+  NEGATIVE,
+  Decoder,
+  LoraParam,
+  TagParam,
+  causal_mask,
+  dense_attention,
+  matmul,
+  nearby,
+)
 from pasta_jax.model.weights import param_shapes
 
 
@@ -194,9 +204,14 @@ def trained_form(config: ModelConfig, *, rank: int = 4, annotated: bool = True) 
     if model.head_tags is not None:
       model.head_tags[...] = jnp.asarray(rng.normal(size=(config.d_model, 6)), jnp.float32)
   lora.add_lora(model, rank, 2.0 * rank, nnx.Rngs(3))
-  for module in lora.linears(model).values():
+  for module in build.linears(model).values():
     module.lora_b[...] = jnp.asarray(rng.normal(size=module.lora_b.shape) * 0.1, jnp.float32)
   return model
+
+
+def decoding_form(model: Decoder) -> Decoder:
+  """Of a model in memory, as of weights and an adapter."""
+  return build.for_decoding(model.config, build.to_params(model, updates=False), build.adapter_of(model), jnp.float32)
 
 
 @BOTH
@@ -262,9 +277,9 @@ def test_decoding_form_gives_the_training_forms_logits(config: ModelConfig, anno
   expected = logits(model, tokens)
   assert expected.shape[-1] == size
   for form in (model, build.stack(model)):
-    decoding = build.for_decoding(form, jnp.float32)
+    decoding = decoding_form(form)
     assert decoding.config.vocab_size == size and decoding.head is not None and decoding.embed.tags is None
-    assert decoding.head_tags is None and all(m.lora_a is None for m in lora.linears(decoding).values())
+    assert decoding.head_tags is None and all(m.lora_a is None for m in build.linears(decoding).values())
     np.testing.assert_allclose(logits(decoding, tokens), expected, atol=1e-4, rtol=1e-4)
   jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
 
@@ -374,8 +389,8 @@ def test_adapter_is_read_back_equal_in_bfloat16(config: ModelConfig, stacked: bo
 
   loaded = build.from_params(config, random_params(config))
   assert lora.load_adapter(path, loaded)["note"] == "é"
-  expected = jax.tree.map(np.asarray, nnx.state(model, nnx.Any(lora.LoraParam, lora.TagParam)))
-  actual = nnx.state(loaded, nnx.Any(lora.LoraParam, lora.TagParam))
+  expected = jax.tree.map(np.asarray, nnx.state(model, nnx.Any(LoraParam, TagParam)))
+  actual = nnx.state(loaded, nnx.Any(LoraParam, TagParam))
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(actual))
   rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(np.float32), expected)
   jax.tree.map(np.testing.assert_array_equal, actual, rounded)
@@ -429,16 +444,16 @@ def test_adapter_that_does_not_fit_is_refused(message: str, saved: bytes, tmp_pa
   path.write_bytes(saved)
   BREAKAGES[message](path)
   model = build.from_params(UNTIED, random_params(UNTIED))
-  with pytest.raises(lora.AdapterError, match=message) as caught:
+  with pytest.raises(AdapterError, match=message) as caught:
     lora.load_adapter(path, model)
   assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-  assert model.embed.tags is None and all(m.lora_a is None for m in lora.linears(model).values())
+  assert model.embed.tags is None and all(m.lora_a is None for m in build.linears(model).values())
 
 
 def test_adapter_of_an_untied_model_does_not_go_on_a_tied_one(saved: bytes, tmp_path: Path):
   path = tmp_path / "adapter.safetensors"
   path.write_bytes(saved)
-  with pytest.raises(lora.AdapterError, match="head.tags, which this model does not have"):
+  with pytest.raises(AdapterError, match="head.tags, which this model does not have"):
     lora.load_adapter(path, build.from_params(TIED, random_params(TIED)))
 
 
@@ -451,7 +466,7 @@ def test_a_failing_save_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pyte
     Path(file).write_bytes(b"half")
     raise OSError("disk full")
 
-  monkeypatch.setattr(lora, "save_file", fail)
+  monkeypatch.setattr("pasta_jax.model.adapter.save_file", fail)
   with pytest.raises(OSError, match="disk full"):
     lora.save_adapter(path, trained_form(TIED), {})
   assert path.read_bytes() == before

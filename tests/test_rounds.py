@@ -15,8 +15,8 @@ from pasta_jax.decode import command
 from pasta_jax.decode.generate import DecodeError, Generator, use_compilation_cache
 from pasta_jax.evaluate.benchmark import step_cost
 from pasta_jax.evaluate.prompts import read_prompts
+from pasta_jax.model.adapter import AdapterError, read_metadata
 from pasta_jax.model.checkpoint import load_checkpoint
-from pasta_jax.model.lora import AdapterError, read_metadata
 from pasta_jax.preference import audit, sampling
 from pasta_jax.preference.rounds import optimise, policies
 from pasta_jax.preference.score import StepCost

@@ -1,6 +1,8 @@
 """Weights are read back exactly, from GGUF and from safetensors; broken ones are refused in one line."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -277,3 +279,16 @@ def test_hf_folder_that_is_broken_is_refused(hf_folder: Path, message: str):
   with pytest.raises(WeightsError, match=message) as caught:
     load_checkpoint(hf_folder)
   assert str(hf_folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- memory ---
+
+@pytest.mark.parametrize("form", ["plain", "stacked", "decoding"])
+def test_a_model_is_in_memory_once_while_it_is_loaded(smollm2_checkpoint, form: str):
+  """Of the default model, in bfloat16, half of whose float32 values would already be too much."""
+  root = Path(__file__).parent.parent
+  adapter = [str(root / "pasta_jax" / "adapters" / "smollm2_135m_pasta.safetensors")] if form == "decoding" else []
+  done = subprocess.run([sys.executable, "tests/peak_memory.py", smollm2_checkpoint.name, "bfloat16", form, *adapter],
+                        cwd=root, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert 0.5 < float(done.stdout.split("at most ")[1].split()[0]) < 1.3, done.stdout

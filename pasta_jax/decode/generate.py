@@ -15,7 +15,8 @@ from pasta_jax.decode.config import Limits, SamplingConfig, Switches
 from pasta_jax.decode.interpreter import DecodeError, Interpreter
 from pasta_jax.decode.trace import Trace
 from pasta_jax.lang.layout import PositionRule
-from pasta_jax.model import build, lora
+from pasta_jax.model import build
+from pasta_jax.model.adapter import read_adapter, weights_of
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.decoder import DTYPES, exact_products
 
@@ -49,7 +50,7 @@ def source_of(config, adapter: str | Path) -> str | Path:
   Raises AdapterError, one line, if the adapter cannot be read.
   """
   path = adapter_path(str(adapter))
-  return (lora.weights_of(path) if path else None) or config.model.source
+  return (weights_of(path) if path else None) or config.model.source
 
 
 def adapter_digest(name: str) -> str | None:
@@ -86,16 +87,14 @@ class Generator:
     self.name = checkpoint.name
     self.vocabulary = checkpoint.vocabulary
     self.rule = PositionRule(config.positions.strategy, config.positions.fixed)
-    model = build.from_params(checkpoint.config, checkpoint.params)
-    self.has_tags = bool(metadata)
+    merge = None if path is None else read_adapter(path, checkpoint.config)
+    self.has_tags = bool(metadata) or merge is not None and merge.tags is not None
+    metadata = {**metadata, **(merge.metadata if merge else {})}
     self.speed = d.speed if adapter is None else -1  # wanted of the config's own adapter
-    if path is not None:
-      metadata = metadata | lora.load_adapter(path, model)
-      self.has_tags |= model.embed.tags is not None
     if "positions" in metadata and self.has_tags:
       self.rule = PositionRule(**json.loads(metadata["positions"]))
     self.speeds: tuple[int, ...] = tuple(json.loads(metadata.get("speeds", "[]")))  # that it was trained for
-    self.model = build.for_decoding(model, jnp.dtype(d.dtype))
+    self.model = build.for_decoding(checkpoint.config, checkpoint.params, merge, jnp.dtype(d.dtype))
     # XLA's CPU backend multiplies one bfloat16 row slower than two, so there a step holds two at least.
     self._narrowest = 2 if d.dtype == "bfloat16" and jax.default_backend() == "cpu" else 1
     slots = max(d.slots, self._narrowest)

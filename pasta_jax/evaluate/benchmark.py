@@ -31,7 +31,8 @@ from pasta_jax.decode.sampling import as_arrays
 from pasta_jax.decode.state import RUNNING, State, grow
 from pasta_jax.lang.automaton import ORDINARY
 from pasta_jax.lang.vocabulary import Vocabulary
-from pasta_jax.model import build, lora
+from pasta_jax.model import build
+from pasta_jax.model.adapter import Adapter
 from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
 from pasta_jax.model.hf_folder import save_hf_folder
 
@@ -122,9 +123,9 @@ _MODELS: dict[str, Any] = {}
 def _model(checkpoint: Checkpoint, dtype: str):
   """The model in its decoding form, with tags that are never likeliest; made once for each precision."""
   if dtype not in _MODELS:
-    model = build.from_params(checkpoint.config, checkpoint.params)
-    lora.add_tags(model, np.zeros((6, checkpoint.config.d_model), np.float32))
-    _MODELS[dtype] = build.for_decoding(model, jnp.dtype(dtype))
+    tags = np.zeros((6, checkpoint.config.d_model), np.float32)
+    adapter = Adapter(1.0, {}, tags, None if checkpoint.config.tie_embeddings else tags.T)
+    _MODELS[dtype] = build.for_decoding(checkpoint.config, checkpoint.params, adapter, jnp.dtype(dtype))
   return _MODELS[dtype]
 
 

@@ -1,6 +1,5 @@
 """Decoders from weights: flat named arrays in, NNX modules out, and the forms that training and decoding use."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,35 +8,50 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pasta_jax.model.adapter import Adapter, Merged, merged_kernel
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import Decoder, Embedder, Linear, RMSNorm, with_tags
+from pasta_jax.model.decoder import Decoder, Embedder, Linear, RMSNorm
+from pasta_jax.model.weights import aligned_empty, read_into, reading
 
 
-def abstract(config: ModelConfig, dtype: Any) -> Decoder:
+def abstract(config: ModelConfig, dtype: Any, *, stacked: bool = False) -> Decoder:
   """The model with shapes in the place of arrays."""
-  return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+  make = lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
+  return nnx.eval_shape(lambda: stack(make()) if stacked else make())
 
 
-def from_params(config: ModelConfig, params: Mapping[str, np.ndarray], dtype: Any = jnp.float32) -> Decoder:
+def from_params(config: ModelConfig, params: Mapping[str, Any], dtype: Any = jnp.float32, *,
+                stacked: bool = False) -> Decoder:
   """A decoder that holds `params`, named as `checkpoint.Checkpoint` names them ("layers.0.attn.q.kernel").
 
-  Matrices are cast to `dtype`, norm scales and biases stay float32. Raises ValueError naming the first parameter that
-  is missing, left over or of the wrong shape.
+  Matrices are cast to `dtype`, norm scales and biases stay float32. Parameters that are read when they are asked for
+  are read one by one, straight into that type. `stacked`: in the form of `stack`. Raises ValueError naming the first
+  parameter that is missing, left over or of the wrong shape.
   """
-  model = abstract(config, dtype)
-  graph, state = nnx.split(model)
-  left = dict(params)
+  graph, state = nnx.split(abstract(config, dtype, stacked=stacked))
+  left = set(params)
+
+  def read(name: str, out: np.ndarray) -> None:
+    if name not in left:
+      raise ValueError(f"parameter {name} is missing")
+    left.remove(name)
+    if not hasattr(params, "read_into") and np.shape(params[name]) != out.shape:
+      raise ValueError(f"parameter {name} has shape {np.shape(params[name])}, the model needs {out.shape}")
+    read_into(params, name, out)
+    advance()
 
   def fill(path, leaf):
     name = ".".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path if str(p) != ".value")
-    value = left.pop(name, None)
-    if value is None:
-      raise ValueError(f"parameter {name} is missing")
-    if value.shape != leaf.shape:
-      raise ValueError(f"parameter {name} has shape {value.shape}, the model needs {leaf.shape}")
-    return jnp.asarray(value, leaf.dtype)
+    out = aligned_empty(leaf.shape, leaf.dtype)
+    if stacked and name.startswith("layers."):
+      for i in range(config.n_layers):
+        read(f"layers.{i}.{name.removeprefix('layers.')}", out[i])
+    else:
+      read(name, out)
+    return jax.device_put(out)  # where host and device are one, the same memory
 
-  state = jax.tree_util.tree_map_with_path(fill, state)
+  with reading(params) as advance:
+    state = jax.tree_util.tree_map_with_path(fill, state)
   if left:
     raise ValueError(f"unexpected parameter {min(left)}")
   return nnx.merge(graph, state)
@@ -65,34 +79,38 @@ def _with_layers(model: Decoder, layers: Any) -> Decoder:
   return copy
 
 
-def for_decoding(model: Decoder, dtype: Any) -> Decoder:
+def linears(model: Decoder) -> dict[str, Linear]:
+  """The linear modules inside the layers, by path ("layers.0.attn.q"); one entry each where stacked."""
+  return {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)
+          if isinstance(module, Linear) and path[0] == "layers"}
+
+
+def adapter_of(model: Decoder) -> Adapter:
+  """The updates and tag rows that a model has, its layers stacked or not."""
+  model = model if isinstance(model.layers, nnx.List) else unstack(model)
+  found = {name: m for name, m in linears(model).items() if m.lora_a is not None and m.lora_b is not None}
+  value = lambda param: None if param is None else param[...]
+  return Adapter(
+    scale=next((m.lora_scale for m in found.values()), 1.0),
+    factors={name: (m.lora_a[...], m.lora_b[...]) for name, m in found.items()},  # type: ignore[index]
+    tags=value(model.embed.tags), head_tags=value(model.head_tags))
+
+
+def for_decoding(config: ModelConfig, params: Mapping[str, Any], adapter: Adapter | None, dtype: Any) -> Decoder:
   """The form that decodes fastest: updates merged, tags in the tables, head untied and stored as [D, V].
 
   A separate head costs V x D weights of memory; a matrix product with the embedding's transpose would cost
-  a transposition each step. `model` is left as it is; its layers may be stacked.
+  a transposition each step.
   """
-  config, params = merged(model)
-  if config.tie_embeddings:
-    params["head.kernel"] = params["embed.embedding"].T
-  config = dataclasses.replace(config, tie_embeddings=False)
-  return from_params(config, {k: np.asarray(v, np.float32) for k, v in params.items()}, dtype)
+  whole = Merged(config, params, adapter, untied=True)
+  return from_params(whole.config, whole, dtype)
 
 
-def merged(model: Decoder) -> tuple[ModelConfig, dict[str, jax.Array]]:
-  """Architecture and parameters of the model with updates merged and the tags among the vocabulary's rows, where
-  `config.tag_ids` then says."""
-  params = to_params(model)
-  table = params["embed.embedding"] = model.embed.table()
-  if model.head is not None and model.head_tags is not None:
-    params["head.kernel"] = with_tags(model.head.kernel[...], model.head_tags[...], model.config.tag_ids, axis=1)
-  ids = model.config.tag_ids or tuple(range(model.config.vocab_size, len(table)))
-  return dataclasses.replace(model.config, vocab_size=len(table), tag_ids=ids), params
-
-
-def to_params(model: Decoder) -> dict[str, jax.Array]:
-  """The inverse of `from_params`, low-rank updates merged; tag rows that are kept apart are left out."""
+def to_params(model: Decoder, *, updates: bool = True) -> dict[str, jax.Array]:
+  """The inverse of `from_params`, low-rank updates merged, or left out; tag rows that are kept apart are left out."""
   if not isinstance(model.layers, nnx.List):
     model = unstack(model)
+  adapter = adapter_of(model) if updates else None
   params = {}
   for path, module in nnx.iter_modules(model):
     name = ".".join(map(str, path))
@@ -101,15 +119,10 @@ def to_params(model: Decoder) -> dict[str, jax.Array]:
     elif isinstance(module, RMSNorm):
       params[f"{name}.scale"] = module.scale[...]
     elif isinstance(module, Linear):
-      params[f"{name}.kernel"] = merged_kernel(module)
+      kernel = module.kernel[...]
+      if adapter is not None and name in adapter.factors:
+        kernel = merged_kernel(kernel.astype(jnp.float32), adapter.factors[name], adapter.scale)
+      params[f"{name}.kernel"] = kernel
       if module.bias is not None:
         params[f"{name}.bias"] = module.bias[...]
   return params
-
-
-def merged_kernel(linear: Linear) -> jax.Array:
-  """Kernel with its low-rank update added, float32; leading layer axes pass through."""
-  kernel = linear.kernel[...].astype(jnp.float32)
-  if linear.lora_a is None or linear.lora_b is None:
-    return kernel
-  return kernel + linear.lora_scale * (linear.lora_a[...] @ linear.lora_b[...])

@@ -1,6 +1,7 @@
 """One call that turns a name, a file or a folder into weights, architecture and tokenizer."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,14 @@ DEFAULT_MODEL, TINY = "smollm2-135m-instruct", "tiny"
 class Checkpoint:
   """A pretrained decoder on the host.
 
-  `params` holds the names and shapes of `weights.param_shapes(config)`, float32, C-contiguous, in memory
-  of their own. RoPE in Hugging Face's convention: dimension i rotates with i + H/2. `pasta` is an adapter's metadata
-  where one was merged into the weights (`export`), else empty.
+  `params` holds the names and shapes of `weights.param_shapes(config)`, float32; those of a file are read from it, anew
+  each time, when they are asked for (`weights.StoredParams`). RoPE in Hugging Face's convention: dimension i rotates
+  with i + H/2. `pasta` is an adapter's metadata where one was merged into the weights (`export`), else empty.
   """
 
   name: str
   config: ModelConfig
-  params: dict[str, np.ndarray]
+  params: Mapping[str, np.ndarray]
   tokenizer: Tokenizer
   pasta: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -50,23 +51,20 @@ def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -
     WeightsError: nothing usable is found there; the message is one line that says why.
   """
   if source == TINY:
-    config, params, tokenizer = tiny_model()
-    return _checkpoint(TINY, config, params, tokenizer, {})
+    return _checkpoint(TINY, *tiny_model(), {})
   if source in RELEASES:
     name, path = str(source), named_weights(str(source))
   else:
     path = Path(source).expanduser()
     name = path.resolve().name.removesuffix(".gguf")
   if path.is_dir():
-    config, params, tokenizer, pasta = load_hf_folder(path, progress)
-  elif path.is_file():
-    (config, params, tokenizer), pasta = load_gguf(path, progress), {}
-  else:
-    raise WeightsError(f"{source}: neither a GGUF file, nor a model's folder, nor one of {', '.join(RELEASES)}")
-  return _checkpoint(name, config, params, tokenizer, pasta)
+    return _checkpoint(name, *load_hf_folder(path, progress))
+  if path.is_file():
+    return _checkpoint(name, *load_gguf(path, progress), {})
+  raise WeightsError(f"{source}: neither a GGUF file, nor a model's folder, nor one of {', '.join(RELEASES)}")
 
 
-def _checkpoint(name: str, config: ModelConfig, params: dict[str, np.ndarray], tokenizer: Tokenizer,
+def _checkpoint(name: str, config: ModelConfig, params: Mapping[str, np.ndarray], tokenizer: Tokenizer,
                 pasta: dict[str, str]) -> Checkpoint:
   config = dataclasses.replace(config, tag_ids=tag_rows_for(tokenizer, config.vocab_size))
   return Checkpoint(name, config, params, tokenizer, pasta)

@@ -9,13 +9,13 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
+import ml_dtypes  # noqa: F401  (makes "bfloat16" a type of NumPy's)
 import numpy as np
 from safetensors.numpy import save_file
 
-from pasta_jax.model import build, lora
+from pasta_jax.model.adapter import Adapter, Merged, read_adapter
 from pasta_jax.model.checkpoint import Checkpoint
-from pasta_jax.model.decoder import DTYPES, Decoder
+from pasta_jax.model.decoder import DTYPES
 from pasta_jax.model.hf_folder import hf_name, save_hf_folder
 
 FORMS = ("merged", "peft")
@@ -41,47 +41,45 @@ def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: 
     raise ValueError(f"{folder} is there already: name another --workdir")
   if form == "peft" and adapter is None:
     raise ValueError("export.form=peft needs an adapter: name --config.model.adapter")
-  model = build.from_params(checkpoint.config, checkpoint.params)
-  metadata = lora.load_adapter(adapter, model) if adapter else {}
-  pasta = checkpoint.pasta | {k: v for k, v in metadata.items() if k not in _OF_THE_FILE}
-  if form == "peft":
-    _save_peft(folder, checkpoint, model, dtype)
+  merge = read_adapter(adapter, checkpoint.config) if adapter else None
+  if form == "peft" and merge is not None:
+    _save_peft(folder, checkpoint, merge, dtype)
     return
-  with_tags = bool(checkpoint.pasta) or model.embed.tags is not None
-  config, params = build.merged(model)
-  save_hf_folder(folder, config, params, checkpoint.tokenizer, dtype=dtype, pasta=pasta if with_tags else None)
+  said = merge.metadata if merge else {}
+  pasta = checkpoint.pasta | {k: v for k, v in said.items() if k not in _OF_THE_FILE}
+  with_tags = bool(checkpoint.pasta) or merge is not None and merge.tags is not None
+  whole = Merged(checkpoint.config, checkpoint.params, merge)
+  save_hf_folder(folder, whole.config, whole, checkpoint.tokenizer, dtype=dtype, pasta=pasta if with_tags else None)
 
 
-def _save_peft(folder: Path, checkpoint: Checkpoint, model: Decoder, dtype: str) -> None:
+def _save_peft(folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: str) -> None:
   """adapter_config.json, adapter_model.safetensors and the tokenizer."""
   tensors: dict[str, np.ndarray] = {}
   config: dict[str, object] = {
     "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": checkpoint.name, "inference_mode": True,
     "bias": "none", "lora_dropout": 0.0}
 
-  def store(name: str, x: jax.Array) -> None:
-    tensors[f"base_model.model.{name}"] = np.ascontiguousarray(np.asarray(x).astype(dtype))
+  def store(name: str, x: np.ndarray) -> None:
+    tensors[f"base_model.model.{name}"] = np.ascontiguousarray(x.astype(dtype))
 
+  if not adapter.factors:
+    raise ValueError("this adapter holds no low-rank updates, as all weights were trained: use export.form=merged")
   targets = set()
-  for name, module in lora.linears(model).items():
-    if module.lora_a is not None and module.lora_b is not None:
-      theirs = hf_name(model.config, f"{name}.kernel").removesuffix(".weight")
-      targets.add(theirs.rpartition(".")[2])
-      store(f"{theirs}.lora_A.weight", module.lora_a[...].T)
-      store(f"{theirs}.lora_B.weight", module.lora_b[...].T)
-      rank = module.lora_a.shape[1]
-      config |= {"r": rank, "lora_alpha": module.lora_scale * rank}
-  if not targets:
-    raise ValueError("this adapter holds no low-rank updates, all weights were trained: use export.form=merged")
+  for name, (a, b) in adapter.factors.items():
+    theirs = hf_name(checkpoint.config, f"{name}.kernel").removesuffix(".weight")
+    targets.add(theirs.rpartition(".")[2])
+    store(f"{theirs}.lora_A.weight", a.T)
+    store(f"{theirs}.lora_B.weight", b.T)
+    config |= {"r": a.shape[1], "lora_alpha": adapter.scale * a.shape[1]}
   config["target_modules"] = sorted(targets)
   ids = checkpoint.vocabulary.tags.ids
   tags = {}
-  if model.embed.tags is not None:
+  if adapter.tags is not None:
     tags["embed_tokens"] = ids
-    store("model.embed_tokens.token_adapter.trainable_tokens_delta", model.embed.tags[...])
-  if model.head_tags is not None:
+    store("model.embed_tokens.token_adapter.trainable_tokens_delta", adapter.tags)
+  if adapter.head_tags is not None:
     tags["lm_head"] = ids
-    store("lm_head.token_adapter.trainable_tokens_delta", model.head_tags[...].T)
+    store("lm_head.token_adapter.trainable_tokens_delta", adapter.head_tags.T)
   if tags:
     config["trainable_token_indices"] = tags
   temporary = folder.with_name(folder.name + ".tmp")

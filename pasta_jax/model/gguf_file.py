@@ -17,7 +17,7 @@ from gguf.quants import dequantize
 from pasta_jax.model.config import ModelConfig, RopeScaling
 from pasta_jax.model.families import FAMILIES, has_local_layers, local_layers
 from pasta_jax.model.tokenizer import Tokenizer
-from pasta_jax.model.weights import WeightsError, collect, rename
+from pasta_jax.model.weights import StoredParams, WeightsError, collect, rename
 
 _NAMES = {
   "embed.embedding": "token_embd.weight",
@@ -59,7 +59,7 @@ class StoredTensor(NamedTuple):
   data: np.ndarray  # uint8, a view of the mapped file
 
 
-def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, dict[str, np.ndarray], Tokenizer]:
+def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, StoredParams, Tokenizer]:
   """Architecture, parameters (see `weights.param_shapes`) and tokenizer of a GGUF file.
 
   Raises:
@@ -71,17 +71,12 @@ def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, dict[str, np.nda
   if tokenizer.vocab_size > config.vocab_size:
     raise WeightsError(f"{path}: {tokenizer.vocab_size} tokens, but only {config.vocab_size} embeddings")
 
-  def read(ours: str, theirs: str) -> np.ndarray:
-    values = _values(path, theirs, tensors[theirs])
-    if ours.endswith(".scale"):
-      return values - np.float32(config.norm_offset)  # these files hold scales as they are used
-    if fields["general.architecture"] != "llama":
-      return values
-    if ours.endswith(".attn.q.kernel"):
-      return _unpermute(values, config.n_heads)
-    if ours.endswith(".attn.k.kernel"):
-      return _unpermute(values, config.n_kv_heads)
-    return values
+  def read(ours: str, theirs: str, rows: slice) -> np.ndarray:
+    if fields["general.architecture"] == "llama" and ours.endswith((".attn.q.kernel", ".attn.k.kernel")):
+      whole = _values(path, theirs, tensors[theirs])
+      return _unpermute(whole, config.n_heads if ".q." in ours else config.n_kv_heads)[rows]
+    values = _values(path, theirs, tensors[theirs], rows)
+    return values - np.float32(config.norm_offset) if ours.endswith(".scale") else values  # stored as they are used
 
   stored = {name: tensor.shape for name, tensor in tensors.items()}
   params = collect(config, path, lambda name: rename(name, _NAMES, "blk."), stored, read, progress)
@@ -173,13 +168,15 @@ def _locate(
   return StoredTensor(shape, kind, buffer[start + offset : start + offset + size])
 
 
-def _values(path: Path, name: str, tensor: StoredTensor) -> np.ndarray:
-  """The numbers of a tensor, in its stored shape."""
+def _values(path: Path, name: str, tensor: StoredTensor, rows: slice = slice(None)) -> np.ndarray:
+  """The numbers of a tensor, in its stored shape, or some of its rows."""
   if dtype := _PLAIN_TYPES.get(tensor.kind):
-    return tensor.data.view(dtype).reshape(tensor.shape)
+    return tensor.data.view(dtype).reshape(tensor.shape)[rows]
+  data = tensor.data.reshape(tensor.shape[0], -1)[rows] if len(tensor.shape) > 1 else tensor.data[None]
   try:
     # As one row: blocks never cross rows, and `dequantize` takes 16 rows a call however short they are.
-    return dequantize(tensor.data[None], tensor.kind).reshape(tensor.shape)
+    values = dequantize(data.reshape(1, -1), tensor.kind)
+    return values.reshape(-1, *tensor.shape[1:]) if len(tensor.shape) > 1 else values[0][rows]
   except NotImplementedError as error:
     raise WeightsError(f"{path}: tensor {name} is {tensor.kind.name}, which cannot be read") from error
 

@@ -1,6 +1,5 @@
 """Models in Hugging Face's folder format: config.json, *.safetensors, tokenizer files."""
 
-import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from safetensors.numpy import save_file
 from pasta_jax.model.config import ModelConfig, RopeScaling
 from pasta_jax.model.families import FAMILIES, family_of, has_local_layers, local_layers
 from pasta_jax.model.tokenizer import Tokenizer
-from pasta_jax.model.weights import WeightsError, collect, read_json, rename
+from pasta_jax.model.weights import StoredParams, WeightsError, collect, read_json, rename
 
 _NAMES = {
   "embed.embedding": "model.embed_tokens.weight",
@@ -59,7 +58,7 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load_hf_folder(folder: Path,
-                   progress: bool) -> tuple[ModelConfig, dict[str, np.ndarray], Tokenizer, dict[str, str]]:
+                   progress: bool) -> tuple[ModelConfig, StoredParams, Tokenizer, dict[str, str]]:
   """Architecture, parameters (see `weights.param_shapes`), tokenizer, and what `save_hf_folder` got as `pasta`.
 
   Raises:
@@ -71,25 +70,25 @@ def load_hf_folder(folder: Path,
   if tokenizer.vocab_size > config.vocab_size:
     raise WeightsError(f"{folder}: {tokenizer.vocab_size} tokens, but only {config.vocab_size} embeddings")
 
-  with contextlib.ExitStack() as stack:
-    file_of: dict[str, Any] = {}  # tensor → open file; `safe_open` has no public type
-    stored: dict[str, tuple[int, ...]] = {}
-    for path in _shards(folder):
-      file = stack.enter_context(_open(path))
-      for name in file.keys():  # noqa: SIM118  (not a dict)
-        if _redundant(name, config):
-          continue
-        if name in file_of:
-          raise WeightsError(f"{path}: tensor {name} is in another file already")
-        file_of[name], stored[name] = file, tuple(file.get_slice(name).get_shape())
-    params = collect(
-      config,
-      folder,
-      lambda name: hf_name(config, name),
-      stored,
-      lambda _, theirs: file_of[theirs].get_tensor(theirs),
-      progress,
-    )
+  # Tensor → open file (`safe_open` has no public type). They stay open, and mapped, as long as they may be read.
+  file_of: dict[str, Any] = {}
+  stored: dict[str, tuple[int, ...]] = {}
+  for path in _shards(folder):
+    file = _open(path)
+    for name in file.keys():  # noqa: SIM118  (not a dict)
+      if _redundant(name, config):
+        continue
+      if name in file_of:
+        raise WeightsError(f"{path}: tensor {name} is in another file already")
+      file_of[name], stored[name] = file, tuple(file.get_slice(name).get_shape())
+  params = collect(
+    config,
+    folder,
+    lambda name: hf_name(config, name),
+    stored,
+    lambda _, theirs, rows: file_of[theirs].get_slice(theirs)[rows],
+    progress,
+  )
   return config, params, tokenizer, _pasta(folder / "config.json", tokenizer)
 
 

@@ -2,18 +2,21 @@
 
 A reader (`gguf_file.py`, `hf_folder.py`) says how its file names each parameter and hands over what the
 file holds; `collect` compares that with the architecture before a single number is converted, so a
-damaged or foreign file is refused in one line instead of failing somewhere inside the model.
+damaged or foreign file is refused in one line instead of failing somewhere inside the model. The numbers are read when
+they are asked for, straight into the type and the place where they are wanted: a model is in memory once.
 """
 
+import contextlib
 import json
+import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from pasta_jax.model.config import ModelConfig
 
@@ -63,22 +66,82 @@ def rename(name: str, table: Mapping[str, str], layer_prefix: str) -> str:
   return table[name]
 
 
+_BLOCK = 1 << 22  # numbers that are converted at a time
+
+
+class StoredParams(Mapping[str, np.ndarray]):
+  """Parameters in a file, named and shaped as in `param_shapes`: each is read when it is asked for, float32."""
+
+  def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, slice], np.ndarray], label: str,
+               progress: bool):
+    """`read`: (our name, rows) → these rows of the tensor as stored (kernels [out, in]), any float type."""
+    self._shapes, self._read = shapes, read
+    self.label, self.progress = label, progress  # for whoever reads them all
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._shapes)
+
+  def __len__(self) -> int:
+    return len(self._shapes)
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    out = np.empty(self._shapes[name], np.float32)
+    self.read_into(name, out)
+    return out
+
+  def read_into(self, name: str, out: np.ndarray) -> None:
+    """Fills `out`, of the parameter's shape and any float type, a block of rows at a time."""
+    stored = out.T if name.endswith(".kernel") else out
+    step = max(1, _BLOCK // max(stored[0].size, 1))
+    for start in range(0, len(stored), step):
+      rows = slice(start, min(start + step, len(stored)))
+      stored[rows] = self._read(name, rows)
+
+
+def read_into(params: Mapping[str, Any], name: str, out: np.ndarray) -> None:
+  """Fills `out` with a parameter, without another copy of it where `params` can do that."""
+  if hasattr(params, "read_into"):
+    params.read_into(name, out)
+  else:
+    out[...] = np.asarray(params[name])
+
+
+@contextlib.contextmanager
+def reading(params: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
+  """A bar on stderr while all parameters are read from a file, if that is a terminal; call it once for each."""
+  if not getattr(params, "progress", False) or not sys.stderr.isatty():
+    yield lambda: None
+    return
+  with Progress(console=stderr_console(), transient=True) as bar:
+    task = bar.add_task(getattr(params, "label", ""), total=len(params))
+    yield lambda: bar.advance(task)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+  """An array that XLA's CPU backend takes over without copying it: its memory begins at a multiple of 64 bytes."""
+  dtype = np.dtype(dtype)
+  size = math.prod(shape) * dtype.itemsize
+  memory = np.empty(size + 64, np.uint8)
+  start = -memory.ctypes.data % 64
+  return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def collect(
   config: ModelConfig,
   where: Path,
   source_name: Callable[[str], str],
   stored: Mapping[str, tuple[int, ...]],
-  read: Callable[[str, str], np.ndarray],
+  read: Callable[[str, str, slice], np.ndarray],
   progress: bool,
-) -> dict[str, np.ndarray]:
-  """Reads all parameters, float32 and C-contiguous, in the shapes of `param_shapes`.
+) -> StoredParams:
+  """All parameters in the shapes of `param_shapes`, to be read from the file when they are asked for.
 
   Args:
     where: file or folder, for messages.
     source_name: our name → the file's name.
     stored: the file's name → shape as stored. Kernels are stored [out, in], as PyTorch keeps them.
-    read: (our name, the file's name) → the tensor as stored, any float type.
-    progress: show a bar on stderr, if that is a terminal.
+    read: (our name, the file's name, rows) → these rows of the tensor as stored, any float type.
+    progress: show a bar on stderr while all are read, if that is a terminal.
 
   Raises:
     WeightsError: a tensor is missing, unknown, or of another shape than the architecture asks for.
@@ -95,14 +158,7 @@ def collect(
     more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
     raise WeightsError(f"{where}: tensor {extra[0]}{more} is not part of this architecture")
 
-  params = {}
-  label = f"Reading {where.name}"
-  hidden = not (progress and sys.stderr.isatty())
-  for ours, theirs in track(names.items(), label, console=stderr_console(), disable=hidden, transient=True):
-    tensor = read(ours, theirs)
-    # Always a copy: what `read` returns may be a view of a mapped file, which others can change.
-    params[ours] = np.array(tensor.T if ours.endswith(".kernel") else tensor, dtype=np.float32, order="C")
-  return params
+  return StoredParams(shapes, lambda ours, rows: read(ours, names[ours], rows), f"Reading {where.name}", progress)
 
 
 def stderr_console() -> Console:

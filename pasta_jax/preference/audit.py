@@ -12,7 +12,7 @@ import numpy as np
 
 from pasta_jax.data.packing import pack_row
 from pasta_jax.lang.layout import NO_TARGET, PositionRule
-from pasta_jax.model import lora
+from pasta_jax.model.adapter import read_metadata
 from pasta_jax.model.checkpoint import Checkpoint
 from pasta_jax.model.decoder import exact_products
 from pasta_jax.preference.pairs import laid_out
@@ -31,7 +31,7 @@ def token_log_likelihoods(config, checkpoint: Checkpoint, adapter: Path,
   c = ml_collections.ConfigDict(config.preference.to_dict() | {"dtype": config.preference.sample_dtype})
   exact_products(c.dtype)
   graph, trainable, frozen = make_model(checkpoint, vocabulary, c, adapter=adapter)
-  rule = PositionRule(**json.loads(lora.read_metadata(adapter)["positions"]))
+  rule = PositionRule(**json.loads(read_metadata(adapter)["positions"]))
   run = jax.jit(lambda trainable, frozen, batch: token_log_likelihood(
     compute_model(graph, trainable, frozen, c.dtype), batch)[0])
   out = []

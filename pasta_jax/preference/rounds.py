@@ -32,9 +32,9 @@ from pasta_jax.evaluate.judging import judges_of
 from pasta_jax.evaluate.prompts import Request, read_prompts
 from pasta_jax.evaluate.run import evaluate
 from pasta_jax.lang.layout import PositionRule
+from pasta_jax.model.adapter import has_tags, read_metadata
 from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
 from pasta_jax.model.decoder import DTYPES
-from pasta_jax.model.lora import has_tags, read_metadata
 from pasta_jax.preference import audit, pairs, sampling
 from pasta_jax.preference.score import SPEEDUPS, StepCost
 from pasta_jax.train.metrics import last_scalars

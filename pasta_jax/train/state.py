@@ -12,6 +12,7 @@ from flax import nnx
 
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import build, lora
+from pasta_jax.model.adapter import Merged, read_adapter
 from pasta_jax.model.checkpoint import Checkpoint
 from pasta_jax.model.decoder import Decoder, LoraParam, TagParam
 
@@ -57,17 +58,16 @@ def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config, *, tags: 
   """
   full = config.lora_rank == 0
   dtype = jnp.dtype(jnp.float32 if full else config.dtype)
-  model = build.from_params(checkpoint.config, checkpoint.params, dtype)
-  if adapter is not None:
-    lora.load_adapter(adapter, model)
-    if full:
-      tags_of = model.embed.tags, model.head_tags
-      model = build.from_params(checkpoint.config, jax.tree.map(np.asarray, build.to_params(model)), dtype)
-      model.embed.tags, model.head_tags = tags_of
-  model = build.stack(model)
-  if adapter is None and tags:
+  params, merge = checkpoint.params, None if adapter is None else read_adapter(adapter, checkpoint.config)
+  if merge is not None and full:
+    params = Merged(checkpoint.config, params, merge._replace(tags=None, head_tags=None))
+    merge = merge._replace(factors={})
+  model = build.from_params(checkpoint.config, params, dtype, stacked=True)
+  if merge is not None:
+    lora.put(merge, model)
+  elif tags:
     lora.add_tags(model, *first_tags(checkpoint, vocabulary))
-  if not full and not any(module.lora_a is not None for module in lora.linears(model).values()):
+  if not full and not any(module.lora_a is not None for module in build.linears(model).values()):
     lora.add_lora(model, config.lora_rank, config.lora_alpha, nnx.Rngs(config.seed))
   chosen = nnx.Param if full else nnx.Any(nnx.OfType(LoraParam), nnx.OfType(TagParam))
   return nnx.split(model, chosen, ...)  # type: ignore[return-value]

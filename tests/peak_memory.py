@@ -1,0 +1,59 @@
+"""A script for `test_weights`: how much memory loading takes, in sizes of the parameters that are loaded.
+
+    python tests/peak_memory.py SOURCE DTYPE FORM [ADAPTER]
+
+SOURCE as of `load_checkpoint`; FORM: plain, stacked (of training) or decoding, with an adapter merged if one is named.
+"""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from flax import nnx  # noqa: E402
+
+from pasta_jax.model import build  # noqa: E402
+from pasta_jax.model.adapter import read_adapter  # noqa: E402
+from pasta_jax.model.checkpoint import load_checkpoint  # noqa: E402
+
+
+def own_memory() -> int:
+  """Bytes of this process that are no mapped file's."""
+  lines = Path("/proc/self/status").read_text().splitlines()
+  return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+def main(source: str, dtype: str, form: str, adapter: str = "") -> None:
+  build.from_params(*_parts("tiny"), jnp.dtype(dtype))  # what JAX takes for itself
+  checkpoint = load_checkpoint(source, progress=False)
+  before, peak, done = own_memory(), [0], threading.Event()
+
+  def watch() -> None:
+    while not done.is_set():
+      peak[0] = max(peak[0], own_memory())
+      time.sleep(0.001)
+
+  watcher = threading.Thread(target=watch)
+  watcher.start()
+  if form == "decoding":
+    merge = read_adapter(Path(adapter), checkpoint.config) if adapter else None
+    model = build.for_decoding(checkpoint.config, checkpoint.params, merge, jnp.dtype(dtype))
+  else:
+    model = build.from_params(checkpoint.config, checkpoint.params, jnp.dtype(dtype), stacked=form == "stacked")
+  done.set()
+  watcher.join()
+  size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
+  print(f"{size / 1e6:.0f} MB of parameters, at most {(peak[0] - before) / size:.2f} times that taken")
+
+
+def _parts(source: str):
+  checkpoint = load_checkpoint(source)
+  return checkpoint.config, checkpoint.params
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
