@@ -17,7 +17,7 @@ from pasta_jax.evaluate.benchmark import step_cost
 from pasta_jax.evaluate.prompts import read_prompts
 from pasta_jax.model.adapter import AdapterError, read_metadata
 from pasta_jax.model.checkpoint import load_checkpoint
-from pasta_jax.preference import audit, sampling
+from pasta_jax.preference import audit, front, sampling
 from pasta_jax.preference.rounds import optimise, policies
 from pasta_jax.preference.score import StepCost
 
@@ -87,6 +87,7 @@ def test_two_rounds_leave_what_they_promise(whole, start):
     assert len(rows_of(folder / "train" / "reference.jsonl")) == len(pairs)
   texts = [[r["text"] for r in rows_of(p / "samples.jsonl")] for p in (whole / "start", second)]
   assert texts[0] != texts[1]  # another policy
+  assert (whole / "front.svg").is_file() and (whole / "front.png").is_file()
   summary = json.loads((whole / "eval" / "summary.json").read_text())
   assert {"start", "baseline", "weight_2_round1", "weight_2_round2"} <= summary["systems"].keys()
   assert summary["systems"]["weight_2_round2"]["quality"]["local"]["judged"] == 2
@@ -315,3 +316,35 @@ def test_what_a_round_learned_is_in_its_report(whole, start):
     assert total == pytest.approx((log_p[1] - log_p[0]).mean(), abs=1e-3)
   margin = {n: sum(k["tokens"] * k["gain"] for k in report["learned"][n].values()) for n in ("best", "worst")}
   assert margin["best"] > margin["worst"]
+
+
+# --- the figure ---
+
+def summary(**systems) -> str:
+  one = lambda own, paper, win: {
+    "responses": {"theoretical_speedup": own, "theoretical_against_baseline": paper},
+    "quality": {"local": {"win_rate": win, "win_rate_error": 2.0}}}
+  return json.dumps({"systems": {name: one(*values) for name, values in systems.items()}})
+
+
+def test_the_figure_shows_every_policy_from_the_start_on(tmp_path):
+  first = summary(start=(1.6, 1.8, 43.0), weight_1_round1=(1.7, 2.4, 42.0), baseline=(1.0, 1.0, 50.0))
+  second = summary(weight_1_round2=(2.3, 2.4, 38.0), conditioned_speed0_round1=(1.5, 1.9, 44.0))
+  for name, text in (("a", first), ("b", second)):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "summary.json").write_text(text)
+  found = front.points([tmp_path / "a", tmp_path / "b"])
+  assert {(p.policy, p.number, p.speed, p.quality) for p in found} == {
+    ("start", 0, (1.6, 1.8), 43.0), ("weight_1", 1, (1.7, 2.4), 42.0), ("weight_1", 2, (2.3, 2.4), 38.0),
+    ("conditioned_speed0", 1, (1.5, 1.9), 44.0)}
+  for axes, k in zip(front.draw(found).axes, (0, 1)):
+    paths = [list(zip(*line.get_data())) for line in axes.lines]
+    assert [(f[k], q) for f, q in (((1.6, 1.8), 43.0), ((1.7, 2.4), 42.0), ((2.3, 2.4), 38.0))] in paths
+    assert [(f[k], q) for f, q in (((1.6, 1.8), 43.0), ((1.5, 1.9), 44.0))] in paths
+  front.write([tmp_path / "a"], tmp_path / "front.svg")
+  assert "<svg" in (tmp_path / "front.svg").read_text()
+  (tmp_path / "a" / "summary.json").write_text(summary(start=(1.6, 1.8, 43.0)))
+  with pytest.raises(ValueError, match="no round was evaluated in"):
+    front.points([tmp_path / "a"])
+  with pytest.raises(ValueError, match="is no finished evaluation"):
+    front.points([tmp_path / "c"])

@@ -7,6 +7,7 @@
     workdir/POLICY/round1/round.json           figures of samples and pairs, faults, metrics of the training
     workdir/POLICY/round1/train/               checkpoints, reference.jsonl, metrics.jsonl, adapter.safetensors
     workdir/POLICY/round2/samples.jsonl, …     the same again, from the policy behind round 1
+    workdir/front.svg, front.png               where the rounds lead (`front`)
     workdir/eval/                              all policies on the prompts of `config.eval` (`evaluate.run`)
 
 A policy is trained for one weight of quality, or, `conditioned`, for all of them: its prompts then say which speed is
@@ -35,7 +36,7 @@ from pasta_jax.lang.layout import PositionRule
 from pasta_jax.model.adapter import has_tags, read_metadata
 from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
 from pasta_jax.model.decoder import DTYPES
-from pasta_jax.preference import audit, pairs, sampling
+from pasta_jax.preference import audit, front, pairs, sampling
 from pasta_jax.preference.score import SPEEDUPS, StepCost
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.preference import check_settings, mesh_for, recipe, train_on_pairs
@@ -294,6 +295,8 @@ def _evaluate(job: _Job, number: int) -> None:
           names.append(name)
   config.eval.systems = ",".join(names)
   evaluate(config, job.workdir / "eval")
+  for form in ("svg", "png"):
+    front.write([job.workdir / "eval"], job.workdir / f"front.{form}")
 
 
 def show(workdir: Path) -> None:
