@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c = ConfigDict()
   c.model = ConfigDict(dict(
       source="smollm2-135m-instruct",  # or a .gguf file, or a Hugging Face folder
-      adapter=arg or "pasta",  # the package's own; a file; "" for the base model
+      adapter=arg or "pasta",  # the package's (pasta_fast, pasta_quality: behind stage two); a file; "": the base model
   ))
   c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # devices of training by axis (train.sharding); -1: all others
   c.positions = ConfigDict(dict(strategy="pred_10x", fixed=60))  # of training; decoding takes the adapter's
@@ -74,6 +74,8 @@ def get_config(arg: str = "") -> ConfigDict:
   c.systems = ConfigDict(dict(
       pasta=dict(adapter=adapter, decode="parallel"),
       sequential=dict(adapter=adapter, decode="sequential"),  # the same weights without promises
+      fast=dict(adapter="pasta_fast", decode="parallel"),  # behind stage two, with little weight on quality
+      quality=dict(adapter="pasta_quality", decode="parallel"),  # with much
       baseline=dict(adapter="baseline", decode="sequential"),  # Baseline-SFT
       apar=dict(adapter="apar", decode="parallel"),  # chunks by form, no joins
       sot=dict(adapter="", decode="skeleton"),  # Skeleton-of-Thought: an outline, its points side by side
@@ -191,4 +193,6 @@ def of_another_model(arg: str, source: str, name: str) -> ConfigDict:
   c.model.adapter = adapter(arg or "pasta")
   for system, trained in (("pasta", "pasta"), ("sequential", "pasta"), ("baseline", "baseline"), ("apar", "apar")):
     c.systems[system].adapter = adapter(trained)
+  for system in ("fast", "quality"):  # SmolLM2's
+    del c.systems[system]
   return c

@@ -29,7 +29,8 @@ def get_config(arg: str = "") -> ConfigDict:
   c.model.adapter = "runs/gemma_7b/pasta/adapter.safetensors"
   c.systems.pasta.adapter = c.systems.sequential.adapter = c.model.adapter
   c.systems.baseline.adapter = "runs/gemma_7b/baseline/adapter.safetensors"
-  del c.systems["apar"]  # its adapter would be SmolLM2's
+  for system in ("apar", "fast", "quality"):  # their adapters would be SmolLM2's
+    del c.systems[system]
   c.train.update(
       length=2048, batch_size=8, accumulate=1, epochs=4.0, learning_rate=1e-5, warmup=0.0, lora_rank=0,
       min_speedup=0.0, plain_share=1.0,  # rows as they come

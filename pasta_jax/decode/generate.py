@@ -20,7 +20,8 @@ from pasta_jax.model.adapter import read_adapter, weights_of
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.decoder import DTYPES, exact_products
 
-EMBEDDED = {name: f"smollm2_135m_{name}.safetensors" for name in ("pasta", "baseline", "apar")}
+EMBEDDED = {name: f"smollm2_135m_{name}.safetensors"
+            for name in ("pasta", "pasta_fast", "pasta_quality", "baseline", "apar")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Response:
 
 
 def adapter_path(name: str) -> Path | None:
-  """The file of an adapter: "" for none, "pasta" for the one in this package, else a path."""
+  """The file of an adapter: "" for none, a name in `EMBEDDED` for one in this package, else a path."""
   if not name:
     return None
   if name in EMBEDDED:
