@@ -77,7 +77,7 @@ def draw(found: list[Point]) -> matplotlib.figure.Figure:
       axes.spines[["top", "right"]].set_visible(False)
       axes.margins(0.12)
     figure.axes[0].set_ylabel("win rate against the baseline, %")
-    figure.axes[1].legend(frameon=False, fontsize=8)
+    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     figure.axes[0].set_title("numbers: rounds; bars: standard errors", loc="left", fontsize=8, color="#667085")
   return figure
 
