@@ -274,13 +274,13 @@ def test_likelihoods_are_the_decoders_own(trained):
 def test_wrong_settings_are_one_line(trained, tmp_path):
   config, folder = trained
   for changes, words in (
-    ({"systems": "pasta,fast"}, "unknown system 'fast'"),
+    ({"systems": "pasta,faster"}, "unknown system 'faster'"),
     ({"prompts": ""}, "name a file"),
     ({"limit": -1}, "eval.limit"),
     ({"requests": 0}, "eval.requests must be 1 or more"),
     ({"timed": -2}, "eval.timed"),
     ({"judges": "friend"}, "'friend' is neither"),
-    ({"judges": "llm"}, "name the judge's model"),
+    ({"judges": "llm"}, "name a model: --config.judge.model"),
     ({"categories": "x,why"}, "has no category x"),
     ({"timed": 1, "timed_prompts": str(folder / "none.jsonl")}, "no such data file"),
   ):

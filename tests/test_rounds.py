@@ -341,10 +341,11 @@ def test_the_figure_shows_every_policy_from_the_start_on(tmp_path):
     paths = [list(zip(*line.get_data())) for line in axes.lines]
     assert [(f[k], q) for f, q in (((1.6, 1.8), 43.0), ((1.7, 2.4), 42.0), ((2.3, 2.4), 38.0))] in paths
     assert [(f[k], q) for f, q in (((1.6, 1.8), 43.0), ((1.5, 1.9), 44.0))] in paths
-  front.write([tmp_path / "a"], tmp_path / "front.svg")
+  front.main([str(tmp_path / "a"), str(tmp_path / "front.svg")])
   assert "<svg" in (tmp_path / "front.svg").read_text()
   (tmp_path / "a" / "summary.json").write_text(summary(start=(1.6, 1.8, 43.0)))
-  with pytest.raises(ValueError, match="no round was evaluated in"):
-    front.points([tmp_path / "a"])
-  with pytest.raises(ValueError, match="is no finished evaluation"):
-    front.points([tmp_path / "c"])
+  assert front.points([tmp_path / "a"]) == []
+  for name, words in (("a", "no round was judged in"), ("c", "is no finished evaluation")):
+    with pytest.raises(SystemExit, match=words):
+      front.main([str(tmp_path / name), str(tmp_path / "none.svg")])
+  assert not (tmp_path / "none.svg").exists()

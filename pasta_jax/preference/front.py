@@ -7,6 +7,7 @@ draws the same figure of its own evaluation.)
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -34,9 +35,11 @@ class Point(NamedTuple):
 
 
 def points(folders: Iterable[Path]) -> list[Point]:
-  """Those of the folders' systems that rounds made, and the start. Raises ValueError, one line, if there are none."""
+  """Those of the folders' systems that rounds made and that were judged, and the start; none if no round was.
+
+  Raises ValueError, one line, for a folder that is no finished evaluation.
+  """
   found: dict[str, Point] = {}
-  folders = list(folders)
   for folder in folders:
     try:
       systems = json.loads((folder / "summary.json").read_text())["systems"]
@@ -45,14 +48,13 @@ def points(folders: Iterable[Path]) -> list[Point]:
     for name, entry in systems.items():
       match = _ROUND.fullmatch(name)
       judged = next(iter(entry.get("quality", {}).values()), None)
-      if judged is None or not (match or name == "start"):
+      if judged is None or "win_rate" not in judged or not (match or name == "start"):
         continue
-      speed = tuple(entry["responses"][key] for key in MEASURES)
+      speed = tuple(entry["responses"].get(key, math.nan) for key in MEASURES)
       policy, number = (match["policy"], int(match["number"])) if match else ("start", 0)
-      found[name] = Point(policy, number, speed, judged["win_rate"], judged["win_rate_error"])
-  if not any(p.number for p in found.values()):
-    raise ValueError(f"no round was evaluated in {', '.join(map(str, folders))}")
-  return list(found.values())
+      found[name] = Point(policy, number, speed, judged["win_rate"],
+                          judged.get("win_rate_error", 0.0))  # a single answer has none
+  return list(found.values()) if any(p.number for p in found.values()) else []
 
 
 def draw(found: list[Point]) -> matplotlib.figure.Figure:
@@ -82,15 +84,18 @@ def draw(found: list[Point]) -> matplotlib.figure.Figure:
   return figure
 
 
-def write(folders: Iterable[Path], out: Path) -> None:
-  """Draws the figure into `out` (.svg or .png). Raises as `points`."""
-  draw(points(folders)).savefig(out)
+def main(arguments: list[str]) -> None:
+  if len(arguments) < 2:
+    sys.exit("usage: python -m pasta_jax.preference.front EVALUATION_FOLDER… OUT.svg")
+  *folders, out = map(Path, arguments)
+  try:
+    found = points(folders)
+    if not found:
+      raise ValueError(f"no round was judged in {', '.join(map(str, folders))}")
+    draw(found).savefig(out)
+  except (ValueError, OSError) as error:
+    sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-  if len(sys.argv) < 3:
-    sys.exit("usage: python -m pasta_jax.preference.front EVALUATION_FOLDER… OUT.svg")
-  try:
-    write(map(Path, sys.argv[1:-1]), Path(sys.argv[-1]))
-  except ValueError as error:
-    sys.exit(f"error: {error}")
+  main(sys.argv[1:])

@@ -295,8 +295,9 @@ def _evaluate(job: _Job, number: int) -> None:
           names.append(name)
   config.eval.systems = ",".join(names)
   evaluate(config, job.workdir / "eval")
-  for form in ("svg", "png"):
-    front.write([job.workdir / "eval"], job.workdir / f"front.{form}")
+  if found := front.points([job.workdir / "eval"]):
+    for form in ("svg", "png"):
+      front.draw(found).savefig(job.workdir / f"front.{form}")
 
 
 def show(workdir: Path) -> None:
