@@ -72,10 +72,12 @@ def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, StoredParams, To
     raise WeightsError(f"{path}: {tokenizer.vocab_size} tokens, but only {config.vocab_size} embeddings")
 
   def read(ours: str, theirs: str, rows: slice) -> np.ndarray:
+    tensor = tensors[theirs]
+    chosen: slice | np.ndarray = rows
     if fields["general.architecture"] == "llama" and ours.endswith((".attn.q.kernel", ".attn.k.kernel")):
-      whole = _values(path, theirs, tensors[theirs])
-      return _unpermute(whole, config.n_heads if ".q." in ours else config.n_kv_heads)[rows]
-    values = _values(path, theirs, tensors[theirs], rows)
+      every = np.arange(tensor.shape[0])[:, None]
+      chosen = _unpermute(every, config.n_heads if ".q." in ours else config.n_kv_heads)[rows, 0]
+    values = _values(path, theirs, tensor, chosen)
     return values - np.float32(config.norm_offset) if ours.endswith(".scale") else values  # stored as they are used
 
   stored = {name: tensor.shape for name, tensor in tensors.items()}
@@ -168,8 +170,8 @@ def _locate(
   return StoredTensor(shape, kind, buffer[start + offset : start + offset + size])
 
 
-def _values(path: Path, name: str, tensor: StoredTensor, rows: slice = slice(None)) -> np.ndarray:
-  """The numbers of a tensor, in its stored shape, or some of its rows."""
+def _values(path: Path, name: str, tensor: StoredTensor, rows: slice | np.ndarray) -> np.ndarray:
+  """The numbers of some of a tensor's rows, in its stored shape."""
   if dtype := _PLAIN_TYPES.get(tensor.kind):
     return tensor.data.view(dtype).reshape(tensor.shape)[rows]
   data = tensor.data.reshape(tensor.shape[0], -1)[rows] if len(tensor.shape) > 1 else tensor.data[None]
