@@ -14,6 +14,4 @@ from configs import smollm2_135m
 
 def get_config(arg: str = "") -> ConfigDict:
   """`arg`: as of `smollm2_135m`."""
-  c = smollm2_135m.of_another_model(arg, "gemma3-270m", "gemma3_270m")
-  c.train.loss_chunk = c.preference.loss_chunk = 256  # its vocabulary is five times SmolLM2's
-  return c
+  return smollm2_135m.of_another_model(arg, "gemma3-270m", "gemma3_270m")

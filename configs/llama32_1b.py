@@ -16,6 +16,4 @@ from configs import smollm2_135m
 
 def get_config(arg: str = "") -> ConfigDict:
   """`arg`: as of `smollm2_135m`."""
-  c = smollm2_135m.of_another_model(arg, "models/Llama-3.2-1B-Instruct", "llama32_1b")
-  c.train.loss_chunk = c.preference.loss_chunk = 256  # its vocabulary is three times SmolLM2's
-  return c
+  return smollm2_135m.of_another_model(arg, "models/Llama-3.2-1B-Instruct", "llama32_1b")

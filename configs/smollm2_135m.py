@@ -195,4 +195,5 @@ def of_another_model(arg: str, source: str, name: str) -> ConfigDict:
     c.systems[system].adapter = adapter(trained)
   for system in ("fast", "quality"):  # SmolLM2's
     del c.systems[system]
+  c.train.loss_chunk = c.preference.loss_chunk = 256  # their vocabularies are several times SmolLM2's
   return c
