@@ -3,14 +3,13 @@
 import math
 from collections.abc import Sequence
 
+from pasta_jax.annotate.plan import skip_blanks
 from pasta_jax.data.examples import DataError
 
 
 def boundaries(row: dict) -> set[tuple[str, int]]:
   """Where chunks begin and end, whatever blanks are counted to either side."""
-  text = row["response"]
-  at = lambda offset: offset + len(text[offset:]) - len(text[offset:].lstrip())
-  return {(row["id"], at(offset)) for c in row["chunks"] for offset in (c["start"], c["end"])}
+  return {(row["id"], skip_blanks(row["response"], offset)) for c in row["chunks"] for offset in (c["start"], c["end"])}
 
 
 def agreement(rows: Sequence[dict], other: Sequence[dict]) -> dict[str, float]:

@@ -53,19 +53,20 @@ def read(answer: str, response: str) -> tuple[list[dict], list[int]]:
 def write(response: str, chunks: Sequence[dict], syncs: Sequence[int]) -> str:
   """The inverse of `read`. Raises PlanError where a span begins or ends inside a unit."""
   spans = units.split(response)
-  begins = {_skip_blanks(response, start): n for n, (start, _) in enumerate(spans, 1)} | {len(response): len(spans) + 1}
+  begins = {skip_blanks(response, start): n for n, (start, _) in enumerate(spans, 1)} | {len(response): len(spans) + 1}
 
   def unit(offset: int) -> int:
-    if (at := begins.get(_skip_blanks(response, offset))) is None:
+    if (at := begins.get(skip_blanks(response, offset))) is None:
       raise PlanError("inside a unit", f"character {offset} is inside a unit")
     return at
 
   plan = {"chunks": [{"from": unit(c["start"]), "to": unit(c["end"]) - 1, "topic": c["topic"]} for c in chunks],
-          "syncs": [unit(s) for s in syncs if _skip_blanks(response, s) < len(response)]}
+          "syncs": [unit(s) for s in syncs if skip_blanks(response, s) < len(response)]}
   return json.dumps(plan, ensure_ascii=False)
 
 
-def _skip_blanks(text: str, at: int) -> int:
+def skip_blanks(text: str, at: int) -> int:
+  """The offset of what stands behind the blanks at `at`: a boundary is the same on either side of them."""
   return at + len(text[at:]) - len(text[at:].lstrip())
 
 
