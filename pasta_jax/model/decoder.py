@@ -198,15 +198,16 @@ class Layer(nnx.Module):
     return x + (self.mlp_post_norm(update) if self.mlp_post_norm is not None else update), collected
 
 
-def with_tags(rows: jax.Array, tags: jax.Array, ids: Sequence[int], axis: int = 0) -> jax.Array:
-  """What a vocabulary holds along `axis`, with what the tags hold at `ids`, or behind it all where none are given."""
-  if not ids:
-    return jnp.concatenate([rows, tags], axis)
-  return rows.at[np.asarray(ids)].set(tags) if axis == 0 else rows.at[..., np.asarray(ids)].set(tags)
+def with_tags(logits: jax.Array, tags: jax.Array, ids: Sequence[int]) -> jax.Array:
+  """A vocabulary's logits [..., V] with the tags' [..., 6] at `ids`, or behind it all where none are given."""
+  return logits.at[..., np.asarray(ids)].set(tags) if ids else jnp.concatenate([logits, tags], axis=-1)
 
 
 class Embedder(nnx.Module):
-  """Token rows, and PASTA's tag rows where they are kept apart for training."""
+  """Token rows, and PASTA's tag rows where they are kept apart for training.
+
+  Never put together in one table: a tag row's gradient would cost one of the whole vocabulary.
+  """
 
   def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
     table = jax.random.normal(rngs.params(), (c.vocab_size, c.d_model)) * c.d_model ** -0.5
@@ -215,14 +216,24 @@ class Embedder(nnx.Module):
     self.tag_ids = c.tag_ids
     self.scale = c.d_model ** 0.5 if c.scale_embeddings else 1.0
 
-  def table(self) -> jax.Array:
-    """[V, D] in the weights' dtype."""
-    table = self.embedding[...]
-    return table if self.tags is None else with_tags(table, self.tags[...].astype(table.dtype), self.tag_ids)
-
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """[...] -> [..., D] float32."""
-    return self.table()[tokens].astype(jnp.float32) * self.scale
+    table = self.embedding[...]
+    rows = table[tokens]
+    if self.tags is not None:
+      own = tokens[..., None] == np.asarray(self.tag_ids or len(table) + np.arange(len(self.tags[...])))
+      tags = self.tags[...].astype(table.dtype)[jnp.argmax(own, axis=-1)]
+      rows = jnp.where(jnp.any(own, axis=-1, keepdims=True), tags, rows)
+    return rows.astype(jnp.float32) * self.scale
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """[..., D] -> [..., V] float32, for a head that is tied to the rows."""
+    table = self.embedding[...]
+    hidden = hidden.astype(table.dtype)
+    logits = matmul(hidden, table.T)
+    if self.tags is None:
+      return logits
+    return with_tags(logits, matmul(hidden, self.tags[...].astype(table.dtype).T), self.tag_ids)
 
 
 class Decoder(nnx.Module):
@@ -286,10 +297,9 @@ class Decoder(nnx.Module):
       logits = self.head(hidden)
       if self.head_tags is not None:
         tags = matmul(hidden.astype(self.dtype), self.head_tags[...].astype(self.dtype))
-        logits = with_tags(logits, tags, self.config.tag_ids, axis=-1)
+        logits = with_tags(logits, tags, self.config.tag_ids)
     else:
-      table = self.embed.table()
-      logits = matmul(hidden.astype(table.dtype), table.T)
+      logits = self.embed.logits(hidden)
     return soft_cap(logits, self.config.logit_softcap)
 
 
