@@ -78,7 +78,11 @@ def main(folder: Path) -> None:
     model = make_model(checkpoint, vocabulary, config)
     packed = t.PackedBatches(laid, batch_size=8, length=t.LENGTH, levels=2, seed=0)
     update, _ = sft.make_update(model[0], make_optimiser(config, STEPS)[0], config)
-    compare(f"sft, rank {rank}", config, update, model, lambda i, packed=packed: packed(i).as_dict())
+    batches = lambda i, packed=packed: packed(i).as_dict()
+    compare(f"sft, rank {rank}", config, update, model, batches)
+  config.attention = "interpret"
+  update, _ = sft.make_update(model[0], make_optimiser(config, STEPS)[0], config)
+  compare("sft by kernel", config, update, model, batches, shapes=SHAPES[-1:])
   pairs = [PreferencePair(a, b, (-300.0, -310.0 - i)) for i, (a, b) in enumerate(zip(laid[::2], laid[1::2]))]
   config = t.settings(folder).preference
   config.update(dict(lora_rank=2, learning_rate=1e-3, dtype="float32", loss_chunk=256))

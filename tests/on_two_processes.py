@@ -16,6 +16,7 @@ import jax  # noqa: E402
 import test_training as t  # noqa: E402
 
 from pasta_jax.train import loop, processes, sft  # noqa: E402
+from pasta_jax.train.sharding import AXES, local_rows, make_mesh  # noqa: E402
 
 
 def config_of(folder: Path, data: int, fsdp: int, **changes):
@@ -28,15 +29,18 @@ def main(folder: Path, port: str, index: int) -> None:
   processes.start(f"127.0.0.1:{port}", 2, index)
   assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2 and processes.is_first() == (index == 0)
   assert processes.any_of(index == 1) and not processes.any_of(False)
+  for shape in ((2, 2, 1), (1, 4, 1)):
+    assert local_rows(make_mesh(dict(zip(AXES, shape))), 8) == list(range(4 * index, 4 * index + 4))
+  assert local_rows(make_mesh(dict(data=1, fsdp=1, tensor=4)), 8) == list(range(8))  # heads alone are divided
   found = sft.train(config_of(folder, 2, 2), folder / "two")
   assert bool(found) == (index == 0)
   full = config_of(folder, 1, 4, lora_rank=0)
   save = loop.Checkpoints.save
 
-  def and_terminate(self, state, *, force=False):
+  def and_terminate(self, state, data, *, force=False):
     if int(state.step) == 2 and index == 1:
       os.kill(os.getpid(), signal.SIGTERM)
-    save(self, state, force=force)
+    save(self, state, data, force=force)
 
   loop.Checkpoints.save = and_terminate
   try:

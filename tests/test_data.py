@@ -21,7 +21,7 @@ from pasta_jax.lang.program import Program, Promise, Sync, Text, promises, readi
 from pasta_jax.lang.syntax import parse, print_program
 from pasta_jax.lang.thread import Thread
 from pasta_jax.lang.vocabulary import Vocabulary
-from pasta_jax.train.loss import attention_mask
+from pasta_jax.train.attention import attention_mask
 
 RELAXED = settings(deadline=None)
 SEED = Path(__file__).parent.parent / "data" / "seed.jsonl"

@@ -17,17 +17,9 @@ from pasta_jax.lang.layout import PositionRule, is_visible, layout
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import build, lora
 from pasta_jax.model.adapter import AdapterError
+from pasta_jax.model.attention import NEGATIVE, causal_mask, dense_attention, nearby
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import (
-  NEGATIVE,
-  Decoder,
-  LoraParam,
-  TagParam,
-  causal_mask,
-  dense_attention,
-  matmul,
-  nearby,
-)
+from pasta_jax.model.decoder import Decoder, LoraParam, TagParam, matmul
 from pasta_jax.model.weights import param_shapes
 
 
@@ -64,14 +56,14 @@ def random_tokens(rows: int, length: int, seed: int = 1) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames=("remat", "block"))
-def _logits(model: Decoder, tokens, positions, mask, remat: bool, block: int):
+def _logits(model: Decoder, tokens, positions, mask, remat: str, block: int):
   attend = dense_attention(mask, model.dtype, block, near=nearby(positions, positions, model.config.window),
                            softcap=model.config.attention_softcap)
   hidden, _ = model(tokens, positions, attend, remat=remat)
   return model.logits(hidden)
 
 
-def logits(model: Decoder, tokens, positions=None, mask=None, *, remat: bool = False,
+def logits(model: Decoder, tokens, positions=None, mask=None, *, remat: str = "none",
            block: int = 128) -> np.ndarray:
   """[B, T, V]; without `positions` and `mask`, those of plain text."""
   rows, length = np.shape(tokens)
@@ -223,7 +215,7 @@ def test_stacked_layers_and_remat_change_nothing(config: ModelConfig):
   assert isinstance(model.layers, nnx.List)
   for form in (stacked, build.unstack(stacked)):
     np.testing.assert_allclose(logits(form, tokens), expected, atol=1e-5)
-    np.testing.assert_allclose(logits(form, tokens, remat=True), expected, atol=1e-5)
+    np.testing.assert_allclose(logits(form, tokens, remat="full"), expected, atol=1e-5)
   again = nnx.state(build.unstack(stacked))
   jax.tree.map(np.testing.assert_array_equal, again, nnx.state(model))
 
@@ -236,7 +228,7 @@ def test_remat_gives_the_same_gradients():
     hidden, _ = nnx.merge(graph, state)(tokens, positions, dense_attention(causal_mask(20)), remat=remat)
     return jnp.square(hidden).sum()
 
-  plain, again = (jax.jit(jax.grad(partial(loss, remat=r)))(state) for r in (False, True))
+  plain, again = (jax.jit(jax.grad(partial(loss, remat=r)))(state) for r in ("none", "full"))
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), plain, again)
 
 

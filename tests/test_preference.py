@@ -186,8 +186,8 @@ def test_batches_hold_whole_pairs_and_every_pair_once_an_epoch(some_pairs):
 def test_a_policy_learns_what_is_rewarded(decoder, drawn, wanted, per_token):
   """Planted reward: one that is paid for promises makes more of them, one that is fined for them fewer."""
   params, groups = drawn
-  config = ConfigDict(dict(loss="bonbon", alpha=0.005, per_token=per_token, loss_chunk=256, remat=False,
-                           dtype="float32"))
+  config = ConfigDict(dict(loss="bonbon", alpha=0.005, per_token=per_token, loss_chunk=256, remat="none",
+                           attention="auto", dtype="float32"))
   pairs = []
   for group in groups:
     order = sorted(group, key=lambda t: wanted * (len(t.threads) - 1))
@@ -218,7 +218,8 @@ def test_a_policy_learns_what_is_rewarded(decoder, drawn, wanted, per_token):
 def test_accumulated_batches_weigh_every_pair_the_same(drawn, some_pairs):
   """Two batches with different numbers of pairs: the mean over pairs, not of batches' means."""
   pairs, _ = some_pairs
-  config = ConfigDict(dict(loss="ipo", alpha=0.0, per_token=False, loss_chunk=256, remat=False, dtype="float32"))
+  config = ConfigDict(dict(loss="ipo", alpha=0.0, per_token=False, loss_chunk=256, remat="none",
+                           attention="auto", dtype="float32"))
   graph, trainable, frozen = nnx.split(nnx.merge(tiny.GRAPH, drawn[0]), nnx.Param, ...)
   batches = PairBatches(pairs, rows=ROWS, length=LENGTH, levels=LEVELS, seed=0)
   two = [batches.batch(pairs[:2]), batches.batch(pairs[2:3])]

@@ -38,7 +38,7 @@ def start(tmp_path_factory):
   # A model of random weights is cut off nearly always, so nothing here is without faults.
   config.preference.update(prompts=str(folder / "prompts.jsonl"), samples=3, temperature=1.0, requests=4, weights="2",
                            guards=False, length=320, batch_size=2, accumulate=1, steps=3, learning_rate=1e-2,
-                           dtype="float32", remat=False, loss_chunk=256, checkpoint_every=1)
+                           dtype="float32", remat="none", attention="auto", loss_chunk=256, checkpoint_every=1)
   yield config
   jax.config.update("jax_compilation_cache_dir", None)
 

@@ -27,12 +27,14 @@ from pasta_jax.lang.thread import Thread
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import build, lora
 from pasta_jax.model.adapter import weights_of
+from pasta_jax.model.attention import causal_mask, dense_attention
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import causal_mask, dense_attention
+from pasta_jax.model.decoder import REMAT
 from pasta_jax.model.weights import WeightsError
 from pasta_jax.train import loop, sft
-from pasta_jax.train.loss import attention_mask, sft_loss, token_log_likelihood
+from pasta_jax.train.attention import attention_mask
+from pasta_jax.train.loss import sft_loss, token_log_likelihood
 from pasta_jax.train.state import Checkpoints, TrainState, compute_model, make_model
 
 ROOT = Path(__file__).parent.parent
@@ -104,7 +106,7 @@ def settings(tiny: Path, **train) -> ConfigDict:
   config.model.source = str(tiny / "model")
   config.train.update(dict(
     data=str(tiny / "data.jsonl"), min_speedup=0.0, plain_share=1.0, length=LENGTH, batch_size=2, steps=6,
-    learning_rate=1e-2, lora_rank=2, lora_alpha=4.0, dtype="float32", remat=False, loss_chunk=256,
+    learning_rate=1e-2, lora_rank=2, lora_alpha=4.0, dtype="float32", remat="none", attention="auto", loss_chunk=256,
     checkpoint_every=2,
   ) | train)  # fmt: skip
   return config
@@ -295,8 +297,9 @@ def test_gradients_equal_finite_differences(nested, full, checkpoint):
 
 def test_rematerialised_gradients_are_the_same(nested, full):
   graph, trainable = full
-  plain, again = (value_and_gradient(graph, trainable, as_batch([nested[0]]), remat=r) for r in (False, True))
-  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), plain, again)
+  plain, *others = (value_and_gradient(graph, trainable, as_batch([nested[0]]), remat=r) for r in REMAT)
+  for again in others:
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), plain, again)
 
 
 def test_what_carries_no_loss(laid_out, full, vocabulary):
@@ -374,12 +377,12 @@ def saved_state(workdir: Path) -> dict[str, np.ndarray]:
   import orbax.checkpoint as ocp
   newest = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
   with ocp.StandardCheckpointer() as checkpointer:
-    return {k: np.asarray(v) for k, v in checkpointer.restore(newest.resolve() / "default").items()}
+    return {k: np.asarray(v) for k, v in checkpointer.restore(newest.resolve() / "state").items()}
 
 
 def metric_lines(workdir: Path) -> list[dict]:
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+  return [{k: v for k, v in line.items() if k not in ("tokens_per_second", "data_wait")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -476,13 +479,14 @@ def test_a_checkpoint_holds_its_step_whatever_the_next_step_does(tmp_path: Path)
   first = lambda: TrainState(jnp.int32(7), weights(), (jnp.zeros((3,)),))
   checkpoints = Checkpoints(tmp_path, 1)
   state = first()
-  checkpoints.save(state)
+  checkpoints.save(state, {"next": 7})
   for _ in range(3):
     state = step(state)
   checkpoints.close()
   again = Checkpoints(tmp_path, 1)
-  restored = again.restore(state)
+  restored, data = again.restore(state)  # type: ignore[misc]
   jax.tree.map(np.testing.assert_array_equal, restored, first())
+  assert data == {"next": 7}
   again.close()
 
 

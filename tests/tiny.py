@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from pasta_jax.lang import automaton as A
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model.attention import dense_attention, nearby
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import Decoder, dense_attention, nearby
+from pasta_jax.model.decoder import Decoder
 
 WORDS = ["#", "tree", "stone", "river", "cloud", "amber", "lemon", "tiger", "of", "a", "the", "in"]
 DIGITS = ["0", "1", "2", "3", "4", "5", "7", "9", "12", "345", "1000", "12345"]

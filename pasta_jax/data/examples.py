@@ -5,11 +5,12 @@ A row has `prompt`, `response`, `chunks` (character spans with topics, in order;
 """
 
 import dataclasses
+import enum
 import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pasta_jax.data import structure
@@ -137,39 +138,71 @@ class Selection:
   too_plain: int  # without chunks, beyond their share
 
 
-def examples(rows: Iterable[dict], vocabulary: Vocabulary, rule: PositionRule, *, annotation: str, max_length: int,
-             min_speedup: float = 0.0, plain_share: float = 1.0) -> Selection:
+class _Left(enum.Enum):
+  """Why a row is left out."""
+
+  TOO_LONG = 1
+  TOO_SLOW = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class _LayOut:
+  """A row to (whether its plan has chunks, its layout), or why it is left out, or what is wrong with it: workers hand
+  over results, not exceptions."""
+
+  vocabulary: Vocabulary
+  rule: PositionRule
+  annotation: str
+  max_length: int
+  min_speedup: float
+
+  def __call__(self, row: dict) -> tuple[bool, Layout] | _Left | str:
+    encode = lambda program: self.vocabulary.encode(program, self.rule)
+    try:
+      thread = encode(program_of(row))
+      prompt = self.vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
+    except DataError as error:
+      return str(error)
+    except (ValueError, KeyError) as error:  # a character that the vocabulary lacks; no prompt
+      return f"row {row.get('id')}: {error}"
+    fits = lambda thread: len(prompt) + thread.total_tokens <= self.max_length
+    if not fits(thread):
+      return _Left.TOO_LONG
+    has_chunks = bool(thread.forks)
+    if has_chunks and cost(thread, self.vocabulary.table).theoretical_speedup < self.min_speedup:
+      return _Left.TOO_SLOW
+    if self.annotation == "structure":
+      thread = encode(program_of({**row, "chunks": structure.annotate(row["response"]), "syncs": []}))
+    if self.annotation == "none" or not fits(thread):
+      thread = encode((Text(row["response"]),))
+    return has_chunks, layout(thread, self.rule, self.vocabulary.table, prompt)
+
+
+def examples(rows: Sequence[dict], vocabulary: Vocabulary, rule: PositionRule, *, annotation: str, max_length: int,
+             min_speedup: float = 0.0, plain_share: float = 1.0, workers: int = 0) -> Selection:
   """Lays out the rows to train on, annotated by their `plan`, by their `structure` (`data.structure`), or by `none`.
 
   Left out: examples of more than `max_length` tokens; those with chunks whose theoretical speedup is below
   `min_speedup`; and, of those without chunks, the last ones beyond `plain_share` of all that stay. The choice
   is made by the plans, so that Baseline-SFT ("none") and APAR ("structure") get the same rows; a row whose
-  structure does not fit `max_length` is then laid out without chunks.
+  structure does not fit `max_length` is then laid out without chunks. `workers` processes share the work, some
+  milliseconds a row; 0: this one does it.
   """
   if annotation not in ANNOTATIONS:
     raise DataError(f"annotation must be one of {', '.join(ANNOTATIONS)}, not {annotation!r}")
   chunked: list[Layout] = []
   plain: list[Layout] = []
   too_long = too_slow = 0
-  for row in rows:
-    program = program_of(row)
-    try:
-      thread = vocabulary.encode(program, rule)
-      prompt = vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
-    except (ValueError, KeyError) as error:  # a character that the vocabulary lacks; no prompt
-      raise DataError(f"row {row.get('id')}: {error}") from None
-    if len(prompt) + thread.total_tokens > max_length:
-      too_long += 1
-      continue
-    if thread.forks and cost(thread, vocabulary.table).theoretical_speedup < min_speedup:
-      too_slow += 1
-      continue
-    group = chunked if thread.forks else plain
-    if annotation == "structure":
-      thread = vocabulary.encode(program_of({**row, "chunks": structure.annotate(row["response"]), "syncs": []}), rule)
-    if annotation == "none" or len(prompt) + thread.total_tokens > max_length:
-      thread = vocabulary.encode((Text(row["response"]),), rule)
-    group.append(layout(thread, rule, vocabulary.table, prompt))
+  from pasta_jax.data.pipeline import in_workers  # here: grain takes a second to import, and decoding needs none of it
+  lay_out = _LayOut(vocabulary, rule, annotation, max_length, min_speedup)
+  for found in in_workers(lay_out, rows, workers):
+    if isinstance(found, str):
+      raise DataError(found)
+    too_long += found is _Left.TOO_LONG
+    too_slow += found is _Left.TOO_SLOW
+    if isinstance(found, tuple):
+      has_chunks, laid = found
+      (chunked if has_chunks else plain).append(laid)
   room = len(plain) if plain_share >= 1 else int(len(chunked) * plain_share / (1 - plain_share))
   return Selection(chunked + plain[:room], too_long, too_slow, max(len(plain) - room, 0))
 

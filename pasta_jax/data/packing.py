@@ -1,6 +1,7 @@
 """Examples to fixed shapes: several in a row, told apart by segment ids; the order a function of seed and step."""
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -82,28 +83,31 @@ class PackedBatches:
       raise ValueError("no training example is left: is max_length too small?")
     self.examples, self.batch_size, self.length, self.levels, self.seed = examples, batch_size, length, levels, seed
     self._epochs: list[list[list[int]]] = []  # per epoch, the rows
+    self._making = threading.Lock()  # batches are made by several threads
 
   def _rows(self, epoch: int) -> list[list[int]]:
-    while len(self._epochs) <= epoch:
-      rng = np.random.default_rng((self.seed, len(self._epochs)))
-      order = rng.permutation(len(self.examples))
-      rows = [[int(order[i]) for i in row] for row in
-              fill_rows([len(self.examples[i]) for i in order], self.length)]
-      self._epochs.append([rows[i] for i in rng.permutation(len(rows))])
+    with self._making:
+      while len(self._epochs) <= epoch:
+        rng = np.random.default_rng((self.seed, len(self._epochs)))
+        order = rng.permutation(len(self.examples))
+        rows = [[int(order[i]) for i in row] for row in
+                fill_rows([len(self.examples[i]) for i in order], self.length)]
+        self._epochs.append([rows[i] for i in rng.permutation(len(rows))])
     return self._epochs[epoch]
 
   def steps_in_epoch(self, epoch: int) -> int:
     """Batches of an epoch; its last, incomplete batch is filled with rows of the same epoch's start."""
     return -(-len(self._rows(epoch)) // self.batch_size)
 
-  def __call__(self, step: int) -> Batch:
-    """Batch number `step`, counted over all epochs."""
+  def __call__(self, step: int, share: Sequence[int] | None = None) -> Batch:
+    """Batch number `step`, counted over all epochs; of its rows those in `share`, or all."""
     epoch = 0
     while step >= self.steps_in_epoch(epoch):
       step -= self.steps_in_epoch(epoch)
       epoch += 1
     rows = self._rows(epoch)
-    chosen = [rows[i % len(rows)] for i in range(step * self.batch_size, (step + 1) * self.batch_size)]
+    share = range(self.batch_size) if share is None else share
+    chosen = [rows[(step * self.batch_size + r) % len(rows)] for r in share]
     return concatenate([pack_row([self.examples[i] for i in row], self.length, self.levels) for row in chosen])
 
 

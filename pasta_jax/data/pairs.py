@@ -1,6 +1,7 @@
 """Pairs of answers to fixed shapes: both in the rows of one batch, which a preference loss needs side by side."""
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,22 +37,26 @@ class PairBatches:
         raise ValueError(f"pair {i} ({lengths}) does not fit {rows} rows of {length}")
     self.pairs, self.rows, self.length, self.levels, self.seed = pairs, rows, length, levels, seed
     self._epochs: list[list[list[int]]] = []  # per epoch, the pairs of each batch
+    self._making = threading.Lock()  # batches are made by several threads
 
   def epoch(self, epoch: int) -> list[list[int]]:
     """Which pairs each batch of an epoch holds."""
-    while len(self._epochs) <= epoch:
-      order = np.random.default_rng((self.seed, len(self._epochs))).permutation(len(self.pairs))
-      batches: list[list[int]] = []
-      used: list[int] = []
-      for i in map(int, order):
-        after = _places(used, self.pairs[i], self.length)
-        if not batches or after is None or len(batches[-1]) == 2 * self.rows:
-          batches.append([])
-          after = _places([0] * self.rows, self.pairs[i], self.length)
-        batches[-1].append(i)
-        used = after[0] if after else used
-      self._epochs.append(batches)
+    with self._making:
+      while len(self._epochs) <= epoch:
+        self._epochs.append(self._fill(np.random.default_rng((self.seed, len(self._epochs)))))
     return self._epochs[epoch]
+
+  def _fill(self, rng: np.random.Generator) -> list[list[int]]:
+    batches: list[list[int]] = []
+    used: list[int] = []
+    for i in map(int, rng.permutation(len(self.pairs))):
+      after = _places(used, self.pairs[i], self.length)
+      if not batches or after is None or len(batches[-1]) == 2 * self.rows:
+        batches.append([])
+        after = _places([0] * self.rows, self.pairs[i], self.length)
+      batches[-1].append(i)
+      used = after[0] if after else used
+    return batches
 
   def steps_in_epoch(self, epoch: int) -> int:
     return len(self.epoch(epoch))

@@ -21,7 +21,8 @@ from pasta_jax.decode.step import Tables, step
 from pasta_jax.decode.trace import Trace, read_trace
 from pasta_jax.lang import automaton
 from pasta_jax.lang.vocabulary import Vocabulary
-from pasta_jax.model.decoder import Decoder, causal_mask, dense_attention, nearby
+from pasta_jax.model.attention import causal_mask, dense_attention, nearby
+from pasta_jax.model.decoder import Decoder
 
 PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.decode.config import SamplingConfig, Switches
-from pasta_jax.model.decoder import NEGATIVE
+from pasta_jax.model.attention import NEGATIVE
 
 
 class Sampling(NamedTuple):

@@ -15,7 +15,8 @@ from pasta_jax.decode.config import Limits, Switches
 from pasta_jax.decode.sampling import Sampling, ban, draw, gram_hash, penalise
 from pasta_jax.decode.state import DONE, FREE, LENGTH, POOL, RUNNING, STOP, UNFINISHED, WAITING, State, earlier
 from pasta_jax.lang import automaton as A
-from pasta_jax.model.decoder import NEGATIVE, Decoder, nearby, seen_by, soft_cap
+from pasta_jax.model.attention import NEGATIVE, nearby, seen_by
+from pasta_jax.model.decoder import Decoder, soft_cap
 
 
 class Tables(NamedTuple):

@@ -102,9 +102,13 @@ def is_visible(q, k, hidden_k):
 
   `hidden_k` is [..., levels, 2] for the keys, its leading axes broadcasting with q and k. Serves NumPy and JAX.
   """
+  return outside(q, k, [(hidden_k[..., level, 0], hidden_k[..., level, 1]) for level in range(hidden_k.shape[-2])])
+
+
+def outside(q, k, intervals):
+  """The same with the keys' intervals as pairs (start, stop)."""
   seen = k <= q
-  for level in range(hidden_k.shape[-2]):
-    start, stop = hidden_k[..., level, 0], hidden_k[..., level, 1]
+  for start, stop in intervals:
     seen = seen & ~((start <= q) & (q < stop))
   return seen
 

@@ -24,6 +24,15 @@ Local = bool | jax.Array  # an array where layers are scanned over
 Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, Local], tuple[jax.Array, Any]]
 
 
+# What the backward pass finds of a layer, and what it computes again.
+REMAT = {
+  "none": None,  # finds everything
+  "full": jax.checkpoint_policies.nothing_saveable,  # nothing but the layer's input
+  "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # attention's result too
+  "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # all products with weights
+}
+
+
 class LoraParam(nnx.Param):
   """A factor of a low-rank update."""
 
@@ -117,19 +126,6 @@ def rope_angles(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Arra
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
   """x for small values, never beyond +-cap; 0: no cap."""
   return cap * jnp.tanh(x / cap) if cap else x
-
-
-def nearby(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array | None:
-  """[..., q, k] boolean from positions [..., q] and [..., k]: what a local layer may see; None without a window.
-
-  Positions count, not places in a row or a pool: they jump at promises, and so does the window.
-  """
-  return queries[..., :, None] - keys[..., None, :] < window if window else None
-
-
-def seen_by(visible: jax.Array, near: jax.Array | None, local: Local) -> jax.Array:
-  """What a layer sees of what is visible."""
-  return visible if near is None or local is False else visible & (near | jnp.logical_not(local))
 
 
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -249,14 +245,15 @@ class Decoder(nnx.Module):
     self.head_tags: TagParam | None = nnx.data(None)  # [D, 6] float32, for an untied head
 
   def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend,
-               caches: Sequence[Any] | Any = None, remat: bool = False) -> tuple[jax.Array, Any]:
+               caches: Sequence[Any] | Any = None, remat: str = "none") -> tuple[jax.Array, Any]:
     """Hidden states behind the final norm, [..., D] float32, and per layer what `attend` collected.
 
     `tokens` and `positions` are integers [...]. `caches` holds one entry a layer (or is None): a list for a
     list of layers, a pytree with a leading layer axis for stacked ones; what is collected comes back in the
-    same form. `remat` recomputes each layer in the backward pass.
+    same form. `remat` is one of `REMAT`.
     """
     x, c = self.embed(tokens), self.config
+    again = (lambda f: f) if remat == "none" else partial(jax.checkpoint, policy=REMAT[remat])
     angles, local_angles = (rope_angles(positions, c.rope_frequencies(local)) for local in (False, True))
     local = [c.is_local(i) for i in range(c.n_layers)]
 
@@ -272,7 +269,7 @@ class Decoder(nnx.Module):
         cache = None if caches is None else caches[i]
         graph, state = nnx.split(layer)
         run = lambda s, x, c, graph=graph, i=i: call(nnx.merge(graph, s), x, c, local[i])
-        x, out = (jax.checkpoint(run) if remat else run)(state, x, cache)
+        x, out = again(run)(state, x, cache)
         collected.append(out)
       return self.final_norm(x), collected
     graph, stacked = nnx.split(self.layers)
@@ -283,7 +280,7 @@ class Decoder(nnx.Module):
       state, cache, its_local = layer_and_cache
       return call(nnx.merge(graph, state), x, cache, its_local if mixed else local[0])
 
-    x, collected = jax.lax.scan(jax.checkpoint(body) if remat else body, x, (stacked, caches, jnp.asarray(local)))
+    x, collected = jax.lax.scan(again(body), x, (stacked, caches, jnp.asarray(local)))
     return self.final_norm(x), collected
 
   @property
@@ -301,56 +298,3 @@ class Decoder(nnx.Module):
     else:
       logits = self.embed.logits(hidden)
     return soft_cap(logits, self.config.logit_softcap)
-
-
-NEGATIVE = -1e30  # a masked score: finite, so that a row that sees nothing averages instead of giving NaN
-
-
-def dense_attention(mask: jax.Array, dtype: Any = jnp.float32, block: int = 128, *, near: jax.Array | None = None,
-                    softcap: float = 0.0) -> Attend:
-  """`attend` over whole rows at once: `mask` is boolean [B, T, T], True where query t sees key s, and never
-  True for s > t; local layers see those that are `near` too (`nearby`). Products take operands in `dtype` and
-  accumulate in float32.
-
-  Queries go in blocks of `block`, each against the keys up to its own end: later keys are masked for all of
-  them, so half of the work falls away. Sums of weights come from the same product as the context (a column
-  of ones beside the values): XLA's CPU row sums are slow. Collects each layer's keys and values [B, T, K, H].
-  """
-  if mask.dtype != jnp.bool_:
-    raise TypeError(f"a mask must be boolean (True = may attend), not {mask.dtype}")
-  everywhere = jnp.where(mask, 0.0, NEGATIVE)
-
-  @jax.checkpoint
-  def attend_block(q, k, v, bias):
-    """q [B, K, G, t, H], k [B, K, H, s], v [B, K, s, H+], bias [B, t, s] -> [B, K, G, t, H+]."""
-    rows, heads, groups, t, width = q.shape
-    scores = matmul(q.reshape(rows, heads, groups * t, width), k).reshape(rows, heads, groups, t, -1)
-    scores = soft_cap(scores, softcap) + bias[:, None, None]
-    peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - peak).astype(dtype)
-    out = matmul(weights.reshape(rows, heads, groups * t, -1), v)
-    return out.reshape(rows, heads, groups, t, -1)
-
-  def attend(cache, q, k, v, local=False):
-    del cache
-    bias = everywhere if near is None or local is False else jnp.where(seen_by(mask, near, local), 0.0, NEGATIVE)
-    length, width = q.shape[1], q.shape[-1]
-    q_ = q.astype(dtype).transpose(0, 2, 3, 1, 4)  # B K G T H
-    k_ = k.astype(dtype).transpose(0, 2, 3, 1)  # B K H T
-    v_ = v.astype(dtype).transpose(0, 2, 1, 3)  # B K T H
-    v_ = jnp.concatenate([v_, jnp.ones((*v_.shape[:-1], 16), dtype)], axis=-1)
-    blocks = []
-    for start in range(0, length, block):
-      stop = min(start + block, length)
-      blocks.append(attend_block(q_[..., start:stop, :], k_[..., :stop], v_[..., :stop, :],
-                                 bias[:, start:stop, :stop]))
-    out = jnp.concatenate(blocks, axis=-2)
-    context = out[..., :width] / out[..., width : width + 1]
-    return context.transpose(0, 3, 1, 2, 4), (k, v)
-
-  return attend
-
-
-def causal_mask(length: int) -> jax.Array:
-  """[1, T, T] boolean, for a row that is one plain text."""
-  return jnp.tril(jnp.ones((1, length, length), jnp.bool_))

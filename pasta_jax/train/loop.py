@@ -8,24 +8,29 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
+from pasta_jax.data.pipeline import Feed
 from pasta_jax.progress import progress_bar
 from pasta_jax.train import processes
 from pasta_jax.train.metrics import MetricWriter
 from pasta_jax.train.state import Checkpoints, TrainState
 
-Step = Callable[[int, TrainState], tuple[TrainState, dict[str, float]]]
+Batch = dict[str, np.ndarray]
+Step = Callable[[int, TrainState, Batch], tuple[TrainState, dict[str, float]]]
 
 
 class Stopped(Exception):
   """SIGTERM came; the state was saved, and the same command goes on from there."""
 
 
-def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: Step, *,
+def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: Step, feed: Feed, *,
               checkpoint_every: int) -> TrainState:
-  """Runs `one_step(step, state)` up to step `total`; returns the last state.
+  """Runs `one_step(step, state, batch)` up to step `total` with the batches of `feed`; returns the last state.
 
   Leaves checkpoints, `metrics.jsonl`, `tensorboard/` and `config.json` in `workdir`. The scalars need `loss` and
   `gradient_norm`. Raises Stopped where SIGTERM came to one of the processes before the last step, FloatingPointError
@@ -42,17 +47,24 @@ def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: St
   previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
   writer = None
   try:
-    state = checkpoints.restore(state) or state
+    restored = checkpoints.restore(state)
+    state, data = restored or (state, None)
     first = int(state.step)
     if first > total:
       raise ValueError(f"{workdir} is at step {first} already, behind the {total} steps asked for")
+    if data is not None:
+      feed.restore(data)
     if processes.is_first():
       _write_config(workdir / "config.json", config, first)
       writer = MetricWriter(workdir, first)
     bar, task = progress_bar("training", total, first, visible=processes.is_first())
     with bar:
       for step in range(first, total):
-        state, scalars = one_step(step, state)
+        started = time.perf_counter()
+        batch = feed()
+        waited = time.perf_counter() - started
+        state, scalars = one_step(step, state, batch)
+        scalars["data_wait"] = waited / (time.perf_counter() - started)  # share of the step
         for name in ("loss", "gradient_norm"):  # a finite loss with another gradient spoils the state as well
           if not math.isfinite(scalars[name]):
             raise FloatingPointError(
@@ -62,11 +74,12 @@ def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: St
         bar.update(task, completed=step + 1, note=f"loss {scalars['loss']:.3f}")
         last = step + 1 == total
         stopping = processes.any_of(bool(stop))  # once: a signal that comes during the save gets a save of its own
-        checkpoints.save(state, force=last or stopping)
+        checkpoints.save(state, feed.state(), force=last or stopping)
         if stopping and not last:
           raise Stopped(f"stopped by SIGTERM behind step {step + 1} of {total}; the same command goes on from there")
   finally:
     checkpoints.close()
+    feed.close()
     if writer is not None:
       writer.close()
     signal.signal(signal.SIGTERM, previous)

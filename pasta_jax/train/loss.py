@@ -3,45 +3,28 @@
 import jax
 import jax.numpy as jnp
 
-from pasta_jax.lang.layout import NO_TARGET, is_visible
-from pasta_jax.model.decoder import Decoder, dense_attention, nearby
+from pasta_jax.lang.layout import NO_TARGET
+from pasta_jax.model.decoder import Decoder
+from pasta_jax.train.attention import Batch, make_attend
 from pasta_jax.train.sharding import pin_rows
 
-Batch = dict[str, jax.Array]  # the fields of data.packing.Batch
 
-
-def attention_mask(batch: Batch) -> jax.Array:
-  """[B, T, T] boolean: `layout.is_visible` within each segment."""
-  length = batch["tokens"].shape[1]
-  q = jnp.arange(length)[:, None]
-  k = jnp.arange(length)[None, :]
-  seen = is_visible(q, k, batch["hidden"][:, None])
-  segments = batch["segments"]
-  return seen & (segments[:, :, None] == segments[:, None, :])
-
-
-def hidden_states(model: Decoder, batch: Batch, *, remat: bool) -> jax.Array:
+def hidden_states(model: Decoder, batch: Batch, *, remat: str, attention: str) -> jax.Array:
   """[B, T, D] behind the final norm."""
-  near = nearby(batch["positions"], batch["positions"], model.config.window)
-  dense = dense_attention(attention_mask(batch), model.dtype, near=near, softcap=model.config.attention_softcap)
-
-  def attend(cache, q, k, v, local):
-    q, k, v = (pin_rows(x, None, "tensor") for x in (q, k, v))
-    context, _ = dense(cache, q, k, v, local)
-    return pin_rows(context, None, "tensor"), None
-
+  attend = make_attend(attention, batch, model.config, model.dtype)
   hidden, _ = model(batch["tokens"], batch["positions"], attend, remat=remat)
   return pin_rows(hidden)
 
 
-def token_log_likelihood(model: Decoder, batch: Batch, *, chunk: int = 1024,
-                         remat: bool = False) -> tuple[jax.Array, jax.Array]:
-  """(log p of each target [B, T], whether it is the model's first choice [B, T]); zero where none is.
+def token_log_likelihood(model: Decoder, batch: Batch, *, chunk: int = 1024, remat: str = "none",
+                         attention: str = "auto") -> tuple[jax.Array, jax.Array]:
+  """(log p of each target [B, T], whether it is the model's first choice [B, T]); zero where none is. `remat` is one of
+  `decoder.REMAT`, `attention` of `attention.KINDS`.
 
   The vocabulary's logits are formed for about `chunk` tokens at a time, as many of each row, and recomputed in the
   backward pass, so that memory stays at chunk x V.
   """
-  hidden, targets = hidden_states(model, batch, remat=remat), batch["targets"]
+  hidden, targets = hidden_states(model, batch, remat=remat, attention=attention), batch["targets"]
   rows, length = targets.shape
   columns = min(max(chunk // rows, 1), length)
   padding = -length % columns
@@ -62,14 +45,14 @@ def token_log_likelihood(model: Decoder, batch: Batch, *, chunk: int = 1024,
   return log_p, correct
 
 
-def sft_loss(model: Decoder, batch: Batch, *, chunk: int = 1024,
-             remat: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
+def sft_loss(model: Decoder, batch: Batch, *, chunk: int = 1024, remat: str = "none",
+             attention: str = "auto") -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum of the targets' negative log-likelihood, and sums for metrics: `loss`, `tokens`, `correct`.
 
   Sums, not means: gradients of several batches add up, and one division by Σ tokens gives what the big
   batch gives.
   """
-  log_p, correct = token_log_likelihood(model, batch, chunk=chunk, remat=remat)
+  log_p, correct = token_log_likelihood(model, batch, chunk=chunk, remat=remat, attention=attention)
   total = -log_p.sum()
   tokens = (batch["targets"] != NO_TARGET).sum()
   return total, {"loss": total, "tokens": tokens, "correct": correct.sum()}

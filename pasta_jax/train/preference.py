@@ -16,12 +16,14 @@ import optax
 from jax.sharding import Mesh
 
 from pasta_jax.data.pairs import PairBatches, PreferencePair
+from pasta_jax.data.pipeline import Batch, Feed, digest
 from pasta_jax.data.records import Records
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.checkpoint import Checkpoint
 from pasta_jax.model.decoder import DTYPES, exact_products
 from pasta_jax.progress import progress_bar
+from pasta_jax.train.attention import check_how
 from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.preference_loss import LOSSES, answer_log_likelihood, default_beta, preference_loss
 from pasta_jax.train.sft import export
@@ -33,7 +35,7 @@ from pasta_jax.train.update import make_step
 def make_pair_update(graph, optimiser: optax.GradientTransformation, config, beta: float):
   """`update.make_step` over batches of `data.pairs`."""
   loss = partial(preference_loss, loss=config.loss, alpha=config.alpha, beta=beta, per_token=config.per_token,
-                 chunk=config.loss_chunk, remat=config.remat)
+                 chunk=config.loss_chunk, remat=config.remat, attention=config.attention)
 
   def one(trainable, frozen, batch):
     return loss(compute_model(graph, trainable, frozen, config.dtype), batch)
@@ -49,7 +51,8 @@ def answer_likelihoods(graph, trainable, frozen, config, mesh: Mesh, batches: Pa
                        done: Callable[[int, tuple[float, float]], None]) -> None:
   """`done(i, (log p of the chosen, of the rejected answer))` of each pair by the trainer's own forward pass."""
   run = jax.jit(lambda trainable, frozen, batch: answer_log_likelihood(
-      compute_model(graph, trainable, frozen, config.dtype), batch, chunk=config.loss_chunk))
+      compute_model(graph, trainable, frozen, config.dtype), batch, chunk=config.loss_chunk,
+      attention=config.attention))
   for step, members in enumerate(batches.epoch(0)):
     found = np.asarray(run(trainable, frozen, place_batch(mesh, batches(step))))
     for i, (chosen, rejected) in zip(members, found):
@@ -68,6 +71,7 @@ def check_settings(c) -> None:
     raise ValueError(f"preference.loss must be one of {', '.join(LOSSES)}, not {c.loss!r}")
   if c.dtype not in DTYPES:
     raise ValueError(f"preference.dtype must be {' or '.join(DTYPES)}, not {c.dtype!r}")
+  check_how(c, "preference")
   if not 0 <= c.alpha <= 1 or c.beta < 0:
     raise ValueError(f"preference.alpha must be in [0, 1] and preference.beta 0 or more, not {c.alpha} and {c.beta}")
   for field, least in (("batch_size", 2), ("accumulate", 1), ("length", 1), ("loss_chunk", 1), ("checkpoint_every", 1),
@@ -128,10 +132,9 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
   optimiser, schedule = make_optimiser(c, total)
   update = make_pair_update(graph, optimiser, c, beta)
 
-  def one_step(step: int, state: TrainState) -> tuple[TrainState, dict[str, float]]:
+  def one_step(step: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
     started = time.perf_counter()
-    chosen = [batches(step * c.accumulate + i) for i in range(c.accumulate)]
-    state, metrics = update(state, frozen, place_batch(mesh, jax.tree.map(lambda *x: np.stack(x), *chosen)))
+    state, metrics = update(state, frozen, place_batch(mesh, batch))
     scalars = {k: float(v) for k, v in metrics.items()}
     seconds = time.perf_counter() - started
     return state, scalars | {"learning_rate": float(schedule(step)), "epoch": (step + 1) / per_epoch,
@@ -139,7 +142,9 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
 
   state = place(mesh, TrainState(jnp.zeros((), jnp.int32), trainable, optimiser.init(trainable)))
   with jax.set_mesh(mesh):
-    state = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
+    feed = Feed(batches, steps=total, accumulate=c.accumulate,
+                identity=digest([e for p in pairs for e in (p.chosen, p.rejected)]))
+    state = run_steps(config, workdir, state, total, one_step, feed, checkpoint_every=c.checkpoint_every)
   model = compute_model(graph, state.trainable, frozen, jnp.float32)
   export(workdir, model, rule, checkpoint.tokenizer, full=c.lora_rank == 0, tags=True,
          metadata={"preference": json.dumps(recipe(c)), **notes})

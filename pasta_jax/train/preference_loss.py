@@ -44,20 +44,21 @@ def _by_answer(x: jax.Array, batch: Batch) -> jax.Array:
   return jax.ops.segment_sum(x.reshape(-1), batch["answers"].reshape(-1), n + 1)[:n].reshape(-1, 2)
 
 
-def answer_log_likelihood(model: Decoder, batch: Batch, *, chunk: int = 1024, remat: bool = False) -> jax.Array:
-  """[P, 2] log p of the chosen and the rejected answer of each pair, summed over their targets; 0 where no pair is."""
-  log_p, _ = token_log_likelihood(model, batch, chunk=chunk, remat=remat)
+def answer_log_likelihood(model: Decoder, batch: Batch, **how) -> jax.Array:
+  """[P, 2] log p of the chosen and the rejected answer of each pair, summed over their targets; 0 where no pair is.
+  `how` is `token_log_likelihood`'s chunk, remat and attention."""
+  log_p, _ = token_log_likelihood(model, batch, **how)
   return _by_answer(log_p, batch)
 
 
 def preference_loss(model: Decoder, batch: Batch, *, loss: str, alpha: float, beta: float, per_token: bool = False,
-                    chunk: int = 1024, remat: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
+                    **how) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum of the pairs' losses, and sums for metrics (divide by `pairs`, token ones by `tokens`).
 
   `margin` is Δ, `accuracy` counts Δ > 0, `chosen` and `rejected` are log p, `lost` is log p_ref − log p of both
   answers together: how much less likely they became.
   """
-  log_p = answer_log_likelihood(model, batch, chunk=chunk, remat=remat)
+  log_p = answer_log_likelihood(model, batch, **how)
   weight = batch["weight"]
   gain = log_p - batch["reference"]
   lengths = jnp.maximum(_by_answer((batch["targets"] >= 0).astype(jnp.float32), batch), 1)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from pasta_jax.data.examples import examples, mix
 from pasta_jax.data.packing import PackedBatches, single_batches
+from pasta_jax.data.pipeline import Batch, Feed, digest
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.model import lora
 from pasta_jax.model.build import to_params
@@ -25,17 +25,18 @@ from pasta_jax.model.decoder import DTYPES, Decoder, exact_products
 from pasta_jax.model.hf_folder import save_hf_folder
 from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.train import processes
+from pasta_jax.train.attention import check_how
 from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.loss import sft_loss
 from pasta_jax.train.metrics import last_scalars
-from pasta_jax.train.sharding import check_rows, make_mesh, on_host, place, place_batch
+from pasta_jax.train.sharding import check_rows, local_rows, make_mesh, on_host, place, place_batch
 from pasta_jax.train.state import TrainState, compute_model, make_model, make_optimiser
 from pasta_jax.train.update import make_step
 
 
 def make_update(graph, optimiser: optax.GradientTransformation, config):
   """(update, evaluate): `update.make_step` over batches of `data.packing`, and jitted sums of one of them."""
-  loss = partial(sft_loss, chunk=config.loss_chunk, remat=config.remat)
+  loss = partial(sft_loss, chunk=config.loss_chunk, remat=config.remat, attention=config.attention)
 
   def one(trainable, frozen, batch):
     return loss(compute_model(graph, trainable, frozen, config.dtype), batch)
@@ -62,6 +63,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   for field in ("batch_size", "accumulate", "length", "loss_chunk", "validate_every", "checkpoint_every"):
     if c[field] < 1:
       raise ValueError(f"train.{field} must be 1 or more, not {c[field]}")
+  check_how(c, "train")
   exact_products(c.dtype)
   mesh = make_mesh(config.mesh)
   check_rows(mesh, c.batch_size, "train.batch_size")
@@ -70,7 +72,8 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   checkpoint = load_checkpoint(config.model.source)
   vocabulary = checkpoint.vocabulary
   rule = PositionRule(config.positions.strategy, config.positions.fixed)
-  load = partial(examples, vocabulary=vocabulary, rule=rule, annotation=c.annotation, max_length=c.length)
+  load = partial(examples, vocabulary=vocabulary, rule=rule, annotation=c.annotation, max_length=c.length,
+                 workers=c.workers)
   selection = load(rows, min_speedup=c.min_speedup, plain_share=c.plain_share)
   data, held_out = selection.examples, load(held_out_rows).examples
   left_out = (f"left out: {selection.too_long} longer than {c.length} tokens, {selection.too_slow} with a "
@@ -79,7 +82,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
     raise ValueError(f"no example of train.data={c.data!r} is left to train on ({left_out})")
   levels = max(e.hidden.shape[1] for e in data + held_out)
   shape = dict(batch_size=c.batch_size, length=c.length, levels=levels)
-  batches = PackedBatches(data, seed=c.seed, **shape)
+  batches, share = PackedBatches(data, seed=c.seed, **shape), local_rows(mesh, c.batch_size)
   validation = single_batches(held_out, **shape) if held_out else []
   per_epoch = batches.steps_in_epoch(0) / c.accumulate
   total = c.steps or math.ceil(c.epochs * per_epoch)
@@ -93,10 +96,9 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   update, evaluate = make_update(graph, optimiser, c)
   state, frozen = place(mesh, state), place(mesh, frozen)
 
-  def one_step(step: int, state: TrainState) -> tuple[TrainState, dict[str, float]]:
+  def one_step(step: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
     started = time.perf_counter()
-    chosen = [batches(step * c.accumulate + i).as_dict() for i in range(c.accumulate)]
-    state, metrics = update(state, frozen, place_batch(mesh, jax.tree.map(lambda *x: np.stack(x), *chosen)))
+    state, metrics = update(state, frozen, place_batch(mesh, batch, (share, c.batch_size)))
     scalars = {k: float(v) for k, v in metrics.items()}
     tokens = c.accumulate * c.batch_size * c.length
     scalars |= {"learning_rate": float(schedule(step)), "epoch": (step + 1) / per_epoch,
@@ -109,7 +111,8 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
     return state, scalars
 
   with jax.set_mesh(mesh):
-    state = run_steps(config, workdir, state, total, one_step, checkpoint_every=c.checkpoint_every)
+    feed = Feed(lambda i: batches(i, share).as_dict(), steps=total, accumulate=c.accumulate, identity=digest(data))
+    state = run_steps(config, workdir, state, total, one_step, feed, checkpoint_every=c.checkpoint_every)
     trainable, frozen = processes.to_host((state.trainable, frozen), mesh)
   if not processes.is_first():
     return {}

@@ -106,13 +106,36 @@ def pin_rows(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *_fitting(axes, x.shape[1:], mesh.shape)))
 
 
-def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-  """A batch ([B, …], or several [A, B, …]) on the mesh. Every process makes the whole batch, and keeps its rows."""
-  before = [None] * (batch["tokens"].ndim - 2)
+def divides(axis: str, n: int) -> bool:
+  """Whether an axis of the mesh that a traced function runs on divides a dimension of `n`."""
+  return n % jax.sharding.get_abstract_mesh().shape[axis] == 0
+
+
+def local_rows(mesh: Mesh, n: int) -> list[int]:
+  """Which of the `n` rows of a batch this process's devices hold."""
+  parts = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((n,))
+  return sorted({row for part, in parts.values() for row in range(*part.indices(n))})  # type: ignore[misc]
+
+
+def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], share: tuple[Sequence[int], int] | None = None,
+                ) -> dict[str, jax.Array]:
+  """A batch ([B, …], or several [A, B, …]) on the mesh. `share` are the rows that `batch` has of a larger one and how
+  many that has (`local_rows`); without it, every process has the whole batch, and keeps its rows."""
+  axis = batch["tokens"].ndim - 2
 
   def put(name: str, x: np.ndarray) -> jax.Array:
-    divided = PartitionSpec() if name in _OF_PAIRS else PartitionSpec(*before, ROWS)
-    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, divided), lambda index: x[index])
+    if name in _OF_PAIRS:
+      return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec()), lambda index: x[index])
+    rows, n = share or (range(x.shape[axis]), x.shape[axis])
+    place = {row: at for at, row in enumerate(rows)}
+
+    def part(index) -> np.ndarray:
+      wanted = range(*index[axis].indices(n))
+      at = place[wanted[0]]  # the rows of a device follow one another
+      return x[(*index[:axis], slice(at, at + len(wanted)), *index[axis + 1 :])]
+
+    divided = NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
+    return jax.make_array_from_callback((*x.shape[:axis], n, *x.shape[axis + 1 :]), divided, part)
 
   return {name: put(name, x) for name, x in batch.items()}
 

@@ -103,15 +103,17 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every)
     self._path = (workdir / "checkpoints").resolve()
     # With a handler named here, shapes can be read before anything is restored.
-    self._manager = ocp.CheckpointManager(self._path, options=options,
-                                          item_handlers=ocp.StandardCheckpointHandler())
+    handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+    self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)
 
-  def save(self, state: TrainState, *, force: bool = False) -> None:
-    """Saves if the step is due (or `force`). The state's buffers may be donated as soon as this returns."""
-    self._manager.save(int(state.step), args=ocp.args.StandardSave(_plain(state)), force=force)
+  def save(self, state: TrainState, data: dict[str, Any], *, force: bool = False) -> None:
+    """Saves if the step is due (or `force`), and `data`, the input pipeline's state, beside it. The state's buffers may
+    be donated as soon as this returns."""
+    both = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), data=ocp.args.JsonSave(data))
+    self._manager.save(int(state.step), args=both, force=force)
 
-  def restore(self, like: TrainState) -> TrainState | None:
-    """The newest saved state, with the shapes and shardings of `like`; None if nothing was saved.
+  def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    """What was saved last, the state with the shapes and shardings of `like`; None if nothing was saved.
 
     Raises ValueError, one line, if what was saved has other arrays than `like`.
     """
@@ -119,7 +121,10 @@ class Checkpoints:
     if step is None:
       return None
     wanted = _plain(like)
-    stored = {name: array.shape for name, array in self._manager.item_metadata(step).tree.items()}
+    found = self._manager.item_metadata(step).state
+    if found is None:
+      raise ValueError(f"{self._path / str(step)} is of an earlier version of this program: choose another --workdir")
+    stored = {name: array.shape for name, array in found.tree.items()}
     for name in sorted(wanted.keys() | stored.keys()):
       here = wanted[name].shape if name in wanted else None
       if stored.get(name) != here:
@@ -127,9 +132,10 @@ class Checkpoints:
         raise ValueError(f"{self._path} belongs to a run with another model or configuration: {name} is "
                          f"{there} there, {here} here; choose another --workdir, or the settings of that run")
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
-    saved = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    saved = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract),
+                                                                data=ocp.args.JsonRestore()))
     # By name: a dict's leaves come sorted, the state's in the order of its fields.
-    return jax.tree.unflatten(jax.tree.structure(like), [saved[name] for name in wanted])
+    return jax.tree.unflatten(jax.tree.structure(like), [saved.state[name] for name in wanted]), saved.data
 
   def close(self) -> None:
     """Waits until the last save is on disk."""
