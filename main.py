@@ -10,13 +10,14 @@ from ml_collections import config_flags
 RESTART = 75  # exit code of a training that SIGTERM stopped: launchers start the same command again
 
 FLAGS = flags.FLAGS
-MODES = ["decode", "train", "preference", "eval", "pilot", "report", "annotate", "build", "export"]
+MODES = ["decode", "train", "preference", "eval", "pilot", "report", "annotate", "build", "export",
+         "compile"]
 flags.DEFINE_enum("mode", "decode", MODES, "what to do; pilot: eval with thresholds and an exit code; report: eval's "
                   "report anew; annotate: responses to training data; build: a data set of them; export: the model for "
-                  "other engines")
+                  "other engines; compile: the training steps for a TPU slice that is not here")
 config_flags.DEFINE_config_file("config", None, "experiment: a file, or file.py:argument; configs/smollm2_135m.py "
                                 "if not given", lock_config=True)
-flags.DEFINE_string("workdir", None, "folder of the run (all but decode): checkpoints, metrics, results")
+flags.DEFINE_string("workdir", None, "folder of the run (all but decode and compile): checkpoints, metrics, results")
 flags.DEFINE_string("prompt", None, "decode: the prompt; read from standard input where that is piped")
 flags.DEFINE_string("prompts_file", None, "decode, pilot: JSON lines with \"prompt\"")
 flags.DEFINE_integer("limit", None, "eval, pilot: so many prompts, spread evenly over the file", lower_bound=1)
@@ -41,6 +42,11 @@ def run() -> None:
     if FLAGS.mode != "train":
       raise ValueError(f"--distributed is for --mode=train, not {FLAGS.mode}")
     processes.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+  if FLAGS.mode == "compile":
+    from pasta_jax.train.ahead import compile_steps
+    jax.config.update("jax_platforms", "cpu")
+    compile_steps(FLAGS.config)
+    return
   use_compilation_cache(cache_folder() / "compiled")
   logging.info("devices: %s", jax.devices())
   if FLAGS.mode != "decode" and not FLAGS.workdir:

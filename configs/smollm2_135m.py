@@ -181,6 +181,10 @@ def get_config(arg: str = "") -> ConfigDict:
       avoid="",  # a file of evaluation prompts, as of annotate
       strict=False,  # stop at a row that cannot be used, instead of naming it
   ))
+  c.compile = ConfigDict(dict(  # of --mode=compile: training steps for TPUs that are not here (train.ahead)
+      topology="v5e:2x2",
+      stages="train",  # or "train,preference"
+  ))
   c.export = ConfigDict(dict(
       form="merged",  # a Hugging Face folder with the adapter in the weights; or "peft", the adapter alone
       dtype="float32",

@@ -65,7 +65,7 @@ def load_hf_folder(folder: Path,
     WeightsError: a file is missing or damaged, an architecture or a feature that the decoder lacks (other kinds of
       scaled RoPE, say), or tensors that do not fit config.json.
   """
-  config = _config(folder / "config.json")
+  config = read_config(folder / "config.json")
   tokenizer = Tokenizer.from_file(folder / "tokenizer.json", folder / "tokenizer_config.json")
   if tokenizer.vocab_size > config.vocab_size:
     raise WeightsError(f"{folder}: {tokenizer.vocab_size} tokens, but only {config.vocab_size} embeddings")
@@ -145,7 +145,8 @@ def _redundant(name: str, config: ModelConfig) -> bool:
   return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == _NAMES["head.kernel"])
 
 
-def _config(path: Path) -> ModelConfig:
+def read_config(path: Path) -> ModelConfig:
+  """The architecture that a `config.json` describes. Raises WeightsError, one line, if it is none of the families'."""
   raw = read_json(path)
   if (kind := raw.get("model_type")) not in FAMILIES:
     raise WeightsError(f"{path}: architecture {kind!r} is not supported, only {', '.join(FAMILIES)}")

@@ -37,20 +37,25 @@ _OF_PAIRS = ("reference", "weight")  # leaves of a batch that count pairs, not r
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh of `config.mesh`: a size for each axis, of which one may be -1 (all devices that the others leave).
+  """The mesh of `config.mesh` (`mesh_shape`) of these devices, or of all."""
+  devices = jax.devices() if devices is None else devices
+  shape = mesh_shape(sizes, len(devices))
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
+  """A size for each axis, of which one of `sizes` may be -1 (all devices that the others leave).
 
   Raises ValueError, one line, if the sizes do not make up the devices.
   """
-  devices = jax.devices() if devices is None else devices
   shape = [int(sizes[axis]) for axis in AXES]
   given = math.prod(n for n in shape if n != -1)
   if shape.count(-1) > 1 or min(n for n in (*shape, 1) if n != -1) < 1:
     raise ValueError(f"mesh={dict(zip(AXES, shape))}: sizes are 1 or more; one may be -1, for all devices left")
-  if len(devices) % given if -1 in shape else len(devices) != given:
+  if devices % given if -1 in shape else devices != given:
     wanted = f"a multiple of {given}" if -1 in shape else str(given)
-    raise ValueError(f"mesh={dict(zip(AXES, shape))} needs {wanted} devices, not the {len(devices)} here")
-  shape = [len(devices) // given if n == -1 else n for n in shape]
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    raise ValueError(f"mesh={dict(zip(AXES, shape))} needs {wanted} devices, not the {devices} here")
+  return tuple(devices // given if n == -1 else n for n in shape)
 
 
 def check_rows(mesh: Mesh, rows: int, name: str) -> None:

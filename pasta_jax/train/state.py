@@ -69,6 +69,11 @@ def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config, *, tags: 
     lora.add_tags(model, *first_tags(checkpoint, vocabulary))
   if not full and not any(module.lora_a is not None for module in build.linears(model).values()):
     lora.add_lora(model, config.lora_rank, config.lora_alpha, nnx.Rngs(config.seed))
+  return split(model, full=full)
+
+
+def split(model: Decoder, *, full: bool) -> tuple[Any, Params, Params]:
+  """(graph, trainable, frozen): every parameter is trained, or updates and tag rows alone."""
   chosen = nnx.Param if full else nnx.Any(nnx.OfType(LoraParam), nnx.OfType(TagParam))
   return nnx.split(model, chosen, ...)  # type: ignore[return-value]
 

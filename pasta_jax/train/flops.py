@@ -1,0 +1,42 @@
+"""FLOPs of a training step, and what chips can do: together, model FLOPs utilisation (Chowdhery et al. 2022)."""
+
+from typing import NamedTuple
+
+from pasta_jax.model.config import ModelConfig
+
+
+class Chip(NamedTuple):
+  """Dense bfloat16 products (FLOP/s), and bytes of memory, as the makers state them."""
+
+  peak: float
+  memory: float
+
+
+# By what the kind of a device begins with.
+_CHIPS = {
+  "TPU v4": Chip(275e12, 32e9), "TPU v5 lite": Chip(197e12, 16e9), "TPU v5e": Chip(197e12, 16e9),
+  "TPU v5": Chip(459e12, 95e9), "TPU v6 lite": Chip(918e12, 32e9), "TPU v6e": Chip(918e12, 32e9),
+  "NVIDIA A100": Chip(312e12, 80e9), "NVIDIA H100": Chip(989e12, 80e9), "NVIDIA H200": Chip(989e12, 141e9),
+}  # fmt: skip
+
+
+def chip(kind: str) -> Chip | None:
+  """What is known of a `jax.Device.device_kind`; None for CPUs and chips that are not listed."""
+  return next((_CHIPS[name] for name in sorted(_CHIPS, key=len, reverse=True) if kind.startswith(name)), None)
+
+
+def matmul_parameters(c: ModelConfig) -> int:
+  """Parameters that every token is multiplied with: the layers' matrices and the head, not the embedding's rows."""
+  attention = c.d_model * c.head_dim * 2 * (c.n_heads + c.n_kv_heads)
+  return c.n_layers * (attention + 3 * c.d_model * c.d_ff) + c.d_model * c.vocab_size
+
+
+def step_flops(c: ModelConfig, rows: int, length: int, *, full: bool) -> float:
+  """FLOPs that a step on `rows` rows of `length` tokens needs: forward and backward, nothing computed again.
+
+  Low-rank training (`full` False) needs no gradient of the weights. Attention counts half of T x T, which is the most
+  that a row of several examples, or with chunks that do not see each other, can need.
+  """
+  passes = 3 if full else 2
+  attention = c.n_layers * 2 * c.n_heads * c.head_dim * length / 2  # scores and context, multiplications a token
+  return 2.0 * rows * length * (passes * matmul_parameters(c) + 3 * attention)
