@@ -26,6 +26,7 @@ from pasta_jax.model.hf_folder import save_hf_folder
 from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.train import processes
 from pasta_jax.train.attention import check_how
+from pasta_jax.train.flops import chip, step_flops
 from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.loss import sft_loss
 from pasta_jax.train.metrics import last_scalars
@@ -94,15 +95,20 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
     optimiser, schedule = make_optimiser(c, total)
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimiser.init(trainable))
   update, evaluate = make_update(graph, optimiser, c)
+  flops = c.accumulate * step_flops(checkpoint.config, c.batch_size, c.length, full=c.lora_rank == 0)
+  limits = chip(mesh.devices.flat[0].device_kind)
+  peak = mesh.size * limits.peak if limits else 0.0
   state, frozen = place(mesh, state), place(mesh, frozen)
 
   def one_step(step: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
     started = time.perf_counter()
     state, metrics = update(state, frozen, place_batch(mesh, batch, (share, c.batch_size)))
     scalars = {k: float(v) for k, v in metrics.items()}
-    tokens = c.accumulate * c.batch_size * c.length
+    seconds = time.perf_counter() - started
     scalars |= {"learning_rate": float(schedule(step)), "epoch": (step + 1) / per_epoch,
-                "tokens_per_second": tokens / (time.perf_counter() - started)}
+                "tokens_per_second": c.accumulate * c.batch_size * c.length / seconds}
+    if peak:
+      scalars["mfu"] = flops / seconds / peak
     if validation and (step + 1 == total or (step + 1) % c.validate_every == 0):
       sums = [evaluate(state.trainable, frozen, place_batch(mesh, b.as_dict())) for b in validation]
       tokens = sum(float(s["tokens"]) for s in sums)

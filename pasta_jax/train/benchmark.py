@@ -1,0 +1,191 @@
+"""What training costs here: `python -m pasta_jax.train.benchmark`.
+
+Attention, forward and backward, by row length: the whole T x T mask against the program that trains on this machine
+(`train.attention`), for plain causal rows, for one long answer of 16 chunks, and for real examples packed into a row.
+Then whole training steps: tokens a second, and their share of what the chip can do (MFU). Medians; what is compared is
+measured in turns.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich
+from absl import app, flags
+from rich.table import Table
+
+from configs import smollm2_135m
+from pasta_jax.data.examples import examples, read_jsonl
+from pasta_jax.data.packing import Batch, fill_rows, pack_row
+from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model import flash, tiles
+from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
+from pasta_jax.model.config import ModelConfig
+from pasta_jax.train.attention import hidden_intervals, make_attend
+from pasta_jax.train.flops import chip, step_flops
+from pasta_jax.train.sft import make_update
+from pasta_jax.train.state import TrainState, make_model, make_optimiser
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("model", "smollm2-135m-instruct", "name, GGUF file or Hugging Face folder")
+flags.DEFINE_string("data", "data/seed.jsonl", "annotated rows that are packed")
+flags.DEFINE_list("lengths", ["2048", "8192"], "tokens of a row in the measurements of attention; none: leave them out")
+flags.DEFINE_integer("dense_up_to", 8192, "longest row for which the whole mask is tried")
+flags.DEFINE_list("kinds", ["auto"], "programs for attention (train.attention) beside the dense one")
+flags.DEFINE_string("dtype", "bfloat16", "of attention's products")
+flags.DEFINE_list("steps", ["full float32", "full bfloat16", "lora bfloat16"], "training steps; none: leave them out")
+flags.DEFINE_integer("rows", 4, "of a training step")
+flags.DEFINE_integer("length", 512, "tokens of a row of a training step")
+flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")
+flags.DEFINE_string("json", None, "write the figures to this file too")
+
+CHUNKS = 16  # of the long answer
+
+
+def causal_row(length: int) -> Batch:
+  """One example without chunks."""
+  row = pack_row([], length, 1)
+  row.segments[:] = 1
+  row.positions[:] = np.arange(length)
+  return row
+
+
+def answer_row(length: int) -> Batch:
+  """One answer: an eighth of it before any chunk, chunks of equal length, and an eighth behind their sync."""
+  row = causal_row(length)
+  head = length // 8
+  size = (length - 2 * head) // CHUNKS
+  for c in range(CHUNKS):
+    start = head + c * size
+    row.hidden[0, start : start + size, 0] = start + size, head + CHUNKS * size
+  return row
+
+
+def packed_row(vocabulary: Vocabulary, length: int) -> Batch:
+  """Examples of `--data`, again and again until the row is full."""
+  found = examples(read_jsonl(FLAGS.data), vocabulary, PositionRule(), annotation="plan",
+                   max_length=length).examples
+  found = found * (1 + length // sum(map(len, found)))
+  levels = max(e.hidden.shape[1] for e in found)
+  return pack_row([found[i] for i in fill_rows([len(e) for e in found], length)[0]], length, levels)
+
+
+def attention_timer(kind: str, row: Batch, config: ModelConfig) -> tuple[Callable[[], float], int]:
+  """(seconds of a forward and backward pass over one row, bytes of temporary memory that it takes)."""
+  dtype, length = jnp.dtype(FLAGS.dtype), row.tokens.shape[1]
+  keys = jax.random.split(jax.random.key(0), 3)
+  heads = (1, length, config.n_kv_heads)
+  q = jax.random.normal(keys[0], (*heads, config.n_groups, config.head_dim), dtype)
+  k, v = (jax.random.normal(key, (*heads, config.head_dim), dtype) for key in keys[1:])
+  batch = {name: jnp.asarray(x) for name, x in row.as_dict().items()}
+
+  def loss(q, k, v, batch):
+    return jnp.square(make_attend(kind, batch, config, dtype)(None, q, k, v, False)[0]).sum()
+
+  run = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, batch).compile()
+
+  def measure() -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(run(q, k, v, batch))
+    return time.perf_counter() - started
+
+  measure()
+  return measure, _temporary(run)
+
+
+def _temporary(compiled) -> int:
+  """Bytes beside arguments and results."""
+  memory = compiled.memory_analysis()
+  return memory.temp_size_in_bytes if memory else 0
+
+
+def visited(row: Batch, size: int) -> float:
+  """Tiles in which anything is seen, as a share of those of a causal row."""
+  batch = {name: jnp.asarray(x) for name, x in row.as_dict().items()}
+  length = row.tokens.shape[1] // size * size
+  hidden = hidden_intervals(batch)[:, :length]
+  kinds = jax.jit(tiles.tile_kinds, static_argnums=(2, 3))(hidden, batch["positions"][:, :length], 0, size)
+  n = length // size
+  return float((kinds != tiles.EMPTY).sum()) / (n * (n + 1) / 2)
+
+
+def measure_attention(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+  """Figures by length, program and mask."""
+  found = []
+  for length in map(int, FLAGS.lengths):
+    rows = {"causal": causal_row(length), "one answer": answer_row(length),
+            "packed": packed_row(checkpoint.vocabulary, length)}
+    cases = [(kind, mask) for kind in FLAGS.kinds for mask in rows]
+    cases = ([("dense", "causal")] if length <= FLAGS.dense_up_to else []) + cases
+    timers = {case: attention_timer(case[0], rows[case[1]], checkpoint.config) for case in cases}
+    seconds: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+    for _ in range(FLAGS.rounds):
+      for case, (measure, _) in timers.items():
+        seconds[case].append(measure())
+    for kind, mask in cases:
+      found.append({"length": length, "kind": kind, "mask": mask, "seconds": statistics.median(seconds[kind, mask]),
+                    "temporary": timers[kind, mask][1],
+                    "visited": visited(rows[mask], flash.tile_size("tpu", length))})
+  return found
+
+
+def measure_step(checkpoint: Checkpoint, what: str) -> dict[str, Any]:
+  """Figures of a training step, "full" or "lora" and a dtype."""
+  kind, dtype = what.split()
+  c = smollm2_135m.get_config().train
+  c.update(lora_rank=0 if kind == "full" else 16, dtype=dtype, batch_size=FLAGS.rows, length=FLAGS.length)
+  graph, trainable, frozen = make_model(checkpoint, checkpoint.vocabulary, c)
+  optimiser, _ = make_optimiser(c, 100)
+  update, _ = make_update(graph, optimiser, c)
+  row = packed_row(checkpoint.vocabulary, c.length).as_dict()
+  batch = {name: np.stack([np.concatenate([x] * c.batch_size)]) for name, x in row.items()}
+  state = TrainState(jnp.zeros((), jnp.int32), trainable, jax.jit(optimiser.init)(trainable))
+  step = update.lower(state, frozen, batch).compile()
+  seconds = []
+  for _ in range(FLAGS.rounds + 1):
+    started = time.perf_counter()
+    state, metrics = step(state, frozen, batch)
+    float(metrics["loss"])
+    seconds.append(time.perf_counter() - started)
+  median = statistics.median(seconds[1:])
+  limits = chip(jax.devices()[0].device_kind)
+  flops = step_flops(checkpoint.config, c.batch_size, c.length, full=kind == "full")
+  return {"step": what, "seconds": median, "tokens_per_second": c.batch_size * c.length / median,
+          "temporary": _temporary(step), "flops_per_second": flops / median,
+          "mfu": flops / median / limits.peak if limits else None}
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  checkpoint = load_checkpoint(FLAGS.model)
+  attention = measure_attention(checkpoint)
+  if attention:
+    table = Table("tokens", "program", "mask", "ms", "to causal", "MiB", "tiles",
+                  title=f"attention of a layer, {FLAGS.dtype}, forward and backward, {jax.devices()[0].device_kind}")
+    causal: dict[tuple[int, str], float] = {}
+    for f in attention:
+      base = causal.setdefault((f["length"], f["kind"]), f["seconds"])
+      table.add_row(f"{f['length']:,}", f["kind"], f["mask"], f"{1e3 * f['seconds']:.1f}", f"{f['seconds'] / base:.2f}",
+                    f"{f['temporary'] / 2**20:,.0f}", "" if f["kind"] == "dense" else f"{100 * f['visited']:.0f} %")
+    rich.print(table)
+  steps = [measure_step(checkpoint, what) for what in FLAGS.steps]
+  if steps:
+    table = Table("step", "tokens/s", "TFLOP/s of the model", "MFU", "temporary, MiB",
+                  title=f"{FLAGS.rows} rows of {FLAGS.length} tokens, {jax.devices()[0].device_kind}")
+    for s in steps:
+      table.add_row(s["step"], f"{s['tokens_per_second']:,.0f}", f"{s['flops_per_second'] / 1e12:.3f}",
+                    "" if s["mfu"] is None else f"{100 * s['mfu']:.0f} %", f"{s['temporary'] / 2**20:,.0f}")
+    rich.print(table)
+  if FLAGS.json:
+    Path(FLAGS.json).write_text(json.dumps({"attention": attention, "steps": steps}, indent=2))
+
+
+if __name__ == "__main__":
+  app.run(main)
