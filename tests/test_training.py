@@ -302,6 +302,18 @@ def test_rematerialised_gradients_are_the_same(nested, full):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), plain, again)
 
 
+def test_packing_equals_no_packing(laid_out, full):
+  """Examples side by side in one row, and each in a row of its own: the same loss and gradient."""
+  graph, trainable = full
+  some = sorted(laid_out, key=len)[:4]
+  assert any(e.hidden.any() for e in some)
+  total = sum(map(len, some))
+  (packed, together), (single, alone) = (value_and_gradient(graph, trainable, as_batch(*rows, length=total))
+                                         for rows in ([some], [[e] for e in some]))
+  np.testing.assert_allclose(packed, single, rtol=1e-5)
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), together, alone)
+
+
 def test_what_carries_no_loss(laid_out, full, vocabulary):
   """Prompts, the ends of chunks and padding have no target; the tags that the interpreter writes are none."""
   tags = vocabulary.tags

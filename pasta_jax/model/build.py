@@ -1,6 +1,6 @@
 """Decoders from weights: flat named arrays in, NNX modules out, and the forms that training and decoding use."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,13 +20,15 @@ def abstract(config: ModelConfig, dtype: Any, *, stacked: bool = False) -> Decod
   return nnx.eval_shape(lambda: stack(make()) if stacked else make())
 
 
-def from_params(config: ModelConfig, params: Mapping[str, Any], dtype: Any = jnp.float32, *,
-                stacked: bool = False) -> Decoder:
+def from_params(config: ModelConfig, params: Mapping[str, Any], dtype: Any = jnp.float32, *, stacked: bool = False,
+                put: Callable[[str, np.ndarray], jax.Array] = lambda name, x: jax.device_put(x)) -> Decoder:
   """A decoder that holds `params`, named as `checkpoint.Checkpoint` names them ("layers.0.attn.q.kernel").
 
   Matrices are cast to `dtype`, norm scales and biases stay float32. Parameters that are read when they are asked for
-  are read one by one, straight into that type. `stacked`: in the form of `stack`. Raises ValueError naming the first
-  parameter that is missing, left over or of the wrong shape.
+  are read one by one, straight into that type. `stacked`: in the form of `stack`. `put(name, array)` brings an array to
+  where it is to lie, before the next one is read; the default leaves it where host and device are one.
+
+  Raises ValueError naming the first parameter that is missing, left over or of the wrong shape.
   """
   graph, state = nnx.split(abstract(config, dtype, stacked=stacked))
   left = set(params)
@@ -48,7 +50,7 @@ def from_params(config: ModelConfig, params: Mapping[str, Any], dtype: Any = jnp
         read(f"layers.{i}.{name.removeprefix('layers.')}", out[i])
     else:
       read(name, out)
-    return jax.device_put(out)  # where host and device are one, the same memory
+    return put(name, out)
 
   with reading(params) as advance:
     state = jax.tree_util.tree_map_with_path(fill, state)

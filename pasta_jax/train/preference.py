@@ -27,8 +27,8 @@ from pasta_jax.train.attention import check_how
 from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.preference_loss import LOSSES, answer_log_likelihood, default_beta, preference_loss
 from pasta_jax.train.sft import export
-from pasta_jax.train.sharding import check_rows, make_mesh, on_host, place, place_batch
-from pasta_jax.train.state import TrainState, compute_model, make_model, make_optimiser
+from pasta_jax.train.sharding import check_rows, make_mesh, place_batch
+from pasta_jax.train.state import TrainState, compute_model, first_state, make_model, make_optimiser
 from pasta_jax.train.update import make_step
 
 
@@ -103,9 +103,7 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
   exact_products(c.dtype)
   workdir = checked_workdir(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  with on_host():
-    graph, trainable, frozen = make_model(checkpoint, vocabulary, c, adapter=adapter)
-  trainable, frozen = place(mesh, trainable), place(mesh, frozen)
+  graph, trainable, frozen = make_model(checkpoint, vocabulary, c, adapter=adapter, mesh=mesh)
   levels = max(e.hidden.shape[1] for p in pairs for e in (p.chosen, p.rejected))
   shape = dict(rows=c.batch_size, length=c.length, levels=levels, seed=c.seed)
 
@@ -140,7 +138,7 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
     return state, scalars | {"learning_rate": float(schedule(step)), "epoch": (step + 1) / per_epoch,
                              "pairs_per_second": scalars["pairs"] / seconds}
 
-  state = place(mesh, TrainState(jnp.zeros((), jnp.int32), trainable, optimiser.init(trainable)))
+  state = first_state(mesh, trainable, optimiser)
   with jax.set_mesh(mesh):
     feed = Feed(batches, steps=total, accumulate=c.accumulate,
                 identity=digest([e for p in pairs for e in (p.chosen, p.rejected)]))

@@ -30,8 +30,8 @@ from pasta_jax.train.flops import chip, step_flops
 from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.loss import sft_loss
 from pasta_jax.train.metrics import last_scalars
-from pasta_jax.train.sharding import check_rows, local_rows, make_mesh, on_host, place, place_batch
-from pasta_jax.train.state import TrainState, compute_model, make_model, make_optimiser
+from pasta_jax.train.sharding import check_rows, local_rows, make_mesh, place_batch
+from pasta_jax.train.state import TrainState, compute_model, first_state, make_model, make_optimiser
 from pasta_jax.train.update import make_step
 
 
@@ -90,15 +90,13 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   print(f"{len(data)} examples ({left_out}), {len(held_out)} held out; "
         f"{total} steps, {per_epoch:.0f} an epoch")
 
-  with on_host():
-    graph, trainable, frozen = make_model(checkpoint, vocabulary, c, tags=c.annotation != "none")
-    optimiser, schedule = make_optimiser(c, total)
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimiser.init(trainable))
+  graph, trainable, frozen = make_model(checkpoint, vocabulary, c, tags=c.annotation != "none", mesh=mesh)
+  optimiser, schedule = make_optimiser(c, total)
+  state = first_state(mesh, trainable, optimiser)
   update, evaluate = make_update(graph, optimiser, c)
   flops = c.accumulate * step_flops(checkpoint.config, c.batch_size, c.length, full=c.lora_rank == 0)
   limits = chip(mesh.devices.flat[0].device_kind)
   peak = mesh.size * limits.peak if limits else 0.0
-  state, frozen = place(mesh, state), place(mesh, frozen)
 
   def one_step(step: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
     started = time.perf_counter()

@@ -8,7 +8,6 @@ Functions that are traced find the mesh in `jax.set_mesh`; without one, or with 
 nothing, so losses and updates are the same code on one device and on many.
 """
 
-import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -87,11 +86,18 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def place(mesh: Mesh, tree: Any) -> Any:
-  """Parameters or a `TrainState` on the mesh. Of several processes each has them whole, and keeps its pieces."""
+  """Parameters or a `TrainState` on the mesh (`place_array`)."""
+  return jax.tree_util.tree_map_with_path(lambda path, x: place_array(mesh, _name(path), x), tree)
+
+
+def place_array(mesh: Mesh, name: str, x: Any) -> jax.Array:
+  """An array on the mesh, or itself if it lies there. Of several processes each has it whole, and keeps its pieces."""
+  where = NamedSharding(mesh, spec(name, x.shape, mesh.shape))
+  if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(where, x.ndim):
+    return x
   if jax.process_count() == 1:
-    return jax.device_put(tree, shardings(mesh, tree))
-  put = lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: np.asarray(x)[index])
-  return jax.tree.map(put, tree, shardings(mesh, tree))
+    return jax.device_put(x, where)
+  return jax.make_array_from_callback(x.shape, where, lambda index: np.asarray(x)[index])
 
 
 def pin(tree: Any) -> Any:
@@ -143,14 +149,6 @@ def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], share: tuple[Sequen
     return jax.make_array_from_callback((*x.shape[:axis], n, *x.shape[axis + 1 :]), divided, part)
 
   return {name: put(name, x) for name, x in batch.items()}
-
-
-def on_host() -> contextlib.AbstractContextManager:
-  """Arrays made inside stay in the host's memory, until `place` divides them: no device need hold a whole model."""
-  try:
-    return jax.default_device(jax.local_devices(backend="cpu")[0])
-  except RuntimeError:  # JAX_PLATFORMS leaves the host out
-    return contextlib.nullcontext()
 
 
 def _name(path: tuple) -> str:

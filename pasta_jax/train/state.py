@@ -1,5 +1,6 @@
 """What a training run keeps: trainable and frozen parameters, the optimiser, and checkpoints."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,12 +10,14 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import build, lora
 from pasta_jax.model.adapter import Merged, read_adapter
 from pasta_jax.model.checkpoint import Checkpoint
 from pasta_jax.model.decoder import Decoder, LoraParam, TagParam
+from pasta_jax.train.sharding import place, place_array, shardings
 
 Params = Any  # a pytree of arrays
 
@@ -48,13 +51,14 @@ def first_tags(checkpoint: Checkpoint, vocabulary: Vocabulary) -> tuple[np.ndarr
 
 
 def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config, *, tags: bool = True,
-               adapter: Path | None = None) -> tuple[Any, Params, Params]:
+               adapter: Path | None = None, mesh: Mesh | None = None) -> tuple[Any, Params, Params]:
   """(graph, trainable, frozen) of the model to train, layers stacked.
 
   `config.lora_rank` 0 trains every parameter. Trainable parameters are float32; frozen ones are stored in
   `config.dtype`. `graph` turns both back into a Decoder with `nnx.merge`. With an `adapter` training goes on from
   its tag rows and its updates, whose rank stays, or which are merged where every parameter is trained; else new ones
-  begin at no effect, `tags` or no tags.
+  begin at no effect, `tags` or no tags. On a `mesh` each array is divided when it has been read: the host holds one at
+  a time.
   """
   full = config.lora_rank == 0
   dtype = jnp.dtype(jnp.float32 if full else config.dtype)
@@ -62,14 +66,25 @@ def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config, *, tags: 
   if merge is not None and full:
     params = Merged(checkpoint.config, params, merge._replace(tags=None, head_tags=None))
     merge = merge._replace(factors={})
-  model = build.from_params(checkpoint.config, params, dtype, stacked=True)
+  how = {} if mesh is None else {"put": partial(place_array, mesh)}
+  model = build.from_params(checkpoint.config, params, dtype, stacked=True, **how)
   if merge is not None:
     lora.put(merge, model)
   elif tags:
     lora.add_tags(model, *first_tags(checkpoint, vocabulary))
   if not full and not any(module.lora_a is not None for module in build.linears(model).values()):
     lora.add_lora(model, config.lora_rank, config.lora_alpha, nnx.Rngs(config.seed))
-  return split(model, full=full)
+  graph, trainable, frozen = split(model, full=full)
+  if mesh is not None:
+    trainable, frozen = place(mesh, trainable), place(mesh, frozen)
+  return graph, trainable, frozen
+
+
+def first_state(mesh: Mesh, trainable: Params, optimiser: optax.GradientTransformation) -> TrainState:
+  """The state before any step, `trainable` placed already; moments are made where they stay."""
+  where = shardings(mesh, jax.eval_shape(optimiser.init, trainable))
+  return TrainState(place_array(mesh, "step", np.zeros((), np.int32)), trainable,
+                    jax.jit(optimiser.init, out_shardings=where)(trainable))
 
 
 def split(model: Decoder, *, full: bool) -> tuple[Any, Params, Params]:
