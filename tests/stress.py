@@ -26,7 +26,7 @@ from absl import app, flags, logging  # noqa: E402
 
 from configs import tiny  # noqa: E402
 from pasta_jax.progress import progress_bar  # noqa: E402
-from pasta_jax.train import sft  # noqa: E402
+from pasta_jax.train import loop, sft  # noqa: E402
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("kills", 50, "how often the run is killed")
@@ -34,12 +34,19 @@ flags.DEFINE_integer("seed", 0, "of the moments")
 NOT_COMPARED = ("tokens_per_second", "data_wait")
 
 
-def train(workdir: Path, steps: int) -> None:
-  """The run. No JAX array has been made before it in this process, so that it may be a fork."""
+def train(workdir: Path, steps: int, done) -> None:
+  """The run, which counts its steps in `done`. No JAX array was made before it, so that it may be a fork."""
   from pasta_jax.decode.generate import use_compilation_cache
   use_compilation_cache(workdir.parent / "compiled")
   config = tiny.get_config()
   config.train.update(steps=steps, length=1024, checkpoint_every=1, data=str(ROOT / "data/seed.jsonl"), lora_rank=0)
+  write = loop.MetricWriter.write
+
+  def and_count(self, step, scalars):
+    write(self, step, scalars)
+    done.value += 1
+
+  loop.MetricWriter.write = and_count
   sys.stdout = sys.stderr = open(workdir.parent / "log", "a")  # noqa: SIM115
   sft.train(config, workdir)
 
@@ -72,11 +79,11 @@ def killed_run(workdir: Path, kills: int, steps: int) -> tuple[int, int]:
   bar, task = progress_bar("kills", kills, 0)
   with bar:
     for kill in range(kills):
-      before, started = len(lines(workdir)), time.monotonic()
-      process = fork.Process(target=train, args=(workdir, steps))
+      done = fork.Value("i", 0)
+      process = fork.Process(target=train, args=(workdir, steps, done))
       process.start()
       if rng.random() < 0.8:
-        while process.is_alive() and len(lines(workdir)) in (before, 0) and time.monotonic() - started < 120:
+        while process.is_alive() and not done.value:
           time.sleep(0.02)
         time.sleep(rng.uniform(0, 2))
       else:
@@ -89,12 +96,17 @@ def killed_run(workdir: Path, kills: int, steps: int) -> tuple[int, int]:
       again += len(lines(workdir)) - max([int(p.name) for p in (workdir / "checkpoints").glob("*")
                                           if p.name.isdigit()], default=0)
       bar.update(task, completed=kill + 1, note=f"step {len(lines(workdir))}")
-  process = fork.Process(target=train, args=(workdir, steps))
+  to_its_end(workdir, steps)
+  return in_write, again
+
+
+def to_its_end(workdir: Path, steps: int) -> None:
+  fork = multiprocessing.get_context("fork")
+  process = fork.Process(target=train, args=(workdir, steps, fork.Value("i", 0)))
   process.start()
   process.join()
   if process.exitcode:
-    sys.exit(f"the last run failed: see {workdir.parent / 'log'}")
-  return in_write, again
+    sys.exit(f"the run failed: see {workdir.parent / 'log'}")
 
 
 def main(argv: list[str]) -> None:
@@ -103,9 +115,7 @@ def main(argv: list[str]) -> None:
   folder = Path(tempfile.mkdtemp(prefix="stress-"))
   steps = 20 * FLAGS.kills  # more than will be done between the kills
   in_write, again = killed_run(folder / "killed", FLAGS.kills, steps)
-  undisturbed = multiprocessing.get_context("fork").Process(target=train, args=(folder / "whole", steps))
-  undisturbed.start()
-  undisturbed.join()
+  to_its_end(folder / "whole", steps)
   ours, theirs = lines(folder / "killed"), lines(folder / "whole")
   wrong = [a["step"] for a, b in zip(ours, theirs) if a != b]
   if wrong or len(ours) != len(theirs) or len(ours) != steps:

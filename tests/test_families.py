@@ -12,6 +12,7 @@ import tokenizers
 from folders import CONTROLS, TEMPLATE, describe_shape
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from test_model import Letters, decoding_form, logits, nested_layout, torch_logits
 
 from pasta_jax.lang.vocabulary import Vocabulary
@@ -121,7 +122,8 @@ def test_logits_equal_those_of_transformers(name: str, folder, torch_models):
 @EVERY
 def test_written_models_are_read_by_transformers_and_by_us(name: str, folder, torch_models, tmp_path: Path):
   loaded = load_checkpoint(folder(name))
-  save_hf_folder(tmp_path / "again", loaded.config, loaded.params, loaded.tokenizer)
+  files = save_hf_folder(tmp_path / "again", loaded.config, loaded.params, loaded.tokenizer, file_bytes=20_000)
+  assert len(files) > 2 and max(f.stat().st_size for f in files) < 40_000
   back = load_checkpoint(tmp_path / "again")
   assert back.config == loaded.config
   for key, value in loaded.params.items():
@@ -132,6 +134,42 @@ def test_written_models_are_read_by_transformers_and_by_us(name: str, folder, to
   tokens, positions, mask = nested_layout()
   np.testing.assert_array_equal(masked_logits(theirs, tokens, positions, mask),
                                 masked_logits(torch_models(name), tokens, positions, mask))
+
+
+def test_the_text_part_of_a_model_that_sees(folder, torch_models, tmp_path: Path):
+  """Gemma 3's larger models: their own class, its names for tensors of now and before, and a config that leaves out
+  what is usual."""
+  text = {**_SHAPE, **FAMILIES["gemma3_text"], "head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+  vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                patch_size=14)
+  torch.manual_seed(5)
+  theirs = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
+    text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=3)).eval()
+  place = folder("gemma3_text")  # for its tokenizer
+  (place / "model.safetensors").unlink()
+  theirs.save_pretrained(place)
+  described = json.loads((place / "config.json").read_text())
+  usual = ("head_dim", "num_attention_heads", "num_key_value_heads")
+  assert described["model_type"] == "gemma3"
+  described["text_config"] = {k: v for k, v in described["text_config"].items() if k not in usual}
+  (place / "config.json").write_text(json.dumps(described))
+  tokens, positions, _ = nested_layout()
+  with torch.no_grad():
+    expected = theirs(torch.from_numpy(tokens.astype(np.int64)), use_cache=False).logits.numpy()
+  assert expected.std() > 0.01
+  for prefixes in ({}, {"language_model.model.": "model.language_model.", "vision_tower.": "model.vision_tower.",
+                        "multi_modal_projector.": "model.multi_modal_projector."}):
+    tensors = load_file(place / "model.safetensors")
+    renamed = {next((new + k.removeprefix(old) for old, new in prefixes.items() if k.startswith(old)), k): x
+               for k, x in tensors.items()}
+    save_file(renamed, place / "model.safetensors", {"format": "pt"})
+    loaded = load_checkpoint(place)
+    assert loaded.config.head_dim == 256 and loaded.config.local_layers == (True, True, False)
+    np.testing.assert_allclose(logits(build.from_params(loaded.config, loaded.params), tokens), expected, atol=1e-4)
+  name = next(k for k in renamed if "q_proj" in k and "language" in k)
+  save_file({k: x for k, x in renamed.items() if k != name}, place / "model.safetensors", {"format": "pt"})
+  with pytest.raises(WeightsError, match="tensor model.layers.0.self_attn.q_proj.weight is missing"):
+    load_checkpoint(place)
 
 
 @EVERY

@@ -21,12 +21,13 @@ from safetensors.numpy import load_file
 from configs.smollm2_135m import get_config
 from pasta_jax.data.examples import DataError, examples, program_of, read_jsonl
 from pasta_jax.data.packing import PackedBatches, concatenate, pack_row
+from pasta_jax.decode.generate import Generator
 from pasta_jax.lang.layout import NO_TARGET, PositionRule, layout
 from pasta_jax.lang.program import Promise
 from pasta_jax.lang.thread import Thread
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import build, lora
-from pasta_jax.model.adapter import weights_of
+from pasta_jax.model.adapter import Merged, read_adapter, weights_of
 from pasta_jax.model.attention import causal_mask, dense_attention
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.config import ModelConfig
@@ -455,6 +456,36 @@ def test_killed_and_resumed_equals_never_killed(whole_run, tiny, tmp_path, monke
   assert ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)
 
 
+@pytest.mark.parametrize("kind", ["low-rank", "full", "baseline"])
+def test_a_run_is_a_source_of_weights(tiny, tmp_path: Path, kind: str):
+  """Its newest checkpoint, stopped on its way: the weights that the run itself goes on with, tags and positions too."""
+  config = settings(tiny, lora_rank=0 if kind == "full" else 2, steps=2,
+                    annotation="none" if kind == "baseline" else "plan")
+  config.positions.strategy = "pred_1x"
+  sft.train(config, tmp_path)
+  adapter = tmp_path / "adapter.safetensors"
+  base = load_checkpoint(tmp_path / "model" if kind == "full" else tiny / "model")
+  expected = Merged(base.config, base.params, read_adapter(adapter, base.config))
+  adapter.unlink()
+  shutil.rmtree(tmp_path / "model", ignore_errors=True)
+  found = load_checkpoint(tmp_path)
+  assert found.config == expected.config and set(found.params) == set(expected)
+  for name, value in expected.items():
+    np.testing.assert_allclose(found.params[name], value, rtol=2 ** -8, atol=2 ** -8, err_msg=name)  # rounded in files
+    if kind == "full" and not name.startswith("embed"):
+      np.testing.assert_array_equal(found.params[name], value, err_msg=name)
+  config.model.update(source=str(tmp_path), adapter="")
+  generator = Generator(config)
+  assert generator.has_tags == (kind != "baseline")
+  if kind != "baseline":
+    assert generator.rule.strategy == "pred_1x"
+  assert load_checkpoint(tmp_path).source == str(tmp_path)
+  shutil.rmtree(tmp_path / "checkpoints")
+  (tmp_path / "checkpoints").mkdir()
+  with pytest.raises(WeightsError, match="the run has saved no checkpoint yet"):
+    load_checkpoint(tmp_path)
+
+
 def test_resuming_with_other_settings_says_so(whole_run, tiny, tmp_path, capsys):
   """What the arrays do not show: the run goes on, and tells which settings changed."""
   shutil.copytree(whole_run, tmp_path / "copy")
@@ -489,13 +520,13 @@ def test_a_checkpoint_holds_its_step_whatever_the_next_step_does(tmp_path: Path)
                  donate_argnums=0)
   weights = lambda: {"z": jnp.ones((512, 512)), "a": jnp.arange(4.0)}
   first = lambda: TrainState(jnp.int32(7), weights(), (jnp.zeros((3,)),))
-  checkpoints = Checkpoints(tmp_path, 1)
+  checkpoints = Checkpoints(tmp_path, 1, {})
   state = first()
   checkpoints.save(state, {"next": 7})
   for _ in range(3):
     state = step(state)
   checkpoints.close()
-  again = Checkpoints(tmp_path, 1)
+  again = Checkpoints(tmp_path, 1, {})
   restored, data = again.restore(state)  # type: ignore[misc]
   jax.tree.map(np.testing.assert_array_equal, restored, first())
   assert data == {"next": 7}

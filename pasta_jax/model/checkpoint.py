@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.download import RELEASES, named_weights
 from pasta_jax.model.gguf_file import load_gguf
 from pasta_jax.model.hf_folder import load_hf_folder
+from pasta_jax.model.run_folder import is_run, load_run
 from pasta_jax.model.tiny import tiny_model
 from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.model.weights import WeightsError
@@ -33,6 +35,7 @@ class Checkpoint:
   params: Mapping[str, np.ndarray]
   tokenizer: Tokenizer
   pasta: dict[str, str] = dataclasses.field(default_factory=dict)
+  source: str = ""  # what `load_checkpoint` finds it by, from any folder
 
   @property
   def vocabulary(self) -> Vocabulary:
@@ -43,31 +46,35 @@ def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -
   """Loads a checkpoint of one of the `families`.
 
   Args:
-    source: one of `download.RELEASES` ("smollm2-135m-instruct", "gemma3-270m"; downloaded once), a .gguf file, or
-      a folder in Hugging Face's format; or "tiny", which is made up (`tiny`).
+    source: one of `download.RELEASES` ("smollm2-135m-instruct", "gemma3-270m"; downloaded once), a .gguf file, a
+      folder in Hugging Face's format, or that of a training run (`run_folder`); or "tiny", which is made up (`tiny`).
     progress: show a bar on stderr, if that is a terminal.
 
   Raises:
     WeightsError: nothing usable is found there; the message is one line that says why.
   """
   if source == TINY:
-    return _checkpoint(TINY, *tiny_model(), {})
+    return _checkpoint(TINY, TINY, *tiny_model(), {})
   if source in RELEASES:
-    name, path = str(source), named_weights(str(source))
+    name, path, again = str(source), named_weights(str(source)), str(source)
   else:
     path = Path(source).expanduser()
-    name = path.resolve().name.removesuffix(".gguf")
+    name, again = path.resolve().name.removesuffix(".gguf"), str(path.resolve())
+  if is_run(path):
+    base, config, params, pasta = load_run(path, partial(load_checkpoint, progress=progress))
+    return Checkpoint(base.name, config, params, base.tokenizer, pasta, again)
   if path.is_dir():
-    return _checkpoint(name, *load_hf_folder(path, progress))
+    return _checkpoint(name, again, *load_hf_folder(path, progress))
   if path.is_file():
-    return _checkpoint(name, *load_gguf(path, progress), {})
-  raise WeightsError(f"{source}: neither a GGUF file, nor a model's folder, nor one of {', '.join(RELEASES)}")
+    return _checkpoint(name, again, *load_gguf(path, progress), {})
+  raise WeightsError(f"{source}: neither a GGUF file, nor the folder of a model or a training run, nor one of "
+                     f"{', '.join(RELEASES)}")
 
 
-def _checkpoint(name: str, config: ModelConfig, params: Mapping[str, np.ndarray], tokenizer: Tokenizer,
+def _checkpoint(name: str, source: str, config: ModelConfig, params: Mapping[str, np.ndarray], tokenizer: Tokenizer,
                 pasta: dict[str, str]) -> Checkpoint:
   config = dataclasses.replace(config, tag_ids=tag_rows_for(tokenizer, config.vocab_size))
-  return Checkpoint(name, config, params, tokenizer, pasta)
+  return Checkpoint(name, config, params, tokenizer, pasta, source)
 
 
 def tag_rows_for(tokenizer: Tokenizer, rows: int) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Models in Hugging Face's folder format: config.json, *.safetensors, tokenizer files."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.numpy import save_file
 from pasta_jax.model.config import ModelConfig, RopeScaling
 from pasta_jax.model.families import FAMILIES, family_of, has_local_layers, local_layers
 from pasta_jax.model.tokenizer import Tokenizer
-from pasta_jax.model.weights import StoredParams, WeightsError, collect, read_json, rename
+from pasta_jax.model.weights import StoredParams, WeightsError, collect, param_shapes, read_json, rename
 
 _NAMES = {
   "embed.embedding": "model.embed_tokens.weight",
@@ -41,6 +42,14 @@ _NAMES_WITH_POST_NORMS = _NAMES | {
   "mlp_norm.scale": "pre_feedforward_layernorm.weight",
   "mlp_post_norm.scale": "post_feedforward_layernorm.weight",
 }
+# Folders of models that see images too: their text part's family, and what its part of config.json leaves out, as
+# transformers has it.
+_WITH_IMAGES: dict[str, tuple[str, dict[str, Any]]] = {"gemma3": ("gemma3_text", dict(
+  vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, query_pre_attn_scalar=256,
+  rms_norm_eps=1e-6, max_position_embeddings=131_072, sliding_window=4096, rope_theta=1e6, rope_local_base_freq=1e4,
+  hidden_activation="gelu_pytorch_tanh"))}
+# Of their tensors: what the text part's names begin with, for "model." and for what stands outside of it.
+_TEXT_PART = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.": ""}
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 # Of each family, whatever its config.json calls it: Gemma's first files said "gelu", and meant the approximation.
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu"}
@@ -70,31 +79,41 @@ def load_hf_folder(folder: Path,
   if tokenizer.vocab_size > config.vocab_size:
     raise WeightsError(f"{folder}: {tokenizer.vocab_size} tokens, but only {config.vocab_size} embeddings")
 
-  # Tensor → open file (`safe_open` has no public type). They stay open, and mapped, as long as they may be read.
-  file_of: dict[str, Any] = {}
+  # Tensor → (open file, its name there); `safe_open` has no public type. They stay open, and mapped, as long as they
+  # may be read.
+  file_of: dict[str, tuple[Any, str]] = {}
   stored: dict[str, tuple[int, ...]] = {}
+  with_images = read_json(folder / "config.json").get("model_type") in _WITH_IMAGES
   for path in _shards(folder):
     file = _open(path)
-    for name in file.keys():  # noqa: SIM118  (not a dict)
-      if _redundant(name, config):
+    for there in file.keys():  # noqa: SIM118  (not a dict)
+      name = _of_text(there) if with_images else there
+      if name is None or _redundant(name, config):
         continue
       if name in file_of:
         raise WeightsError(f"{path}: tensor {name} is in another file already")
-      file_of[name], stored[name] = file, tuple(file.get_slice(name).get_shape())
+      file_of[name], stored[name] = (file, there), tuple(file.get_slice(there).get_shape())
+
+  def read(theirs: str, rows: slice) -> np.ndarray:
+    file, name = file_of[theirs]
+    return file.get_slice(name)[rows]
+
   params = collect(
     config,
     folder,
     lambda name: hf_name(config, name),
     stored,
-    lambda _, theirs, rows: file_of[theirs].get_slice(theirs)[rows],
+    lambda _, theirs, rows: read(theirs, rows),
     progress,
   )
   return config, params, tokenizer, _pasta(folder / "config.json", tokenizer)
 
 
 def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, ArrayLike], tokenizer: Tokenizer, *,
-                   dtype: str = "float32", pasta: Mapping[str, str] | None = None) -> Path:
-  """Writes a model so that `load_hf_folder` and `transformers` read it; returns the file of its tensors.
+                   dtype: str = "float32", pasta: Mapping[str, str] | None = None,
+                   file_bytes: int = 4 << 30) -> list[Path]:
+  """Writes a model so that `load_hf_folder` and `transformers` read it; returns the files of its tensors, which hold
+  about `file_bytes` each at most, and of which one is in memory at a time.
 
   `pasta` is for weights with PASTA's tags among the rows of the vocabulary, at `config.tag_ids`: the metadata of their
   adapter, which goes into config.json; the tokenizer then knows the tags.
@@ -105,18 +124,33 @@ def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, Array
   temporary = folder.with_name(folder.name + ".tmp")
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
-  tensors = {}
-  for name, x in params.items():
-    x = np.asarray(x, dtype)
-    theirs = hf_name(config, name)
-    tensors[theirs] = np.ascontiguousarray(x.T if name.endswith(".kernel") else x)
-  save_file(tensors, temporary / _SINGLE, {"format": "pt"})
+  parts: list[list[str]] = [[]]
+  size = 0
+  for name, shape in param_shapes(config).items():
+    bytes_ = math.prod(shape) * np.dtype(dtype).itemsize
+    if parts[-1] and size + bytes_ > file_bytes:
+      parts.append([])
+      size = 0
+    parts[-1].append(name)
+    size += bytes_
+  files = [_SINGLE] if len(parts) == 1 else [f"model-{i:05}-of-{len(parts):05}.safetensors"
+                                             for i in range(1, len(parts) + 1)]
+  for file, names in zip(files, parts):
+    tensors = {}
+    for name in names:
+      x = np.asarray(params[name], dtype)
+      tensors[hf_name(config, name)] = np.ascontiguousarray(x.T if name.endswith(".kernel") else x)
+    save_file(tensors, temporary / file, {"format": "pt"})
+  if len(files) > 1:
+    where = {hf_name(config, name): file for file, names in zip(files, parts) for name in names}
+    total = sum((temporary / file).stat().st_size for file in files)
+    (temporary / _INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2))
   described = _described(config, tokenizer) | {"dtype": dtype} | ({"pasta": dict(pasta)} if pasta else {})
   (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
   tokenizer.save(temporary, config.tag_ids if pasta else ())
   shutil.rmtree(folder, ignore_errors=True)
   temporary.replace(folder)
-  return folder / _SINGLE
+  return [folder / file for file in files]
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -140,6 +174,11 @@ def _open(path: Path) -> Any:
     raise WeightsError(f"{path}: truncated, damaged or missing ({error})") from error
 
 
+def _of_text(name: str) -> str | None:
+  """A tensor's name in a folder of the text part alone; None for what sees."""
+  return next((new + name.removeprefix(old) for old, new in _TEXT_PART.items() if name.startswith(old)), None)
+
+
 def _redundant(name: str, config: ModelConfig) -> bool:
   """Tensors that old exports write although they follow from the rest: RoPE's table, a tied head."""
   return name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == _NAMES["head.kernel"])
@@ -148,6 +187,9 @@ def _redundant(name: str, config: ModelConfig) -> bool:
 def read_config(path: Path) -> ModelConfig:
   """The architecture that a `config.json` describes. Raises WeightsError, one line, if it is none of the families'."""
   raw = read_json(path)
+  if raw.get("model_type") in _WITH_IMAGES and isinstance(text := raw.get("text_config"), dict):
+    family, usual = _WITH_IMAGES[raw["model_type"]]
+    raw = usual | {key: value for key, value in text.items() if value is not None} | {"model_type": family}
   if (kind := raw.get("model_type")) not in FAMILIES:
     raise WeightsError(f"{path}: architecture {kind!r} is not supported, only {', '.join(FAMILIES)}")
   for feature in ("attention_bias", "mlp_bias"):

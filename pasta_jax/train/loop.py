@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,18 +30,18 @@ class Stopped(Exception):
 
 
 def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: Step, feed: Feed, *,
-              checkpoint_every: int) -> TrainState:
+              checkpoint_every: int, about: dict[str, Any]) -> TrainState:
   """Runs `one_step(step, state, batch)` up to step `total` with the batches of `feed`; returns the last state.
 
-  Leaves checkpoints, `metrics.jsonl`, `tensorboard/` and `config.json` in `workdir`. The scalars need `loss` and
-  `gradient_norm`. Raises Stopped where SIGTERM came to one of the processes before the last step, FloatingPointError
+  Leaves checkpoints (with `about`, see `state.about`), `metrics.jsonl`, `tensorboard/` and `config.json` in `workdir`.
+  The scalars need `loss` and `gradient_norm`. Raises Stopped where SIGTERM came to one of the processes before the last step, FloatingPointError
   when one of the two is not finite, and ValueError, one line, when an earlier run in `workdir` cannot be gone on with.
   """
   if total < 1:
     raise ValueError(f"{total} training steps were asked for: one at least is needed")
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir, checkpoint_every)
+    checkpoints = Checkpoints(workdir, checkpoint_every, about)
   except OSError as error:
     raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from None
   stop: list[bool] = []

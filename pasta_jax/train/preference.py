@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from pasta_jax.data.pairs import PairBatches, PreferencePair
@@ -26,9 +27,9 @@ from pasta_jax.progress import progress_bar
 from pasta_jax.train.attention import check_how
 from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.preference_loss import LOSSES, answer_log_likelihood, default_beta, preference_loss
-from pasta_jax.train.sft import export
+from pasta_jax.train.sft import export, positions_of
 from pasta_jax.train.sharding import check_rows, make_mesh, place_batch
-from pasta_jax.train.state import TrainState, compute_model, first_state, make_model, make_optimiser
+from pasta_jax.train.state import TrainState, about, compute_model, first_state, make_model, make_optimiser
 from pasta_jax.train.update import make_step
 
 
@@ -139,13 +140,14 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
                              "pairs_per_second": scalars["pairs"] / seconds}
 
   state = first_state(mesh, trainable, optimiser)
+  metadata = {"preference": json.dumps(recipe(c)), **positions_of(rule), **notes}
   with jax.set_mesh(mesh):
     feed = Feed(batches, steps=total, accumulate=c.accumulate,
                 identity=digest([e for p in pairs for e in (p.chosen, p.rejected)]))
-    state = run_steps(config, workdir, state, total, one_step, feed, checkpoint_every=c.checkpoint_every)
+    state = run_steps(config, workdir, state, total, one_step, feed, checkpoint_every=c.checkpoint_every,
+                      about=about(checkpoint, nnx.merge(graph, trainable, frozen), metadata))
   model = compute_model(graph, state.trainable, frozen, jnp.float32)
-  export(workdir, model, rule, checkpoint.tokenizer, full=c.lora_rank == 0, tags=True,
-         metadata={"preference": json.dumps(recipe(c)), **notes})
+  export(workdir, model, checkpoint.tokenizer, full=c.lora_rank == 0, metadata=metadata)
 
 
 def recipe(c) -> dict:

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from pasta_jax.data.examples import examples, mix
 from pasta_jax.data.packing import PackedBatches, single_batches
@@ -31,7 +32,7 @@ from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.loss import sft_loss
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.sharding import check_rows, local_rows, make_mesh, place_batch
-from pasta_jax.train.state import TrainState, compute_model, first_state, make_model, make_optimiser
+from pasta_jax.train.state import TrainState, about, compute_model, first_state, make_model, make_optimiser
 from pasta_jax.train.update import make_step
 
 
@@ -114,27 +115,33 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
       scalars["validation_accuracy"] = sum(float(s["correct"]) for s in sums) / tokens
     return state, scalars
 
+  metadata = {"train": _recipe(config)} | (positions_of(rule) if c.annotation != "none" else {})
   with jax.set_mesh(mesh):
     feed = Feed(lambda i: batches(i, share).as_dict(), steps=total, accumulate=c.accumulate, identity=digest(data))
-    state = run_steps(config, workdir, state, total, one_step, feed, checkpoint_every=c.checkpoint_every)
+    state = run_steps(config, workdir, state, total, one_step, feed, checkpoint_every=c.checkpoint_every,
+                      about=about(checkpoint, nnx.merge(graph, trainable, frozen), metadata))
     trainable, frozen = processes.to_host((state.trainable, frozen), mesh)
   if not processes.is_first():
     return {}
-  export(workdir, compute_model(graph, trainable, frozen, jnp.float32), rule, checkpoint.tokenizer,
-         full=c.lora_rank == 0, tags=c.annotation != "none", metadata={"train": _recipe(config)})
+  export(workdir, compute_model(graph, trainable, frozen, jnp.float32), checkpoint.tokenizer, full=c.lora_rank == 0,
+         metadata=metadata)
   return last_scalars(workdir)
 
 
-def export(workdir: Path, model: Decoder, rule: PositionRule, tokenizer: Tokenizer, *, full: bool, tags: bool,
-           metadata: dict[str, str]) -> None:
+def positions_of(rule: PositionRule) -> dict[str, str]:
+  """What an adapter of PASTA says in its metadata of the positions that it was trained with."""
+  return {"positions": json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})}
+
+
+def export(workdir: Path, model: Decoder, tokenizer: Tokenizer, *, full: bool, metadata: dict[str, str]) -> None:
   """What decoding loads: `adapter.safetensors` with updates and tag rows; of full training, where it only names its
   weights and holds the tags, `model/` too."""
-  if tags:
-    metadata = metadata | {"positions": json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})}
   if full:
-    weights = save_hf_folder(workdir / "model", model.config, to_params(model), tokenizer)
-    with weights.open("rb") as file:
-      metadata = metadata | {"base": "model", "base's sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    of_weights = hashlib.sha256()
+    for weights in save_hf_folder(workdir / "model", model.config, to_params(model), tokenizer):
+      with weights.open("rb") as file:
+        of_weights.update(hashlib.file_digest(file, "sha256").digest())
+    metadata = metadata | {"base": "model", "base's sha256": of_weights.hexdigest()}
   lora.save_adapter(workdir / "adapter.safetensors", model, metadata)
 
 

@@ -119,18 +119,22 @@ def make_optimiser(config, total_steps: int) -> tuple[optax.GradientTransformati
 class Checkpoints:
   """Orbax checkpoints of a TrainState under `workdir/checkpoints`, written in the background."""
 
-  def __init__(self, workdir: Path, every: int, keep: int = 2):
+  def __init__(self, workdir: Path, every: int, about: dict[str, Any], keep: int = 2):
+    """`about` is kept beside each state: what `model.run_folder` needs to make weights of it."""
+    self._about = about
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every)
     self._path = (workdir / "checkpoints").resolve()
     # With a handler named here, shapes can be read before anything is restored.
-    handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+    handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler(),
+                "about": ocp.JsonCheckpointHandler()}
     self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)
 
   def save(self, state: TrainState, data: dict[str, Any], *, force: bool = False) -> None:
     """Saves if the step is due (or `force`), and `data`, the input pipeline's state, beside it. The state's buffers may
     be donated as soon as this returns."""
-    both = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), data=ocp.args.JsonSave(data))
-    self._manager.save(int(state.step), args=both, force=force)
+    items = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), data=ocp.args.JsonSave(data),
+                               about=ocp.args.JsonSave(self._about))
+    self._manager.save(int(state.step), args=items, force=force)
 
   def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
     """What was saved last, the state with the shapes and shardings of `like`; None if nothing was saved.
@@ -163,7 +167,14 @@ class Checkpoints:
     self._manager.close()
 
 
+def about(checkpoint: Checkpoint, model: Decoder, metadata: dict[str, str]) -> dict[str, Any]:
+  """What `Checkpoints` keeps beside the state of a run that began with `checkpoint`; `metadata` are its adapter's."""
+  scales = [module.lora_scale for module in build.linears(model).values() if module.lora_a is not None]
+  return {"source": checkpoint.source, "scale": scales[0] if scales else 1.0, "metadata": metadata}
+
+
 def _plain(state: TrainState) -> dict[str, Any]:
-  """The state's leaves under stable names: checkpoints do not depend on classes of optax or NNX."""
+  """The state's leaves under stable names, which `model.run_folder` knows: checkpoints do not depend on classes of
+  optax or NNX."""
   leaves = jax.tree_util.tree_leaves_with_path(state)
   return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
