@@ -2,10 +2,12 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python tests/on_two_processes.py FOLDER PORT PROCESS
 
-FOLDER is that of `test_training.tiny`. Leaves `two/`, and `stopped/`, whose second process was told to stop.
+FOLDER is that of `test_training.tiny`. Leaves `two/`, `stopped/`, whose second process was told to stop, and `left/`,
+as it was then.
 """
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -47,6 +49,8 @@ def main(folder: Path, port: str, index: int) -> None:
     sft.train(full, folder / "stopped")
   except loop.Stopped as stopped:
     print(stopped, flush=True)
+  if index == 0:
+    shutil.copytree(folder / "stopped", folder / "left")
   loop.Checkpoints.save = save
   sft.train(full, folder / "stopped")
   print("done", flush=True)

@@ -33,7 +33,7 @@ def test_eight_devices_give_what_one_gives(tiny):  # noqa: F811
 
 
 def test_two_processes_give_what_one_gives(tiny, tmp_path):  # noqa: F811
-  """Losses and weights, low-rank and full; and where one of them is told to stop, both do, and go on together."""
+  """Losses and weights, low-rank and full; where one of them is told to stop, both do, and go on together, or as one."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -47,10 +47,13 @@ def test_two_processes_give_what_one_gives(tiny, tmp_path):  # noqa: F811
   for process, (out, errors) in zip(both, said):
     assert process.returncode == 0, errors[-3000:]
     assert "stopped by SIGTERM behind step 3 of 6" in out and out.splitlines()[-1] == "done"
+  sft.train(config_of(folder, 1, 1, lora_rank=0), folder / "left")  # one process goes on with what two began
   for name, changes in (("two", {}), ("stopped", dict(lora_rank=0))):
     sft.train(config_of(folder, 1, 1, **changes), folder / f"{name}, alone")
     ours, theirs = ([row["loss"] for row in metric_lines(folder / run)] for run in (f"{name}, alone", name))
     np.testing.assert_allclose(theirs, ours, rtol=1e-5)
+    if name == "stopped":
+      np.testing.assert_allclose([row["loss"] for row in metric_lines(folder / "left")], ours, rtol=1e-5)
     assert sorted(p.name for p in (folder / name).iterdir()) == sorted(
       p.name for p in (folder / f"{name}, alone").iterdir())
     with safe_open(folder / f"{name}, alone" / "adapter.safetensors", "flax") as one, \

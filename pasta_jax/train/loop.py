@@ -34,8 +34,10 @@ def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: St
   """Runs `one_step(step, state, batch)` up to step `total` with the batches of `feed`; returns the last state.
 
   Leaves checkpoints (with `about`, see `state.about`), `metrics.jsonl`, `tensorboard/` and `config.json` in `workdir`.
-  The scalars need `loss` and `gradient_norm`. Raises Stopped where SIGTERM came to one of the processes before the last step, FloatingPointError
-  when one of the two is not finite, and ValueError, one line, when an earlier run in `workdir` cannot be gone on with.
+  The scalars need `loss` and `gradient_norm`.
+
+  Raises Stopped where SIGTERM came to one of the processes before the last step, FloatingPointError when one of the two
+  is not finite, and ValueError, one line, when an earlier run in `workdir` cannot be gone on with.
   """
   if total < 1:
     raise ValueError(f"{total} training steps were asked for: one at least is needed")
