@@ -33,7 +33,7 @@ def test_eight_devices_give_what_one_gives(tiny):  # noqa: F811
 
 
 def test_two_processes_give_what_one_gives(tiny, tmp_path):  # noqa: F811
-  """Losses and weights, low-rank and full; where one of them is told to stop, both do, and go on together, or as one."""
+  """Losses and weights, low-rank and full; where one of them is told to stop, both do, and go on together, or one."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
