@@ -82,7 +82,7 @@ def main(folder: Path) -> None:
     compare(f"sft, rank {rank}", config, update, model, batches)
   config.attention = "interpret"
   update, _ = sft.make_update(model[0], make_optimiser(config, STEPS)[0], config)
-  compare("sft by kernel", config, update, model, batches, shapes=SHAPES[-1:])
+  compare("sft by kernel", config, update, model, batches, shapes=SHAPES[-2:])  # heads repeated, and divided
   pairs = [PreferencePair(a, b, (-300.0, -310.0 - i)) for i, (a, b) in enumerate(zip(laid[::2], laid[1::2]))]
   config = t.settings(folder).preference
   config.update(dict(lora_rank=2, learning_rate=1e-3, dtype="float32", loss_chunk=256))

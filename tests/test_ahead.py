@@ -76,6 +76,13 @@ def test_what_cannot_be_compiled():
   config.compile.stages = "train,decode"
   with pytest.raises(ValueError, match="compile.stages takes train and preference, not 'decode'"):
     ahead.compile_steps(config)
+  for field, value, message in (("remat", "ful", "train.remat must be one of"), ("accumulate", 0, "must be 1 or more"),
+                                ("attention", "gpu", "train.attention=gpu is not for TPUs"),
+                                ("dtype", "float16", "train.dtype must be one of float32, bfloat16")):
+    config = smollm2_135m.get_config()
+    config.train[field] = value
+    with pytest.raises(ValueError, match=message):
+      ahead.compile_steps(config)
   with pytest.raises(ValueError, match="compile.topology='nowhere' is not to be had .*libtpu is needed"):
     ahead.topology("nowhere")
 

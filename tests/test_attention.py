@@ -18,7 +18,15 @@ from pasta_jax.lang.layout import PositionRule, layout
 from pasta_jax.model import flash, tiles
 from pasta_jax.model.attention import chunked_attention, dense_attention, nearby
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.train.attention import KINDS, attention_mask, check_how, hidden_intervals, make_attend
+from pasta_jax.model.decoder import REMAT
+from pasta_jax.train.attention import (
+  KINDS,
+  attention_mask,
+  check_how,
+  check_machine,
+  hidden_intervals,
+  make_attend,
+)
 
 CONFIG = ModelConfig(vocab_size=8, d_model=8, n_layers=1, n_heads=6, n_kv_heads=2, head_dim=16, d_ff=8)
 RULE = PositionRule()
@@ -86,14 +94,16 @@ def programs(batch, config, dtype=jnp.float32):
   return ways
 
 
-@pytest.mark.parametrize("window, softcap, length", [(0, 0.0, 130), (17, 0.0, 96), (17, 3.0, 101)])
-def test_every_program_is_the_rule(window: int, softcap: float, length: int):
-  """Context against float64 by the definition; its three cotangents against the reference's."""
+@pytest.mark.parametrize("window, softcap, length, heads, groups, width", [
+  (0, 0.0, 130, 2, 3, 16), (17, 0.0, 96, 3, 1, 16), (17, 3.0, 101, 1, 4, 12), (0, 0.0, 64, 1, 1, 8)])
+def test_every_program_is_the_rule(window: int, softcap: float, length: int, heads: int, groups: int, width: int):
+  """Context against float64 by the definition; its three cotangents against the reference's. Heads in groups, each with
+  keys of its own, all with the same, and one alone."""
   rng = np.random.default_rng(length)
   config = dataclasses.replace(CONFIG, window=window, attention_softcap=softcap)
   batch = random_rows(rng, 2, length)
-  q = rng.normal(size=(2, length, 2, 3, 16)).astype("f")
-  k, v = (rng.normal(size=(2, length, 2, 16)).astype("f") for _ in range(2))
+  q = rng.normal(size=(2, length, heads, groups, width)).astype("f")
+  k, v = (rng.normal(size=(2, length, heads, width)).astype("f") for _ in range(2))
   out = rng.normal(size=q.shape).astype("f")
 
   @partial(jax.jit, static_argnums=0)
@@ -188,7 +198,7 @@ def test_kinds_attend_alike():
 def test_kernels_lower(platform, lowered, length, heads, groups, width, window, softcap, dtype):
   """SmolLM2's, Gemma's and an uneven head, forward and backward, for machines that are not here."""
   config = dataclasses.replace(CONFIG, window=window, attention_softcap=softcap)
-  size = flash.tile_size(platform, length)
+  size = flash.tile_size(platform, length, width)
   how = flash.Settings(platform, size, softcap, window > 0)
 
   def both(q, k, v, hidden, positions, local):
@@ -207,10 +217,43 @@ def test_kernels_lower(platform, lowered, length, heads, groups, width, window, 
 
 
 def test_settings_that_cannot_be():
-  config = lambda remat, attention: ConfigDict(dict(remat=remat, attention=attention))
-  check_how(config("full", "auto"), "train")
-  for how, message in ((("all", "auto"), "train.remat must be one of none, full, attention, products, not 'all'"),
-                       (("none", "flash"), f"train.attention must be one of {', '.join(KINDS)}, not 'flash'"),
-                       (("none", "tpu"), "train.attention=tpu cannot run on this machine's cpu")):
+  config = lambda remat, attention: ConfigDict(dict(dtype="float32", remat=remat, attention=attention))
+  check_how(config("full", "tpu"), "train")
+  check_machine(config("full", "interpret"), "train")
+  for check, how, message in (
+    (check_how, ("all", "auto"), "train.remat must be one of none, full, attention, products, not 'all'"),
+    (check_how, ("none", "flash"), f"train.attention must be one of {', '.join(KINDS)}, not 'flash'"),
+    (check_machine, ("none", "tpu"), "train.attention=tpu cannot run on this machine's cpu")):
     with pytest.raises(ValueError, match=message):
-      check_how(config(*how), "train")
+      check(config(*how), "train")
+  with pytest.raises(ValueError, match="no program for attention is called 'flash'"):
+    make_attend("flash", random_rows(np.random.default_rng(0), 1, 32), CONFIG, jnp.float32)
+
+
+def test_padding_is_not_computed():
+  """Behind the last example of a row, and where a row is filled up to whole tiles, a tile meets itself alone."""
+  segments = np.zeros((1, 500), np.int32)
+  segments[0, :100], segments[0, 100:250] = 1, 2
+  batch = {"tokens": segments, "segments": segments, "hidden": np.zeros((1, 500, 1, 2), np.int32),
+           "positions": np.arange(500)[None]}
+  tables = flash.make_tables(hidden_intervals(batch), jnp.asarray(batch["positions"]), 0, 64)
+  assert tables.by_query[0].visits.tolist() == [[1, 2, 2, 3, 1, 1, 1, 1]]
+
+
+def test_what_is_kept_is_not_computed_again():
+  """`remat="attention"`: the kernel's forward pass is not run twice. (Blocks in plain JAX keep nothing of theirs.)"""
+  rng = np.random.default_rng(0)
+  batch = {n: jnp.asarray(x) for n, x in random_rows(rng, 1, 256).items()}
+  x = jnp.asarray(rng.normal(size=(1, 256, 2, 3, 16)), jnp.float32)
+
+  def loss(x, policy):
+    attend = make_attend("interpret", batch, CONFIG, jnp.float32)
+    layer = lambda x: attend(None, jnp.tanh(x), x[:, :, :, 0], x[:, :, :, 1], False)[0]
+    return jnp.square(jax.checkpoint(layer, policy=policy)(x)).sum()
+
+  def flops(how: str) -> float:
+    jax.config.update("jax_disable_most_optimizations", False)  # what is computed for nothing shall fall away
+    step = jax.jit(jax.grad(partial(loss, policy=REMAT[how])))
+    return step.lower(x).compile().cost_analysis()["flops"]
+
+  assert 0 < flops("attention") < 0.95 * flops("full")

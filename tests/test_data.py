@@ -342,7 +342,7 @@ def test_packed_rows_are_their_examples_side_by_side(mains: list[Thread]):
         np.testing.assert_array_equal(getattr(packed, field)[0, where], getattr(e, field))
       np.testing.assert_array_equal(packed.segments[0, where], number)
       at += len(e)
-    expected[at:, at:] = np.tri(LENGTH - at, dtype=bool)  # padding sees padding
+    expected[at:, at:] = np.eye(LENGTH - at, dtype=bool)  # padding sees itself
     np.testing.assert_array_equal(attention_mask(packed.as_dict())[0], expected)
     assert not packed.segments[0, at:].any() and not packed.tokens[0, at:].any()
     assert (packed.targets[0, at:] == NO_TARGET).all()

@@ -456,6 +456,22 @@ def test_killed_and_resumed_equals_never_killed(whole_run, tiny, tmp_path, monke
   assert ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_step_is_compiled_once(tiny, tmp_path, caplog, rank: int):
+  """What a step is given first lies where it puts it."""
+  with jax.log_compiles():
+    sft.train(settings(tiny, steps=3, lora_rank=rank), tmp_path)
+  assert sum("Finished XLA compilation of jit(step)" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_checkpoints_of_an_earlier_version_are_refused(whole_run, tiny, tmp_path):
+  shutil.copytree(whole_run, tmp_path / "old")
+  for step in (tmp_path / "old" / "checkpoints").iterdir():
+    (step / "state").rename(step / "default")
+  with pytest.raises(ValueError, match="is of an earlier version of this program"):
+    sft.train(settings(tiny), tmp_path / "old")
+
+
 @pytest.mark.parametrize("kind", ["low-rank", "full", "baseline"])
 def test_a_run_is_a_source_of_weights(tiny, tmp_path: Path, kind: str):
   """Its newest checkpoint, stopped on its way: the weights that the run itself goes on with, tags and positions too."""

@@ -1,4 +1,4 @@
-"""The input pipeline, by grain: text is laid out by worker processes, and batches are packed ahead of the devices.
+"""The input pipeline: text is laid out by worker processes, and batches are packed ahead of the devices, by grain.
 
 Batch `step` is a function of the seed and the step alone (`data.packing`), and every process packs the rows that its
 own devices hold: so the iterator's state, which stands in every checkpoint, is the same on any mesh and any number of
@@ -6,13 +6,14 @@ processes, and a run goes on with the batch that it would have had.
 """
 
 import hashlib
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
 import grain
 import jax
 import numpy as np
-from absl import flags
 
 from pasta_jax.lang.layout import Layout
 
@@ -22,25 +23,34 @@ R = TypeVar("R")
 
 
 def in_workers(f: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
-  """f of each item, in order; by so many processes (`f` is pickled), or by this one where `workers` is 0."""
+  """f of each item, in order; by so many processes (`f` is pickled once for each), or by this one where it is 0."""
   if not workers:
     yield from map(f, items)
     return
-  if not flags.FLAGS.is_parsed():  # outside of main.py; grain's workers read flags of theirs
-    flags.FLAGS.mark_as_parsed()
-  each = grain.MapDataset.source(items).map(f).to_iter_dataset(grain.ReadOptions(num_threads=0))
-  results = iter(each.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
+  pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _prepare, (f,))
   try:
-    yield from results
+    yield from pool.map(_work, items, chunksize=16)
   finally:
-    results.close()
+    pool.shutdown(cancel_futures=True)
+
+
+_prepared: list[Callable] = []  # of a worker
+
+
+def _prepare(f: Callable) -> None:
+  _prepared[:] = [f]
+
+
+def _work(item):
+  return _prepared[0](item)
 
 
 def digest(examples: Sequence[Layout]) -> str:
-  """Changes with any token, position or target of the examples, and with their order."""
+  """Changes with any token, position, target or interval of the examples, and with their order."""
   found = hashlib.sha256()
   for e in examples:
-    for array in (e.tokens, e.positions, e.targets):
+    found.update(f"{e.hidden.shape}".encode())
+    for array in (e.tokens, e.positions, e.targets, e.hidden):
       found.update(array.tobytes())
   return found.hexdigest()[:16]
 
@@ -69,10 +79,10 @@ class Feed:
     return {"iterator": self._iterator.get_state(), "examples": self._identity}
 
   def restore(self, state: dict[str, Any]) -> None:
-    """Goes on where `state` was taken. Says so if that was of other data."""
+    """Goes on where `state` was taken. Says so, in the first process, if that was of other data."""
     self._iterator.set_state(state["iterator"])
-    if state["examples"] != self._identity:
-      print("resuming with other training data than before: the order of examples begins anew in their place")
+    if state["examples"] != self._identity and jax.process_index() == 0:
+      print("resuming with other training data than before: the next batches come from the new data's order")
 
   def close(self) -> None:
     self._iterator.close()

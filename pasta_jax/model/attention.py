@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from pasta_jax.lang.layout import is_visible
 from pasta_jax.model.config import ModelConfig
@@ -107,7 +106,7 @@ def _in_blocks(seen: Callable[[Any, int, int, Local], jax.Array], dtype: Any, bl
       if at < stop:
         found.append(one(at, stop - at, stop, keys, values))
     out = jnp.concatenate(found, axis=-2)
-    context = checkpoint_name(out[..., :width] / out[..., width : width + 1], "attention")
+    context = out[..., :width] / out[..., width : width + 1]
     return context.transpose(0, 3, 1, 2, 4), (k, v)
 
   return attend

@@ -28,7 +28,7 @@ Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, Local], tuple[jax.Array
 REMAT = {
   "none": None,  # finds everything
   "full": jax.checkpoint_policies.nothing_saveable,  # nothing but the layer's input
-  "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # attention's result too
+  "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # the kernels' results too (`flash`)
   "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # all products with weights
 }
 
@@ -44,12 +44,13 @@ class TagParam(nnx.Param):
 DTYPES = ("float32", "bfloat16")
 
 
-def exact_products(dtype: str) -> None:
-  """Makes float32 products float32 on TPU and newer GPUs, which round their operands otherwise.
+def exact_products(dtype: str, backend: str = "") -> None:
+  """Makes float32 products float32 on TPU and newer GPUs (`backend`, or this machine's), which round their operands
+  otherwise.
 
   A setting of the whole process; float32 is chosen for exactness, bfloat16 for speed.
   """
-  if dtype == "float32" and jax.default_backend() != "cpu":
+  if dtype == "float32" and (backend or jax.default_backend()) != "cpu":
     jax.config.update("jax_default_matmul_precision", "highest")
 
 

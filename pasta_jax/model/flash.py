@@ -51,10 +51,10 @@ class Tables(NamedTuple):
   by_key: tuple[tiles.Schedule, tiles.Schedule]
 
 
-def tile_size(platform: str, length: int) -> int:
-  """Tokens of a tile: whole lanes on TPU, large ones in long rows; what registers hold on GPU."""
+def tile_size(platform: str, length: int, width: int) -> int:
+  """Tokens of a tile: whole lanes on TPU, large ones in long rows; what registers hold on GPU, by a head's width."""
   if platform == "gpu":
-    return 64
+    return 64 if width <= 128 else 32
   return next((size for size in (_LANES, 2 * _LANES) if length <= 8 * size), 4 * _LANES)
 
 
@@ -119,8 +119,8 @@ def _forward(settings: Settings, q, k, v, keys, queries, by_query, by_key, windo
 def _backward(settings: Settings, saved, d_context):
   q, k, v, keys, queries, by_query, by_key, window, context, lse = saved
   width, groups, size = q.shape[-1], q.shape[1] // k.shape[1], settings.size
-  delta = jnp.sum(context * d_context, axis=-1)[:, :, None]
   d_context = d_context.astype(q.dtype)
+  delta = jnp.sum(context * d_context.astype(jnp.float32), axis=-1)[:, :, None]
   of_queries = [_Operand(q), _Operand(d_context), _Operand(lse, across=True), _Operand(delta, across=True),
                 _Operand(queries, across=True)]
   of_keys = [_Operand(x, of_keys=True) for x in (k, v, keys)]
@@ -263,7 +263,7 @@ def _on_tpu(settings, step, start, end, fixed, moving, outputs, shapes, grid, gr
       for ref, value in zip(carry, new):
         ref[...] = value
 
-    @pl.when((g == inner - 1) & (s == n - 1))
+    @pl.when((g == inner - 1) & (s == pl.num_programs(4) - 1))
     def _():
       for ref, value in zip(out, end(tuple(ref[...] for ref in carry))):
         ref[...] = value
@@ -277,7 +277,7 @@ def _on_tpu(settings, step, start, end, fixed, moving, outputs, shapes, grid, gr
   call = pl.pallas_call(
     kernel, out_shape=shapes, interpret=settings.interpret,
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=3, grid=(*grid, n),
+      num_scalar_prefetch=3, grid=(*grid, jnp.max(schedule.visits)),
       in_specs=[*(block(o, False) for o in fixed), *(block(o, True) for o in moving)],
       out_specs=[out_block(o) for o in outputs], scratch_shapes=carry),
     compiler_params=pltpu.CompilerParams(dimension_semantics=(*["parallel"] * 3, "arbitrary", "arbitrary")))

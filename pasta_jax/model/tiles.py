@@ -19,7 +19,7 @@ from pasta_jax.model.attention import NEGATIVE
 from pasta_jax.model.decoder import soft_cap
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-FAR = 2**30  # a window that no position leaves
+FAR = 2**30  # beyond all indices and positions
 
 
 def tile_kinds(hidden: jax.Array, positions: jax.Array, window: int, size: int) -> jax.Array:

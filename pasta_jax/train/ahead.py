@@ -22,7 +22,7 @@ from pasta_jax.lang.syntax import TAG_TEXTS
 from pasta_jax.model import build, lora
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import Decoder
+from pasta_jax.model.decoder import Decoder, exact_products
 from pasta_jax.model.hf_folder import read_config
 from pasta_jax.train import preference, sft
 from pasta_jax.train.flops import chip, step_flops
@@ -63,6 +63,10 @@ def compile_steps(config) -> list[Compiled]:
   config = config.copy_and_resolve_references()
   for section in (config.train, config.preference):
     section.attention = "tpu" if section.attention == "auto" else section.attention
+  for stage in stages:
+    (sft if stage == "train" else preference).check_settings(config[stage])
+    if config[stage].attention == "gpu":
+      raise ValueError(f"{stage}.attention=gpu is not for TPUs: leave it at auto")
   model = model_config(config.model.source)
   devices = topology(config.compile.topology)
   mesh = Mesh(np.array(devices).reshape(mesh_shape(config.mesh, len(devices))), AXES,
@@ -151,6 +155,7 @@ def _batches(c, mesh, of_pairs: bool) -> dict[str, jax.ShapeDtypeStruct]:
 def _compile(config, stage: str, model: ModelConfig, mesh: Mesh) -> Compiled:
   c = config.train if stage == "train" else config.preference
   check_rows(mesh, c.batch_size, f"{stage}.batch_size")
+  exact_products(c.dtype, "tpu")
   update, arguments = abstract_step(config, stage, model, mesh)
   started = time.perf_counter()
   with jax.set_mesh(mesh):
@@ -158,10 +163,12 @@ def _compile(config, stage: str, model: ModelConfig, mesh: Mesh) -> Compiled:
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    if found := re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)):
-      raise ValueError(f"{stage} does not fit {config.compile.topology}: a chip would need {found[1]} of its "
-                       f"{found[2]}; fewer rows or tokens, more chips, or another mesh or remat may do") from None
-    raise
+    if "Ran out of memory" not in str(error):
+      raise
+    found = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error))
+    lack = f"a chip would need {found[1]} of its {found[2]}" if found else " ".join(str(error).split())[:200]
+    raise ValueError(f"{stage} does not fit {config.compile.topology}: {lack}; fewer rows or tokens, more chips, or "
+                     f"another mesh or remat may do") from None
   memory, kind = compiled.memory_analysis(), mesh.devices.flat[0].device_kind
   flops = c.accumulate * step_flops(model, c.batch_size, c.length, full=c.lora_rank == 0)
   limits = chip(kind)

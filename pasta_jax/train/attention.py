@@ -1,7 +1,8 @@
 """What tokens of packed rows see, by one of several programs that compute the same.
 
-    chunked    plain JAX in blocks of queries: CPU
+    chunked    plain JAX in blocks of queries
     tpu, gpu   the kernels of `model.flash`
+    auto       the TPU's kernels there, chunked elsewhere: the GPU's have been interpreted and lowered, not yet run
     interpret  the TPU's kernels step by step in plain JAX: slow, to try them anywhere
     dense      the whole T x T mask: the reference
 """
@@ -14,10 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pasta_jax.lang.layout import is_visible
-from pasta_jax.model import flash
+from pasta_jax.model import flash, tiles
 from pasta_jax.model.attention import chunked_attention, dense_attention, nearby
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import REMAT, Attend
+from pasta_jax.model.decoder import DTYPES, REMAT, Attend
 from pasta_jax.train.sharding import ROWS, divides, pin_rows
 
 Batch = Mapping[str, jax.Array]  # the fields of data.packing.Batch
@@ -25,10 +26,14 @@ KINDS = ("auto", "chunked", "tpu", "gpu", "interpret", "dense")
 
 
 def check_how(config, name: str) -> None:
-  """Raises ValueError, one line, for `remat` and `attention` of a config's section that are none, or not for here."""
-  for field, choices in (("remat", REMAT), ("attention", KINDS)):
+  """Raises ValueError, one line, for `dtype`, `remat` and `attention` of a config's section (`name`) that are none."""
+  for field, choices in (("dtype", DTYPES), ("remat", REMAT), ("attention", KINDS)):
     if config[field] not in choices:
       raise ValueError(f"{name}.{field} must be one of {', '.join(choices)}, not {config[field]!r}")
+
+
+def check_machine(config, name: str) -> None:
+  """Raises ValueError, one line, if this machine cannot run a section's `attention`."""
   here = jax.default_backend()
   if config.attention in ("tpu", "gpu") and config.attention != here:
     raise ValueError(f"{name}.attention={config.attention} cannot run on this machine's {here}: leave it at auto")
@@ -36,13 +41,13 @@ def check_how(config, name: str) -> None:
 
 def hidden_intervals(batch: Batch) -> jax.Array:
   """[B, T, L + 1, 2]: the query indices that each key is hidden from. The last one says that what stands behind an
-  example, in the same row, does not see it (`layout.is_visible` does the rest)."""
+  example, in the same row, does not see it (`layout.is_visible` does the rest); padding sees nothing but itself."""
   segments = batch["segments"]
   rows, length = segments.shape
   at = jnp.arange(length, dtype=jnp.int32)
   last = jnp.concatenate([segments[:, 1:] != segments[:, :-1], jnp.ones((rows, 1), jnp.bool_)], axis=1)
-  behind = jax.lax.cummin(jnp.where(last, at + 1, length), axis=1, reverse=True)
-  rest = jnp.stack([behind, jnp.full_like(behind, length)], axis=-1)
+  behind = jax.lax.cummin(jnp.where(last | (segments == 0), at + 1, length), axis=1, reverse=True)
+  rest = jnp.stack([behind, jnp.full_like(behind, tiles.FAR)], axis=-1)
   return jnp.concatenate([batch["hidden"], rest[:, :, None]], axis=2)
 
 
@@ -55,15 +60,17 @@ def attention_mask(batch: Batch) -> jax.Array:
 def make_attend(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
   """`attend` for a batch's rows, computed by `kind`. On a mesh rows and heads are divided."""
   if kind == "auto":
-    kind = {"tpu": "tpu", "gpu": "gpu"}.get(jax.default_backend(), "chunked")
+    kind = "tpu" if jax.default_backend() == "tpu" else "chunked"
   positions = batch["positions"]
   if kind == "dense":
     near = nearby(positions, positions, config.window)
     attend = dense_attention(attention_mask(batch), dtype, near=near, softcap=config.attention_softcap)
   elif kind == "chunked":
     attend = chunked_attention(hidden_intervals(batch), positions, config, dtype)
-  else:
+  elif kind in KINDS:
     attend = _by_kernel(kind, batch, config, dtype)
+  else:
+    raise ValueError(f"no program for attention is called {kind!r}, only {', '.join(KINDS)}")
 
   def pinned(cache, q, k, v, local):
     q, k, v = (pin_rows(x, None, "tensor") for x in (q, k, v))
@@ -76,7 +83,7 @@ def make_attend(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
 def _by_kernel(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
   """The partitioner cannot divide a kernel: each device runs it on its rows and heads."""
   platform = "gpu" if kind == "gpu" else "tpu"
-  size = flash.tile_size(platform, batch["tokens"].shape[1])
+  size = flash.tile_size(platform, batch["tokens"].shape[1], config.head_dim)
   settings = flash.Settings(platform, size, config.attention_softcap, config.window > 0, kind == "interpret")
   tables = flash.make_tables(hidden_intervals(batch), batch["positions"], config.window, size)
   run = partial(flash.attention, settings=settings, config=config)

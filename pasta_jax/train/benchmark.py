@@ -28,6 +28,7 @@ from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import flash, tiles
 from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.decoder import exact_products
 from pasta_jax.train.attention import hidden_intervals, make_attend
 from pasta_jax.train.flops import chip, step_flops
 from pasta_jax.train.sft import make_update
@@ -36,11 +37,11 @@ from pasta_jax.train.state import TrainState, make_model, make_optimiser
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "smollm2-135m-instruct", "name, GGUF file or Hugging Face folder")
 flags.DEFINE_string("data", "data/seed.jsonl", "annotated rows that are packed")
-flags.DEFINE_list("lengths", ["2048", "8192"], "tokens of a row in the measurements of attention; none: leave them out")
+flags.DEFINE_list("lengths", ["2048", "8192"], "tokens of a row in the measurements of attention; \"\": none")
 flags.DEFINE_integer("dense_up_to", 8192, "longest row for which the whole mask is tried")
 flags.DEFINE_list("kinds", ["auto"], "programs for attention (train.attention) beside the dense one")
 flags.DEFINE_string("dtype", "bfloat16", "of attention's products")
-flags.DEFINE_list("steps", ["full float32", "full bfloat16", "lora bfloat16"], "training steps; none: leave them out")
+flags.DEFINE_list("steps", ["full float32", "full bfloat16", "lora bfloat16"], "training steps; \"\": none")
 flags.DEFINE_integer("rows", 4, "of a training step")
 flags.DEFINE_integer("length", 512, "tokens of a row of a training step")
 flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")
@@ -80,6 +81,7 @@ def packed_row(vocabulary: Vocabulary, length: int) -> Batch:
 def attention_timer(kind: str, row: Batch, config: ModelConfig) -> tuple[Callable[[], float], int]:
   """(seconds of a forward and backward pass over one row, bytes of temporary memory that it takes)."""
   dtype, length = jnp.dtype(FLAGS.dtype), row.tokens.shape[1]
+  exact_products(FLAGS.dtype)
   keys = jax.random.split(jax.random.key(0), 3)
   heads = (1, length, config.n_kv_heads)
   q = jax.random.normal(keys[0], (*heads, config.n_groups, config.head_dim), dtype)
@@ -107,7 +109,7 @@ def _temporary(compiled) -> int:
 
 
 def visited(row: Batch, size: int) -> float:
-  """Tiles in which anything is seen, as a share of those of a causal row."""
+  """Tiles of `size` tokens in which anything is seen, as a share of those of a causal row."""
   batch = {name: jnp.asarray(x) for name, x in row.as_dict().items()}
   length = row.tokens.shape[1] // size * size
   hidden = hidden_intervals(batch)[:, :length]
@@ -132,7 +134,7 @@ def measure_attention(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     for kind, mask in cases:
       found.append({"length": length, "kind": kind, "mask": mask, "seconds": statistics.median(seconds[kind, mask]),
                     "temporary": timers[kind, mask][1],
-                    "visited": visited(rows[mask], flash.tile_size("tpu", length))})
+                    "tiles_on_tpu": visited(rows[mask], flash.tile_size("tpu", length, checkpoint.config.head_dim))})
   return found
 
 
@@ -141,6 +143,7 @@ def measure_step(checkpoint: Checkpoint, what: str) -> dict[str, Any]:
   kind, dtype = what.split()
   c = smollm2_135m.get_config().train
   c.update(lora_rank=0 if kind == "full" else 16, dtype=dtype, batch_size=FLAGS.rows, length=FLAGS.length)
+  exact_products(dtype)
   graph, trainable, frozen = make_model(checkpoint, checkpoint.vocabulary, c)
   optimiser, _ = make_optimiser(c, 100)
   update, _ = make_update(graph, optimiser, c)
@@ -167,13 +170,13 @@ def main(argv: list[str]) -> None:
   checkpoint = load_checkpoint(FLAGS.model)
   attention = measure_attention(checkpoint)
   if attention:
-    table = Table("tokens", "program", "mask", "ms", "to causal", "MiB", "tiles",
+    table = Table("tokens", "program", "mask", "ms", "to causal", "MiB", "tiles on TPU",
                   title=f"attention of a layer, {FLAGS.dtype}, forward and backward, {jax.devices()[0].device_kind}")
     causal: dict[tuple[int, str], float] = {}
     for f in attention:
       base = causal.setdefault((f["length"], f["kind"]), f["seconds"])
       table.add_row(f"{f['length']:,}", f["kind"], f["mask"], f"{1e3 * f['seconds']:.1f}", f"{f['seconds'] / base:.2f}",
-                    f"{f['temporary'] / 2**20:,.0f}", "" if f["kind"] == "dense" else f"{100 * f['visited']:.0f} %")
+                    f"{f['temporary'] / 2**20:,.0f}", f"{100 * f['tiles_on_tpu']:.0f} %")
     rich.print(table)
   steps = [measure_step(checkpoint, what) for what in FLAGS.steps]
   if steps:

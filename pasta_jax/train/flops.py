@@ -34,9 +34,10 @@ def matmul_parameters(c: ModelConfig) -> int:
 def step_flops(c: ModelConfig, rows: int, length: int, *, full: bool) -> float:
   """FLOPs that a step on `rows` rows of `length` tokens needs: forward and backward, nothing computed again.
 
-  Low-rank training (`full` False) needs no gradient of the weights. Attention counts half of T x T, which is the most
-  that a row of several examples, or with chunks that do not see each other, can need.
+  Low-rank training (`full` False) needs no gradient of the weights. Attention is that of rows which are one plain text
+  each, inside of windows: several examples in a row, and chunks that do not see each other, need less of it.
   """
   passes = 3 if full else 2
-  attention = c.n_layers * 2 * c.n_heads * c.head_dim * length / 2  # scores and context, multiplications a token
+  seen = sum(min(length / 2, c.window) if c.is_local(i) else length / 2 for i in range(c.n_layers))  # keys of a query
+  attention = 2 * c.n_heads * c.head_dim * seen  # scores and context, multiplications a token
   return 2.0 * rows * length * (passes * matmul_parameters(c) + 3 * attention)

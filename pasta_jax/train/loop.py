@@ -4,6 +4,7 @@ Resuming: the step is read from the newest checkpoint, and what a step does is a
 that was killed goes on bit for bit as if it had not been.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -81,11 +82,12 @@ def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: St
         if stopping and not last:
           raise Stopped(f"stopped by SIGTERM behind step {step + 1} of {total}; the same command goes on from there")
   finally:
-    checkpoints.close()
-    feed.close()
-    if writer is not None:
-      writer.close()
-    signal.signal(signal.SIGTERM, previous)
+    with contextlib.ExitStack() as closing:  # each of them, whatever the others say
+      closing.callback(signal.signal, signal.SIGTERM, previous)
+      if writer is not None:
+        closing.callback(writer.close)
+      closing.callback(feed.close)
+      closing.callback(checkpoints.close)
   return state
 
 

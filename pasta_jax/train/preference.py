@@ -22,9 +22,9 @@ from pasta_jax.data.records import Records
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.checkpoint import Checkpoint
-from pasta_jax.model.decoder import DTYPES, exact_products
+from pasta_jax.model.decoder import exact_products
 from pasta_jax.progress import progress_bar
-from pasta_jax.train.attention import check_how
+from pasta_jax.train.attention import check_how, check_machine
 from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.preference_loss import LOSSES, answer_log_likelihood, default_beta, preference_loss
 from pasta_jax.train.sft import export, positions_of
@@ -70,8 +70,6 @@ def check_settings(c) -> None:
   """Raises ValueError, one line, for what training on pairs cannot use of `config.preference`, on any machine."""
   if c.loss not in LOSSES:
     raise ValueError(f"preference.loss must be one of {', '.join(LOSSES)}, not {c.loss!r}")
-  if c.dtype not in DTYPES:
-    raise ValueError(f"preference.dtype must be {' or '.join(DTYPES)}, not {c.dtype!r}")
   check_how(c, "preference")
   if not 0 <= c.alpha <= 1 or c.beta < 0:
     raise ValueError(f"preference.alpha must be in [0, 1] and preference.beta 0 or more, not {c.alpha} and {c.beta}")
@@ -84,7 +82,9 @@ def check_settings(c) -> None:
 
 
 def mesh_for(config) -> Mesh:
-  """The devices that train. Raises ValueError, one line, if they do not fit `config.mesh` and the batch's rows."""
+  """The devices that train. Raises ValueError, one line, if they do not fit `config.mesh`, the batch's rows and the
+  program for attention."""
+  check_machine(config.preference, "preference")
   mesh = make_mesh(config.mesh)
   check_rows(mesh, config.preference.batch_size, "preference.batch_size")
   return mesh

@@ -22,11 +22,11 @@ from pasta_jax.lang.layout import PositionRule
 from pasta_jax.model import lora
 from pasta_jax.model.build import to_params
 from pasta_jax.model.checkpoint import load_checkpoint
-from pasta_jax.model.decoder import DTYPES, Decoder, exact_products
+from pasta_jax.model.decoder import Decoder, exact_products
 from pasta_jax.model.hf_folder import save_hf_folder
 from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.train import processes
-from pasta_jax.train.attention import check_how
+from pasta_jax.train.attention import check_how, check_machine
 from pasta_jax.train.flops import chip, step_flops
 from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.loss import sft_loss
@@ -50,6 +50,15 @@ def make_update(graph, optimiser: optax.GradientTransformation, config):
   return make_step(one, optimiser, over="tokens", means=means), evaluate
 
 
+def check_settings(c) -> None:
+  """Raises ValueError, one line, for what SFT cannot use of `config.train`, on any machine."""
+  check_how(c, "train")
+  for field, least in (("batch_size", 1), ("accumulate", 1), ("length", 1), ("loss_chunk", 1), ("validate_every", 1),
+                       ("checkpoint_every", 1), ("workers", 0), ("steps", 0), ("lora_rank", 0)):
+    if c[field] < least:
+      raise ValueError(f"train.{field} must be {least} or more, not {c[field]}")
+
+
 def train(config, workdir: str | Path | None) -> dict[str, float]:
   """Runs `config.train` to its last step in `workdir`; returns the metrics of that step, in the first process.
 
@@ -60,12 +69,8 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   then as it was.
   """
   c = config.train
-  if c.dtype not in DTYPES:
-    raise ValueError(f"train.dtype must be {' or '.join(DTYPES)}, not {c.dtype!r}")
-  for field in ("batch_size", "accumulate", "length", "loss_chunk", "validate_every", "checkpoint_every"):
-    if c[field] < 1:
-      raise ValueError(f"train.{field} must be 1 or more, not {c[field]}")
-  check_how(c, "train")
+  check_settings(c)
+  check_machine(c, "train")
   exact_products(c.dtype)
   mesh = make_mesh(config.mesh)
   check_rows(mesh, c.batch_size, "train.batch_size")

@@ -91,9 +91,13 @@ def place(mesh: Mesh, tree: Any) -> Any:
 
 
 def place_array(mesh: Mesh, name: str, x: Any) -> jax.Array:
-  """An array on the mesh, or itself if it lies there. Of several processes each has it whole, and keeps its pieces."""
+  """An array on the mesh, or itself if it lies there. Of several processes each has it whole, and keeps its pieces.
+
+  What has the same place by another name is put there too: a jitted step would otherwise be compiled once for what
+  it is given first, and again for what it gives back.
+  """
   where = NamedSharding(mesh, spec(name, x.shape, mesh.shape))
-  if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(where, x.ndim):
+  if isinstance(x, jax.Array) and (not x.is_fully_addressable or x.committed and x.sharding == where):
     return x
   if jax.process_count() == 1:
     return jax.device_put(x, where)

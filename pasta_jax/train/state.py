@@ -1,6 +1,5 @@
 """What a training run keeps: trainable and frozen parameters, the optimiser, and checkpoints."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +65,7 @@ def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config, *, tags: 
   if merge is not None and full:
     params = Merged(checkpoint.config, params, merge._replace(tags=None, head_tags=None))
     merge = merge._replace(factors={})
-  how = {} if mesh is None else {"put": partial(place_array, mesh)}
+  how = {} if mesh is None else {"put": lambda name, x: jax.block_until_ready(place_array(mesh, name, x))}
   model = build.from_params(checkpoint.config, params, dtype, stacked=True, **how)
   if merge is not None:
     lora.put(merge, model)
@@ -83,8 +82,8 @@ def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config, *, tags: 
 def first_state(mesh: Mesh, trainable: Params, optimiser: optax.GradientTransformation) -> TrainState:
   """The state before any step, `trainable` placed already; moments are made where they stay."""
   where = shardings(mesh, jax.eval_shape(optimiser.init, trainable))
-  return TrainState(place_array(mesh, "step", np.zeros((), np.int32)), trainable,
-                    jax.jit(optimiser.init, out_shardings=where)(trainable))
+  moments = jax.jit(optimiser.init, out_shardings=where)(trainable)
+  return TrainState(place_array(mesh, "step", np.zeros((), np.int32)), trainable, place(mesh, moments))
 
 
 def split(model: Decoder, *, full: bool) -> tuple[Any, Params, Params]:
@@ -145,10 +144,9 @@ class Checkpoints:
     if step is None:
       return None
     wanted = _plain(like)
-    found = self._manager.item_metadata(step).state
-    if found is None:
+    if not all((self._path / str(step) / item).is_dir() for item in ("state", "data")):
       raise ValueError(f"{self._path / str(step)} is of an earlier version of this program: choose another --workdir")
-    stored = {name: array.shape for name, array in found.tree.items()}
+    stored = {name: array.shape for name, array in self._manager.item_metadata(step).state.tree.items()}
     for name in sorted(wanted.keys() | stored.keys()):
       here = wanted[name].shape if name in wanted else None
       if stored.get(name) != here:
