@@ -9,13 +9,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+from ml_collections import ConfigDict
+from test_data import example_of
 from test_model import TIED, UNTIED
 
 from configs import smollm2_135m, tiny
 from configs.paper import gemma_7b
+from pasta_jax.data.packing import PackedBatches
+from pasta_jax.data.pairs import PairBatches, PreferencePair
 from pasta_jax.model.weights import param_shapes
 from pasta_jax.train import ahead
 from pasta_jax.train.flops import chip, matmul_parameters, step_flops
+from pasta_jax.train.sharding import AXES
 
 ROOT = Path(__file__).parent.parent
 GEMMA = str(Path(gemma_7b.__file__).with_suffix(".json"))
@@ -69,6 +75,18 @@ def test_abstract_steps_are_those_that_train():
       described = lambda tree: [(jax.tree_util.keystr(path), x.shape, x.dtype)
                                 for path, x in jax.tree_util.tree_leaves_with_path(tree)]
       assert described(ours) == described(theirs)
+
+
+def test_abstract_batches_are_those_that_are_packed():
+  """Names, types and shapes, but for the levels of chunks, which are the data's."""
+  example = example_of(0, 40)
+  rows = PackedBatches([example], batch_size=2, length=64, levels=1, seed=0)(0).as_dict()
+  pairs = PairBatches([PreferencePair(example, example)], rows=2, length=128, levels=1, seed=0)(0)
+  mesh = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+  for real, length in ((rows, 64), (pairs, 128)):
+    c = ConfigDict(dict(batch_size=2, length=length, accumulate=3))
+    shapes = ahead._batches(c, mesh, real is pairs)
+    assert {n: (x.shape, x.dtype) for n, x in shapes.items()} == {n: ((3, *x.shape), x.dtype) for n, x in real.items()}
 
 
 def test_what_cannot_be_compiled():
