@@ -16,9 +16,11 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import test_training as t  # noqa: E402
+from test_attention import CONFIG, random_rows  # noqa: E402
 
 from pasta_jax.data.pairs import PairBatches, PreferencePair  # noqa: E402
 from pasta_jax.train import loop, preference, sft  # noqa: E402
+from pasta_jax.train.attention import make_attend  # noqa: E402
 from pasta_jax.train.sharding import AXES, make_mesh, place, place_batch  # noqa: E402
 from pasta_jax.train.state import TrainState, make_model, make_optimiser  # noqa: E402
 
@@ -91,8 +93,31 @@ def main(folder: Path) -> None:
   update = preference.make_pair_update(model[0], make_optimiser(config, STEPS)[0], config, 0.1)
   # A margin is a difference of sums of some hundred nats, and its square is in the loss.
   compare("preference", config, update, model, batches, shapes=SHAPES[-1:], atol=1e-3)
+  heads_divide()
   refused(folder)
   moved_run(folder)
+
+
+def heads_divide() -> None:
+  """Kernels on four devices' heads: of keys, of queries in one group, and too few of either."""
+  mesh = make_mesh(dict(data=2, fsdp=1, tensor=4))
+  rng = np.random.default_rng(0)
+  batch = {name: jnp.asarray(x) for name, x in random_rows(rng, 2, 40).items()}
+  for heads, groups in ((4, 1), (1, 4), (3, 1)):
+    q, out = (jnp.asarray(rng.normal(size=(2, 40, heads, groups, 8)), jnp.float32) for _ in range(2))
+    k, v = (jnp.asarray(rng.normal(size=(2, 40, heads, 8)), jnp.float32) for _ in range(2))
+
+    def both(q, k, v, out=out):
+      attend = make_attend("interpret", batch, CONFIG, jnp.float32)
+      context, pull = jax.vjp(lambda *x: attend(None, *x, False)[0], q, k, v)
+      return context, pull(out)
+
+    alone = jax.jit(both)(q, k, v)
+    with jax.set_mesh(mesh):
+      divided = jax.jit(lambda *x: both(*x))(q, k, v)
+    for one, other in zip(*map(jax.tree.leaves, (alone, divided))):
+      np.testing.assert_allclose(other, one, atol=1e-5, err_msg=f"{heads} heads, {groups} groups")
+  print("heads divide")
 
 
 def refused(folder: Path) -> None:

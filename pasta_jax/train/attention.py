@@ -81,7 +81,8 @@ def make_attend(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
 
 
 def _by_kernel(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
-  """The partitioner cannot divide a kernel: each device runs it on its rows and heads."""
+  """The partitioner cannot divide a kernel: each device runs it on its rows and heads; where there are too few heads of
+  keys, on its heads of queries."""
   platform = "gpu" if kind == "gpu" else "tpu"
   size = flash.tile_size(platform, batch["tokens"].shape[1], config.head_dim)
   settings = flash.Settings(platform, size, config.attention_softcap, config.window > 0, kind == "interpret")
@@ -92,9 +93,11 @@ def _by_kernel(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
     del cache
     q, k, v, local = q.astype(dtype), k.astype(dtype), v.astype(dtype), jnp.asarray(local)
     if jax.sharding.get_abstract_mesh().size > 1:
-      heads = PartitionSpec(ROWS, None, "tensor" if divides("tensor", q.shape[2]) else None)
-      divided = jax.shard_map(run, in_specs=(heads, heads, heads, PartitionSpec(), PartitionSpec(ROWS)),
-                              out_specs=heads, check_vma=False)
+      fits = [divides("tensor", n) for n in q.shape[2:4]]
+      ours = PartitionSpec(ROWS, None, *(("tensor",) if fits[0] else (None, "tensor") if fits[1] else ()))
+      theirs = PartitionSpec(ROWS, None, "tensor" if fits[0] else None)
+      divided = jax.shard_map(run, in_specs=(ours, theirs, theirs, PartitionSpec(), PartitionSpec(ROWS)),
+                              out_specs=ours, check_vma=False)
       return divided(q, k, v, local, tables), None
     return run(q, k, v, local, tables), None
 
