@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.ERROR)  # what a kill leaves is told at length
   folder = Path(tempfile.mkdtemp(prefix="stress-"))
-  steps = 10 * FLAGS.kills  # more than will be done between the kills
+  steps = 20 * FLAGS.kills  # more than will be done between the kills
   in_write, again = killed_run(folder / "killed", FLAGS.kills, steps)
   to_its_end(folder / "whole", steps)
   ours, theirs = lines(folder / "killed"), lines(folder / "whole")

@@ -58,15 +58,15 @@ def digest(examples: Sequence[Layout]) -> str:
 class Feed:
   """The batches of a run's steps, one after another, each of `accumulate` batches stacked [A, B, …].
 
-  `batches(i)` is the i-th one, or what this process needs of it. A few are made ahead by threads.
+  `batches(i)` is the i-th one, or what this process needs of it; two threads make a few ahead. `identity` tells the
+  data from others (`digest`).
   """
 
-  def __init__(self, batches: Callable[[int], Batch], *, steps: int, accumulate: int = 1, identity: str = "",
-               ahead: int = 4):
+  def __init__(self, batches: Callable[[int], Batch], *, steps: int, accumulate: int, identity: str):
     def of_step(step: int) -> Batch:
       return jax.tree.map(lambda *x: np.stack(x), *(batches(step * accumulate + i) for i in range(accumulate)))
 
-    reading = grain.ReadOptions(num_threads=min(ahead, 2), prefetch_buffer_size=ahead)
+    reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     self._iterator = iter(grain.MapDataset.range(steps).map(of_step).to_iter_dataset(reading))
     self._identity = identity
 

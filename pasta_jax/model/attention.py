@@ -18,12 +18,17 @@ NEGATIVE = -1e30  # a masked score: finite, so that a row that sees nothing aver
 _UNROLLED = 8  # so many shapes of blocks at most are compiled
 
 
+def within(queries: jax.Array, keys: jax.Array, window) -> jax.Array:
+  """Whether keys at positions `keys` are inside the window of queries at `queries`; broadcasts."""
+  return queries - keys < window
+
+
 def nearby(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array | None:
   """[..., q, k] boolean from positions [..., q] and [..., k]: what a local layer may see; None without a window.
 
   Positions count, not places in a row or a pool: they jump at promises, and so does the window.
   """
-  return queries[..., :, None] - keys[..., None, :] < window if window else None
+  return within(queries[..., :, None], keys[..., None, :], window) if window else None
 
 
 def seen_by(visible: jax.Array, near: jax.Array | None, local: Local) -> jax.Array:

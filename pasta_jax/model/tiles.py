@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.lang.layout import outside
-from pasta_jax.model.attention import NEGATIVE
+from pasta_jax.model.attention import NEGATIVE, within
 from pasta_jax.model.decoder import soft_cap
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -43,8 +43,8 @@ def tile_kinds(hidden: jax.Array, positions: jax.Array, window: int, size: int) 
   if window:
     tiles = positions.reshape(rows, n, size)
     least, most = tiles.min(axis=-1), tiles.max(axis=-1)
-    empty |= least[:, None, :] - most[:, :, None] >= window
-    full &= most[:, None, :] - least[:, :, None] < window
+    empty |= ~within(least[:, None, :], most[:, :, None], window)
+    full &= within(most[:, None, :], least[:, :, None], window)
   return jnp.where(empty, EMPTY, jnp.where(full, FULL, PARTIAL)).swapaxes(1, 2).astype(jnp.int32)
 
 
@@ -90,7 +90,7 @@ def tile_scores(q: jax.Array, k: jax.Array, queries: Queries, keys: Keys, full, 
     at = queries.start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
     seen = outside(at, keys.start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0), keys.intervals)
     if queries.position is not None and keys.position is not None:
-      seen = seen & (queries.position - keys.position < window)
+      seen = seen & within(queries.position, keys.position, window)
     return jnp.where(seen, scores, NEGATIVE)
 
   return jax.lax.cond(full, lambda s: s, masked, scores), scores

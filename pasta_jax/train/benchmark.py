@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import rich
 from absl import app, flags
+from ml_collections import config_flags
 from rich.table import Table
 
-from configs import smollm2_135m
 from pasta_jax.data.examples import examples, read_jsonl
 from pasta_jax.data.packing import Batch, fill_rows, pack_row
 from pasta_jax.lang.layout import PositionRule
@@ -32,10 +32,11 @@ from pasta_jax.model.decoder import exact_products
 from pasta_jax.train.attention import hidden_intervals, make_attend
 from pasta_jax.train.flops import chip, step_flops
 from pasta_jax.train.sft import make_update
-from pasta_jax.train.state import TrainState, make_model, make_optimiser
+from pasta_jax.train.sharding import make_mesh, place_batch
+from pasta_jax.train.state import first_state, make_model, make_optimiser
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("model", "smollm2-135m-instruct", "name, GGUF file or Hugging Face folder")
+config_flags.DEFINE_config_file("config", "configs/smollm2_135m.py", "its model, and how `train` trains it")
 flags.DEFINE_string("data", "data/seed.jsonl", "annotated rows that are packed")
 flags.DEFINE_list("lengths", ["2048", "8192"], "tokens of a row in the measurements of attention; \"\": none")
 flags.DEFINE_integer("dense_up_to", 8192, "longest row for which the whole mask is tried")
@@ -141,15 +142,16 @@ def measure_attention(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 def measure_step(checkpoint: Checkpoint, what: str) -> dict[str, Any]:
   """Figures of a training step, "full" or "lora" and a dtype."""
   kind, dtype = what.split()
-  c = smollm2_135m.get_config().train
+  c = FLAGS.config.train
   c.update(lora_rank=0 if kind == "full" else 16, dtype=dtype, batch_size=FLAGS.rows, length=FLAGS.length)
   exact_products(dtype)
-  graph, trainable, frozen = make_model(checkpoint, checkpoint.vocabulary, c)
+  mesh = make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+  graph, trainable, frozen = make_model(checkpoint, checkpoint.vocabulary, c, mesh=mesh)
   optimiser, _ = make_optimiser(c, 100)
   update, _ = make_update(graph, optimiser, c)
   row = packed_row(checkpoint.vocabulary, c.length).as_dict()
-  batch = {name: np.stack([np.concatenate([x] * c.batch_size)]) for name, x in row.items()}
-  state = TrainState(jnp.zeros((), jnp.int32), trainable, jax.jit(optimiser.init)(trainable))
+  batch = place_batch(mesh, {name: np.stack([np.concatenate([x] * c.batch_size)]) for name, x in row.items()})
+  state = first_state(mesh, trainable, optimiser)
   step = update.lower(state, frozen, batch).compile()
   seconds = []
   for _ in range(FLAGS.rounds + 1):
@@ -167,7 +169,7 @@ def measure_step(checkpoint: Checkpoint, what: str) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
   del argv
-  checkpoint = load_checkpoint(FLAGS.model)
+  checkpoint = load_checkpoint(FLAGS.config.model.source)
   attention = measure_attention(checkpoint)
   if attention:
     table = Table("tokens", "program", "mask", "ms", "to causal", "MiB", "tiles on TPU",

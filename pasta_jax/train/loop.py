@@ -10,19 +10,16 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pasta_jax.data.pipeline import Feed
+from pasta_jax.data.pipeline import Batch, Feed
 from pasta_jax.progress import progress_bar
 from pasta_jax.train import processes
 from pasta_jax.train.metrics import MetricWriter
 from pasta_jax.train.state import Checkpoints, TrainState
 
-Batch = dict[str, np.ndarray]
 Step = Callable[[int, TrainState, Batch], tuple[TrainState, dict[str, float]]]
 
 
@@ -89,6 +86,13 @@ def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: St
       closing.callback(feed.close)
       closing.callback(checkpoints.close)
   return state
+
+
+def check_counts(config, section: str, least: Mapping[str, int]) -> None:
+  """Raises ValueError, one line, for a field of a config's section that is below the least that it may be."""
+  for field, n in least.items():
+    if config[field] < n:
+      raise ValueError(f"{section}.{field} must be {n} or more, not {config[field]}")
 
 
 def checked_workdir(workdir: str | Path | None) -> Path:

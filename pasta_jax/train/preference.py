@@ -25,7 +25,7 @@ from pasta_jax.model.checkpoint import Checkpoint
 from pasta_jax.model.decoder import exact_products
 from pasta_jax.progress import progress_bar
 from pasta_jax.train.attention import check_how, check_machine
-from pasta_jax.train.loop import checked_workdir, run_steps
+from pasta_jax.train.loop import check_counts, checked_workdir, run_steps
 from pasta_jax.train.preference_loss import LOSSES, answer_log_likelihood, default_beta, preference_loss
 from pasta_jax.train.sft import export, positions_of
 from pasta_jax.train.sharding import check_rows, make_mesh, place_batch
@@ -73,10 +73,8 @@ def check_settings(c) -> None:
   check_how(c, "preference")
   if not 0 <= c.alpha <= 1 or c.beta < 0:
     raise ValueError(f"preference.alpha must be in [0, 1] and preference.beta 0 or more, not {c.alpha} and {c.beta}")
-  for field, least in (("batch_size", 2), ("accumulate", 1), ("length", 1), ("loss_chunk", 1), ("checkpoint_every", 1),
-                       ("steps", 0), ("lora_rank", 0)):
-    if c[field] < least:
-      raise ValueError(f"preference.{field} must be {least} or more, not {c[field]}")
+  check_counts(c, "preference", dict(batch_size=2, accumulate=1, length=1, loss_chunk=1, checkpoint_every=1, steps=0,
+                                     lora_rank=0))
   if not c.steps and c.epochs <= 0:
     raise ValueError("preference.epochs must be above 0, or preference.steps say how many steps")
 

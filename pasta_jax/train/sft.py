@@ -28,7 +28,7 @@ from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.train import processes
 from pasta_jax.train.attention import check_how, check_machine
 from pasta_jax.train.flops import chip, step_flops
-from pasta_jax.train.loop import checked_workdir, run_steps
+from pasta_jax.train.loop import check_counts, checked_workdir, run_steps
 from pasta_jax.train.loss import sft_loss
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.sharding import check_rows, local_rows, make_mesh, place_batch
@@ -53,10 +53,8 @@ def make_update(graph, optimiser: optax.GradientTransformation, config):
 def check_settings(c) -> None:
   """Raises ValueError, one line, for what SFT cannot use of `config.train`, on any machine."""
   check_how(c, "train")
-  for field, least in (("batch_size", 1), ("accumulate", 1), ("length", 1), ("loss_chunk", 1), ("validate_every", 1),
-                       ("checkpoint_every", 1), ("workers", 0), ("steps", 0), ("lora_rank", 0)):
-    if c[field] < least:
-      raise ValueError(f"train.{field} must be {least} or more, not {c[field]}")
+  check_counts(c, "train", dict(batch_size=1, accumulate=1, length=1, loss_chunk=1, validate_every=1,
+                                checkpoint_every=1, workers=0, steps=0, lora_rank=0))
 
 
 def train(config, workdir: str | Path | None) -> dict[str, float]:
