@@ -80,9 +80,9 @@ def run() -> None:
     from pasta_jax.model.checkpoint import load_checkpoint
     from pasta_jax.model.export import export
     adapter = FLAGS.config.model.adapter
-    export(Path(FLAGS.workdir), load_checkpoint(source_of(FLAGS.config, adapter)), adapter_path(adapter),
-           **FLAGS.config.export)
-    print(f"{FLAGS.workdir}: {FLAGS.config.export.form}, {FLAGS.config.export.dtype}")
+    said = export(Path(FLAGS.workdir), load_checkpoint(source_of(FLAGS.config, adapter)), adapter_path(adapter),
+                  **FLAGS.config.export)
+    print(f"{FLAGS.workdir}: {said}")
   elif FLAGS.mode == "pilot":
     from pasta_jax.evaluate.run import pilot
     if FLAGS.prompts_file:

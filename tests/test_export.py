@@ -145,10 +145,13 @@ def test_peft_gives_the_same_logits(place: str, made, tmp_path: Path):
   source, adapter, _ = made(place)
   checkpoint, model = with_adapter(source, adapter)
   tokens, positions, mask = program(checkpoint.vocabulary)
-  export(tmp_path / "peft", checkpoint, adapter, form="peft", dtype="float32")
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+  said = export(tmp_path / "peft", checkpoint, adapter, form="peft", dtype="float32")
+  described = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(described, attn_implementation="eager")
   rows = len(transformers.AutoTokenizer.from_pretrained(tmp_path / "peft"))
+  assert ("rows: call" in said) == (rows > theirs.config.vocab_size)
   if rows > theirs.config.vocab_size:
+    assert f"resize_token_embeddings({rows})" in said
     theirs.resize_token_embeddings(rows, mean_resizing=False)
   theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
   np.testing.assert_allclose(torch_logits(theirs, tokens, positions, mask), logits(model, tokens, positions, mask),
@@ -268,7 +271,7 @@ def test_smollm2s_vocabulary_takes_the_tags(smollm2_checkpoint, tmp_path: Path):
   ours.save(tmp_path, ids)
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert len(theirs) == ids[-1] + 1 and tuple(theirs.convert_tokens_to_ids(list(TOKEN_TEXTS))) == ids
-  back = Tokenizer.from_file(tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json")
+  back = Tokenizer.from_folder(tmp_path)
   assert back.tag_ids == ids and back.knows_tags and not ours.tag_ids
   for text in ('<a href="x"/>', "".join(TAG_TEXTS), "Two words.\n"):
     assert back.encode(text) == ours.encode(text)

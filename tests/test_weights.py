@@ -1,26 +1,22 @@
-"""Weights are read back exactly, from GGUF and from safetensors; broken ones are refused in one line."""
+"""Weights are read back exactly from safetensors; broken ones are refused in one line. GGUF: `test_gguf`."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
-from folders import describe_shape
+from folders import BYTE_TOKENS, write_gguf
 from safetensors.numpy import load_file, save_file
-from tokenizers import pre_tokenizers
 
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.weights import WeightsError, param_shapes
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TOKENS = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "12"]
 # All widths differ, so that a transposed or exchanged tensor cannot pass.
 CONFIG = ModelConfig(
-  vocab_size=len(TOKENS), d_model=24, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=8, d_ff=40,
+  vocab_size=len(BYTE_TOKENS), d_model=24, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=8, d_ff=40,
   rope_theta=50_000.0, norm_eps=1e-5, tie_embeddings=True, max_position=64,
 )  # fmt: skip
 
@@ -30,132 +26,11 @@ def random_params(config: ModelConfig) -> dict[str, np.ndarray]:
   return {name: rng.normal(size=shape).astype(np.float32) for name, shape in param_shapes(config).items()}
 
 
-def permute(weight: np.ndarray, n_heads: int) -> np.ndarray:
-  """What llama.cpp's converter does to the rows of q and k, in its own words."""
-  halves = weight.reshape(n_heads, 2, weight.shape[0] // n_heads // 2, *weight.shape[1:])
-  return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
 def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]):
   assert actual.keys() == expected.keys()
   for name, value in expected.items():
     assert actual[name].dtype == np.float32 and actual[name].flags.c_contiguous and actual[name].flags.owndata
     np.testing.assert_array_equal(actual[name], value, err_msg=name)
-
-
-# --- GGUF ---
-
-
-def write_gguf(
-  path: Path, params: dict[str, np.ndarray], arch: str = "llama", **changes: np.ndarray | None
-) -> Path:
-  """A GGUF file as llama.cpp's converter writes it. `changes` replaces tensors by name; None drops one."""
-  writer = gguf.GGUFWriter(path, arch)
-  describe_shape(writer, CONFIG)
-  writer.add_rope_dimension_count(CONFIG.head_dim)
-  writer.add_tokenizer_model("gpt2")
-  writer.add_tokenizer_pre("smollm")
-  writer.add_token_list(TOKENS)
-  writer.add_token_types([3] * len(SPECIALS) + [1] * (len(TOKENS) - len(SPECIALS)))
-  writer.add_token_merges(["h e", "1 2"])
-  writer.add_eos_token_id(2)
-
-  tensors: dict[str, np.ndarray | None] = {
-    "token_embd.weight": params["embed.embedding"],
-    "output_norm.weight": params["final_norm.scale"],
-  }
-  if "head.kernel" in params:
-    tensors["output.weight"] = params["head.kernel"].T
-  for i in range(CONFIG.n_layers):
-    ours, theirs = f"layers.{i}.", f"blk.{i}."
-    tensors |= {
-      theirs + "attn_norm.weight": params[ours + "attn_norm.scale"],
-      theirs + "attn_q.weight": permute(params[ours + "attn.q.kernel"].T, CONFIG.n_heads),
-      theirs + "attn_k.weight": permute(params[ours + "attn.k.kernel"].T, CONFIG.n_kv_heads),
-      theirs + "attn_v.weight": params[ours + "attn.v.kernel"].T,
-      theirs + "attn_output.weight": params[ours + "attn.o.kernel"].T,
-      theirs + "ffn_norm.weight": params[ours + "mlp_norm.scale"],
-      theirs + "ffn_gate.weight": params[ours + "mlp.gate.kernel"].T,
-      theirs + "ffn_up.weight": params[ours + "mlp.up.kernel"].T,
-      theirs + "ffn_down.weight": params[ours + "mlp.down.kernel"].T,
-    }
-  for name, tensor in (tensors | changes).items():
-    if tensor is not None:
-      writer.add_tensor(name, np.ascontiguousarray(tensor))
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_tensors_to_file()
-  writer.close()
-  return path
-
-
-def test_gguf_is_read_back_equal(tmp_path: Path):
-  params = random_params(CONFIG)
-  loaded = load_checkpoint(write_gguf(tmp_path / "tiny.gguf", params))
-  assert (loaded.name, loaded.config) == ("tiny", CONFIG)
-  assert_same(loaded.params, params)
-  assert loaded.tokenizer.eos_id == 2 and loaded.tokenizer.special_ids == {0, 1, 2}
-
-
-def test_gguf_with_a_head_of_its_own(tmp_path: Path):
-  params = random_params(CONFIG) | {
-    "head.kernel": np.random.rand(CONFIG.d_model, CONFIG.vocab_size).astype("f")
-  }
-  loaded = load_checkpoint(write_gguf(tmp_path / "tiny.gguf", params))
-  assert not loaded.config.tie_embeddings
-  assert_same(loaded.params, params)
-
-
-def test_gguf_tokenizer_without_a_chat_template(tmp_path: Path):
-  tokenizer = load_checkpoint(write_gguf(tmp_path / "tiny.gguf", random_params(CONFIG))).tokenizer
-  assert tokenizer.decode(tokenizer.encode("he 12 é")) == "he 12 é"
-  assert tokenizer.digit_values()[TOKENS.index("12")] == (12, 100)
-  with pytest.raises(ValueError, match="no chat template"):
-    tokenizer.chat_prompt([{"role": "user", "content": "hi"}])
-
-
-@pytest.mark.parametrize(
-  ("arch", "changes", "message"),
-  [
-    ("mamba", {}, "architecture 'mamba' is not supported"),
-    ("llama", {"blk.1.attn_k.weight": None}, "blk.1.attn_k.weight is missing"),
-    ("llama", {"token_embd.weight": None}, "token_embd.weight is missing"),
-    ("llama", {"blk.0.attn_q.bias": np.ones(48, "f")}, "blk.0.attn_q.bias is not part of"),
-    (
-      "llama",
-      {"blk.0.ffn_up.weight": np.ones((24, 40), "f")},
-      r"ffn_up.weight has shape \[24, 40\], not \[40, 24\]",
-    ),
-  ],
-)
-def test_gguf_that_does_not_fit_is_refused(tmp_path: Path, arch: str, changes: dict, message: str):
-  path = write_gguf(tmp_path / "tiny.gguf", random_params(CONFIG), arch, **changes)
-  with pytest.raises(WeightsError, match=message) as caught:
-    load_checkpoint(path)
-  assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_gguf_truncated_anywhere_is_refused(tmp_path: Path):
-  whole = write_gguf(tmp_path / "tiny.gguf", random_params(CONFIG)).read_bytes()
-  cut = tmp_path / "cut.gguf"
-  for size in [0, 3, 4, 10, 100, *range(200, len(whole), len(whole) // 50), len(whole) - 64]:
-    cut.write_bytes(whole[:size])
-    with pytest.raises(WeightsError, match="cut.gguf"):
-      load_checkpoint(cut)
-
-
-def test_gguf_with_damaged_header_never_fails_otherwise(tmp_path: Path):
-  whole = bytearray(write_gguf(tmp_path / "tiny.gguf", random_params(CONFIG)).read_bytes())
-  damaged = tmp_path / "damaged.gguf"
-  rng = np.random.default_rng(1)
-  for at in rng.integers(4, 9_000, size=150):
-    copy = whole.copy()
-    copy[at] ^= int(rng.integers(1, 256))
-    damaged.write_bytes(copy)
-    try:
-      load_checkpoint(damaged)
-    except WeightsError:
-      pass
 
 
 @pytest.mark.parametrize("source", ["no-such-model", "/nowhere/model.gguf"])
@@ -174,7 +49,7 @@ def hf_model():
   torch.manual_seed(0)
   return transformers.LlamaForCausalLM(
     transformers.LlamaConfig(
-      vocab_size=len(TOKENS), hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+      vocab_size=len(BYTE_TOKENS), hidden_size=24, intermediate_size=40, num_hidden_layers=2,
       num_attention_heads=6, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5,
       tie_word_embeddings=False, max_position_embeddings=64,
       rope_parameters={"rope_type": "default", "rope_theta": 50_000.0},
@@ -187,7 +62,7 @@ def hf_folder(hf_model, tmp_path: Path) -> Path:
   """A complete folder; the tokenizer is the one of the GGUF tests."""
   folder = tmp_path / "tiny-hf"
   hf_model.save_pretrained(folder)
-  tokenizer = load_checkpoint(write_gguf(tmp_path / "tiny.gguf", random_params(CONFIG))).tokenizer
+  tokenizer = load_checkpoint(write_gguf(tmp_path / "tiny.gguf", CONFIG, random_params(CONFIG))).tokenizer
   tokenizer._backend.save(str(folder / "tokenizer.json"))
   template = "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.content | trim }}{% endfor %}"
   config = {"eos_token": {"content": "<|im_end|>"}, "bos_token": "<|endoftext|>", "chat_template": template}

@@ -11,6 +11,7 @@ from pasta_jax.lang.syntax import TAG_TEXTS
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.download import RELEASES, named_weights
+from pasta_jax.model.gguf_container import model_in, model_name
 from pasta_jax.model.gguf_file import load_gguf
 from pasta_jax.model.hf_folder import load_hf_folder
 from pasta_jax.model.run_folder import is_run, load_run
@@ -46,8 +47,9 @@ def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -
   """Loads a checkpoint of one of the `families`.
 
   Args:
-    source: one of `download.RELEASES` ("smollm2-135m-instruct", "gemma3-270m"; downloaded once), a .gguf file, a
-      folder in Hugging Face's format, or that of a training run (`run_folder`); or "tiny", which is made up (`tiny`).
+    source: one of `download.RELEASES` ("smollm2-135m-instruct", "gemma3-270m"; downloaded once), a .gguf file or
+      any part of a split one, a folder with one such model, or in Hugging Face's format, or that of a training run
+      (`run_folder`); or "tiny", which is made up (`tiny`).
     progress: show a bar on stderr, if that is a terminal.
 
   Raises:
@@ -59,10 +61,12 @@ def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -
     name, path, again = str(source), named_weights(str(source)), str(source)
   else:
     path = Path(source).expanduser()
-    name, again = path.resolve().name.removesuffix(".gguf"), str(path.resolve())
+    name, again = model_name(path.resolve()), str(path.resolve())
   if is_run(path):
     base, config, params, pasta = load_run(path, partial(load_checkpoint, progress=progress))
     return Checkpoint(base.name, config, params, base.tokenizer, pasta, again)
+  if path.is_dir() and not (path / "config.json").exists() and (gguf := model_in(path)):
+    return _checkpoint(name, again, *load_gguf(gguf, progress), {})
   if path.is_dir():
     return _checkpoint(name, again, *load_hf_folder(path, progress))
   if path.is_file():

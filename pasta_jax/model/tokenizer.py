@@ -5,33 +5,23 @@ Two kinds of BPE are supported: byte-level (Llama 3, SmolLM2, Qwen), and Sentenc
 text. Llama 2 puts a blank before every text: here conversations have these blanks, and a text encoded by itself not.
 """
 
-import datetime
-import functools
+import contextlib
 import json
 import re
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import decoders, models
 
 from pasta_jax.lang.syntax import TOKEN_TEXTS
+from pasta_jax.model import chat
 from pasta_jax.model import tokenizer_forms as forms
+from pasta_jax.model.sentencepiece_file import read_pieces
 from pasta_jax.model.weights import WeightsError, read_json, read_text
 
-_ROLES = ("system", "user", "assistant", "tool")
-# Gemma's base models have the turn marks of the tuned ones, but no template.
-_GEMMA_TURNS = ("<start_of_turn>", "<end_of_turn>")
-_GEMMA_TEMPLATE = (
-  "{{ bos_token }}{% for m in messages %}"
-  "{% if m.role == 'system' %}{{ raise_exception('there is no system role') }}{% endif %}"
-  "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
-  "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
+# What Hugging Face calls tokens: templates write them by these names.
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
@@ -39,7 +29,9 @@ class Tokenizer:
 
   Attributes:
     vocab_size: number of ids, control tokens included. A model may have more (padded) embeddings.
-    eos_id: the token that ends an assistant's turn.
+    eos_id: the token that ends an assistant's turn: the one that a file names as that, else the control token that the
+      chat template puts behind an assistant's text, else the one that ends a text.
+    end_ids: every token that ends a text, `eos_id` among them, in order.
     bos_id: the token that may begin a text, or None. `encode` never adds it; a chat template may.
     special_ids: the control tokens: `encode` never yields them.
     tag_ids: the entries that PASTA's tags take: their own, where weights were saved with them, else the first six that
@@ -49,12 +41,21 @@ class Tokenizer:
   """
 
   def __init__(self, backend: tokenizers.Tokenizer, eos_id: int, bos_id: int | None, chat_template: str, *,
+               eot_id: int | None = None, end_ids: Iterable[int] = (), named: Mapping[str, int] | None = None,
                pieces: bool = False, prefix: str = "", stored: Mapping[str, Any] | None = None):
-    """Takes over `backend` and changes its settings. `pieces`: entries are SentencePiece's, not byte-level ones;
-    `prefix`: where conversations get blanks (`tokenizer_forms.without_prefix`), and the parts of tokenizer.json that
-    `save` writes so that others put them there too.
+    """Takes over `backend` and changes its settings.
 
-    ValueError if `eos_id` or `bos_id` is no token.
+    Args:
+      eos_id: the token that ends a text.
+      eot_id: the token that ends an assistant's turn, if it is known.
+      end_ids: further tokens that end a text; those that are no tokens are passed over.
+      named: further tokens by Hugging Face's names for them ("pad_token").
+      pieces: entries are SentencePiece's, not byte-level ones.
+      prefix: where conversations get blanks (`tokenizer_forms.without_prefix`).
+      stored: the parts of tokenizer.json that `save` writes so that others put the blanks there too.
+
+    Raises:
+      ValueError: `eos_id`, `eot_id` or `bos_id` is no token.
     """
     backend.no_truncation()
     backend.no_padding()
@@ -64,28 +65,36 @@ class Tokenizer:
     self._backend = backend
     texts = forms.texts_for_tags(vocab)
     self.tag_ids, self.knows_tags = tuple(vocab[text] for text in texts), texts == list(TOKEN_TEXTS)
+    self.special_ids = frozenset(index for index, token in added.items() if token.special)
+    # Added tokens are texts as they are; but Gemma's files call runs of blanks that, in the writing of pieces.
+    as_they_are = self.special_ids if pieces else added.keys()
     self._bytes = [b""] * (max(vocab.values(), default=-1) + 1)
     for token, index in vocab.items():
-      self._bytes[index] = token.encode() if index in added else (_piece_bytes if pieces else _ordinary_bytes)(token)
+      self._bytes[index] = token.encode() if index in as_they_are else (
+        forms.bytes_of_piece if pieces else forms.bytes_of_word)(token)
     # A text may hold the very character that pieces write for a blank: it is spelled out in bytes.
     self._blank = [vocab.get(f"<0x{byte:02X}>", -1) for byte in forms.BLANK.encode()] if pieces else []
     if min(self._blank, default=0) < 0:
       raise ValueError("the vocabulary of pieces lacks tokens for single bytes")
     self._prefix, self._stored = prefix, dict(stored or {})
     self.vocab_size = len(self._bytes)
-    self.special_ids = frozenset(index for index, token in added.items() if token.special)
-    self.eos_id = eos_id
     self.bos_id = bos_id
-    self.chat_template = chat_template or (_GEMMA_TEMPLATE if vocab.keys() >= set(_GEMMA_TURNS) else "")
-    for named in (eos_id, bos_id):
-      if named is not None and not 0 <= named < self.vocab_size:
-        raise ValueError(f"the token that ends a turn or begins a text, {named}, is not in the vocabulary")
+    self.chat_template = chat_template or chat.template_without_one(vocab)
+    for each in (eos_id, eot_id, bos_id):
+      if each is not None and not self._is_token(each):
+        raise ValueError(f"the token that ends a turn or begins a text, {each}, is not in the vocabulary")
+    self._named = {**(named or {}), "eos_token": eos_id, **({} if bos_id is None else {"bos_token": bos_id})}
 
     self._controls = {added[index].content: index for index in self.special_ids}
     longest_first = sorted(self._controls, key=len, reverse=True)
     self._any_control = "|".join(map(re.escape, longest_first)) or "(?!)"
     single = {self._bytes[index] for index in range(self.vocab_size) if index not in self.special_ids}
     self._absent = bytes(byte for byte in range(256) if bytes([byte]) not in single)
+    if eot_id is None and self.chat_template:
+      behind = chat.end_of_turn(self.chat_template, self._texts(), self._any_control)
+      eot_id = self._controls[behind] if behind is not None else None
+    self.eos_id = eos_id if eot_id is None else eot_id
+    self.end_ids = tuple(sorted({self.eos_id, eos_id, *filter(self._is_token, end_ids)}))
 
   @classmethod
   def from_gguf_fields(
@@ -96,6 +105,10 @@ class Tokenizer:
     bos_id: int | None = None,
     chat_template: str = "",
     *,
+    eot_id: int | None = None,
+    pad_id: int | None = None,
+    unk_id: int | None = None,
+    add_bos: bool = False,
     prefix: bool = False,
     merges: Sequence[str] = (),
     pre: str = "",
@@ -104,88 +117,83 @@ class Tokenizer:
     """From GGUF metadata: of a "gpt2" tokenizer `merges`, pairs such as "h e", best first, and its pre-tokenizer;
     of SentencePiece's ("llama") the pieces' `scores`, and whether conversations have blanks before their texts.
 
+    `eos_id` ends a text and `eot_id` a turn; one of them must be there. `add_bos`: other engines are to put `bos_id`
+    before texts (`save`).
+
     Raises:
       ValueError: an unknown pre-tokenizer, or lists that contradict each other.
     """
-    cut = forms.byte_level(pre) if scores is None else None
     if scores is not None and len(scores) != len(tokens):
       raise ValueError(f"{len(tokens)} tokens, but {len(scores)} scores")
     if len(token_types) != len(tokens):
       raise ValueError(f"{len(tokens)} tokens, but {len(token_types)} token types")
-    if eos_id is None:
+    if (ends := eot_id if eos_id is None else eos_id) is None:
       raise ValueError("no end-of-turn token is named")
-    vocab = {token: index for index, token in enumerate(tokens)}
-    try:
-      if scores is None:
-        bpe = models.BPE(vocab, [(left, right) for left, right in (merge.split(" ") for merge in merges)],
-                         ignore_merges=pre in forms.WHOLE_WORDS)
-      else:
-        bpe = models.BPE(vocab, forms.merges_of_pieces(vocab, scores, token_types), byte_fallback=True, fuse_unk=True)
-    except Exception as error:  # `tokenizers` raises bare Exception
-      raise ValueError(f"unusable vocabulary: {error}") from error
-    backend = tokenizers.Tokenizer(bpe)
-    if cut is not None:
-      backend.pre_tokenizer = cut
-      backend.decoder = decoders.ByteLevel()
+    kinds = forms.kinds_of(tokens, token_types, {index for index in (ends, eot_id) if index is not None})
+    if scores is None:
+      backend = forms.backend_of_bytes(tokens, kinds, merges, pre)
     else:
-      backend.normalizer = forms.blanks()
-      whole = [decoders.Replace(forms.BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
-      backend.decoder = decoders.Sequence(whole)
-    kinds = dict(zip(tokens, token_types)) | dict.fromkeys(forms.texts_for_tags(vocab), forms.CONTROL)
-    for kind, special in ((forms.CONTROL, True), (forms.USER_DEFINED, False)):
-      texts = [token for token, its_kind in kinds.items() if its_kind == kind]
-      backend.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in texts])
-    return cls(backend, eos_id, bos_id, chat_template, pieces=scores is not None, prefix="every" if prefix else "",
-               stored={"normalizer": forms.PREFIXED} if prefix else None)
+      backend = forms.backend_of_pieces(tokens, kinds, scores)
+    if add_bos and bos_id is not None and 0 <= bos_id < len(tokens):
+      backend.post_processor = forms.beginning_with(tokens[bos_id], bos_id)
+    # Files name any token for padding, "!" say; transformers would make a control token of what it is told of.
+    named = {name: index for name, index in (("pad_token", pad_id), ("unk_token", unk_id))
+             if index is not None and 0 <= index < len(kinds) and kinds[index] == forms.CONTROL}
+    where = "every" if prefix else ""
+    return cls(backend, ends, bos_id, chat_template, eot_id=eot_id, named=named, pieces=scores is not None,
+               prefix=where, stored=forms.PREFIXES[where])
 
   @classmethod
-  def from_file(cls, tokenizer_json: Path, tokenizer_config: Path) -> "Tokenizer":
-    """From Hugging Face's two files; a `chat_template.jinja` beside them takes precedence over the config's.
+  def from_folder(cls, folder: Path, rows: int | None = None) -> "Tokenizer":
+    """From a folder in Hugging Face's format: its tokenizer.json, else SentencePiece's tokenizer.model; with what
+    tokenizer_config.json, special_tokens_map.json and generation_config.json say of its tokens. A `chat_template.jinja`
+    takes precedence over the config's.
 
     If a byte-level `tokenizer.json` has a normaliser, texts are exact up to that normaliser only.
 
-    Raises:
-      WeightsError: a file is missing or damaged, of another kind, or names no end-of-turn token.
-    """
-    parts, config = read_json(tokenizer_json), read_json(tokenizer_config)
-    model, prefix = parts.get("model") or {}, ""
-    stored = {key: parts.get(key) for key in ("normalizer", "pre_tokenizer")}
-    byte_level = [part for part in forms.components(parts.get("pre_tokenizer")) if part.get("type") == "ByteLevel"]
-    pieces = bool(not byte_level and model.get("byte_fallback"))
-    if model.get("type") != "BPE" or not (byte_level or pieces):
-      raise WeightsError(f"{tokenizer_json}: not a BPE tokenizer of bytes, or of pieces with bytes to fall back on")
-    if any(part.get("add_prefix_space") for part in byte_level):
-      raise WeightsError(f"{tokenizer_json}: add_prefix_space changes the text, and is not supported")
-    try:
-      if pieces:
-        parts, prefix = forms.without_prefix(parts)
-      backend = tokenizers.Tokenizer.from_str(json.dumps(forms.with_special_tags(parts)))
-    except Exception as error:  # `tokenizers` raises bare Exception
-      raise WeightsError(f"{tokenizer_json}: {error}") from error
+    Args:
+      rows: how many embeddings the model has: tokens that were added beyond them are left out.
 
-    eos, bos = (_token_text(config.get(key)) for key in ("eos_token", "bos_token"))
-    eos_id = backend.token_to_id(eos) if eos else None
-    if eos_id is None:
-      raise WeightsError(f"{tokenizer_config}: eos_token {eos!r} is not a token of the vocabulary")
-    beside = tokenizer_config.with_name("chat_template.jinja")
-    template = read_text(beside) if beside.exists() else _default_template(config.get("chat_template"))
-    try:
-      return cls(backend, eos_id, backend.token_to_id(bos) if bos else None, template, pieces=pieces, prefix=prefix,
-                 stored=stored)
-    except ValueError as error:
-      raise WeightsError(f"{tokenizer_json}: {error}") from error
+    Raises:
+      WeightsError: a file is missing or damaged, of another kind, has more tokens than `rows`, or names no token that
+        ends a text.
+    """
+    config, texts, source = _described(folder)
+    ends = [texts[name] for name in ("eos_token", "bos_token") if name in texts]
+    path = next((path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).exists()), None)
+    if path is None:
+      raise WeightsError(f"{folder / 'tokenizer.json'}: cannot be read (there is neither this nor a tokenizer.model)")
+    with _faults_in(path):
+      if path.suffix == ".json":
+        backend, more = _of_json(read_json(path), rows, ends)
+      else:
+        backend, more = _of_pieces(folder, config, texts, rows)
+      named = {name: index for name, text in texts.items() if (index := backend.token_to_id(text)) is not None}
+      if "eos_token" not in named:
+        raise WeightsError(f"{source}: eos_token {texts.get('eos_token')!r} is not a token of the vocabulary")
+    beside = folder / "chat_template.jinja"
+    with _faults_in(folder / "tokenizer_config.json"):
+      template = read_text(beside) if beside.exists() else chat.template_in(config.get("chat_template"))
+    end_ids = _generation_ends(folder / "generation_config.json")
+    with _faults_in(path):
+      return cls(backend, named["eos_token"], named.get("bos_token"), template, named=named, end_ids=end_ids, **more)
 
   def save(self, folder: Path, tag_ids: Sequence[int] = ()) -> None:
-    """Writes the two files that `from_file` and Hugging Face read into an existing folder; with the tags, if their
-    ids are given, as entries of the vocabulary (`pasta_jax.lang.syntax.TOKEN_TEXTS`)."""
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json, which `from_folder` and Hugging Face
+    read, into an existing folder; with the tags, if their ids are given, as entries of the vocabulary
+    (`pasta_jax.lang.syntax.TOKEN_TEXTS`)."""
     parts = json.loads(self._backend.to_str()) | self._stored
     if tag_ids:
       forms.name_tags(parts, dict(zip(tag_ids, TOKEN_TEXTS)), self.vocab_size)
-    (folder / "tokenizer.json").write_text(json.dumps(parts, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self._literal(self.eos_id)}
-    config |= {"bos_token": self._literal(self.bos_id)} if self.bos_id is not None else {}
+    _write(folder / "tokenizer.json", parts)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._texts()}
+    if "eos_token" not in self.chat_template:  # a template that writes it means the one that was named
+      config["eos_token"] = self._literal(self.eos_id)
     config |= {"chat_template": self.chat_template} if self.chat_template else {}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    _write(folder / "tokenizer_config.json", config)
+    ends = list(self.end_ids) if len(self.end_ids) > 1 else self.eos_id
+    others = {f"{name}_id": self._named[name] for name in ("bos_token", "pad_token") if name in self._named}
+    _write(folder / "generation_config.json", {"eos_token_id": ends, **others})
 
   def encode(self, text: str) -> list[int]:
     """Ordinary tokens of a text: no control token, whatever the text looks like, and none added around it.
@@ -230,7 +238,10 @@ class Tokenizer:
       ValueError: no chat template, a message of another form, or one that the template refuses.
     """
     ids: list[int] = []
-    text, shield = self._render(messages)
+    if not self.chat_template:
+      raise ValueError("this tokenizer has no chat template")
+    safe, shield = chat.shielded(messages, self._any_control)
+    text = chat.render(self.chat_template, safe, self._texts())
     # Text between two control tokens is encoded in one piece, as Hugging Face does: where template and
     # content meet, characters of both may belong to one token.
     for i, piece in enumerate(re.split(f"({self._any_control})", text)):
@@ -257,90 +268,97 @@ class Tokenizer:
       if raw.isdigit() and index not in self.special_ids
     }
 
-  def _render(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
-    """The conversation as text, and the mark that breaks up control tokens' look-alikes in contents.
+  def _is_token(self, index: int) -> bool:
+    return 0 <= index < self.vocab_size
 
-    The mark goes behind the first character of each look-alike, overlapping ones too. Contents otherwise
-    stay as they are, so a template may trim or search them. The mark cannot be guessed, hence not forged.
-    """
-    if not self.chat_template:
-      raise ValueError("this tokenizer has no chat template")
-    shield = f"\ue000{secrets.token_hex(16)}\ue000"
-    shielded = []
-    for message in messages:
-      role, content = message.get("role"), message.get("content")
-      if role not in _ROLES or not isinstance(content, str):
-        given = f"{role!r} and {type(content).__name__}"
-        raise ValueError(f"a message is a role ({', '.join(_ROLES)}) and a text as content, not {given}")
-      content = re.sub(f"(?s)(?={self._any_control})(.)", lambda found: found[1] + shield, content)
-      shielded.append({"role": role, "content": content})
-    try:
-      text = _compile(self.chat_template).render(
-        messages=shielded,
-        add_generation_prompt=True,
-        eos_token=self._literal(self.eos_id),
-        bos_token=self._literal(self.bos_id),
-      )
-    except (jinja2.TemplateError, TypeError) as error:
-      raise ValueError(f"chat template: {error}") from error
-    return text, shield
+  def _literal(self, index: int) -> str:
+    return self.token_bytes(index).decode(errors="replace")
 
-  def _literal(self, index: int | None) -> str:
-    return "" if index is None else self.token_bytes(index).decode(errors="replace")
+  def _texts(self) -> dict[str, str]:
+    """Texts of the tokens that have names."""
+    return {name: self._literal(index) for name, index in self._named.items()}
 
 
-@functools.lru_cache(maxsize=8)
-def _compile(template: str) -> jinja2.Template:
-  """A chat template in the environment that Hugging Face gives it: templates come with weights, so they
-  are foreign code and run in a sandbox. Cached here, because a compiled template cannot be pickled and a
-  `Tokenizer` must be (data workers)."""
-
-  def raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-  def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)  # Jinja's own escapes HTML
-
-  environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-  )
-  environment.filters["tojson"] = tojson
-  environment.globals["raise_exception"] = raise_exception
-  environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-  return environment.from_string(template)
+# --- files of a folder ---
 
 
-@functools.cache
-def _byte_of_character() -> dict[str, int]:
-  """GPT-2's alphabet: a printable character for each byte. Printable Latin-1 stands for itself, the rest
-  are numbered from U+0100."""
-  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-  rest = [byte for byte in range(256) if byte not in printable]
-  return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+@contextlib.contextmanager
+def _faults_in(path: Path) -> Iterator[None]:
+  """Whatever fails on what stands in this file becomes one line that names it."""
+  try:
+    yield
+  except WeightsError:
+    raise
+  except ValueError as error:
+    raise WeightsError(f"{path}: {error}") from error
+  except (AttributeError, TypeError, LookupError) as error:  # a list where a record should be, and the like
+    raise WeightsError(f"{path}: damaged ({type(error).__name__}: {error})") from error
 
 
-def _ordinary_bytes(token: str) -> bytes:
-  """Bytes of a vocabulary entry; an entry outside GPT-2's alphabet (never merged to) is its own text."""
-  alphabet = _byte_of_character()
-  if any(char not in alphabet for char in token):
-    return token.encode()
-  return bytes(alphabet[char] for char in token)
+def _described(folder: Path) -> tuple[dict[str, Any], dict[str, str], Path]:
+  """tokenizer_config.json, the texts of tokens by their names, and the file to name if these are wrong.
+
+  Names stand there or in special_tokens_map.json, which counts first if the other does not describe its tokens: so does
+  transformers. The config may be missing if the map names the end of a text.
+  """
+  path, beside = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+  further = read_json(beside) if beside.exists() else {}
+  config = read_json(path) if path.exists() or not further.get("eos_token") else {}
+  source = path if path.exists() else beside
+  first, second = (config, further) if "added_tokens_decoder" in config else (further, config)
+  texts = {}
+  for name in _NAMES:
+    entry = second.get(name) if first.get(name) is None else first[name]
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    if not isinstance(text, str | None):
+      raise WeightsError(f"{source}: {name} {entry!r} is not the text of a token")
+    if text is not None:
+      texts[name] = text
+  return config, texts, source
 
 
-def _piece_bytes(token: str) -> bytes:
-  """Bytes of a SentencePiece entry: a single byte written as <0x0A>, or text with its blanks marked."""
-  if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-    return bytes([int(token[3:5], 16)])
-  return token.replace(forms.BLANK, " ").encode()
+def _of_json(parts: Mapping[str, Any], rows: int | None,
+             ends: Sequence[str]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+  """tokenizer.json as what `Tokenizer` takes. Raises ValueError if it is of another kind."""
+  model, prefix = parts.get("model") or {}, ""
+  stored = {key: parts.get(key) for key in ("normalizer", "pre_tokenizer")}
+  byte_level = [part for part in forms.components(parts.get("pre_tokenizer")) if part.get("type") == "ByteLevel"]
+  pieces = bool(not byte_level and model.get("byte_fallback"))
+  if model.get("type") != "BPE" or not (byte_level or pieces):
+    raise ValueError("not a BPE tokenizer of bytes, or of pieces with bytes to fall back on")
+  if any(part.get("add_prefix_space") for part in byte_level):
+    raise ValueError("add_prefix_space changes the text, and is not supported")
+  if pieces:
+    parts, prefix = forms.without_prefix(parts)
+  parts = forms.prepared(parts, rows, ends, pieces=pieces)
+  try:
+    backend = tokenizers.Tokenizer.from_str(json.dumps(parts))
+  except Exception as error:  # `tokenizers` raises bare Exception
+    raise ValueError(str(error)) from error
+  return backend, {"pieces": pieces, "prefix": prefix, "stored": stored}
 
 
-def _token_text(entry: Any) -> str | None:
-  """tokenizer_config.json writes a token as a string or as a record with its "content"."""
-  return entry.get("content") if isinstance(entry, dict) else entry
+def _of_pieces(folder: Path, config: Mapping[str, Any], texts: Mapping[str, str],
+               rows: int | None) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+  """tokenizer.model as what `Tokenizer` takes. Raises ValueError if it is of another kind."""
+  bos, eos = texts.get("bos_token"), texts.get("eos_token")
+  ends = [text for text in (bos, eos) if text is not None]
+  tokens, kinds, scores, prefix = read_pieces(folder, config, texts.values(), ends, rows)
+  kinds = forms.kinds_of(tokens, kinds, [index for index, token in enumerate(tokens) if token in ends])
+  backend = forms.backend_of_pieces(tokens, kinds, scores)
+  if bos in tokens and config.get("add_bos_token", True):
+    backend.post_processor = forms.beginning_with(bos, tokens.index(bos))
+  return backend, {"pieces": True, "prefix": prefix, "stored": forms.PREFIXES[prefix]}
 
 
-def _default_template(entry: Any) -> str:
-  """tokenizer_config.json writes one template as a string, several as records with "name"."""
-  if isinstance(entry, list):
-    return next((each["template"] for each in entry if each.get("name") == "default"), "")
-  return entry or ""
+def _generation_ends(path: Path) -> list[int]:
+  """The tokens that end a text by a generation_config.json, which may be missing."""
+  given = read_json(path).get("eos_token_id") if path.exists() else None
+  ids = given if isinstance(given, list) else [] if given is None else [given]
+  if not all(type(index) is int for index in ids):
+    raise WeightsError(f"{path}: eos_token_id {given!r} is neither a token nor a list of them")
+  return ids
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

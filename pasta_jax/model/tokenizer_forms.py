@@ -1,43 +1,140 @@
-"""Forms that tokenizers are stored in: Hugging Face's tokenizer.json, and GGUF's lists."""
+"""Forms that tokenizers are stored in: Hugging Face's tokenizer.json, and lists of tokens (GGUF, SentencePiece)."""
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from tokenizers import Regex, normalizers, pre_tokenizers
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from pasta_jax.lang.syntax import TOKEN_TEXTS
 
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # GGUF token types
+# Kinds of tokens, in GGUF and in SentencePiece's files.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 BLANK = "\u2581"  # what SentencePiece writes for a blank
+# Some files call these user-defined, like words that are to stay whole. ("</s>" is not among them: in Gemma's
+# vocabulary it is HTML. Where it ends a text, it is named.)
+_TURN_MARKS = ("<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>")
 # Entries that vocabularies hold for others to use: Gemma's, Llama 3's, Mistral's, and what fills Qwen's GGUF files up.
 _RESERVED = (r"<unused(\d+)>", r"<\|reserved_special_token_(\d+)\|>", r"\[control_(\d+)\]", r"\[PAD(\d+)\]")
-# How byte-level vocabularies cut a text before they merge, by GGUF's names: Llama 3's and Qwen's differ in digits.
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's tokens for single bytes
+# How byte-level vocabularies cut a text before they merge, by GGUF's names: Llama 3's and Qwen's differ in digits,
+# Mistral's (since Nemo) knows capitals and no English endings.
 _CUTS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-_DIGITS = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
-WHOLE_WORDS = ("llama-bpe",)  # vocabularies in which a word that is an entry is one token, whatever the merges say
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CUT_AS = {
+  "llama-bpe": _CUTS.format(digits=r"\p{N}{1,3}"),
+  "qwen2": _CUTS.format(digits=r"\p{N}"),
+  "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+_WHOLE_WORDS = ("llama-bpe", "tekken")  # in which a word that is an entry is one token, whatever the merges say
 
 
-def byte_level(pre: str) -> pre_tokenizers.PreTokenizer:
+# --- lists of tokens ---
+
+
+def kinds_of(tokens: Sequence[str], kinds: Sequence[int], named: Collection[int]) -> list[int]:
+  """Kinds as they are meant. Control tokens are, whatever a file says: those that are `named` as the end of a text or
+  turn, the marks of turns, the unknown token, which no text yields, and the entries of the tags."""
+  tags = frozenset(texts_for_tags({token: index for index, token in enumerate(tokens)}))
+  return [
+    CONTROL if (kind == UNKNOWN or index in named or token in tags or kind == USER_DEFINED and token in _TURN_MARKS)
+    else kind
+    for index, (token, kind) in enumerate(zip(tokens, kinds))
+  ]
+
+
+def backend_of_bytes(tokens: Sequence[str], kinds: Sequence[int], merges: Iterable[str],
+                     pre: str) -> tokenizers.Tokenizer:
+  """A byte-level BPE: `merges` are pairs such as "h e", best first; `pre` is GGUF's name of the pre-tokenizer.
+
+  Raises ValueError for one that is not known, or merges that do not fit the tokens.
+  """
+  cut, whole = _cutter(pre), _ALIASES.get(pre, pre) in _WHOLE_WORDS
+  vocab = {token: index for index, token in enumerate(tokens)}
+  backend = _backend(vocab, (merge.split(" ") for merge in merges), ignore_merges=whole)
+  backend.pre_tokenizer = cut
+  backend.decoder = decoders.ByteLevel()
+  _add(backend, tokens, kinds)
+  return backend
+
+
+def backend_of_pieces(tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float]) -> tokenizers.Tokenizer:
+  """SentencePiece's BPE, without a blank before texts. Raises ValueError if the lists make no vocabulary."""
+  # What stays whole is looked for in the text as it is, before its blanks are marked.
+  tokens = [token.replace(BLANK, " ") if kind == USER_DEFINED else token for token, kind in zip(tokens, kinds)]
+  vocab = {token: index for index, token in enumerate(tokens)}
+  backend = _backend(vocab, merges_of_pieces(vocab, scores, kinds), byte_fallback=True, fuse_unk=True)
+  backend.normalizer = normalizers.Replace(" ", BLANK)
+  backend.decoder = decoders.Sequence([decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()])
+  _add(backend, tokens, kinds)
+  return backend
+
+
+def beginning_with(token: str, index: int) -> processors.PostProcessor:
+  """What puts a token before every text, where it is asked for: `Tokenizer.encode` never does."""
+  return processors.TemplateProcessing(single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 {token}:1 $B:1",
+                                       special_tokens=[(token, index)])
+
+
+def merges_of_pieces(vocab: Mapping[str, int], scores: Sequence[float],
+                     kinds: Sequence[int]) -> list[tuple[str, str]]:
+  """The pairs that SentencePiece merges, best first: any two pieces that make up a third, by the third's score."""
+  found = []
+  for piece, index in vocab.items():
+    if kinds[index] == NORMAL:
+      for cut in range(1, len(piece)):
+        left, right = piece[:cut], piece[cut:]
+        if left in vocab and right in vocab:
+          found.append((-scores[index], vocab[left], vocab[right], (left, right)))
+  return [pair for *_, pair in sorted(found)]
+
+
+def _backend(vocab: dict[str, int], merges: Iterable[Sequence[str]], **settings: Any) -> tokenizers.Tokenizer:
+  try:
+    return tokenizers.Tokenizer(models.BPE(vocab, [(left, right) for left, right in merges], **settings))
+  except Exception as error:  # `tokenizers` raises bare Exception
+    raise ValueError(f"unusable vocabulary: {error}") from error
+
+
+def _cutter(pre: str) -> pre_tokenizers.PreTokenizer:
   """The pre-tokenizer that GGUF calls `pre`. Raises ValueError for one that is not known."""
   if pre == "smollm":
     return pre_tokenizers.Sequence(
       [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-  if pre not in _DIGITS:
-    raise ValueError(f"pre-tokenizer {pre!r} is not supported, only {', '.join(map(repr, ('smollm', *_DIGITS)))}")
-  return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_CUTS.format(digits=_DIGITS[pre])), "isolated"),
+  if (name := _ALIASES.get(pre, pre)) not in _CUT_AS:
+    raise ValueError(f"pre-tokenizer {pre!r} is not supported, only {', '.join(map(repr, ('smollm', *_CUT_AS)))}")
+  return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_CUT_AS[name]), "isolated"),
                                   pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
-def blanks() -> normalizers.Normalizer:
-  """SentencePiece's way to write them."""
-  return normalizers.Replace(" ", BLANK)
+def _add(backend: tokenizers.Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> None:
+  """Makes control tokens of those that are, and keeps whole those that are to stay so."""
+  for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
+    texts = [token for token, kind in zip(tokens, kinds) if kind == wanted]
+    backend.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in texts])
 
 
-# The same in tokenizer.json, and with one more before every text, as Llama 2 has it.
+# --- tokenizer.json ---
+
+# How SentencePiece writes blanks; and one more before every text, as Llama 2 has it.
 _BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
-PREFIXED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": BLANK}, _BLANKS]}
+_PREFIXED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": BLANK}, _BLANKS]}
+# And what takes that one away from a text that is read.
+_STRIPPED = {"type": "Sequence", "decoders": [
+  {"type": "Replace", "pattern": {"String": BLANK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+  {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+# The parts that put a blank before texts, by where they do (`without_prefix`).
+PREFIXES: dict[str, dict[str, Any]] = {
+  "": {},
+  "every": {"normalizer": _PREFIXED, "decoder": _STRIPPED},
+  "first": {"normalizer": None, "decoder": _STRIPPED, "pre_tokenizer": {
+    "type": "Metaspace", "replacement": BLANK, "prepend_scheme": "first", "split": False}},
+}
 
 
 def without_prefix(parts: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -53,22 +150,9 @@ def without_prefix(parts: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
     return {**parts, "pre_tokenizer": whole}, {"never": "", "always": "begin", "first": "first"}[scheme]
   if normaliser == _BLANKS:
     return dict(parts), ""
-  if normaliser == PREFIXED:
+  if normaliser == _PREFIXED:
     return {**parts, "normalizer": _BLANKS}, "every"
   raise ValueError("its normaliser changes more of a text than its blanks, which is not supported")
-
-
-def merges_of_pieces(vocab: Mapping[str, int], scores: Sequence[float],
-                      token_types: Sequence[int]) -> list[tuple[str, str]]:
-  """The pairs that SentencePiece merges, best first: any two pieces that make up a third, by the third's score."""
-  found = []
-  for piece, index in vocab.items():
-    if token_types[index] == NORMAL:
-      for cut in range(1, len(piece)):
-        left, right = piece[:cut], piece[cut:]
-        if left in vocab and right in vocab:
-          found.append((-scores[index], vocab[left], vocab[right], (left, right)))
-  return [pair for *_, pair in sorted(found)]
 
 
 def texts_for_tags(vocab: Mapping[str, int]) -> list[str]:
@@ -89,13 +173,36 @@ def _added(index: int, content: str, special: bool) -> dict[str, Any]:
           "special": special}
 
 
-def with_special_tags(parts: Mapping[str, Any]) -> dict[str, Any]:
-  """tokenizer.json with the entries of the tags as control tokens, so that no text yields them."""
+def prepared(parts: Mapping[str, Any], rows: int | None, named: Collection[str], *, pieces: bool) -> dict[str, Any]:
+  """tokenizer.json as it is used here.
+
+  The entries of the tags and those `named` as the begin and end of texts become control tokens, so that no text yields
+  them. Added tokens that have no row among `rows` embeddings are left out: they are for more than text, images say.
+
+  Raises ValueError if one that has no row is an ordinary entry, or named.
+  """
+  vocab: dict[str, int] = parts["model"].get("vocab", {})
   added = {entry["content"]: entry for entry in parts.get("added_tokens") or ()}
-  vocab = {**parts["model"].get("vocab", {}), **{text: entry["id"] for text, entry in added.items()}}
-  for text in texts_for_tags(vocab):
-    added[text] = {**added.get(text, _added(vocab[text], text, True)), "special": True}
-  return {**parts, "added_tokens": sorted(added.values(), key=lambda entry: entry["id"])}
+  if rows is not None:
+    gone = {text for text, entry in added.items() if entry["id"] >= rows}
+    size = max((*vocab.values(), *(entry["id"] for entry in added.values())), default=-1) + 1
+    vocab = {text: index for text, index in vocab.items() if text not in gone}
+    if gone & set(named) or max(vocab.values(), default=-1) >= rows:
+      raise too_few(rows, size)
+    added = {text: entry for text, entry in added.items() if text not in gone}
+  if pieces:  # a byte's token is not its name, should a text hold that
+    added = {text: entry for text, entry in added.items()
+             if entry.get("special") or text not in vocab or not _BYTE.fullmatch(text)}
+  known = {**vocab, **{text: entry["id"] for text, entry in added.items()}}
+  for text in (*texts_for_tags(known), *(text for text in named if text in known)):
+    added[text] = {**added.get(text, _added(known[text], text, True)), "special": True}
+  return {**parts, "model": {**parts["model"], "vocab": vocab},
+          "added_tokens": sorted(added.values(), key=lambda entry: entry["id"])}
+
+
+def too_few(rows: int, tokens: int) -> ValueError:
+  """The error that there are more tokens than embeddings."""
+  return ValueError(f"{tokens} tokens, but only {rows} embeddings")
 
 
 def name_tags(parts: dict[str, Any], texts: Mapping[int, str], size: int) -> None:
@@ -125,3 +232,30 @@ def components(part: Any) -> list[dict[str, Any]]:
   if not isinstance(part, dict):
     return []
   return [part] + [inner for child in part.get("pretokenizers", []) for inner in components(child)]
+
+
+# --- bytes of tokens ---
+
+
+def bytes_of_piece(token: str) -> bytes:
+  """Bytes of a SentencePiece entry: a single byte written as <0x0A>, or text with its blanks marked."""
+  if found := _BYTE.fullmatch(token):
+    return bytes.fromhex(found[1])
+  return token.replace(BLANK, " ").encode()
+
+
+def bytes_of_word(token: str) -> bytes:
+  """Bytes of a byte-level entry; one outside GPT-2's alphabet (never merged to) is its own text."""
+  alphabet = _byte_of_character()
+  if any(char not in alphabet for char in token):
+    return token.encode()
+  return bytes(alphabet[char] for char in token)
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+  """GPT-2's alphabet: a printable character for each byte. Printable Latin-1 stands for itself, the rest
+  are numbered from U+0100."""
+  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  rest = [byte for byte in range(256) if byte not in printable]
+  return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}

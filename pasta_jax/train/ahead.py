@@ -23,7 +23,7 @@ from pasta_jax.model import build, lora
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.decoder import Decoder, exact_products
-from pasta_jax.model.hf_folder import read_config
+from pasta_jax.model.hf_config import read_config
 from pasta_jax.train import preference, sft
 from pasta_jax.train.flops import chip, step_flops
 from pasta_jax.train.preference_loss import default_beta
