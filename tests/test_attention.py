@@ -34,15 +34,6 @@ KINDS_OF = jax.jit(tiles.tile_kinds, static_argnums=(2, 3))
 LENGTH, LEVELS = 512, 6  # of rows of random programs
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-  """Most of the time here is XLA's; what it makes of tiny arrays need not be fast."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 def random_rows(rng: np.random.Generator, rows: int, length: int) -> dict[str, np.ndarray]:
   """A batch of laminar chunks, up to two levels, some never joined; several examples a row, and padding."""
   hidden = np.zeros((rows, length, 2, 2), np.int32)

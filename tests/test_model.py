@@ -22,16 +22,6 @@ from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.decoder import Decoder, LoraParam, TagParam, matmul
 from pasta_jax.model.weights import param_shapes
 
-
-@pytest.fixture(autouse=True)
-def quick_compilation(request: pytest.FixtureRequest):
-  """Most of the time here is XLA's; what it makes of tiny models need not be fast."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", "smollm2_checkpoint" not in request.fixturenames)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 # All widths differ, so that a transposed or exchanged matrix cannot pass; three layers show their order.
 TIED = ModelConfig(
   vocab_size=262, d_model=24, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=8, d_ff=40,

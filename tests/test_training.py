@@ -44,15 +44,6 @@ RULE = PositionRule("pred_10x")
 LENGTH = 320
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Nearly all the time here is XLA's; what it makes of so small a model need not be fast."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 # --- a model, a tokenizer and data, all small ---
 
 
