@@ -1,9 +1,15 @@
 """How the tests compile, and fixtures that several files share."""
 
 import os
+import tempfile
 
-# Most of the time here is XLA's; what it makes of tiny models need not be fast. What tests start inherits this.
+# Most of the time here is XLA's. What it makes of tiny models need not be fast; and one program is compiled once in all
+# processes of these tests, which inherit what stands here.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _compiled = tempfile.TemporaryDirectory(prefix="compiled-")  # goes when the process that made it ends
+  os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -12,6 +18,11 @@ from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 from pasta_jax.model.decoder import exact_products  # noqa: E402
 
 exact_products("float32")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """The longest file goes first: where files are shared out, nobody waits for it at the end."""
+  items.sort(key=lambda item: item.path.name != "test_sharding.py")
 
 
 @pytest.fixture(scope="session")

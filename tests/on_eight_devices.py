@@ -28,8 +28,8 @@ SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (1, 2, 4), (2, 2, 2)]
 STEPS = 20
 
 
-def steps(config, update, model, batches, shape):
-  """(parameters, metrics of each step, the placed state) behind `STEPS` steps on a mesh."""
+def steps(config, update, model, batches, shape, n):
+  """(parameters, metrics of each step, the placed state) behind n steps on a mesh."""
   mesh = make_mesh(dict(zip(AXES, shape)), jax.devices()[: np.prod(shape)])
   _, trainable, frozen = model
   copy = jax.tree.map(lambda x: jnp.array(np.asarray(x)), trainable)
@@ -38,7 +38,7 @@ def steps(config, update, model, batches, shape):
   frozen, metrics = place(mesh, frozen), []
   where = jax.tree.map(lambda x: x.sharding, state)
   with jax.set_mesh(mesh):
-    for step in range(STEPS):
+    for step in range(n):
       batch = {k: v[None] for k, v in batches(step).items()}
       state, scalars = update(state, frozen, place_batch(mesh, batch))
       metrics.append({k: float(v) for k, v in scalars.items()})
@@ -52,13 +52,13 @@ def pieces(state) -> int:
   return sum(x.addressable_shards[0].data.size < x.size for x in jax.tree.leaves(state))
 
 
-def compare(name, config, update, model, batches, *, shapes=SHAPES, atol=1e-5):
-  params, metrics, _ = steps(config, update, model, batches, (1, 1, 1))
+def compare(name, config, update, model, batches, *, shapes=SHAPES, n=STEPS, atol=1e-5):
+  params, metrics, _ = steps(config, update, model, batches, (1, 1, 1), n)
   start = jax.tree.map(np.asarray, model[1])
   moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), start, params)))
   assert moved > 1e-3, f"{name} trains nothing"
   for shape in shapes:
-    theirs, their_metrics, state = steps(config, update, model, batches, shape)
+    theirs, their_metrics, state = steps(config, update, model, batches, shape, n)
     for one, other in zip(metrics, their_metrics):
       for key in one:
         np.testing.assert_allclose(other[key], one[key], rtol=1e-5, atol=atol, err_msg=f"{name} {shape} {key}")
@@ -81,10 +81,10 @@ def main(folder: Path) -> None:
     packed = t.PackedBatches(laid, batch_size=8, length=t.LENGTH, levels=2, seed=0)
     update, _ = sft.make_update(model[0], make_optimiser(config, STEPS)[0], config)
     batches = lambda i, packed=packed: packed(i).as_dict()
-    compare(f"sft, rank {rank}", config, update, model, batches)
+    compare(f"sft, rank {rank}", config, update, model, batches, shapes=SHAPES[-2:] if rank else SHAPES)
   config.attention = "interpret"
   update, _ = sft.make_update(model[0], make_optimiser(config, STEPS)[0], config)
-  compare("sft by kernel", config, update, model, batches, shapes=SHAPES[-2:])  # heads repeated, and divided
+  compare("sft by kernel", config, update, model, batches, shapes=SHAPES[-2:], n=5)  # heads repeated, and divided
   pairs = [PreferencePair(a, b, (-300.0, -310.0 - i)) for i, (a, b) in enumerate(zip(laid[::2], laid[1::2]))]
   config = t.settings(folder).preference
   config.update(dict(lora_rank=2, learning_rate=1e-3, dtype="float32", loss_chunk=256))

@@ -7,14 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from folders import trained_config
 
 from configs.smollm2_135m import get_config
 from pasta_jax.data.examples import DataError
-from pasta_jax.decode.generate import Generator, use_compilation_cache
+from pasta_jax.decode.generate import Generator
 from pasta_jax.evaluate import report
 from pasta_jax.evaluate.likelihood import Likelihood
 from pasta_jax.evaluate.prompts import EvalError, conversation, read_prompts
@@ -33,7 +32,6 @@ PROMPTS = [
 def trained(tmp_path_factory):
   """A config whose adapter was trained by the trainer for a few steps on the seed data, and its folder."""
   folder = tmp_path_factory.mktemp("evaluate")
-  use_compilation_cache(folder / "compiled")  # every run of a mode compiles the same programs
   config = trained_config(folder)
   for name in ("baseline", "apar"):
     config.systems[name].adapter = config.model.adapter
@@ -42,8 +40,7 @@ def trained(tmp_path_factory):
   config.eval.update(requests=2, width=2, systems="pasta,baseline,sot")
   (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
   config.eval.prompts = str(folder / "prompts.jsonl")
-  yield config, folder
-  jax.config.update("jax_compilation_cache_dir", None)
+  return config, folder
 
 
 def copy_of(config, **changes):

@@ -5,14 +5,13 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from folders import trained_config
 from safetensors.numpy import load_file
 
 from pasta_jax.decode import command
-from pasta_jax.decode.generate import DecodeError, Generator, use_compilation_cache
+from pasta_jax.decode.generate import DecodeError, Generator
 from pasta_jax.evaluate.benchmark import step_cost
 from pasta_jax.evaluate.prompts import read_prompts
 from pasta_jax.model.adapter import AdapterError, read_metadata
@@ -28,7 +27,6 @@ PROMPTS = [{"id": str(i), "prompt": p} for i, p in enumerate(["Plan a trip.", "W
 def start(tmp_path_factory):
   """A config whose adapter the trainer made in a few steps on the seed data."""
   folder = tmp_path_factory.mktemp("preference")
-  use_compilation_cache(folder / "compiled")  # every policy compiles the same programs
   config = trained_config(folder)
   config.systems.baseline.adapter = config.model.adapter
   config.decode.update(max_new_tokens=90, slots=2, capacity=1024, dtype="float32", promise_bias=5.0, no_repeat=0,
@@ -39,8 +37,7 @@ def start(tmp_path_factory):
   config.preference.update(prompts=str(folder / "prompts.jsonl"), samples=3, temperature=1.0, requests=4, weights="2",
                            guards=False, length=320, batch_size=2, accumulate=1, steps=3, learning_rate=1e-2,
                            dtype="float32", remat="none", attention="auto", loss_chunk=256, checkpoint_every=1)
-  yield config
-  jax.config.update("jax_compilation_cache_dir", None)
+  return config
 
 
 def changed(config, **preference):

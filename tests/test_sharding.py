@@ -23,13 +23,14 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_eight_devices_give_what_one_gives(tiny):  # noqa: F811
-  """Losses and parameters over twenty steps on every shape of mesh; a run that moves to another shape."""
+  """Losses and parameters over twenty steps: of full training on every shape of mesh, low-rank, by the kernel (five
+  steps) and of pairs on those that mix axes; a run that moves to another shape."""
   environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
   done = subprocess.run([sys.executable, str(ROOT / "tests" / "on_eight_devices.py"), str(tiny)], env=environment,
                         cwd=ROOT, capture_output=True, text=True, timeout=900)
   assert done.returncode == 0, done.stderr[-3000:]
   lines = done.stdout.splitlines()
-  assert sum("arrays divided" in line for line in lines) == 13 and "heads divide" in lines and lines[-1] == "moved"
+  assert sum("arrays divided" in line for line in lines) == 10 and "heads divide" in lines and lines[-1] == "moved"
 
 
 def test_two_processes_give_what_one_gives(tiny, tmp_path):  # noqa: F811
