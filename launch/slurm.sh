@@ -15,10 +15,11 @@ gpus=${GPUS:-1}
 train=$(words srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" main.py --mode=train --distributed \
   --workdir="$workdir" "$@")
 # The batch script hands SIGTERM on to all processes, and queues the job again when they say that they were stopped.
-script="trap 'scancel --signal=TERM \$SLURM_JOB_ID.0' TERM
+# (The signal ends `wait` without the step's exit code, which another `wait` has, even when the step is gone by then.)
+script="trap 'told=1; scancel --signal=TERM \$SLURM_JOB_ID.0' TERM
 $train &
-wait \$!; code=\$?
-while kill -0 \$! 2>/dev/null; do wait \$!; code=\$?; done
+told=; wait \$!; code=\$?
+while [ -n \"\$told\" ]; do told=; wait \$!; code=\$?; done
 [ \$code != 75 ] || scontrol requeue \$SLURM_JOB_ID
 exit \$code"
 run mkdir -p "$workdir"

@@ -121,7 +121,9 @@ def test_slurms_batch_script_passes_the_signal_on_and_queues_again(code: int, qu
   (_, batch) = dry("slurm.sh", str(tmp_path / "run"), **CLOUD["slurm.sh"])
   stand_ins = {
     "srun": f"trap 'exit {code}' TERM; echo $$ > started; for i in $(seq 300); do sleep 0.1; done; exit 9",
-    "scancel": "echo \"$@\" > cancelled; kill -TERM $(cat started)",
+    # The step is gone before the signal's handler is through.
+    "scancel": "echo \"$@\" > cancelled; kill -TERM $(cat started); "
+               "for i in $(seq 100); do kill -0 $(cat started) 2>/dev/null || break; sleep 0.05; done",
     "scontrol": "echo \"$@\" > queued",
   }
   (tmp_path / "bin").mkdir()
@@ -131,7 +133,7 @@ def test_slurms_batch_script_passes_the_signal_on_and_queues_again(code: int, qu
   environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}
   job = subprocess.Popen(["bash", "-c", batch[-1].removeprefix("--wrap=")], cwd=tmp_path, env=environment)
   for _ in range(300):
-    if (tmp_path / "started").exists():
+    if (tmp_path / "started").exists() and (tmp_path / "started").read_text():
       break
     try:
       job.wait(0.1)
