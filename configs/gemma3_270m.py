@@ -1,10 +1,10 @@
 """Gemma 3 270M, a base model of the paper's family: fetched under Gemma's terms, and taught to answer by SFT.
 
+    python main.py --config=configs/gemma3_270m.py --mode=decode --prompt="Compare trains and planes."
     python main.py --config=configs/gemma3_270m.py --mode=train --workdir=runs/gemma3_270m/pasta
     python main.py --config=configs/gemma3_270m.py:baseline --mode=train --workdir=runs/gemma3_270m/baseline
-    python main.py --config=configs/gemma3_270m.py --mode=decode --prompt="Compare trains and planes."
 
-No adapter of it is in this package: train first, on more than the seed data.
+The package has adapters of PASTA-SFT and Baseline-SFT (their card: pasta_jax/adapters/README.md).
 """
 
 from ml_collections import ConfigDict
@@ -14,4 +14,4 @@ from configs import smollm2_135m
 
 def get_config(arg: str = "") -> ConfigDict:
   """`arg`: as of `smollm2_135m`."""
-  return smollm2_135m.of_another_model(arg, "gemma3-270m", "gemma3_270m")
+  return smollm2_135m.of_another_model(arg, "gemma3-270m", "gemma3_270m", released=("pasta", "baseline"))

@@ -192,11 +192,12 @@ def get_config(arg: str = "") -> ConfigDict:
   return c
 
 
-def of_another_model(arg: str, source: str, name: str) -> ConfigDict:
-  """The same settings for other weights. Their adapters are those that --mode=train leaves in runs/`name`."""
+def of_another_model(arg: str, source: str, name: str, released: tuple[str, ...] = ()) -> ConfigDict:
+  """The same settings for other weights. Their adapters are those that --mode=train leaves in runs/`name`; those of
+  systems that are `released` are in this package."""
   c = get_config(arg)
   c.model.source = source
-  adapter = lambda system: f"runs/{name}/{system}/adapter.safetensors"
+  adapter = lambda system: f"{name}_{system}" if system in released else f"runs/{name}/{system}/adapter.safetensors"
   c.model.adapter = adapter(arg or "pasta")
   for system, trained in (("pasta", "pasta"), ("sequential", "pasta"), ("baseline", "baseline"), ("apar", "apar")):
     c.systems[system].adapter = adapter(trained)

@@ -1,15 +1,20 @@
-"""The paper's configs: Gemma 7B is read as it is published, and both stages' steps lower for TPU at full size."""
+"""The paper's configs: Gemma 7B is read as it is published, and both stages' steps lower for TPU at full size. And the
+adapters that configs name."""
 
+import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
+from safetensors import safe_open
 
 from configs import gemma3_270m, llama32_1b, qwen25_05b
 from configs import tiny as tiny_config
 from configs.paper import gemma_7b
+from pasta_jax.decode.generate import EMBEDDED, adapter_path
+from pasta_jax.model.adapter import read_metadata
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.preference.rounds import policies
 from pasta_jax.train import ahead
@@ -41,15 +46,27 @@ def test_step_lowers_for_tpu_at_full_size(stage: str):
 @pytest.mark.parametrize("make", [module.get_config for module in (
   gemma_7b, gemma3_270m, llama32_1b, qwen25_05b, tiny_config)])
 def test_other_models_have_no_adapter_of_smollm2(make):
-  """Adapters fit one model: what a config names is what its own commands leave; a flag changes what follows from it."""
+  """Adapters fit one model: what a config names was made for it, or is what its own commands leave; a flag changes what
+  follows from it."""
   for arg in ("", "baseline"):
     config = make(arg)
     named = {config.model.adapter, *(s.adapter for s in config.systems.values())} - {""}
-    assert named <= {f"runs/{make.__module__.rpartition('.')[2]}/{n}/adapter.safetensors"
-                     for n in ("pasta", "baseline", "apar")}
+    name = make.__module__.rpartition(".")[2]
+    assert named <= {f"runs/{name}/{n}/adapter.safetensors" for n in ("pasta", "baseline", "apar")} | {
+      n for n in EMBEDDED if n.startswith(f"{name}_")}
   config = make()
   config.model.adapter = "mine.safetensors"
   assert config.systems.pasta.adapter == "mine.safetensors" != config.systems.baseline.adapter
+
+
+@pytest.mark.parametrize("adapter", EMBEDDED)
+def test_released_adapters_are_of_their_models(adapter: str):
+  """Shapes, and who has tags: all but Baseline-SFT."""
+  found = read_metadata(adapter_path(adapter))
+  rows, layers = json.loads(found["model"])["vocabulary"], json.loads(found["model"])["layers"]
+  assert (rows, layers) == ((262_144, 18) if adapter.startswith("gemma3") else (49_152, 30))
+  with safe_open(adapter_path(adapter), "flax") as file:
+    assert ("embed.tags" in file.keys()) == (not adapter.endswith("baseline"))
 
 
 def test_tiny_is_made_up_the_same_way_each_time():

@@ -22,6 +22,7 @@ from pasta_jax.model.decoder import DTYPES, exact_products
 
 EMBEDDED = {name: f"smollm2_135m_{name}.safetensors"
             for name in ("pasta", "pasta_fast", "pasta_quality", "baseline", "apar")}
+EMBEDDED |= {name: f"{name}.safetensors" for name in ("gemma3_270m_pasta", "gemma3_270m_baseline")}
 
 
 @dataclasses.dataclass(frozen=True)
