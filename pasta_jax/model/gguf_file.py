@@ -14,6 +14,7 @@ from pasta_jax.model.config import ModelConfig, RopeScaling
 from pasta_jax.model.families import FAMILIES, has_local_layers, local_layers
 from pasta_jax.model.gguf_container import StoredTensor, read_container, refuse_unreadable, values
 from pasta_jax.model.tokenizer import Tokenizer
+from pasta_jax.model.tokenizer_forms import too_few
 from pasta_jax.model.weights import StoredParams, WeightsError, collect, rename
 
 _NAMES = {
@@ -65,7 +66,7 @@ def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, StoredParams, To
     config = _with_rope_factors(path, config, values(factors, slice(None)))
   tokenizer = _tokenizer(path, fields)
   if tokenizer.vocab_size > config.vocab_size:
-    raise WeightsError(f"{path}: {tokenizer.vocab_size} tokens, but only {config.vocab_size} embeddings")
+    raise WeightsError(f"{path}: {too_few(config.vocab_size, tokenizer.vocab_size)}")
 
   def read(ours: str, theirs: str, rows: slice) -> np.ndarray:
     tensor = tensors[theirs]

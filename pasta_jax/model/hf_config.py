@@ -38,7 +38,7 @@ _WITH_IMAGES = {"gemma3": "gemma3_text"}
 
 def sees_images(raw: Mapping[str, Any]) -> bool:
   """Whether a config.json is that of a model whose text part is one of several; its tensors have other names."""
-  return raw.get("model_type") in tuple(_WITH_IMAGES)
+  return raw.get("model_type") in tuple(_WITH_IMAGES)  # which compares: a damaged file may have what has no hash
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -59,14 +59,13 @@ def describe(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
   """config.json: the inverse of `read_config`."""
   family = family_of(config)
   activation = "gelu_pytorch_tanh" if config.activation == "gelu" else config.activation
-  ends = tokenizer.end_ids
   return dict(
     architectures=[f"{family.removesuffix('_text').capitalize()}ForCausalLM"], model_type=family,
     hidden_act=activation, hidden_activation=activation, vocab_size=config.vocab_size,
     hidden_size=config.d_model, num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
     num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim, intermediate_size=config.d_ff,
     rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
-    max_position_embeddings=config.max_position, eos_token_id=list(ends) if len(ends) > 1 else tokenizer.eos_id,
+    max_position_embeddings=config.max_position, eos_token_id=tokenizer.eos_token_id,
     bos_token_id=tokenizer.bos_id, **_described_rope(config), **_described_attention(config))  # fmt: skip
 
 

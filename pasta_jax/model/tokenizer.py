@@ -191,9 +191,13 @@ class Tokenizer:
       config["eos_token"] = self._literal(self.eos_id)
     config |= {"chat_template": self.chat_template} if self.chat_template else {}
     _write(folder / "tokenizer_config.json", config)
-    ends = list(self.end_ids) if len(self.end_ids) > 1 else self.eos_id
     others = {f"{name}_id": self._named[name] for name in ("bos_token", "pad_token") if name in self._named}
-    _write(folder / "generation_config.json", {"eos_token_id": ends, **others})
+    _write(folder / "generation_config.json", {"eos_token_id": self.eos_token_id, **others})
+
+  @property
+  def eos_token_id(self) -> int | list[int]:
+    """`end_ids` as Hugging Face's files write them."""
+    return list(self.end_ids) if len(self.end_ids) > 1 else self.eos_id
 
   def encode(self, text: str) -> list[int]:
     """Ordinary tokens of a text: no control token, whatever the text looks like, and none added around it.
