@@ -10,23 +10,41 @@ from ml_collections import config_flags
 RESTART = 75  # exit code of a training that SIGTERM stopped: launchers start the same command again
 
 FLAGS = flags.FLAGS
-MODES = ["decode", "train", "preference", "eval", "pilot", "report", "annotate", "build", "export",
-         "compile"]
-flags.DEFINE_enum("mode", "decode", MODES, "what to do; pilot: eval with thresholds and an exit code; report: eval's "
-                  "report anew; annotate: responses to training data; build: a data set of them; export: the model for "
-                  "other engines; compile: the training steps for a TPU slice that is not here")
-config_flags.DEFINE_config_file("config", None, "experiment: a file, or file.py:argument; configs/smollm2_135m.py "
-                                "if not given", lock_config=True)
-flags.DEFINE_string("workdir", None, "folder of the run (all but decode and compile): checkpoints, metrics, results")
+MODES = ["decode", "train", "preference", "eval", "pilot", "report", "annotate", "build", "export", "compile"]
+flags.DEFINE_enum(
+  "mode",
+  "decode",
+  MODES,
+  "what to do; pilot: eval with thresholds and an exit code; report: eval's "
+  "report anew; annotate: responses to training data; build: a data set of them; export: the model for "
+  "other engines; compile: the training steps for a TPU slice that is not here",
+)
+config_flags.DEFINE_config_file(
+  "config",
+  None,
+  "experiment: a file, or file.py:argument; configs/smollm2_135m.py if not given",
+  lock_config=True,
+)
+flags.DEFINE_string(
+  "workdir", None, "folder of the run (all but decode and compile): checkpoints, metrics, results"
+)
 flags.DEFINE_string("prompt", None, "decode: the prompt; read from standard input where that is piped")
-flags.DEFINE_string("prompts_file", None, "decode, pilot: JSON lines with \"prompt\"")
-flags.DEFINE_integer("limit", None, "eval, pilot: so many prompts, spread evenly over the file", lower_bound=1)
-flags.DEFINE_bool("distributed", False, "train: this is one of several processes, one a host; Cloud TPU and SLURM say "
-                  "which, elsewhere the next three flags do")
+flags.DEFINE_string("prompts_file", None, 'decode, pilot: JSON lines with "prompt"')
+flags.DEFINE_integer(
+  "limit", None, "eval, pilot: so many prompts, spread evenly over the file", lower_bound=1
+)
+flags.DEFINE_bool(
+  "distributed",
+  False,
+  "train: this is one of several processes, one a host; Cloud TPU and SLURM say "
+  "which, elsewhere the next three flags do",
+)
 flags.DEFINE_string("coordinator", "", "host:port of the first process")
 flags.DEFINE_integer("processes", 0, "how many there are")
 flags.DEFINE_integer("process", -1, "which one this is, from 0")
-flags.DEFINE_string("output", None, "decode: where the answers to --prompts_file go; standard output if not given")
+flags.DEFINE_string(
+  "output", None, "decode: where the answers to --prompts_file go; standard output if not given"
+)
 flags.DEFINE_string("timeline", None, "decode: draw the answer's threads in this .html or .svg file")
 
 
@@ -44,6 +62,7 @@ def run() -> None:
     processes.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
   if FLAGS.mode == "compile":
     from pasta_jax.train.ahead import compile_steps
+
     jax.config.update("jax_platforms", "cpu")
     compile_steps(FLAGS.config)
     return
@@ -55,42 +74,59 @@ def run() -> None:
     FLAGS.config.eval.limit = FLAGS.limit
   if FLAGS.mode == "train":
     from pasta_jax.train import sft
+
     sft.train(FLAGS.config, Path(FLAGS.workdir))
   elif FLAGS.mode == "preference":
     from pasta_jax.preference.rounds import optimise
+
     optimise(FLAGS.config, Path(FLAGS.workdir))
   elif FLAGS.mode == "eval":
     from pasta_jax.evaluate.run import evaluate
+
     evaluate(FLAGS.config, Path(FLAGS.workdir))
   elif FLAGS.mode == "report":
     from pasta_jax.evaluate import report
+
     report.write(Path(FLAGS.workdir))
   elif FLAGS.mode == "annotate":
     from pasta_jax.annotate.run import annotate
+
     annotate(FLAGS.config, Path(FLAGS.workdir))
   elif FLAGS.mode == "build":
     from pasta_jax.data.build import build
     from pasta_jax.evaluate.prompts import read_prompts
     from pasta_jax.model.checkpoint import load_checkpoint
+
     avoid = FLAGS.config.dataset.avoid
-    build(FLAGS.config, Path(FLAGS.workdir), load_checkpoint(FLAGS.config.model.source).vocabulary,
-          [r.prompt for r in read_prompts(avoid, part="dataset")] if avoid else [])
+    build(
+      FLAGS.config,
+      Path(FLAGS.workdir),
+      load_checkpoint(FLAGS.config.model.source).vocabulary,
+      [r.prompt for r in read_prompts(avoid, part="dataset")] if avoid else [],
+    )
   elif FLAGS.mode == "export":
     from pasta_jax.decode.generate import adapter_path, source_of
     from pasta_jax.model.checkpoint import load_checkpoint
     from pasta_jax.model.export import export
+
     adapter = FLAGS.config.model.adapter
-    said = export(Path(FLAGS.workdir), load_checkpoint(source_of(FLAGS.config, adapter)), adapter_path(adapter),
-                  **FLAGS.config.export)
+    said = export(
+      Path(FLAGS.workdir),
+      load_checkpoint(source_of(FLAGS.config, adapter)),
+      adapter_path(adapter),
+      **FLAGS.config.export,
+    )
     print(f"{FLAGS.workdir}: {said}")
   elif FLAGS.mode == "pilot":
     from pasta_jax.evaluate.run import pilot
+
     if FLAGS.prompts_file:
       FLAGS.config.eval.prompts = FLAGS.prompts_file
     if not pilot(FLAGS.config, Path(FLAGS.workdir)):
       sys.exit(3)
   else:
     from pasta_jax.decode import command
+
     for one, other in (("prompts_file", "prompt"), ("prompts_file", "timeline"), ("output", "prompt")):
       if FLAGS[one].present and FLAGS[other].present:
         raise ValueError(f"--{one} and --{other} do not go together")
@@ -101,7 +137,7 @@ def run() -> None:
     if prompt is None and not sys.stdin.isatty():
       prompt = sys.stdin.read()
     if prompt is None:
-      raise ValueError("--mode=decode needs --prompt=\"…\", --prompts_file=FILE, or a prompt on standard input")
+      raise ValueError('--mode=decode needs --prompt="…", --prompts_file=FILE, or a prompt on standard input')
     command.decode_prompt(FLAGS.config, prompt, timeline=FLAGS.timeline)
 
 

@@ -1,4 +1,5 @@
-"""Llama 3.2 1B Instruct, from a Hugging Face folder on disk (or a GGUF file): an example for weights of one's own.
+"""Llama 3.2 1B Instruct, from a Hugging Face folder on disk (or a GGUF file): an example for weights of one's
+own.
 
     run="python main.py --config.model.source=models/Llama-3.2-1B-Instruct"
     $run --config=configs/llama32_1b.py --mode=train --workdir=runs/llama32_1b/pasta --config.train.data=annotated.jsonl

@@ -1,4 +1,5 @@
-"""Qwen 2.5 0.5B Instruct, from a Hugging Face folder on disk (or a GGUF file): an example for weights of one's own.
+"""Qwen 2.5 0.5B Instruct, from a Hugging Face folder on disk (or a GGUF file): an example for weights of
+one's own.
 
     run="python main.py --config.model.source=models/Qwen2.5-0.5B-Instruct"
     $run --config=configs/qwen25_05b.py --mode=train --workdir=runs/qwen25_05b/pasta --config.train.data=annotated.jsonl

@@ -1,27 +1,33 @@
 """SmolLM2-135M-Instruct: the default for every mode.
 
-    python main.py --mode=decode --prompt="Compare trains and planes."
-    python main.py --mode=train --config=configs/smollm2_135m.py --workdir=runs/pasta
-    python main.py --mode=train --config=configs/smollm2_135m.py:baseline --workdir=runs/baseline
-    python main.py --mode=train --config=configs/smollm2_135m.py:apar --workdir=runs/apar
+python main.py --mode=decode --prompt="Compare trains and planes."
+python main.py --mode=train --config=configs/smollm2_135m.py --workdir=runs/pasta
+python main.py --mode=train --config=configs/smollm2_135m.py:baseline --workdir=runs/baseline
+python main.py --mode=train --config=configs/smollm2_135m.py:apar --workdir=runs/apar
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "") -> ConfigDict:
-  """`arg`: "" for PASTA; "baseline" for Baseline-SFT (same rows, tags removed); "apar" for APAR (same rows, chunks
-  by their form, no joins)."""
+  """`arg`: "" for PASTA; "baseline" for Baseline-SFT (same rows, tags removed); "apar" for APAR (same rows,
+  chunks by their form, no joins)."""
   if arg not in ("", "baseline", "apar"):
     raise ValueError(f"smollm2_135m: unknown argument {arg!r}; leave it out, or write ':baseline' or ':apar'")
   c = ConfigDict()
-  c.model = ConfigDict(dict(
+  c.model = ConfigDict(
+    dict(
       source="smollm2-135m-instruct",  # or a .gguf file, or a Hugging Face folder
-      adapter=arg or "pasta",  # the package's (pasta_fast, pasta_quality: behind stage two); a file; "": the base model
-  ))
-  c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # devices of training by axis (train.sharding); -1: all others
+      adapter=arg
+      or "pasta",  # the package's (pasta_fast, pasta_quality: behind stage two); a file; "": the base model
+    )
+  )
+  c.mesh = ConfigDict(
+    dict(data=1, fsdp=-1, tensor=1)
+  )  # devices of training by axis (train.sharding); -1: all others
   c.positions = ConfigDict(dict(strategy="pred_10x", fixed=60))  # of training; decoding takes the adapter's
-  c.train = ConfigDict(dict(
+  c.train = ConfigDict(
+    dict(
       annotation={"": "plan", "baseline": "none", "apar": "structure"}[arg],  # of the rows of `data`
       data="data/seed.jsonl",  # files or built data sets, comma-separated; "FILE*2" counts twice an epoch
       validation="",
@@ -47,8 +53,10 @@ def get_config(arg: str = "") -> ConfigDict:
       seed=0,
       validate_every=50,
       checkpoint_every=25,
-  ))
-  c.decode = ConfigDict(dict(
+    )
+  )
+  c.decode = ConfigDict(
+    dict(
       parallel=arg != "baseline",  # False: the same weights one token at a time, no promises
       dtype="bfloat16",  # float32: parallel equals sequential token by token, whatever the width
       max_new_tokens=512,
@@ -70,10 +78,12 @@ def get_config(arg: str = "") -> ConfigDict:
       live=True,  # show the branches while they are written, where standard output is a terminal
       compare=True,  # one prompt: decode it without promises as well, for the measured speed-up
       requests=4,  # prompts at once for --prompts_file
-  ))
+    )
+  )
   # What can be compared: an adapter and a way of decoding it.
   adapter = "pasta" if arg else c.model.get_ref("adapter")
-  c.systems = ConfigDict(dict(
+  c.systems = ConfigDict(
+    dict(
       pasta=dict(adapter=adapter, decode="parallel"),
       sequential=dict(adapter=adapter, decode="sequential"),  # the same weights without promises
       fast=dict(adapter="pasta_fast", decode="parallel"),  # behind stage two, with little weight on quality
@@ -82,9 +92,11 @@ def get_config(arg: str = "") -> ConfigDict:
       apar=dict(adapter="apar", decode="parallel"),  # chunks by form, no joins
       sot=dict(adapter="", decode="skeleton"),  # Skeleton-of-Thought: an outline, its points side by side
       base=dict(adapter="", decode="sequential"),  # the model as it is
-  ))
+    )
+  )
   c.skeleton = ConfigDict(dict(max_points=10, outline_tokens=160, point_tokens=128))
-  c.eval = ConfigDict(dict(
+  c.eval = ConfigDict(
+    dict(
       prompts="",  # JSON lines with "prompt" (or MT-Bench's "turns"), or AlpacaEval's JSON
       limit=0,  # so many prompts, spread evenly over the file; 0: all
       categories="",  # comma-separated; "": all
@@ -101,8 +113,10 @@ def get_config(arg: str = "") -> ConfigDict:
       difficulty="",  # file of instruction difficulties for the length-controlled win rate; "": without
       min_quality=0.0,  # --mode=pilot: win rate in per cent that must be reached; 0: none
       min_speedup=0.0,  # --mode=pilot: speed-up by the clock that must be reached; 0: none
-  ))
-  c.preference = ConfigDict(dict(
+    )
+  )
+  c.preference = ConfigDict(
+    dict(
       prompts="",  # to sample answers to; --mode=eval's are for the evaluation behind each round
       limit=0,
       rounds=2,
@@ -141,8 +155,10 @@ def get_config(arg: str = "") -> ConfigDict:
       loss_chunk=1024,
       seed=0,
       checkpoint_every=10,
-  ))
-  c.judge = ConfigDict(dict(  # of eval.judges=llm
+    )
+  )
+  c.judge = ConfigDict(
+    dict(  # of eval.judges=llm
       kind="openai",  # any OpenAI-compatible endpoint; or "gemini"
       url="",  # "": the provider's own; a local server: http://localhost:8000/v1
       model="",
@@ -153,8 +169,10 @@ def get_config(arg: str = "") -> ConfigDict:
       retries=6,
       timeout=60.0,
       cache="",  # file of paid calls, for several runs; "": in the run's folder
-  ))
-  c.annotate = ConfigDict(dict(
+    )
+  )
+  c.annotate = ConfigDict(
+    dict(
       data="",  # JSON lines: prompt and response; Alpaca's fields; SlimOrca's conversations; messages
       limit=0,  # rows, spread over the file; 0: all
       avoid="",  # a file of evaluation prompts: rows that share eight words in a row with one are left out
@@ -173,33 +191,47 @@ def get_config(arg: str = "") -> ConfigDict:
       against="",  # a file with other annotations of the same responses, to compare with
       price_read=0.0,  # of a million tokens
       price_written=0.0,
-  ))
-  c.dataset = ConfigDict(dict(  # of --mode=build
+    )
+  )
+  c.dataset = ConfigDict(
+    dict(  # of --mode=build
       train="",  # files of annotated rows, comma-separated (or of plain responses): JSON lines, parquet, Arrow folders
       validation="",
       validation_share=0.0,  # where no file is named: so much of `train`, chosen by the prompt
       avoid="",  # a file of evaluation prompts, as of annotate
       strict=False,  # stop at a row that cannot be used, instead of naming it
-  ))
-  c.compile = ConfigDict(dict(  # of --mode=compile: training steps for TPUs that are not here (train.ahead)
+    )
+  )
+  c.compile = ConfigDict(
+    dict(  # of --mode=compile: training steps for TPUs that are not here (train.ahead)
       topology="v5e:2x2",
       stages="train",  # or "train,preference"
-  ))
-  c.export = ConfigDict(dict(
+    )
+  )
+  c.export = ConfigDict(
+    dict(
       form="merged",  # a Hugging Face folder with the adapter in the weights; or "peft", the adapter alone
       dtype="float32",
-  ))
+    )
+  )
   return c
 
 
 def of_another_model(arg: str, source: str, name: str, released: tuple[str, ...] = ()) -> ConfigDict:
-  """The same settings for other weights. Their adapters are those that --mode=train leaves in runs/`name`; those of
-  systems that are `released` are in this package."""
+  """The same settings for other weights. Their adapters are those that --mode=train leaves in runs/`name`;
+  those of systems that are `released` are in this package."""
   c = get_config(arg)
   c.model.source = source
-  adapter = lambda system: f"{name}_{system}" if system in released else f"runs/{name}/{system}/adapter.safetensors"
+  adapter = lambda system: (
+    f"{name}_{system}" if system in released else f"runs/{name}/{system}/adapter.safetensors"
+  )
   c.model.adapter = adapter(arg or "pasta")
-  for system, trained in (("pasta", "pasta"), ("sequential", "pasta"), ("baseline", "baseline"), ("apar", "apar")):
+  for system, trained in (
+    ("pasta", "pasta"),
+    ("sequential", "pasta"),
+    ("baseline", "baseline"),
+    ("apar", "apar"),
+  ):
     c.systems[system].adapter = adapter(trained)
   for system in ("fast", "quality"):  # SmolLM2's
     del c.systems[system]

@@ -1,5 +1,5 @@
-"""Random weights and a tokenizer of bytes: every mode in seconds, offline, to try a machine or a change. It writes
-noise.
+"""Random weights and a tokenizer of bytes: every mode in seconds, offline, to try a machine or a change. It
+writes noise.
 
     run="python main.py --config=configs/tiny.py"
     $run --mode=train --workdir=runs/tiny/pasta
@@ -19,9 +19,23 @@ from configs import smollm2_135m
 def get_config(arg: str = "") -> ConfigDict:
   """`arg`: as of `smollm2_135m`."""
   c = smollm2_135m.of_another_model(arg, "tiny", "tiny")
-  c.train.update(length=2048, batch_size=2, steps=8, lora_rank=4, dtype="float32", loss_chunk=512, remat="none")
+  c.train.update(
+    length=2048, batch_size=2, steps=8, lora_rank=4, dtype="float32", loss_chunk=512, remat="none"
+  )
   c.decode.update(dtype="float32", max_new_tokens=96, slots=4, temperature=1.0, compare=False)
   c.eval.update(limit=4, requests=4, systems="pasta,baseline", judge_dtype="float32")
-  c.preference.update(limit=4, rounds=1, weights="1,inf", samples=3, requests=4, length=1024, batch_size=2,
-                      dtype="float32", loss_chunk=512, remat="none", guards=False, audit=2)
+  c.preference.update(
+    limit=4,
+    rounds=1,
+    weights="1,inf",
+    samples=3,
+    requests=4,
+    length=1024,
+    batch_size=2,
+    dtype="float32",
+    loss_chunk=512,
+    remat="none",
+    guards=False,
+    audit=2,
+  )
   return c

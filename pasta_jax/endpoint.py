@@ -1,5 +1,5 @@
-"""Language models behind HTTP: any OpenAI-compatible endpoint (OpenAI, vLLM, a llama.cpp server, …) or Google's
-Gemini API.
+"""Language models behind HTTP: any OpenAI-compatible endpoint (OpenAI, vLLM, a llama.cpp server, …) or
+Google's Gemini API.
 
 Answers are kept in a file by the request's content, so that no call is paid twice, whatever interrupts a run.
 """
@@ -23,7 +23,9 @@ from pasta_jax.data.records import Records
 
 Messages = Sequence[Mapping[str, str]]
 _TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-_THIS_ONE = re.compile(r"content.?(filter|policy)|context.?(length|window)|maximum context|too long|safety", re.I)
+_THIS_ONE = re.compile(
+  r"content.?(filter|policy)|context.?(length|window)|maximum context|too long|safety", re.I
+)
 _URLS = {"openai": "https://api.openai.com/v1", "gemini": "https://generativelanguage.googleapis.com/v1beta"}
 
 
@@ -53,14 +55,16 @@ class Endpoint:
     if not self.model:
       raise EndpointError(f"name a model: --config.{self.part}.model=…")
     if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0 or self.per_minute < 0:
-      raise EndpointError(f"{self.part}: concurrency must be 1 or more, retries and per_minute 0 or more, timeout "
-                          "above 0")
+      raise EndpointError(
+        f"{self.part}: concurrency must be 1 or more, retries and per_minute 0 or more, timeout above 0"
+      )
 
   def _key(self) -> str:
     return os.environ.get(self.key_env or f"{self.kind.upper()}_API_KEY", "").strip()
 
   def require_key(self) -> None:
-    """Raises EndpointError where a provider needs a key and none is set; a server of one's own may need none."""
+    """Raises EndpointError where a provider needs a key and none is set; a server of one's own may need
+    none."""
     if not self._key() and not self.url:
       raise EndpointError(
         f"{self.part}: the key is read from ${self.key_env or self.kind.upper() + '_API_KEY'}, which is not set"
@@ -100,13 +104,13 @@ class Endpoint:
     return hashlib.sha256(json.dumps([address, body], sort_keys=True).encode()).hexdigest()[:32]
 
   def call(self, messages: Messages) -> dict:
-    """{"text": …, "log_p": {token: log p of it as the first token}, "tokens": [read, written]}; the latter two are
-    empty where the server does not say.
+    """{"text": …, "log_p": {token: log p of it as the first token}, "tokens": [read, written]}; the latter
+    two are empty where the server does not say.
 
     All are empty, and `refused` says why, where the server will not answer this one request (its content is
-    filtered, or too long). Tries again, with growing waits, what may pass: limits, server errors, broken answers,
-    silence. Raises
-    EndpointError when it does not pass, and at once for what will not (a wrong key, an unknown model).
+    filtered, or too long). Tries again, with growing waits, what may pass: limits, server errors, broken
+    answers, silence. Raises EndpointError when it does not pass, and at once for what will not (a wrong key,
+    an unknown model).
     """
     address, body, headers = self._request(messages)
     if not all(value.isascii() and value.isprintable() for value in headers.values()):
@@ -135,7 +139,6 @@ class Endpoint:
         fault = self._without_key(f"an answer of another form ({error!r})")
     raise EndpointError(f"{address} gave no answer in {self.retries + 1} attempts; the last one: {fault}")
 
-
   def _without_key(self, text: str) -> str:
     """The text as it may be shown."""
     return text.replace(self._key(), "…") if self._key() else text
@@ -160,7 +163,8 @@ def _excerpt(error: urllib.error.HTTPError) -> str:
 
 
 def _read(kind: str, answer: dict) -> dict:
-  """`Endpoint.call`'s result; an answer without text (filtered, or cut before its first word) is an empty one."""
+  """`Endpoint.call`'s result; an answer without text (filtered, or cut before its first word) is an empty
+  one."""
   if kind == "openai":
     choice = answer["choices"][0]
     first = ((choice.get("logprobs") or {}).get("content") or [{}])[0]
@@ -183,7 +187,8 @@ def _counts(usage: object, *names: str) -> list[int]:
 
 
 class Caller:
-  """Makes calls side by side; each answer is written to `path` before it is used, and read from there ever after."""
+  """Makes calls side by side; each answer is written to `path` before it is used, and read from there ever
+  after."""
 
   def __init__(self, endpoint: Endpoint, path: Path):
     self._endpoint, self._records, self._lock = endpoint, Records(path, {}), threading.Lock()
@@ -211,7 +216,8 @@ class Caller:
       time.sleep(at - now)
 
   def map(self, calls: Sequence[Messages], done: Callable[[int, dict], None]) -> None:
-    """`done(i, answer)` for each call, as answers come. Calls under way are finished before an error is raised."""
+    """`done(i, answer)` for each call, as answers come. Calls under way are finished before an error is
+    raised."""
     with concurrent.futures.ThreadPoolExecutor(self._endpoint.concurrency) as pool:
       futures = {pool.submit(self._one, messages): i for i, messages in enumerate(calls)}
       try:

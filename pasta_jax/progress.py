@@ -4,12 +4,17 @@ import rich.console
 import rich.progress
 
 
-def progress_bar(what: str, total: int, done: int = 0, *,
-                 visible: bool = True) -> tuple[rich.progress.Progress, rich.progress.TaskID]:
+def progress_bar(
+  what: str, total: int, done: int = 0, *, visible: bool = True
+) -> tuple[rich.progress.Progress, rich.progress.TaskID]:
   """A bar with count and time left; `update(task, note=…)` shows figures behind it."""
   bar = rich.progress.Progress(
-      rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(),
-      rich.progress.MofNCompleteColumn(), rich.progress.TimeRemainingColumn(),
-      rich.progress.TextColumn("{task.fields[note]}"), console=rich.console.Console(stderr=True),
-      disable=not visible)
+    rich.progress.TextColumn("{task.description}"),
+    rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TimeRemainingColumn(),
+    rich.progress.TextColumn("{task.fields[note]}"),
+    console=rich.console.Console(stderr=True),
+    disable=not visible,
+  )
   return bar, bar.add_task(what, total=total, completed=done, note="")

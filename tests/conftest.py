@@ -3,13 +3,16 @@
 import os
 import tempfile
 
-# Most of the time here is XLA's. What it makes of tiny models need not be fast; and one program is compiled once in all
-# processes of these tests, which inherit what stands here.
+# Most of the time here is XLA's. What it makes of tiny models need not be fast; and one program is compiled
+# once in all processes of these tests, which inherit what stands here.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _compiled = tempfile.TemporaryDirectory(prefix="compiled-")  # goes when the process that made it ends
-  os.environ |= {"JAX_COMPILATION_CACHE_DIR": _compiled.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                 "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+  os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": _compiled.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+  }
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -33,8 +36,11 @@ def smollm2_checkpoint() -> Checkpoint:
 
 @pytest.fixture(autouse=True)
 def full_optimisation(request: pytest.FixtureRequest):
-  """Of what a user runs: the default model is large enough to need it, and is tested as it is compiled for users."""
+  """Of what a user runs: the default model is large enough to need it, and is tested as it is compiled for
+  users."""
   before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", before and "smollm2_checkpoint" not in request.fixturenames)
+  jax.config.update(
+    "jax_disable_most_optimizations", before and "smollm2_checkpoint" not in request.fixturenames
+  )
   yield
   jax.config.update("jax_disable_most_optimizations", before)

@@ -27,7 +27,18 @@ TEMPLATE = (
 
 # Vocabularies of GGUF files, by `write_gguf`: of bytes, and of pieces with bytes to fall back on.
 BYTE_TOKENS = [*CONTROLS, *sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "12"]
-PIECES = [*(f"<0x{b:02X}>" for b in range(256)), "▁he", "▁world", "he", "▁w", "orld", "or", "ld", "lo", *"helorwd▁é1"]
+PIECES = [
+  *(f"<0x{b:02X}>" for b in range(256)),
+  "▁he",
+  "▁world",
+  "he",
+  "▁w",
+  "orld",
+  "or",
+  "ld",
+  "lo",
+  *"helorwd▁é1",
+]
 PIECE_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", "\n\n", "  ", *PIECES]
 
 
@@ -38,14 +49,23 @@ def model_config(**changes) -> ModelConfig:
   ) | changes)  # fmt: skip
 
 
-def write_gguf(path: Path, config: ModelConfig, params: Mapping[str, np.ndarray], *, arch: str = "",
-               pieces: bool = False, part_tensors: int = 0, describe: Callable[[gguf.GGUFWriter], None] | None = None,
-               **changes: np.ndarray | None) -> Path:
-  """A GGUF file as llama.cpp's converter writes it: scales of norms as they are used, rows of q and k in another order
-  for Llama, and its names.
+def write_gguf(
+  path: Path,
+  config: ModelConfig,
+  params: Mapping[str, np.ndarray],
+  *,
+  arch: str = "",
+  pieces: bool = False,
+  part_tensors: int = 0,
+  describe: Callable[[gguf.GGUFWriter], None] | None = None,
+  **changes: np.ndarray | None,
+) -> Path:
+  """A GGUF file as llama.cpp's converter writes it: scales of norms as they are used, rows of q and k in
+  another order for Llama, and its names.
 
-  `pieces`: the vocabulary is PIECE_TOKENS, not BYTE_TOKENS. `part_tensors`: in parts of so many tensors, beside `path`.
-  `describe` adds fields, or takes some away. `changes` replaces tensors by name; None drops one.
+  `pieces`: the vocabulary is PIECE_TOKENS, not BYTE_TOKENS. `part_tensors`: in parts of so many tensors,
+  beside `path`. `describe` adds fields, or takes some away. `changes` replaces tensors by name; None drops
+  one.
   """
   family = family_of(config).removesuffix("_text").replace("mistral", "llama")
   writer = gguf.GGUFWriter(path, arch or family, split_max_tensors=part_tensors)
@@ -59,7 +79,9 @@ def write_gguf(path: Path, config: ModelConfig, params: Mapping[str, np.ndarray]
       heads = config.n_heads if "attn.q" in name else config.n_kv_heads
       x = x.T.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2).reshape(x.T.shape).T
     kind = name.rsplit(".", 1)[1]
-    tensors[_gguf_name(name)] = x.T if kind == "kernel" else x + np.float32(config.norm_offset * (kind == "scale"))
+    tensors[_gguf_name(name)] = (
+      x.T if kind == "kernel" else x + np.float32(config.norm_offset * (kind == "scale"))
+    )
   if config.rope_scaling and config.rope_scaling.kind == "llama3":
     tensors["rope_freqs.weight"] = _rope_factors(config)
   for name, tensor in (tensors | changes).items():
@@ -103,7 +125,9 @@ def _rope_factors(config: ModelConfig) -> np.ndarray:
     elif wavelength > 8192 / scaling.low_freq_factor:
       out.append(scaling.factor)
     else:
-      smooth = (8192 / wavelength - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+      smooth = (8192 / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+      )
       out.append(1 / ((1 - smooth) / scaling.factor + smooth))
   return np.array(out, np.float32)
 
@@ -129,31 +153,53 @@ def _piece_tokens(writer: gguf.GGUFWriter) -> None:
 
 def _gguf_name(name: str) -> str:
   """Of a parameter of ours."""
-  words = {"embed": "token_embd", "final_norm": "output_norm", "head": "output", "attn.o": "attn_output",
-           "attn.q": "attn_q", "attn.k": "attn_k", "attn.v": "attn_v", "attn.q_norm": "attn_q_norm",
-           "attn.k_norm": "attn_k_norm", "mlp_norm": "ffn_norm", "mlp.gate": "ffn_gate", "mlp.up": "ffn_up",
-           "mlp.down": "ffn_down", "attn_post_norm": "post_attention_norm", "mlp_post_norm": "post_ffw_norm"}
+  words = {
+    "embed": "token_embd",
+    "final_norm": "output_norm",
+    "head": "output",
+    "attn.o": "attn_output",
+    "attn.q": "attn_q",
+    "attn.k": "attn_k",
+    "attn.v": "attn_v",
+    "attn.q_norm": "attn_q_norm",
+    "attn.k_norm": "attn_k_norm",
+    "mlp_norm": "ffn_norm",
+    "mlp.gate": "ffn_gate",
+    "mlp.up": "ffn_up",
+    "mlp.down": "ffn_down",
+    "attn_post_norm": "post_attention_norm",
+    "mlp_post_norm": "post_ffw_norm",
+  }
   whole, kind = name.rsplit(".", 1)
-  layer, part = (f"blk.{whole.split('.')[1]}.", whole.split(".", 2)[2]) if whole.startswith("layers.") else ("", whole)
+  layer, part = (
+    (f"blk.{whole.split('.')[1]}.", whole.split(".", 2)[2]) if whole.startswith("layers.") else ("", whole)
+  )
   return f"{layer}{words.get(part, part)}.{'bias' if kind == 'bias' else 'weight'}"
 
 
 def write_model(folder: Path, config: ModelConfig, reserved: Sequence[str] = ()) -> Path:
-  """A Hugging Face folder: random weights, and a byte-level BPE of 512 entries learned from the seed data, with those
-  that are `reserved` among them."""
+  """A Hugging Face folder: random weights, and a byte-level BPE of 512 entries learned from the seed data,
+  with those that are `reserved` among them."""
   folder.mkdir()
   rng = np.random.default_rng(0)
-  words = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
-           "layers": "model.layers", "attn": "self_attn", "attn_norm": "input_layernorm",
-           "mlp_norm": "post_attention_layernorm"}
+  words = {
+    "embed": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+    "layers": "model.layers",
+    "attn": "self_attn",
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+  }
   words |= {name: f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
   tensors = {}
   for name, shape in param_shapes(config).items():
     *path, kind = name.split(".")
     value = rng.normal(size=shape).astype("f")
-    value = 1 + 0.1 * value if kind == "scale" else value * config.d_model ** -0.5
+    value = 1 + 0.1 * value if kind == "scale" else value * config.d_model**-0.5
     tensors[".".join(words.get(part, part) for part in path) + ".weight"] = np.ascontiguousarray(
-      value.T if kind == "kernel" else value)
+      value.T if kind == "kernel" else value
+    )
   save_file(tensors, folder / "model.safetensors")
   (folder / "config.json").write_text(json.dumps({
     "model_type": "llama", "vocab_size": config.vocab_size, "hidden_size": config.d_model,
@@ -164,24 +210,41 @@ def write_model(folder: Path, config: ModelConfig, reserved: Sequence[str] = ())
   }))  # fmt: skip
   backend = tokenizers.Tokenizer(tokenizers.models.BPE())
   backend.pre_tokenizer = pre_tokenizers.Sequence(
-    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+  )
   backend.decoder = decoders.ByteLevel()
   backend.train_from_iterator(
     (row["response"] for row in read_jsonl(SEED_DATA)),
-    trainers.BpeTrainer(vocab_size=512, special_tokens=[*CONTROLS, *reserved], show_progress=False,
-                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    trainers.BpeTrainer(
+      vocab_size=512,
+      special_tokens=[*CONTROLS, *reserved],
+      show_progress=False,
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    ),
+  )
   backend.save(str(folder / "tokenizer.json"))
   (folder / "tokenizer_config.json").write_text(
-    json.dumps({"eos_token": "<|im_end|>", "chat_template": TEMPLATE}))
+    json.dumps({"eos_token": "<|im_end|>", "chat_template": TEMPLATE})
+  )
   return folder
 
 
 def trained_config(folder: Path):
-  """A config with a tiny model in `folder` and an adapter that the trainer made in four steps on the seed data."""
+  """A config with a tiny model in `folder` and an adapter that the trainer made in four steps on the seed
+  data."""
   config = get_config()
   config.model.source = str(write_model(folder / "model", model_config()))
-  config.train.update(data=str(SEED_DATA), length=1024, batch_size=1, steps=4, lora_rank=2, dtype="float32",
-                      validate_every=4, validation=str(SEED_DATA), min_speedup=2.2)
+  config.train.update(
+    data=str(SEED_DATA),
+    length=1024,
+    batch_size=1,
+    steps=4,
+    lora_rank=2,
+    dtype="float32",
+    validate_every=4,
+    validation=str(SEED_DATA),
+    min_speedup=2.2,
+  )
   sft.train(config, folder / "run")
   config.model.adapter = str(folder / "run" / "adapter.safetensors")
   return config

@@ -1,4 +1,5 @@
-"""An HTTP server on loopback that answers as a language model's endpoint does, and misbehaves when told to."""
+"""An HTTP server on loopback that answers as a language model's endpoint does, and misbehaves when told
+to."""
 
 import json
 import threading
@@ -10,7 +11,8 @@ KEY = "secret-4711"
 class Server:
   """Answers a call with `answer(body, path)`.
 
-  `faults` are done first, one a call, whatever the call is: a status, bytes to be sent, "hang up", "slow", or None.
+  `faults` are done first, one a call, whatever the call is: a status, bytes to be sent, "hang up", "slow", or
+  None.
   """
 
   def __init__(self):

@@ -1,4 +1,5 @@
-"""A script for `test_sharding`: SFT, stage two and a run that moves, on meshes of eight virtual devices, against one.
+"""A script for `test_sharding`: SFT, stage two and a run that moves, on meshes of eight virtual devices,
+against one.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/on_eight_devices.py FOLDER
 
@@ -42,8 +43,11 @@ def steps(config, update, model, batches, shape, n):
       batch = {k: v[None] for k, v in batches(step).items()}
       state, scalars = update(state, frozen, place_batch(mesh, batch))
       metrics.append({k: float(v) for k, v in scalars.items()})
-  jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or sys.exit(f"moved: {x.sharding}, was {s}"),
-               state, where)
+  jax.tree.map(
+    lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or sys.exit(f"moved: {x.sharding}, was {s}"),
+    state,
+    where,
+  )
   return jax.tree.map(np.asarray, state.trainable), metrics, state
 
 
@@ -61,7 +65,9 @@ def compare(name, config, update, model, batches, *, shapes=SHAPES, n=STEPS, ato
     theirs, their_metrics, state = steps(config, update, model, batches, shape, n)
     for one, other in zip(metrics, their_metrics):
       for key in one:
-        np.testing.assert_allclose(other[key], one[key], rtol=1e-5, atol=atol, err_msg=f"{name} {shape} {key}")
+        np.testing.assert_allclose(
+          other[key], one[key], rtol=1e-5, atol=atol, err_msg=f"{name} {shape} {key}"
+        )
     for one, other in zip(*map(jax.tree.leaves, (params, theirs))):
       np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5, err_msg=f"{name} {shape}")
     divided = pieces(state)
@@ -73,8 +79,9 @@ def main(folder: Path) -> None:
   assert len(jax.devices()) == 8
   checkpoint = t.load_checkpoint(folder / "model")
   vocabulary = checkpoint.vocabulary
-  laid = t.examples(t.read_jsonl(folder / "data.jsonl"), vocabulary, t.RULE, annotation="plan",
-                    max_length=t.LENGTH).examples
+  laid = t.examples(
+    t.read_jsonl(folder / "data.jsonl"), vocabulary, t.RULE, annotation="plan", max_length=t.LENGTH
+  ).examples
   for rank in (2, 0):
     config = t.settings(folder, lora_rank=rank, learning_rate=1e-3).train
     model = make_model(checkpoint, vocabulary, config)
@@ -84,7 +91,9 @@ def main(folder: Path) -> None:
     compare(f"sft, rank {rank}", config, update, model, batches, shapes=SHAPES[-2:] if rank else SHAPES)
   config.attention = "interpret"
   update, _ = sft.make_update(model[0], make_optimiser(config, STEPS)[0], config)
-  compare("sft by kernel", config, update, model, batches, shapes=SHAPES[-2:], n=5)  # heads repeated, and divided
+  compare(
+    "sft by kernel", config, update, model, batches, shapes=SHAPES[-2:], n=5
+  )  # heads repeated, and divided
   pairs = [PreferencePair(a, b, (-300.0, -310.0 - i)) for i, (a, b) in enumerate(zip(laid[::2], laid[1::2]))]
   config = t.settings(folder).preference
   config.update(dict(lora_rank=2, learning_rate=1e-3, dtype="float32", loss_chunk=256))

@@ -2,8 +2,8 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python tests/on_two_processes.py FOLDER PORT PROCESS
 
-FOLDER is that of `test_training.tiny`. Leaves `two/`, `stopped/`, whose second process was told to stop, and `left/`,
-as it was then.
+FOLDER is that of `test_training.tiny`. Leaves `two/`, `stopped/`, whose second process was told to stop, and
+`left/`, as it was then.
 """
 
 import os

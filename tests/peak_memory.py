@@ -2,7 +2,8 @@
 
     python tests/peak_memory.py SOURCE DTYPE FORM [ADAPTER]
 
-SOURCE as of `load_checkpoint`; FORM: plain, stacked (of training) or decoding, with an adapter merged if one is named.
+SOURCE as of `load_checkpoint`; FORM: plain, stacked (of training) or decoding, with an adapter merged if one
+is named.
 """
 
 import sys
@@ -43,7 +44,9 @@ def main(source: str, dtype: str, form: str, adapter: str = "") -> None:
     merge = read_adapter(Path(adapter), checkpoint.config) if adapter else None
     model = build.for_decoding(checkpoint.config, checkpoint.params, merge, jnp.dtype(dtype))
   else:
-    model = build.from_params(checkpoint.config, checkpoint.params, jnp.dtype(dtype), stacked=form == "stacked")
+    model = build.from_params(
+      checkpoint.config, checkpoint.params, jnp.dtype(dtype), stacked=form == "stacked"
+    )
   done.set()
   watcher.join()
   size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))

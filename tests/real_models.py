@@ -1,4 +1,5 @@
-"""A script, too long for every run of the tests: a released model's greedy answers against those of transformers.
+"""A script, too long for every run of the tests: a released model's greedy answers against those of
+transformers.
 
     python tests/real_models.py smollm2-135m-instruct
     python tests/real_models.py gemma3-270m
@@ -32,7 +33,9 @@ def main(source: str) -> None:
   prompts = [rows[i * len(rows) // PROMPTS]["prompt"] for i in range(PROMPTS)]
   config = get_config()
   config.model.source = source
-  config.decode.update(dtype="float32", repetition_penalty=1.0, no_repeat=0, promise_bias=0.0, max_new_tokens=TOKENS)
+  config.decode.update(
+    dtype="float32", repetition_penalty=1.0, no_repeat=0, promise_bias=0.0, max_new_tokens=TOKENS
+  )
   generator = Generator(config, adapter="")
   encoded = [generator.encode(p) for p in prompts]
   traces = BatchDecoder(generator.interpreter(False), requests=10, width=1).run(encoded, generator.sampling)
@@ -44,14 +47,22 @@ def main(source: str) -> None:
       ours = trace.threads[0].tokens.tolist()
       with torch.inference_mode():
         ids = torch.tensor([prompt])
-        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=TOKENS,
-                              eos_token_id=list(generator.vocabulary.tags.eos), pad_token_id=0)
+        out = theirs.generate(
+          ids,
+          attention_mask=torch.ones_like(ids),
+          do_sample=False,
+          max_new_tokens=TOKENS,
+          eos_token_id=list(generator.vocabulary.tags.eos),
+          pad_token_id=0,
+        )
       wanted = out[0, len(prompt) :].tolist()[: len(ours)]
       equal += ours == wanted
       if ours != wanted:
         first.append(int(np.argmin([a == b for a, b in zip(ours, wanted)])))
-  print(f"{source}: {equal} of {PROMPTS} answers are equal over {TOKENS} tokens"
-        + (f"; the others differ from token {', '.join(map(str, first))} on" if first else ""))
+  print(
+    f"{source}: {equal} of {PROMPTS} answers are equal over {TOKENS} tokens"
+    + (f"; the others differ from token {', '.join(map(str, first))} on" if first else "")
+  )
 
 
 if __name__ == "__main__":

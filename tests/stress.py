@@ -1,10 +1,11 @@
-"""Kills a training run at random moments, fifty times, and compares what comes of it with a run that nobody disturbed.
+"""Kills a training run at random moments, fifty times, and compares what comes of it with a run that nobody
+disturbed.
 
     python tests/stress.py --kills=50
 
-Kill -9: one in five while the run starts and restores, the others up to two seconds behind a step, with a checkpoint at
-every step, so that many fall into the writing of one. At the end losses, the last checkpoint's arrays and the adapter
-must be equal bit for bit. The model is `configs/tiny.py`'s, on this machine's CPU.
+Kill -9: one in five while the run starts and restores, the others up to two seconds behind a step, with a
+checkpoint at every step, so that many fall into the writing of one. At the end losses, the last checkpoint's
+arrays and the adapter must be equal bit for bit. The model is `configs/tiny.py`'s, on this machine's CPU.
 """
 
 import json
@@ -37,9 +38,12 @@ NOT_COMPARED = ("tokens_per_second", "data_wait")
 def train(workdir: Path, steps: int, done) -> None:
   """The run, which counts its steps in `done`. No JAX array was made before it, so that it may be a fork."""
   from pasta_jax.decode.generate import use_compilation_cache
+
   use_compilation_cache(workdir.parent / "compiled")
   config = tiny.get_config()
-  config.train.update(steps=steps, length=1024, checkpoint_every=1, data=str(ROOT / "data/seed.jsonl"), lora_rank=0)
+  config.train.update(
+    steps=steps, length=1024, checkpoint_every=1, data=str(ROOT / "data/seed.jsonl"), lora_rank=0
+  )
   write = loop.MetricWriter.write
 
   def and_count(self, step, scalars):
@@ -66,14 +70,18 @@ def arrays(workdir: Path) -> dict[str, np.ndarray]:
   """The newest checkpoint's and the adapter's."""
   import orbax.checkpoint as ocp
   from safetensors.numpy import load_file
-  newest = max((p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+
+  newest = max(
+    (p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name)
+  )
   with ocp.StandardCheckpointer() as checkpointer:
     state = checkpointer.restore(newest.resolve() / "state")
   return {**{k: np.asarray(v) for k, v in state.items()}, **load_file(workdir / "adapter.safetensors")}
 
 
 def killed_run(workdir: Path, kills: int, steps: int) -> tuple[int, int]:
-  """Starts the run anew after each kill, and lets the last one end; (kills in a write, steps that were done again)."""
+  """Starts the run anew after each kill, and lets the last one end; (kills in a write, steps that were done
+  again)."""
   fork, rng = multiprocessing.get_context("fork"), random.Random(FLAGS.seed)
   in_write = again = 0
   bar, task = progress_bar("kills", kills, 0)
@@ -93,8 +101,9 @@ def killed_run(workdir: Path, kills: int, steps: int) -> tuple[int, int]:
       process.kill()
       process.join()
       in_write += any("tmp" in p.name for p in (workdir / "checkpoints").glob("*"))
-      again += len(lines(workdir)) - max([int(p.name) for p in (workdir / "checkpoints").glob("*")
-                                          if p.name.isdigit()], default=0)
+      again += len(lines(workdir)) - max(
+        [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()], default=0
+      )
       bar.update(task, completed=kill + 1, note=f"step {len(lines(workdir))}")
   to_its_end(workdir, steps)
   return in_write, again
@@ -121,11 +130,15 @@ def main(argv: list[str]) -> None:
   if wrong or len(ours) != len(theirs) or len(ours) != steps:
     sys.exit(f"losses differ, first at step {(wrong or ['?'])[0]}: see {folder}")
   one, other = arrays(folder / "killed"), arrays(folder / "whole")
-  if different := [k for k in one if not np.array_equal(one[k], other[k])] + sorted(one.keys() ^ other.keys()):
+  if different := [k for k in one if not np.array_equal(one[k], other[k])] + sorted(
+    one.keys() ^ other.keys()
+  ):
     sys.exit(f"{len(different)} arrays differ, {different[0]} first: see {folder}")
   shutil.rmtree(folder)
-  print(f"{FLAGS.kills} kills, {in_write} of them in the writing of a checkpoint, {again} steps done again: {steps} "
-        f"losses and {len(one)} arrays equal those of a run that was not disturbed, bit for bit")
+  print(
+    f"{FLAGS.kills} kills, {in_write} of them in the writing of a checkpoint, {again} steps done again: {steps} "
+    f"losses and {len(one)} arrays equal those of a run that was not disturbed, bit for bit"
+  )
 
 
 if __name__ == "__main__":

@@ -66,14 +66,17 @@ def test_abstract_steps_are_those_that_train():
   """Names, shapes and types of everything that a real run holds."""
   from pasta_jax.model.checkpoint import load_checkpoint
   from pasta_jax.train.state import make_model
+
   config, checkpoint = tiny.get_config(), load_checkpoint("tiny")
   for rank in (0, 4):
     config.train.lora_rank = rank
     real = make_model(checkpoint, checkpoint.vocabulary, config.train)
     shapes = ahead.abstract_model(checkpoint.config, config.train, tags=True)
     for ours, theirs in zip(shapes[1:], real[1:]):
-      described = lambda tree: [(jax.tree_util.keystr(path), x.shape, x.dtype)
-                                for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+      described = lambda tree: [
+        (jax.tree_util.keystr(path), x.shape, x.dtype)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+      ]
       assert described(ours) == described(theirs)
 
 
@@ -86,7 +89,9 @@ def test_abstract_batches_are_those_that_are_packed():
   for real, length in ((rows, 64), (pairs, 128)):
     c = ConfigDict(dict(batch_size=2, length=length, accumulate=3))
     shapes = ahead._batches(c, mesh, real is pairs)
-    assert {n: (x.shape, x.dtype) for n, x in shapes.items()} == {n: ((3, *x.shape), x.dtype) for n, x in real.items()}
+    assert {n: (x.shape, x.dtype) for n, x in shapes.items()} == {
+      n: ((3, *x.shape), x.dtype) for n, x in real.items()
+    }
 
 
 def test_what_cannot_be_compiled():
@@ -94,9 +99,12 @@ def test_what_cannot_be_compiled():
   config.compile.stages = "train,decode"
   with pytest.raises(ValueError, match="compile.stages takes train and preference, not 'decode'"):
     ahead.compile_steps(config)
-  for field, value, message in (("remat", "ful", "train.remat must be one of"), ("accumulate", 0, "must be 1 or more"),
-                                ("attention", "gpu", "train.attention=gpu is not for TPUs"),
-                                ("dtype", "float16", "train.dtype must be one of float32, bfloat16")):
+  for field, value, message in (
+    ("remat", "ful", "train.remat must be one of"),
+    ("accumulate", 0, "must be 1 or more"),
+    ("attention", "gpu", "train.attention=gpu is not for TPUs"),
+    ("dtype", "float16", "train.dtype must be one of float32, bfloat16"),
+  ):
     config = smollm2_135m.get_config()
     config.train[field] = value
     with pytest.raises(ValueError, match=message):
@@ -106,13 +114,29 @@ def test_what_cannot_be_compiled():
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="the TPU compiler is not installed")
-@pytest.mark.parametrize("more, expected", [
-  ([], ["4 x TPU v5 lite", "train", "14.9 GiB", "ms"]),
-  (["--config.train.length=2000000"], ["error: train does not fit v5e:2x2: a chip would need"]),
-  (["--config.train.batch_size=3"], ["error: train.batch_size=3 rows cannot be divided over 4 devices"])])
+@pytest.mark.parametrize(
+  "more, expected",
+  [
+    ([], ["4 x TPU v5 lite", "train", "14.9 GiB", "ms"]),
+    (["--config.train.length=2000000"], ["error: train does not fit v5e:2x2: a chip would need"]),
+    (["--config.train.batch_size=3"], ["error: train.batch_size=3 rows cannot be divided over 4 devices"]),
+  ],
+)
 def test_the_tpu_compiler_takes_steps_and_kernels(more: list[str], expected: list[str]):
-  done = subprocess.run([sys.executable, "main.py", "--mode=compile", "--config=configs/tiny.py",
-                         "--config.train.dtype=bfloat16", "--config.train.batch_size=4",
-                         "--config.compile.topology=v5e:2x2", *more], cwd=ROOT, capture_output=True, text=True)
+  done = subprocess.run(
+    [
+      sys.executable,
+      "main.py",
+      "--mode=compile",
+      "--config=configs/tiny.py",
+      "--config.train.dtype=bfloat16",
+      "--config.train.batch_size=4",
+      "--config.compile.topology=v5e:2x2",
+      *more,
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
   for text in expected:
     assert text in done.stdout + done.stderr

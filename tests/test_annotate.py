@@ -1,5 +1,5 @@
-"""Annotation: units and plans over real rows, what each writer sees against the language's own rule, and runs against a
-server that misbehaves."""
+"""Annotation: units and plans over real rows, what each writer sees against the language's own rule, and runs
+against a server that misbehaves."""
 
 import json
 from pathlib import Path
@@ -23,8 +23,10 @@ from pasta_jax.lang.program import Promise, reading_order
 
 SEED = Path(__file__).parent.parent / "data" / "seed.jsonl"
 ROWS = read_jsonl(SEED)
-TEXT = ("There are two ways.\n\n1. By train: It is slow. It is cheap.\n2. By plane: It is fast, and dear.\n\n"
-        "So take the cheap one, as shown above.")  # units 1 to 8
+TEXT = (
+  "There are two ways.\n\n1. By train: It is slow. It is cheap.\n2. By plane: It is fast, and dear.\n\n"
+  "So take the cheap one, as shown above."
+)  # units 1 to 8
 
 
 # --- units and plans ---
@@ -41,8 +43,14 @@ def test_units_are_the_text(text: str):
 
 def test_units_are_sentences_lines_and_heads():
   assert [TEXT[a:b].strip() for a, b in units.split(TEXT)] == [
-    "There are two ways.", "1. By train:", "It is slow.", "It is cheap.", "2. By plane:", "It is fast, and dear.",
-    "So take the cheap one, as shown above."]
+    "There are two ways.",
+    "1. By train:",
+    "It is slow.",
+    "It is cheap.",
+    "2. By plane:",
+    "It is fast, and dear.",
+    "So take the cheap one, as shown above.",
+  ]
   assert len(units.split("Dr. Who met Mr. X, e.g. Here.")) == 1
   assert len(units.split("See:\n```python\na = 1\n\nb = 2\n```\nDone.")) == 3
 
@@ -52,7 +60,8 @@ def test_plans_say_all_that_the_seed_rows_hold():
   for row in ROWS:
     chunks, syncs = plan.read(plan.write(row["response"], row["chunks"], row["syncs"]), row["response"])
     assert program_of(row | {"chunks": chunks, "syncs": syncs}) == program_of(
-      row | {"syncs": plan.useful_syncs(row["chunks"], row["syncs"])}), row["id"]
+      row | {"syncs": plan.useful_syncs(row["chunks"], row["syncs"])}
+    ), row["id"]
     assert reading_order(program_of(row | {"chunks": chunks, "syncs": syncs})) == row["response"]
 
 
@@ -60,22 +69,31 @@ def chunk(start, end, topic="x"):
   return {"from": start, "to": end, "topic": topic}
 
 
-@pytest.mark.parametrize("answer, cause", [
-  ("Sure! {}", "not JSON"), ('{"chunks": [', "not JSON"), ("[]", "another form"), ('{"chunks": []}', "another form"),
-  ({"chunks": [{"from": 1, "to": 2}], "syncs": []}, "another form"),
-  ({"chunks": [chunk(3, 2)], "syncs": []}, "another form"), ({"chunks": [chunk("2", 3)], "syncs": []}, "another form"),
-  ({"chunks": [chunk(True, 3)], "syncs": []}, "another form"),
-  ({"chunks": [chunk(2, 8)], "syncs": []}, "no such unit"), ({"chunks": [chunk(0, 2)], "syncs": []}, "no such unit"),
-  ({"chunks": [chunk(2, 4), chunk(4, 6)], "syncs": []}, "chunks overlap"),
-  ({"chunks": [chunk(2, 4), chunk(2, 4)], "syncs": []}, "chunks overlap"),
-  ({"chunks": [chunk(1, 7)], "syncs": []}, "a chunk of everything"),
-  ({"chunks": [chunk(2, 4, "")], "syncs": []}, "an unfit topic"),
-  ({"chunks": [chunk(2, 4, "a\nb")], "syncs": []}, "an unfit topic"),
-  ({"chunks": [chunk(2, 4, "w " * 40)], "syncs": []}, "an unfit topic"),
-  ({"chunks": [chunk(2, 4)], "syncs": [2]}, "a sync of nothing"),
-  ({"chunks": [chunk(2, 4)], "syncs": [5, 6]}, "a sync of nothing"),
-  ({"chunks": [chunk(2, 4)], "syncs": [3]}, "a sync of nothing"), ({"chunks": [], "syncs": [9]}, "no such unit"),
-])
+@pytest.mark.parametrize(
+  "answer, cause",
+  [
+    ("Sure! {}", "not JSON"),
+    ('{"chunks": [', "not JSON"),
+    ("[]", "another form"),
+    ('{"chunks": []}', "another form"),
+    ({"chunks": [{"from": 1, "to": 2}], "syncs": []}, "another form"),
+    ({"chunks": [chunk(3, 2)], "syncs": []}, "another form"),
+    ({"chunks": [chunk("2", 3)], "syncs": []}, "another form"),
+    ({"chunks": [chunk(True, 3)], "syncs": []}, "another form"),
+    ({"chunks": [chunk(2, 8)], "syncs": []}, "no such unit"),
+    ({"chunks": [chunk(0, 2)], "syncs": []}, "no such unit"),
+    ({"chunks": [chunk(2, 4), chunk(4, 6)], "syncs": []}, "chunks overlap"),
+    ({"chunks": [chunk(2, 4), chunk(2, 4)], "syncs": []}, "chunks overlap"),
+    ({"chunks": [chunk(1, 7)], "syncs": []}, "a chunk of everything"),
+    ({"chunks": [chunk(2, 4, "")], "syncs": []}, "an unfit topic"),
+    ({"chunks": [chunk(2, 4, "a\nb")], "syncs": []}, "an unfit topic"),
+    ({"chunks": [chunk(2, 4, "w " * 40)], "syncs": []}, "an unfit topic"),
+    ({"chunks": [chunk(2, 4)], "syncs": [2]}, "a sync of nothing"),
+    ({"chunks": [chunk(2, 4)], "syncs": [5, 6]}, "a sync of nothing"),
+    ({"chunks": [chunk(2, 4)], "syncs": [3]}, "a sync of nothing"),
+    ({"chunks": [], "syncs": [9]}, "no such unit"),
+  ],
+)
 def test_plans_are_read_strictly(answer, cause: str):
   with pytest.raises(plan.PlanError) as error:
     plan.read(answer if isinstance(answer, str) else json.dumps(answer), TEXT)
@@ -83,17 +101,26 @@ def test_plans_are_read_strictly(answer, cause: str):
 
 
 def test_good_plans_are_read():
-  answer = {"chunks": [chunk(2, 4, " by train "), chunk(3, 3, "pace"), chunk(5, 6, "by plane")], "syncs": [4, 7]}
+  answer = {
+    "chunks": [chunk(2, 4, " by train "), chunk(3, 3, "pace"), chunk(5, 6, "by plane")],
+    "syncs": [4, 7],
+  }
   for text in (json.dumps(answer), f"```json\n{json.dumps(answer)}\n```"):
     chunks, syncs = plan.read(text, TEXT)
     assert [(TEXT[c["start"] : c["end"]].strip(), c["topic"]) for c in chunks] == [
-      ("1. By train: It is slow. It is cheap.", "by train"), ("It is slow.", "pace"),
-      ("2. By plane: It is fast, and dear.", "by plane")]
-    assert [TEXT[s:].split(",")[0] for s in syncs] == ["It is cheap.\n2. By plane: It is fast", "So take the cheap one"]
+      ("1. By train: It is slow. It is cheap.", "by train"),
+      ("It is slow.", "pace"),
+      ("2. By plane: It is fast, and dear.", "by plane"),
+    ]
+    assert [TEXT[s:].split(",")[0] for s in syncs] == [
+      "It is cheap.\n2. By plane: It is fast",
+      "So take the cheap one",
+    ]
   assert plan.read('{"chunks": [], "syncs": []}', TEXT) == ([], [])
 
 
 # --- what a writer sees ---
+
 
 def seen_by_layout(row: dict) -> list[str]:
   """Of each chunk, in reading order: the texts that its first row sees, by the masks of training."""
@@ -115,6 +142,7 @@ def seen_by_layout(row: dict) -> list[str]:
 
 def test_writers_see_what_the_language_lets_them_see():
   import re
+
   compared = 0
   for row in ROWS:
     found = [re.sub("⟦[^⟧]*⟧", "", c.seen) for c in contexts(row) if c.topic is not None]
@@ -124,11 +152,17 @@ def test_writers_see_what_the_language_lets_them_see():
 
 
 def test_contexts_name_what_is_unseen():
-  chunks, syncs = plan.read(json.dumps({"chunks": [chunk(3, 4, "train"), chunk(6, 6, "plane")], "syncs": []}), TEXT)
+  chunks, syncs = plan.read(
+    json.dumps({"chunks": [chunk(3, 4, "train"), chunk(6, 6, "plane")], "syncs": []}), TEXT
+  )
   row = {"id": "a", "prompt": "p", "response": TEXT, "chunks": chunks, "syncs": syncs}
   found = contexts(row)
   assert [(c.topic, c.at, c.waiting) for c in found] == [
-    ("train", 0, ()), (None, 1, ("train",)), ("plane", 1, ("train",)), (None, 2, ("train", "plane"))]
+    ("train", 0, ()),
+    (None, 1, ("train",)),
+    ("plane", 1, ("train",)),
+    (None, 2, ("train", "plane")),
+  ]
   assert found[2].seen == "There are two ways.\n\n1. By train: ⟦train⟧\n2. By plane: "
   assert all(TEXT[c.offset :].startswith(c.text.strip() if c.topic else c.text) for c in found if not c.topic)
   assert [c.topic for c in check.of_chunks(row)] == ["plane"]  # the first one misses nothing
@@ -151,14 +185,18 @@ def test_demonstrations_are_of_every_kind():
   chosen = _spread(ROWS)
   assert len(chosen) == 7 and len({r["id"] for r in chosen}) == 7
   assert any(not r["chunks"] for r in chosen) and any(r["syncs"] for r in chosen)
-  assert any(isinstance(n, Promise) and any(isinstance(b, Promise) for b in n.body)
-             for r in chosen for n in program_of(r))
+  assert any(
+    isinstance(n, Promise) and any(isinstance(b, Promise) for b in n.body)
+    for r in chosen
+    for n in program_of(r)
+  )
   assert len(prompts.demonstrations(chosen)) == 14
   with pytest.raises(DataError, match="row x is no demonstration: character 3 is inside a unit"):
     prompts.demonstrations([ROWS[0] | {"id": "x", "chunks": [{"start": 3, "end": 40, "topic": "t"}]}])
 
 
 # --- runs ---
+
 
 @pytest.fixture(autouse=True)
 def loaded_once(monkeypatch, smollm2_checkpoint):
@@ -173,8 +211,11 @@ class Server(loopback.Server):
 
   def answer(self, body, path):
     gemini = path.endswith(":generateContent")
-    said = ([c["parts"][0]["text"] for c in body["contents"]] if gemini else
-            [m["content"] for m in body["messages"] if m["role"] != "system"])
+    said = (
+      [c["parts"][0]["text"] for c in body["contents"]]
+      if gemini
+      else [m["content"] for m in body["messages"] if m["role"] != "system"]
+    )
     asked = next(text for text in reversed(said) if "<answer>" in text or "<text>" in text)
     if "<text>" in asked:
       text = asked.split("<text>\n")[1].split("\n</text>")[0]
@@ -182,11 +223,18 @@ class Server(loopback.Server):
     else:
       row = next(r for r in ROWS if asked == prompts.question(r["prompt"], r["response"]))
       useful = plan.useful_syncs(row["chunks"], row["syncs"])
-      reply = "I will not." if row["id"] in self.stubborn else plan.write(row["response"], row["chunks"], useful)
+      reply = (
+        "I will not." if row["id"] in self.stubborn else plan.write(row["response"], row["chunks"], useful)
+      )
     if gemini:
-      return {"candidates": [{"content": {"parts": [{"text": reply}]}}],
-              "usageMetadata": {"promptTokenCount": 100, "candidatesTokenCount": 10}}
-    return {"choices": [{"message": {"content": reply}}], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
+      return {
+        "candidates": [{"content": {"parts": [{"text": reply}]}}],
+        "usageMetadata": {"promptTokenCount": 100, "candidatesTokenCount": 10},
+      }
+    return {
+      "choices": [{"message": {"content": reply}}],
+      "usage": {"prompt_tokens": 100, "completion_tokens": 10},
+    }
 
 
 @pytest.fixture
@@ -210,7 +258,9 @@ def config_for(server, tmp_path: Path, rows, **changes):
 @pytest.mark.parametrize("kind", ["openai", "gemini"])
 def test_plans_become_rows(server, tmp_path: Path, kind: str):
   rows = ROWS[20:40]
-  report = annotate(config_for(server, tmp_path, rows, kind=kind, against=str(SEED), price_read=1.0), tmp_path / "run")
+  report = annotate(
+    config_for(server, tmp_path, rows, kind=kind, against=str(SEED), price_read=1.0), tmp_path / "run"
+  )
   done = read_jsonl(tmp_path / "run" / "annotated.jsonl")
   assert [r["id"] for r in done] == [r["id"] for r in rows]
   for row, made in zip(rows, done):
@@ -218,26 +268,41 @@ def test_plans_become_rows(server, tmp_path: Path, kind: str):
   calls = len(server.calls)
   assert calls == 20 + sum(len(check.of_chunks(r)) + len(check.of_texts(r)) for r in done) > 60
   assert report["agreement"] == {"responses": 20, "precision": 1.0, "recall": 1.0, "same_choice": 1.0}
-  assert report["calls"] == {"paid now": calls, "tokens read": 100 * calls, "tokens written": 10 * calls,
-                             "price": round(calls * 1e-4, 4)}
+  assert report["calls"] == {
+    "paid now": calls,
+    "tokens read": 100 * calls,
+    "tokens written": 10 * calls,
+    "price": round(calls * 1e-4, 4),
+  }
   assert report["figures"]["speedup"] > 1.3 and report["rejected"] == {}
   assert KEY not in "".join(p.read_text() for p in (tmp_path / "run").glob("*"))
   assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
   again = annotate(config_for(server, tmp_path, rows, kind=kind, against=str(SEED)), tmp_path / "run")
-  assert len(server.calls) == calls and again["calls"]["paid now"] == 0 and again["figures"] == report["figures"]
+  assert (
+    len(server.calls) == calls and again["calls"]["paid now"] == 0 and again["figures"] == report["figures"]
+  )
 
 
 def test_a_server_that_misbehaves_costs_nothing_but_time(server, tmp_path: Path):
-  """Statuses, broken answers and hang-ups are tried again; a plan that cannot be used is asked for again, with the
-  fault named; a row that never gets one is rejected, and named."""
+  """Statuses, broken answers and hang-ups are tried again; a plan that cannot be used is asked for again,
+  with the fault named; a row that never gets one is rejected, and named."""
   rows = ROWS[20:26]
   server.stubborn = (rows[3]["id"],)
   wrong = lambda text: json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-  server.faults = [429, 500, "hang up", b'{"choices": [{"mess', wrong("no plan"), None,
-                   wrong(json.dumps({"chunks": [chunk(1, 99)], "syncs": []}))]
+  server.faults = [
+    429,
+    500,
+    "hang up",
+    b'{"choices": [{"mess',
+    wrong("no plan"),
+    None,
+    wrong(json.dumps({"chunks": [chunk(1, 99)], "syncs": []})),
+  ]
   report = annotate(config_for(server, tmp_path, rows, concurrency=1, check=False), tmp_path / "run")
   assert len(read_jsonl(tmp_path / "run" / "annotated.jsonl")) == 5
-  assert report["asked again because"] == {"not JSON": 3, "no such unit": 1} and report["rejected"] == {"not JSON": 1}
+  assert report["asked again because"] == {"not JSON": 3, "no such unit": 1} and report["rejected"] == {
+    "not JSON": 1
+  }
   (lost,) = read_jsonl(tmp_path / "run" / "rejected.jsonl")
   assert lost == {"id": rows[3]["id"], "cause": "not JSON", "answer": "I will not."}
   asked_again = [c["messages"] for c in server.calls if "cannot be used" in c["messages"][-1]["content"]]
@@ -262,8 +327,15 @@ def test_a_run_that_stops_pays_for_the_rest_alone(server, tmp_path: Path):
 
 
 def test_the_check_gives_chunks_up_and_places_syncs(server, tmp_path: Path):
-  row = next(r for r in ROWS if len(r["chunks"]) > 3 and len(r["syncs"]) == 1 and not any(
-    c["start"] <= d["start"] < d["end"] <= c["end"] for c in r["chunks"] for d in r["chunks"] if c is not d))
+  row = next(
+    r
+    for r in ROWS
+    if len(r["chunks"]) > 3
+    and len(r["syncs"]) == 1
+    and not any(
+      c["start"] <= d["start"] < d["end"] <= c["end"] for c in r["chunks"] for d in r["chunks"] if c is not d
+    )
+  )
   third = row["response"][row["chunks"][2]["start"] : row["chunks"][2]["end"]].strip()
   server.refuses = (third[-30:],)
   report = annotate(config_for(server, tmp_path, [row]), tmp_path / "run")
@@ -297,11 +369,15 @@ def test_agreement_by_hand():
 
 def test_settings_that_cannot_be_used_are_one_line(server, tmp_path: Path, monkeypatch):
   monkeypatch.delenv("OPENAI_API_KEY")
-  for changes, message in ((dict(data=""), "annotate.data=FILE"), (dict(tries=0), "annotate.tries"),
-                           (dict(model=""), "config.annotate.model"), (dict(kind="x"), "annotate.kind"),
-                           (dict(url=""), r"annotate: the key is read from \$OPENAI_API_KEY"),
-                           (dict(per_minute=-1), "per_minute"),
-                           (dict(demonstrations="none.jsonl"), "no such data file")):
+  for changes, message in (
+    (dict(data=""), "annotate.data=FILE"),
+    (dict(tries=0), "annotate.tries"),
+    (dict(model=""), "config.annotate.model"),
+    (dict(kind="x"), "annotate.kind"),
+    (dict(url=""), r"annotate: the key is read from \$OPENAI_API_KEY"),
+    (dict(per_minute=-1), "per_minute"),
+    (dict(demonstrations="none.jsonl"), "no such data file"),
+  ):
     config = config_for(server, tmp_path, ROWS[:2])
     config.annotate.update(changes)
     with pytest.raises(ValueError, match=message):
@@ -312,6 +388,7 @@ def test_settings_that_cannot_be_used_are_one_line(server, tmp_path: Path, monke
 def test_calls_keep_to_a_limit(server, tmp_path: Path, monkeypatch):
   """The pauses that a caller takes add up to the limit's."""
   from pasta_jax.endpoint import Caller
+
   paused: list[float] = []
   monkeypatch.setattr("pasta_jax.endpoint.time.sleep", paused.append)
   monkeypatch.setattr("pasta_jax.endpoint.time.monotonic", lambda: 100.0)

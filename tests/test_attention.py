@@ -76,20 +76,30 @@ def programs(batch, config, dtype=jnp.float32):
     "chunked": chunked_attention(hidden, positions, config, dtype),
     "chunked, long": chunked_attention(hidden, positions, config, dtype, block=8),
   }
-  ways = {name: lambda q, k, v, local, attend=attend: attend(None, q, k, v, local)[0]
-          for name, attend in attends.items()}
+  ways = {
+    name: lambda q, k, v, local, attend=attend: attend(None, q, k, v, local)[0]
+    for name, attend in attends.items()
+  }
   for platform in ("tpu", "gpu"):
     how = flash.Settings(platform, 32, config.attention_softcap, config.window > 0, interpret=True)
-    ways[platform] = partial(flash.attention, tables=flash.make_tables(hidden, positions, config.window, 32),
-                             settings=how, config=config)
+    ways[platform] = partial(
+      flash.attention,
+      tables=flash.make_tables(hidden, positions, config.window, 32),
+      settings=how,
+      config=config,
+    )
   return ways
 
 
-@pytest.mark.parametrize("window, softcap, length, heads, groups, width", [
-  (0, 0.0, 130, 2, 3, 16), (17, 0.0, 96, 3, 1, 16), (17, 3.0, 101, 1, 4, 12), (0, 0.0, 64, 1, 1, 8)])
-def test_every_program_is_the_rule(window: int, softcap: float, length: int, heads: int, groups: int, width: int):
-  """Context against float64 by the definition; its three cotangents against the reference's. Heads in groups, each with
-  keys of its own, all with the same, and one alone."""
+@pytest.mark.parametrize(
+  "window, softcap, length, heads, groups, width",
+  [(0, 0.0, 130, 2, 3, 16), (17, 0.0, 96, 3, 1, 16), (17, 3.0, 101, 1, 4, 12), (0, 0.0, 64, 1, 1, 8)],
+)
+def test_every_program_is_the_rule(
+  window: int, softcap: float, length: int, heads: int, groups: int, width: int
+):
+  """Context against float64 by the definition; its three cotangents against the reference's. Heads in groups,
+  each with keys of its own, all with the same, and one alone."""
   rng = np.random.default_rng(length)
   config = dataclasses.replace(CONFIG, window=window, attention_softcap=softcap)
   batch = random_rows(rng, 2, length)
@@ -121,6 +131,7 @@ def test_kernels_take_bfloat16_and_add_in_float32():
   k, v = (rng.normal(size=(1, 64, 2, 16)).astype(jnp.bfloat16) for _ in range(2))
   expected = naive(q, k, v, np.asarray(attention_mask(batch)), 0.0)
   for name in ("tpu", "gpu"):
+
     @jax.jit
     def run(q, k, v, name=name):
       context, pull = jax.vjp(lambda *qkv: programs(batch, CONFIG)[name](*qkv, False), q, k, v)
@@ -176,16 +187,24 @@ def test_kinds_attend_alike():
   q = rng.normal(size=(2, 72, 2, 3, 16)).astype("f")
   k, v = (rng.normal(size=(2, 72, 2, 16)).astype("f") for _ in range(2))
   for local in (False, True):
-    run = lambda kind, local=local: jax.jit(lambda local: make_attend(
-      kind, {n: jnp.asarray(x) for n, x in batch.items()}, config, jnp.float32)(None, q, k, v, local)[0])(local)
+    run = lambda kind, local=local: jax.jit(
+      lambda local: make_attend(kind, {n: jnp.asarray(x) for n, x in batch.items()}, config, jnp.float32)(
+        None, q, k, v, local
+      )[0]
+    )(local)
     for kind in ("auto", "chunked", "interpret"):
       np.testing.assert_allclose(run(kind), run("dense"), atol=2e-5, err_msg=kind)
 
 
 @pytest.mark.parametrize("platform, lowered", [("tpu", "tpu"), ("gpu", "cuda")])
-@pytest.mark.parametrize("length, heads, groups, width, window, softcap, dtype", [
-  (640, 3, 3, 64, 0, 0.0, jnp.bfloat16), (4096, 1, 4, 256, 512, 50.0, jnp.bfloat16),
-  (2048, 2, 2, 80, 0, 0.0, jnp.float32)])
+@pytest.mark.parametrize(
+  "length, heads, groups, width, window, softcap, dtype",
+  [
+    (640, 3, 3, 64, 0, 0.0, jnp.bfloat16),
+    (4096, 1, 4, 256, 512, 50.0, jnp.bfloat16),
+    (2048, 2, 2, 80, 0, 0.0, jnp.float32),
+  ],
+)
 def test_kernels_lower(platform, lowered, length, heads, groups, width, window, softcap, dtype):
   """SmolLM2's, Gemma's and an uneven head, forward and backward, for machines that are not here."""
   config = dataclasses.replace(CONFIG, window=window, attention_softcap=softcap)
@@ -200,9 +219,19 @@ def test_kernels_lower(platform, lowered, length, heads, groups, width, window, 
 
   shape = jax.ShapeDtypeStruct
   key = shape((2, length, heads, width), dtype)
-  text = jax.jit(both).trace(
-    shape((2, length, heads, groups, width), dtype), key, key, shape((2, length, 2, 2), jnp.int32),
-    shape((2, length), jnp.int32), shape((), jnp.bool_)).lower(lowering_platforms=(lowered,)).as_text()
+  text = (
+    jax.jit(both)
+    .trace(
+      shape((2, length, heads, groups, width), dtype),
+      key,
+      key,
+      shape((2, length, 2, 2), jnp.int32),
+      shape((2, length), jnp.int32),
+      shape((), jnp.bool_),
+    )
+    .lower(lowering_platforms=(lowered,))
+    .as_text()
+  )
   assert text.count("tpu_custom_call" if platform == "tpu" else "__gpu$xla.gpu.triton") == 3
   assert f"x{length}x{length}x" not in text  # nothing of the size of a mask
 
@@ -214,7 +243,8 @@ def test_settings_that_cannot_be():
   for check, how, message in (
     (check_how, ("all", "auto"), "train.remat must be one of none, full, attention, products, not 'all'"),
     (check_how, ("none", "flash"), f"train.attention must be one of {', '.join(KINDS)}, not 'flash'"),
-    (check_machine, ("none", "tpu"), "train.attention=tpu cannot run on this machine's cpu")):
+    (check_machine, ("none", "tpu"), "train.attention=tpu cannot run on this machine's cpu"),
+  ):
     with pytest.raises(ValueError, match=message):
       check(config(*how), "train")
   with pytest.raises(ValueError, match="no program for attention is called 'flash'"):
@@ -222,17 +252,23 @@ def test_settings_that_cannot_be():
 
 
 def test_padding_is_not_computed():
-  """Behind the last example of a row, and where a row is filled up to whole tiles, a tile meets itself alone."""
+  """Behind the last example of a row, and where a row is filled up to whole tiles, a tile meets itself
+  alone."""
   segments = np.zeros((1, 500), np.int32)
   segments[0, :100], segments[0, 100:250] = 1, 2
-  batch = {"tokens": segments, "segments": segments, "hidden": np.zeros((1, 500, 1, 2), np.int32),
-           "positions": np.arange(500)[None]}
+  batch = {
+    "tokens": segments,
+    "segments": segments,
+    "hidden": np.zeros((1, 500, 1, 2), np.int32),
+    "positions": np.arange(500)[None],
+  }
   tables = flash.make_tables(hidden_intervals(batch), jnp.asarray(batch["positions"]), 0, 64)
   assert tables.by_query[0].visits.tolist() == [[1, 2, 2, 3, 1, 1, 1, 1]]
 
 
 def test_what_is_kept_is_not_computed_again():
-  """`remat="attention"`: the kernel's forward pass is not run twice. (Blocks in plain JAX keep nothing of theirs.)"""
+  """`remat="attention"`: the kernel's forward pass is not run twice. (Blocks in plain JAX keep nothing of
+  theirs.)"""
   rng = np.random.default_rng(0)
   batch = {n: jnp.asarray(x) for n, x in random_rows(rng, 1, 256).items()}
   x = jnp.asarray(rng.normal(size=(1, 256, 2, 3, 16)), jnp.float32)

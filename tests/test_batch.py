@@ -1,4 +1,5 @@
-"""Many requests at once give what each one gives alone: places, halves of them, pools of several sizes, seeds."""
+"""Many requests at once give what each one gives alone: places, halves of them, pools of several sizes,
+seeds."""
 
 import numpy as np
 import pytest
@@ -21,8 +22,14 @@ def interpreter():
 
 
 def figures(trace):
-  return (trace.thread, trace.finish_reason, [t.positions.tolist() for t in trace.threads],
-          [t.rounds.tolist() for t in trace.threads], trace.ill_formed, trace.refused)
+  return (
+    trace.thread,
+    trace.finish_reason,
+    [t.positions.tolist() for t in trace.threads],
+    [t.rounds.tolist() for t in trace.threads],
+    trace.ill_formed,
+    trace.refused,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +38,9 @@ def alone(interpreter):
   out = {}
   for seed in range(3):
     interpreter.params = tiny.weights(seed, "habits")
-    out[seed] = [figures(interpreter.run(p, SamplingConfig(temperature=1.0, seed=i))) for i, p in enumerate(PROMPTS)]
+    out[seed] = [
+      figures(interpreter.run(p, SamplingConfig(temperature=1.0, seed=i))) for i, p in enumerate(PROMPTS)
+    ]
   assert sum(len(f[2]) > 1 for fs in out.values() for f in fs) >= 10  # with promises
   assert len({len(f[0].tokens) for fs in out.values() for f in fs}) >= 10  # of many lengths
   return out
@@ -53,7 +62,10 @@ def test_few_requests_join_those_of_the_next_pool():
   assert pool_groups([], 4) == []
   assert pool_groups([512, 384, 512, 384], 4) == [(512, [1, 3, 0, 2])]  # two places would stay empty
   assert pool_groups([512, 384, 512, 384], 2) == [(384, [1, 3]), (512, [0, 2])]
-  assert pool_groups([384, 512, 640, 768, 896], 9) == [(768, [0, 1, 2, 3]), (896, [4])]  # never more than twice
+  assert pool_groups([384, 512, 640, 768, 896], 9) == [
+    (768, [0, 1, 2, 3]),
+    (896, [4]),
+  ]  # never more than twice
   assert pool_groups([256, 4096], 9) == [(256, [0]), (4096, [1])]
   assert pool_groups([512, 1024, 1024, 512, 512], 2) == [(512, [0, 3, 4]), (1024, [1, 2])]
 

@@ -1,4 +1,5 @@
-"""Data sets: built from files of several forms, read back row by row, split, counted, shown, and trained on."""
+"""Data sets: built from files of several forms, read back row by row, split, counted, shown, and trained
+on."""
 
 import json
 import re
@@ -51,7 +52,8 @@ def test_every_row_comes_back(whole):
   for row in train + held_out:
     seed = by_id[row["id"]]
     assert {key: row[key] for key in ("prompt", "response", "chunks", "syncs", "source")} == {
-      key: seed[key] for key in ("prompt", "response", "chunks", "syncs", "source")}
+      key: seed[key] for key in ("prompt", "response", "chunks", "syncs", "source")
+    }
   assert mix(f"{target}*2,{target}:validation") == train * 2 + held_out
   with pytest.raises(DataError, match="has no split 'test', only train, validation"):
     mix(f"{target}:test")
@@ -70,13 +72,22 @@ def test_a_build_is_the_same_wherever_it_runs(whole, vocabulary, tmp_path: Path)
 
 
 def test_figures_are_those_of_the_rows(vocabulary):
-  row = {"id": "a", "prompt": "p", "response": "One two.\n- Three four five.\n- Six seven eight.", "syncs": []}
+  row = {
+    "id": "a",
+    "prompt": "p",
+    "response": "One two.\n- Three four five.\n- Six seven eight.",
+    "syncs": [],
+  }
   size = len(row["response"])
   some = row | {"chunks": [{"start": 9, "end": 28, "topic": "x"}, {"start": 28, "end": size, "topic": "y"}]}
-  nested = some | {"chunks": [{"start": 9, "end": size, "topic": "x"}, {"start": 28, "end": size, "topic": "y"}]}
+  nested = some | {
+    "chunks": [{"start": 9, "end": size, "topic": "x"}, {"start": 28, "end": size, "topic": "y"}]
+  }
   f = report.facts([row | {"chunks": []}, some, nested], vocabulary, PositionRule("pred_10x"))
   assert f.chunks.tolist() == [0, 2, 2] and f.synced.tolist() == [False] * 3
-  assert f.covered.tolist() == pytest.approx([0, 1 - 9 / size, 1 - 9 / size])  # what lies inside a chunk counts once
+  assert f.covered.tolist() == pytest.approx(
+    [0, 1 - 9 / size, 1 - 9 / size]
+  )  # what lies inside a chunk counts once
   assert f.speedup[0] == 1 and f.response[1] > f.response[0]
   found = report.figures(f)
   assert found["rows"] == 3 and found["with_chunks"] == pytest.approx(2 / 3) and found["chunks"] == 2
@@ -88,10 +99,13 @@ def test_bad_rows_are_named_and_never_stop_a_build(vocabulary, tmp_path: Path):
   good = [r for r in ROWS if r["chunks"]][:4]
   long = "which of the seven wonders of the world still stands today"
   bad = {
-    "overlap": good[0] | {"chunks": [{"start": 0, "end": 9, "topic": "a"}, {"start": 5, "end": 12, "topic": "b"}]},
-    "outside": good[0] | {"syncs": [10**6]}, "no topic": good[0] | {"chunks": [{"start": 0, "end": 9}]},
+    "overlap": good[0]
+    | {"chunks": [{"start": 0, "end": 9, "topic": "a"}, {"start": 5, "end": 12, "topic": "b"}]},
+    "outside": good[0] | {"syncs": [10**6]},
+    "no topic": good[0] | {"chunks": [{"start": 0, "end": 9}]},
     "lacks": good[0] | {"response": "\x04 is no token", "chunks": [], "syncs": []},
-    "known": good[0] | {"prompt": f"Tell me {long}!"}, "empty": good[0] | {"response": ""},
+    "known": good[0] | {"prompt": f"Tell me {long}!"},
+    "empty": good[0] | {"response": ""},
   }
   files = write(tmp_path / "a.jsonl", [*good, *(r | {"id": name} for name, r in bad.items())])
   twice = write(tmp_path / "b.jsonl", [good[1], good[2] | {"id": "plain", "chunks": [], "syncs": []}])
@@ -100,19 +114,35 @@ def test_bad_rows_are_named_and_never_stop_a_build(vocabulary, tmp_path: Path):
   rejected = {r["id"]: r["cause"] for r in read_jsonl(tmp_path / "run" / "rejected.jsonl")}
   misfit = "chunks or syncs that do not fit the response"
   assert rejected == {
-    "overlap": misfit, "outside": misfit, "no topic": misfit, "lacks": "characters that the vocabulary lacks",
-    "known": "shares words with an evaluation prompt", "a.jsonl, row 10": "no response",
-    good[1]["id"]: "an id that another row has", good[3]["id"]: "in the validation split too"}
+    "overlap": misfit,
+    "outside": misfit,
+    "no topic": misfit,
+    "lacks": "characters that the vocabulary lacks",
+    "known": "shares words with an evaluation prompt",
+    "a.jsonl, row 10": "no response",
+    good[1]["id"]: "an id that another row has",
+    good[3]["id"]: "in the validation split too",
+  }
   assert found["rejected"][misfit] == 3 and found["figures"]["train"]["rows"] == 4
   with pytest.raises(DataError, match=r"row a.jsonl, row 10: no response \(8 rows cannot be used\)"):
-    built(tmp_path / "strict", vocabulary, [f"Say {long}."], train=f"{files},{twice}", validation=held_out, strict=True)
+    built(
+      tmp_path / "strict",
+      vocabulary,
+      [f"Say {long}."],
+      train=f"{files},{twice}",
+      validation=held_out,
+      strict=True,
+    )
   assert not (tmp_path / "strict").exists()
 
 
 def test_settings_that_cannot_be_used_are_one_line(vocabulary, tmp_path: Path):
-  for changes, message in ((dict(train=""), "dataset.train=FILE"), (dict(validation_share=1.0), "validation_share"),
-                           (dict(train="none.jsonl"), "no such data file: none.jsonl"),
-                           (dict(validation=str(SEED)), "no row is left for train")):
+  for changes, message in (
+    (dict(train=""), "dataset.train=FILE"),
+    (dict(validation_share=1.0), "validation_share"),
+    (dict(train="none.jsonl"), "no such data file: none.jsonl"),
+    (dict(validation=str(SEED)), "no row is left for train"),
+  ):
     with pytest.raises(DataError, match=message):
       built(tmp_path / "run", vocabulary, **changes)
   assert not (tmp_path / "run").exists()
@@ -126,11 +156,16 @@ def test_what_a_killed_build_left_is_cleared(vocabulary, tmp_path: Path):
 
 
 def test_parquet_and_arrow_folders_are_sources(tmp_path: Path):
-  table = pa.Table.from_pylist([{k: r[k] for k in ("id", "prompt", "response", "chunks", "syncs")} for r in ROWS])
+  table = pa.Table.from_pylist(
+    [{k: r[k] for k in ("id", "prompt", "response", "chunks", "syncs")} for r in ROWS]
+  )
   pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
   folder = tmp_path / "arrow"
   folder.mkdir()
-  with pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+  with (
+    pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as sink,
+    pa.ipc.new_stream(sink, table.schema) as out,
+  ):
     out.write_table(table)
   for path in (tmp_path / "a.parquet", folder):
     source = read_instructions(path)
@@ -138,8 +173,12 @@ def test_parquet_and_arrow_folders_are_sources(tmp_path: Path):
   (tmp_path / "cut.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:1000])
   (folder / "data-00000-of-00001.arrow").write_bytes(b"no arrow")
   (tmp_path / "empty").mkdir()
-  for name, message in (("cut.parquet", "cut.parquet: "), ("arrow", "data-00000-of-00001.arrow: "),
-                        ("empty", "holds no .arrow or .parquet file"), ("none.parquet", "no such data file")):
+  for name, message in (
+    ("cut.parquet", "cut.parquet: "),
+    ("arrow", "data-00000-of-00001.arrow: "),
+    ("empty", "holds no .arrow or .parquet file"),
+    ("none.parquet", "no such data file"),
+  ):
     with pytest.raises(DataError, match=message) as error:
       read_instructions(tmp_path / name)
     assert "\n" not in str(error.value)

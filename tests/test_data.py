@@ -37,8 +37,9 @@ def row(response: str, chunks=(), syncs=(), prompt: str = "p", name: str = "r") 
 # Rows to programs.
 
 RESPONSES = st.lists(
-    st.sampled_from(["a", "bc", " ", "\n", "\n\n", "1. ", "2) ", "- ", "**3. b**", "## 4. ", "<sync/>", "é"]),
-    max_size=25).map("".join)
+  st.sampled_from(["a", "bc", " ", "\n", "\n\n", "1. ", "2) ", "- ", "**3. b**", "## 4. ", "<sync/>", "é"]),
+  max_size=25,
+).map("".join)
 
 
 @st.composite
@@ -106,8 +107,11 @@ def test_program_reads_as_the_response_and_keeps_the_plan(data: dict):
 
 
 @RELAXED
-@given(response=RESPONSES, spans=st.lists(st.tuples(st.integers(-1, 12), st.integers(-1, 12)), max_size=4),
-       syncs=st.lists(st.integers(-1, 12), max_size=3))
+@given(
+  response=RESPONSES,
+  spans=st.lists(st.tuples(st.integers(-1, 12), st.integers(-1, 12)), max_size=4),
+  syncs=st.lists(st.integers(-1, 12), max_size=3),
+)
 def test_any_spans_make_a_program_or_an_error(response: str, spans: list[tuple[int, int]], syncs: list[int]):
   crossing = any(a < c < b < d for a, b in spans for c, d in spans)
   outside = any(not 0 <= a < b <= len(response) for a, b in spans)
@@ -124,31 +128,31 @@ def test_any_spans_make_a_program_or_an_error(response: str, spans: list[tuple[i
 
 
 @pytest.mark.parametrize(
-    ("response", "chunks", "syncs", "printed"),
-    [
-        # The blank between two chunks is the later one's; the number is the main thread's.
-        ("1. Ab.\n2. Cd.\nEf.", [(0, 7), (7, 14)], [], "1.[ Ab.]\n2.[ Cd.]\nEf."),
-        ("- Ab.\n- Cd.", [(0, 6), (6, 11)], [], "[- Ab.][\n- Cd.]"),
-        ("Ab.\n\nCd.", [(0, 5), (5, 8)], [], "[Ab.][\n\nCd.]"),
-        ("**1. A**\n**2. B**", [(0, 9), (9, 17)], [], "**1.[ A**]\n**2.[ B**]"),
-        ("### 1. A", [(0, 8)], [], "### 1.[ A]"),
-        ("(1) A (2) B", [(0, 6), (6, 11)], [], "(1)[ A] (2)[ B]"),
-        ("2024. A", [(0, 7)], [], "[2024. A]"),
-        ("1.", [(0, 2)], [], "[1.]"),  # a number with nothing behind it is the chunk
-        ("1. ", [(0, 3)], [], "[1.] "),
-        ("A B", [(0, 3), (0, 1), (2, 3)], [], "[[A] [B]]"),
-        ("A B", [(0, 3), (0, 3)], [], "[[A B]]"),
-        ("   ", [(0, 3)], [], "[]   "),
-        # Syncs: between chunks, at a chunk's first character, inside, at its end, at both ends of the text.
-        ("A B C", [(0, 2), (2, 4)], [2], "[A] |[B] C"),
-        ("A B C", [(0, 2), (2, 4)], [4], "[A][ B] |C"),
-        ("A B C", [(0, 1)], [2, 2], "[A] |B C"),
-        ("A B C", [(0, 5), (0, 1)], [2], "[[A] |B C]"),
-        ("A B C", [(0, 5), (2, 3)], [2, 3], "[A |[B]| C]"),
-        ("A B", [(0, 3), (0, 1)], [0], "|[[A] B]"),
-        ("1. A", [(0, 4)], [0, 2], "|1.|[ A]"),
-        ("A", [(0, 1)], [0, 1], "|[A]|"),
-    ],
+  ("response", "chunks", "syncs", "printed"),
+  [
+    # The blank between two chunks is the later one's; the number is the main thread's.
+    ("1. Ab.\n2. Cd.\nEf.", [(0, 7), (7, 14)], [], "1.[ Ab.]\n2.[ Cd.]\nEf."),
+    ("- Ab.\n- Cd.", [(0, 6), (6, 11)], [], "[- Ab.][\n- Cd.]"),
+    ("Ab.\n\nCd.", [(0, 5), (5, 8)], [], "[Ab.][\n\nCd.]"),
+    ("**1. A**\n**2. B**", [(0, 9), (9, 17)], [], "**1.[ A**]\n**2.[ B**]"),
+    ("### 1. A", [(0, 8)], [], "### 1.[ A]"),
+    ("(1) A (2) B", [(0, 6), (6, 11)], [], "(1)[ A] (2)[ B]"),
+    ("2024. A", [(0, 7)], [], "[2024. A]"),
+    ("1.", [(0, 2)], [], "[1.]"),  # a number with nothing behind it is the chunk
+    ("1. ", [(0, 3)], [], "[1.] "),
+    ("A B", [(0, 3), (0, 1), (2, 3)], [], "[[A] [B]]"),
+    ("A B", [(0, 3), (0, 3)], [], "[[A B]]"),
+    ("   ", [(0, 3)], [], "[]   "),
+    # Syncs: between chunks, at a chunk's first character, inside, at its end, at both ends of the text.
+    ("A B C", [(0, 2), (2, 4)], [2], "[A] |[B] C"),
+    ("A B C", [(0, 2), (2, 4)], [4], "[A][ B] |C"),
+    ("A B C", [(0, 1)], [2, 2], "[A] |B C"),
+    ("A B C", [(0, 5), (0, 1)], [2], "[[A] |B C]"),
+    ("A B C", [(0, 5), (2, 3)], [2, 3], "[A |[B]| C]"),
+    ("A B", [(0, 3), (0, 1)], [0], "|[[A] B]"),
+    ("1. A", [(0, 4)], [0, 2], "|1.|[ A]"),
+    ("A", [(0, 1)], [0, 1], "|[A]|"),
+  ],
 )
 def test_placing_by_hand(response: str, chunks: list, syncs: list[int], printed: str):
   """`[` and `]` are a chunk's tags with the promise before them, `|` is a sync."""
@@ -195,12 +199,16 @@ def test_seed_data_are_programs():
 # Rows to examples.
 
 ROWS = [
-    row("1. Ab cd ef gh ij kl mn op.\n2. Cd ef gh ij kl mn op qr.\n3. Ef gh ij kl mn op qr st.",
-        [(0, 28), (28, 56), (56, 83)], prompt="three", name="fast"),
-    row("A " + "long " * 30, [], prompt="plain", name="plain"),
-    row("A B", [(0, 1)], prompt="slow", name="slow"),
-    row("C D", [], prompt="plain too", name="plain too"),
-    row("x" * 400, [(0, 200)], prompt="long", name="long"),
+  row(
+    "1. Ab cd ef gh ij kl mn op.\n2. Cd ef gh ij kl mn op qr.\n3. Ef gh ij kl mn op qr st.",
+    [(0, 28), (28, 56), (56, 83)],
+    prompt="three",
+    name="fast",
+  ),
+  row("A " + "long " * 30, [], prompt="plain", name="plain"),
+  row("A B", [(0, 1)], prompt="slow", name="slow"),
+  row("C D", [], prompt="plain too", name="plain too"),
+  row("x" * 400, [(0, 200)], prompt="long", name="long"),
 ]
 
 
@@ -248,8 +256,11 @@ def test_selection_of_the_seed_data(smollm2_checkpoint):
   rows = read_jsonl(SEED)[:60]
   kept = examples(rows, vocabulary, RULE, annotation="plan", max_length=1024)
   assert len(kept.examples) + kept.too_long == len(rows) and kept.too_long < 3
-  speedups = [cost(vocabulary.encode(program_of(r), RULE), vocabulary.table).theoretical_speedup
-              for r in rows if r["chunks"]]
+  speedups = [
+    cost(vocabulary.encode(program_of(r), RULE), vocabulary.table).theoretical_speedup
+    for r in rows
+    if r["chunks"]
+  ]
   assert 1.4 < np.exp(np.mean(np.log(speedups))) < 2.5
 
 
@@ -382,8 +393,12 @@ def contents(batch: Batch) -> list[list[int]]:
 
 
 @RELAXED
-@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=20), batch_size=st.integers(1, 5),
-       seed=st.integers(0, 9), steps=st.lists(st.integers(0, 30), max_size=4))
+@given(
+  lengths=st.lists(st.integers(1, 20), min_size=1, max_size=20),
+  batch_size=st.integers(1, 5),
+  seed=st.integers(0, 9),
+  steps=st.lists(st.integers(0, 30), max_size=4),
+)
 def test_batches(lengths: list[int], batch_size: int, seed: int, steps: list[int]):
   """Each epoch has every example once, before its last batch is filled up; steps are independent."""
   data = [example_of(n, length) for n, length in enumerate(lengths)]
@@ -395,8 +410,11 @@ def test_batches(lengths: list[int], batch_size: int, seed: int, steps: list[int
     rows = [r for step in range(first, first + n) for r in contents(batches(step))]
     assert len(rows) == n * batch_size
     seen = [i for r in rows for i in r]
-    once = [i for r in rows[: next(k for k in range(len(rows) + 1)
-                                   if sum(map(len, rows[:k])) >= len(data))] for i in r]
+    once = [
+      i
+      for r in rows[: next(k for k in range(len(rows) + 1) if sum(map(len, rows[:k])) >= len(data))]
+      for i in r
+    ]
     assert sorted(once) == list(range(len(data))) and set(seen) == set(once)
     first += n
   for step in steps:

@@ -44,14 +44,18 @@ def test_damaged_file_is_fetched_again(tmp_path: Path, monkeypatch: pytest.Monke
   assert "is damaged" in capsys.readouterr().err
 
 
-def make_wheels(folder: Path, monkeypatch: pytest.MonkeyPatch, release: download.Release = RELEASE) -> download.Release:
+def make_wheels(
+  folder: Path, monkeypatch: pytest.MonkeyPatch, release: download.Release = RELEASE
+) -> download.Release:
   """Wheels with other contents in all, pinned in place of the real ones."""
   pieces = np.array_split(np.frombuffer(b"contents", np.uint8), len(release.parts))
   parts = []
   for part, piece in zip(release.parts, pieces):
     with zipfile.ZipFile(folder / part.wheel, "w") as archive:
       archive.writestr(part.member, piece.tobytes())
-    parts.append(dataclasses.replace(part, sha256=hashlib.sha256((folder / part.wheel).read_bytes()).hexdigest()))
+    parts.append(
+      dataclasses.replace(part, sha256=hashlib.sha256((folder / part.wheel).read_bytes()).hexdigest())
+    )
   made = dataclasses.replace(release, parts=tuple(parts), sha256=hashlib.sha256(b"contents").hexdigest())
   name = next(n for n, r in download.RELEASES.items() if r.gguf == release.gguf)
   monkeypatch.setitem(download.RELEASES, name, made)

@@ -35,7 +35,9 @@ def trained(tmp_path_factory):
   config = trained_config(folder)
   for name in ("baseline", "apar"):
     config.systems[name].adapter = config.model.adapter
-  config.decode.update(max_new_tokens=120, slots=2, capacity=1024, temperature=1.0, dtype="float32", promise_bias=5.0)
+  config.decode.update(
+    max_new_tokens=120, slots=2, capacity=1024, temperature=1.0, dtype="float32", promise_bias=5.0
+  )
   config.skeleton.update(outline_tokens=24, point_tokens=16)
   config.eval.update(requests=2, width=2, systems="pasta,baseline,sot")
   (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
@@ -149,7 +151,10 @@ def test_alpaca_evals_own_form(finished):
     outputs = json.loads((workdir / "alpaca_eval" / f"{name}.json").read_text())
     assert [set(o) for o in outputs] == [{"dataset", "instruction", "output", "generator"}] * 4
     assert {o["generator"] for o in outputs} == {name}
-  assert {r.prompt for r in read_prompts(str(workdir / "alpaca_eval" / "sot.json"))} >= {"Plan a trip.", "Why <b>?"}
+  assert {r.prompt for r in read_prompts(str(workdir / "alpaca_eval" / "sot.json"))} >= {
+    "Plan a trip.",
+    "Why <b>?",
+  }
 
 
 class _Well(html.parser.HTMLParser):
@@ -206,7 +211,9 @@ def test_the_page_in_a_browser(finished, tmp_path, dark):
   ]
   url = (workdir / "report.html").as_uri()
   shot = tmp_path / "page.png"
-  subprocess.run([CHROMIUM, *options, f"--screenshot={shot}", url], check=True, capture_output=True, timeout=120)
+  subprocess.run(
+    [CHROMIUM, *options, f"--screenshot={shot}", url], check=True, capture_output=True, timeout=120
+  )
   import matplotlib.image
 
   pixels = matplotlib.image.imread(shot)[..., :3]
@@ -238,7 +245,9 @@ def test_skeletons(trained):
   record = skeleton._record(outline, points, answers)
   assert record["longest_path"] == outline.cost.longest_path + max(a.cost.longest_path for a in answers)
   assert (
-    record["promises"] == 2 and record["text"].startswith("1. First thing:") and "\n2. Second thing:" in record["text"]
+    record["promises"] == 2
+    and record["text"].startswith("1. First thing:")
+    and "\n2. Second thing:" in record["text"]
   )
   threads = record["trace"]["threads"]
   assert [t["topic"] for t in threads] == ["", *points]
@@ -318,7 +327,11 @@ def test_prompts_by_limit_and_category(tmp_path):
   mt_bench.write_text(json.dumps({"question_id": 81, "category": "writing", "turns": ["One.", "Two."]}))
   first, second = read_prompts(str(mt_bench))
   assert (first.id, second.id, second.category) == ("81/1", "81/2", "writing")
-  assert [m["content"] for m in conversation(second, {"81/1": "An answer."})] == ["One.", "An answer.", "Two."]
+  assert [m["content"] for m in conversation(second, {"81/1": "An answer."})] == [
+    "One.",
+    "An answer.",
+    "Two.",
+  ]
 
 
 def test_pilot_says_whether_thresholds_are_met(trained, finished, tmp_path, capsys):
@@ -379,7 +392,9 @@ def test_which_prompts_are_timed(tmp_path):
   files = [tmp_path / "all.jsonl", tmp_path / "some.jsonl"]
   rows = [{"id": str(i), "prompt": f"Prompt {i}?"} for i in range(10)] + [PROMPTS[2]]
   files[0].write_text("".join(json.dumps(r) + "\n" for r in rows))
-  files[1].write_text("".join(json.dumps(r) + "\n" for r in rows[1::3]) + json.dumps({"id": "2", "prompt": "Another?"}))
+  files[1].write_text(
+    "".join(json.dumps(r) + "\n" for r in rows[1::3]) + json.dumps({"id": "2", "prompt": "Another?"})
+  )
 
   def ids(**changes):
     config.eval.update(prompts=str(files[0]), **changes)

@@ -20,16 +20,39 @@ def test_loops():
 
 
 def record(**changes) -> dict:
-  return {"id": "a", "promises": 0, "lengths": [], "theoretical_speedup": 1.0, "ill_formed": 0, "refused": 0,
-          "topic_twice": False, "loops": False, "finish_reason": "stop", "text_tokens": 100, "total_tokens": 100,
-          "seconds": 2.0, "longest_path": 50, "parallelism": 1.5} | changes
+  return {
+    "id": "a",
+    "promises": 0,
+    "lengths": [],
+    "theoretical_speedup": 1.0,
+    "ill_formed": 0,
+    "refused": 0,
+    "topic_twice": False,
+    "loops": False,
+    "finish_reason": "stop",
+    "text_tokens": 100,
+    "total_tokens": 100,
+    "seconds": 2.0,
+    "longest_path": 50,
+    "parallelism": 1.5,
+  } | changes
 
 
 def test_summary_of_hand_made_records():
-  rows = [record(),
-          record(id="b", promises=3, theoretical_speedup=4.0, total_tokens=150, seconds=1.0, text_tokens=100,
-                 lengths=[[40, 20], [30, 60]], loops=True),
-          record(id="c", promises=1, theoretical_speedup=1.0, ill_formed=2, finish_reason="length", seconds=4.0)]
+  rows = [
+    record(),
+    record(
+      id="b",
+      promises=3,
+      theoretical_speedup=4.0,
+      total_tokens=150,
+      seconds=1.0,
+      text_tokens=100,
+      lengths=[[40, 20], [30, 60]],
+      loops=True,
+    ),
+    record(id="c", promises=1, theoretical_speedup=1.0, ill_formed=2, finish_reason="length", seconds=4.0),
+  ]
   base = [record(), record(id="b", seconds=3.0, text_tokens=60), record(id="c", seconds=2.0)]
   s = summarise(rows, base)
   assert s["promise_share"] == pytest.approx(2 / 3) and s["promises_a_response"] == 2
@@ -57,7 +80,9 @@ def test_means_of_nothing_are_not_a_number():
 
 
 def test_a_record_says_what_the_trace_says():
-  run = Interpreter(tiny.model(), tiny.VOCABULARY, Limits(max_new_tokens=60, widths=(4,), buckets=(256,)), Switches())
+  run = Interpreter(
+    tiny.model(), tiny.VOCABULARY, Limits(max_new_tokens=60, widths=(4,), buckets=(256,)), Switches()
+  )
   promised = 0
   for seed in range(100):  # some are cut off while a sync waits
     run.params = tiny.weights(seed % 6, "habits")

@@ -33,12 +33,12 @@ TOLERANCE = 1e-4
 VOCABULARY, TABLE = tiny.VOCABULARY, tiny.VOCABULARY.table
 
 
-
 @functools.cache
 def interpreter(strategy: str, guard: bool) -> Interpreter:
   """One for each static shape, so that examples share what was compiled."""
-  return Interpreter(tiny.model(), VOCABULARY, LIMITS,
-                     Switches(rule=PositionRule(strategy, FIXED), guard=guard, capture=True))
+  return Interpreter(
+    tiny.model(), VOCABULARY, LIMITS, Switches(rule=PositionRule(strategy, FIXED), guard=guard, capture=True)
+  )
 
 
 class Tally(collections.Counter):
@@ -78,7 +78,9 @@ def chosen_at(thread, clock: np.ndarray) -> np.ndarray:
   return np.where(thread.tokens == VOCABULARY.tags.sync, at_once, clock)
 
 
-def check_teacher_forcing(params, trace: Trace, rule: PositionRule, tolerance: float = TOLERANCE, graph=tiny.GRAPH):
+def check_teacher_forcing(
+  params, trace: Trace, rule: PositionRule, tolerance: float = TOLERANCE, graph=tiny.GRAPH
+):
   """Logits, log-probabilities, positions, rounds and targets of every token that the model chose."""
   prompt = len(trace.prompt)
   laid = layout(trace.thread, rule, TABLE, trace.prompt.tolist())
@@ -110,10 +112,21 @@ def check_teacher_forcing(params, trace: Trace, rule: PositionRule, tolerance: f
   np.testing.assert_array_equal(laid.targets, targets)
 
 
-@pytest.mark.parametrize("strategy,guard,temperature,n", [
-    ("pred_10x", True, 0.0, 30), ("pred_10x", True, 1.0, 40), ("pred_10x", False, 0.0, 30),
-    ("pred_10x", False, 1.0, 40), ("pred_1x", True, 0.0, 30), ("fixed", True, 0.0, 30),
-    ("max", True, 0.0, 30), ("max", False, 1.0, 30), ("sum", True, 0.0, 30), ("sum", False, 1.0, 30)])
+@pytest.mark.parametrize(
+  "strategy,guard,temperature,n",
+  [
+    ("pred_10x", True, 0.0, 30),
+    ("pred_10x", True, 1.0, 40),
+    ("pred_10x", False, 0.0, 30),
+    ("pred_10x", False, 1.0, 40),
+    ("pred_1x", True, 0.0, 30),
+    ("fixed", True, 0.0, 30),
+    ("max", True, 0.0, 30),
+    ("max", False, 1.0, 30),
+    ("sum", True, 0.0, 30),
+    ("sum", False, 1.0, 30),
+  ],
+)
 def test_decoding_agrees_with_one_dense_forward(strategy, guard, temperature, n):
   run = interpreter(strategy, guard)
   salt = zlib.crc32(f"{strategy} {guard} {temperature}".encode())  # other programs for each case
@@ -131,18 +144,32 @@ def test_decoding_agrees_with_one_dense_forward(strategy, guard, temperature, n)
 
 FAMILIES = {
   "gemma 3 and more": dict(
-    window=7, local_layers=(True, False), local_rope_theta=100.0, qk_norm=True, post_norms=True, norm_offset=1.0,
-    activation="gelu", scale_embeddings=True, attention_softcap=4.0, logit_softcap=15.0, query_scale=0.2,
-    qkv_bias=True),
-  "mistral": dict(window=5)}
+    window=7,
+    local_layers=(True, False),
+    local_rope_theta=100.0,
+    qk_norm=True,
+    post_norms=True,
+    norm_offset=1.0,
+    activation="gelu",
+    scale_embeddings=True,
+    attention_softcap=4.0,
+    logit_softcap=15.0,
+    query_scale=0.2,
+    qkv_bias=True,
+  ),
+  "mistral": dict(window=5),
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_agree_with_one_dense_forward(family):
-  """Windows end in the middle of chunks and of the gaps that promises jump: positions count, not pool entries."""
+  """Windows end in the middle of chunks and of the gaps that promises jump: positions count, not pool
+  entries."""
   config = dataclasses.replace(tiny.CONFIG, **FAMILIES[family])
   wide = dataclasses.replace(config, window=0, local_layers=())
-  run = Interpreter(tiny.model(config), VOCABULARY, LIMITS, Switches(rule=PositionRule("pred_10x"), capture=True))
+  run = Interpreter(
+    tiny.model(config), VOCABULARY, LIMITS, Switches(rule=PositionRule("pred_10x"), capture=True)
+  )
 
   def check(tally, seed, prompt):
     graph, run.params = tiny.other_family(config, tiny.weights((seed, 5)))
@@ -150,7 +177,9 @@ def test_other_families_agree_with_one_dense_forward(family):
     tally.add(trace)
     check_teacher_forcing(run.params, trace, run.switches.rule, graph=graph)
     with contextlib.suppress(AssertionError):
-      check_teacher_forcing(run.params, trace, run.switches.rule, graph=tiny.other_family(wide, run.params)[0])
+      check_teacher_forcing(
+        run.params, trace, run.switches.rule, graph=tiny.other_family(wide, run.params)[0]
+      )
       tally["as without a window"] += 1
 
   tally = tiny.over_programs(check, 20, tally=Tally)
@@ -277,8 +306,11 @@ class Reference:
         if token < len(tiny.WORDS) and len(tiny.WORDS[token]) >= 4:
           scores[token] *= self.penalty if scores[token] < 0 else 1 / self.penalty
     if self.guard:
-      taken = {topic[-1] for row, topic in self.topics.items()
-               if row in seen and topic and topic[:-1] == automaton.topic}
+      taken = {
+        topic[-1]
+        for row, topic in self.topics.items()
+        if row in seen and topic and topic[:-1] == automaton.topic
+      }
       for token in range(len(scores)):
         if not self.may_write(token, path, tokens, automaton, bool(pending), taken):
           scores[token] = -np.inf
@@ -296,21 +328,32 @@ class Reference:
     kind, n = automaton.kind(token), len(automaton.topic)
     done = n > 0
     if automaton.state == "text":
-      return {"ordinary": True, "digits": True, "open": len(path) < LIMITS.max_depth,
-              "end": bool(path) and len(tokens) > 1, "sync": can_join, "eos": not path}.get(kind, False)
+      return {
+        "ordinary": True,
+        "digits": True,
+        "open": len(path) < LIMITS.max_depth,
+        "end": bool(path) and len(tokens) > 1,
+        "sync": can_join,
+        "eos": not path,
+      }.get(kind, False)
     if automaton.state == "topic" and token in taken:
       return False
     if automaton.state == "topic":
-      return {"ordinary": n < LIMITS.max_topic, "digits": n < LIMITS.max_topic,
-              "middle": done and self.numbered, "close": done and not self.numbered}.get(kind, False)
+      return {
+        "ordinary": n < LIMITS.max_topic,
+        "digits": n < LIMITS.max_topic,
+        "middle": done and self.numbered,
+        "close": done and not self.numbered,
+      }.get(kind, False)
     if kind == "digits":
       number = automaton.number or 0
       return number < 100 and int(f"{number}{tiny.DIGITS[token - len(tiny.WORDS)]}") <= 999
     return kind == "close" and automaton.number is not None
 
 
-def check_against_reference(params, trace: Trace, strategy: str, guard: bool,
-                            penalty: float = 1.0) -> Reference:
+def check_against_reference(
+  params, trace: Trace, strategy: str, guard: bool, penalty: float = 1.0
+) -> Reference:
   """Tokens of every thread, and how many tags were ill-formed or refused."""
   reference = Reference(params, trace, strategy, guard, penalty)
   got = {t.path: tiny.words(t.tokens) for t in trace.threads}
@@ -321,9 +364,17 @@ def check_against_reference(params, trace: Trace, strategy: str, guard: bool,
   return reference
 
 
-@pytest.mark.parametrize("strategy,guard,n", [
-    ("pred_10x", True, 40), ("pred_10x", False, 40), ("pred_1x", True, 15), ("fixed", True, 20),
-    ("max", True, 20), ("sum", True, 20)])
+@pytest.mark.parametrize(
+  "strategy,guard,n",
+  [
+    ("pred_10x", True, 40),
+    ("pred_10x", False, 40),
+    ("pred_1x", True, 15),
+    ("fixed", True, 20),
+    ("max", True, 20),
+    ("sum", True, 20),
+  ],
+)
 def test_greedy_decoding_agrees_with_one_thread_at_a_time(strategy, guard, n):
   run = interpreter(strategy, guard)
   salt = zlib.crc32(f"{strategy} {guard}".encode())
@@ -352,8 +403,14 @@ def test_the_repetition_penalty_remembers_what_a_thread_sees():
     check_against_reference(run.params, trace, "pred_10x", False, penalty)
     tally["another answer"] += trace.thread != run.run(prompt).thread
 
-  tally = tiny.over_programs(check, 30, st.sampled_from(["habits", "silent"]), st.sampled_from([1.2, 2.0, 5.0]),
-                        always=[("habits", 5.0), ("silent", 5.0)], tally=Tally)
+  tally = tiny.over_programs(
+    check,
+    30,
+    st.sampled_from(["habits", "silent"]),
+    st.sampled_from([1.2, 2.0, 5.0]),
+    always=[("habits", 5.0), ("silent", 5.0)],
+    tally=Tally,
+  )
   tally.require(promises=3, another_answer=6)
 
 

@@ -1,5 +1,5 @@
-"""Models for other engines: read by transformers and PEFT with the same logits, and by us with the same answers; and
-where the tags stand in a vocabulary."""
+"""Models for other engines: read by transformers and PEFT with the same logits, and by us with the same
+answers; and where the tags stand in a vocabulary."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,8 @@ from pasta_jax.train.state import make_model
 
 RULE = PositionRule("pred_10x")
 UNUSED = [f"<unused{i}>" for i in (7, 11, 2, 3, 9, 8, 10, 30)]  # not in order, and not from 0
-# Where the tags stand -> (changes of the model, reserved entries, the ids that the tags must take; () for new rows).
+# Where the tags stand -> (changes of the model, reserved entries, the ids that the tags must take; () for new
+# rows).
 PLACES = {
   "rows without a token": ({}, (), range(512, 518)),
   "new rows": (dict(vocab_size=512), (), ()),
@@ -57,8 +58,11 @@ def write_adapter(path: Path, source: Path, seed: int = 0) -> Path:
   lora.add_lora(model, 3, 6.0, nnx.Rngs(seed))
   for module in build.linears(model).values():
     module.lora_b[...] = jnp.asarray(rng.normal(size=module.lora_b.shape) * 0.1, jnp.float32)
-  lora.save_adapter(path, model, {"positions": json.dumps({"strategy": RULE.strategy, "fixed": RULE.fixed}),
-                                  "speeds": "[0, 1]"})
+  lora.save_adapter(
+    path,
+    model,
+    {"positions": json.dumps({"strategy": RULE.strategy, "fixed": RULE.fixed}), "speeds": "[0, 1]"},
+  )
   return path
 
 
@@ -81,7 +85,9 @@ def made(tmp_path_factory):
 
 def program(vocabulary):
   """tokens, positions [1, T] and mask [1, T, T] of a program with nested chunks."""
-  laid = layout(vocabulary.encode(NESTED, RULE), RULE, vocabulary.table, vocabulary.tokenizer.encode("Question?"))
+  laid = layout(
+    vocabulary.encode(NESTED, RULE), RULE, vocabulary.table, vocabulary.tokenizer.encode("Question?")
+  )
   at = np.arange(len(laid))
   mask = is_visible(at[:, None], at[None, :], laid.hidden[None])
   return laid.tokens[None], laid.positions[None], jnp.asarray(mask[None])
@@ -100,7 +106,9 @@ def test_tags_take_reserved_entries_then_spare_rows_then_new_ones(place: str, ma
   checkpoint, ids = load_checkpoint(source), tuple(PLACES[place][2])
   assert checkpoint.config.tag_ids == ids
   vocabulary = checkpoint.vocabulary
-  assert vocabulary.tags.ids == (ids or tuple(range(checkpoint.config.vocab_size, checkpoint.config.vocab_size + 6)))
+  assert vocabulary.tags.ids == (
+    ids or tuple(range(checkpoint.config.vocab_size, checkpoint.config.vocab_size + 6))
+  )
   assert [vocabulary.label(i) for i in vocabulary.tags.ids] == list(TAG_TEXTS)
   assert not set(vocabulary.tags.ids) & set(vocabulary.tags.eos)
   assert load_checkpoint(merged).vocabulary.tags == vocabulary.tags
@@ -154,8 +162,12 @@ def test_peft_gives_the_same_logits(place: str, made, tmp_path: Path):
     assert f"resize_token_embeddings({rows})" in said
     theirs.resize_token_embeddings(rows, mean_resizing=False)
   theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
-  np.testing.assert_allclose(torch_logits(theirs, tokens, positions, mask), logits(model, tokens, positions, mask),
-                             atol=1e-4, rtol=1e-4)
+  np.testing.assert_allclose(
+    torch_logits(theirs, tokens, positions, mask),
+    logits(model, tokens, positions, mask),
+    atol=1e-4,
+    rtol=1e-4,
+  )
 
 
 @EVERY
@@ -228,9 +240,10 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(made, tmp_path: 
   checkpoint = load_checkpoint(source)
   given = dict(form="merged", dtype="float32")
   for changes, its_adapter, message in (
-      (dict(form="gguf"), adapter, "export.form is merged or peft"),
-      (dict(dtype="int8"), adapter, "export.dtype float32 or bfloat16"),
-      (dict(form="peft"), None, "needs an adapter")):
+    (dict(form="gguf"), adapter, "export.form is merged or peft"),
+    (dict(dtype="int8"), adapter, "export.dtype float32 or bfloat16"),
+    (dict(form="peft"), None, "needs an adapter"),
+  ):
     with pytest.raises(ValueError, match=message):
       export(tmp_path / "out", checkpoint, its_adapter, **given | changes)
   with pytest.raises(ValueError, match="is there already"):

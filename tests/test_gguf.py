@@ -1,4 +1,5 @@
-"""GGUF files are read back exactly, and as Hugging Face's of the same model; broken ones are refused in one line."""
+"""GGUF files are read back exactly, and as Hugging Face's of the same model; broken ones are refused in one
+line."""
 
 import dataclasses
 import json
@@ -27,10 +28,27 @@ folder, torch_models = test_families.folder, test_families.torch_models  # fixtu
 
 LLAMA3 = dataclasses.replace(CONFIG, rope_theta=500_000.0, rope_scaling=RopeScaling("llama3", 32.0))
 GEMMA2 = ModelConfig(
-  **vars(CONFIG) | dict(activation="gelu", norm_offset=1.0, scale_embeddings=True, post_norms=True, window=4096,
-                        query_scale=8 ** -0.5, attention_softcap=50.0, logit_softcap=30.0, local_layers=(True, False)))
-GEMMA3 = dataclasses.replace(GEMMA2, qk_norm=True, attention_softcap=0.0, logit_softcap=0.0, local_rope_theta=10_000.0,
-                             local_layers=(True, True))
+  **vars(CONFIG)
+  | dict(
+    activation="gelu",
+    norm_offset=1.0,
+    scale_embeddings=True,
+    post_norms=True,
+    window=4096,
+    query_scale=8**-0.5,
+    attention_softcap=50.0,
+    logit_softcap=30.0,
+    local_layers=(True, False),
+  )
+)
+GEMMA3 = dataclasses.replace(
+  GEMMA2,
+  qk_norm=True,
+  attention_softcap=0.0,
+  logit_softcap=0.0,
+  local_rope_theta=10_000.0,
+  local_layers=(True, True),
+)
 
 
 def refused(path: Path, message: str) -> None:
@@ -57,23 +75,34 @@ def test_a_head_of_its_own(tmp_path: Path):
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_plain_types(tmp_path: Path, dtype: type):
   values = random_params(CONFIG)["layers.1.mlp.up.kernel"].astype(dtype)
-  path = write_gguf(tmp_path / "tiny.gguf", CONFIG, random_params(CONFIG), **{"blk.1.ffn_up.weight": values.T})
-  np.testing.assert_array_equal(load_checkpoint(path).params["layers.1.mlp.up.kernel"], values.astype(np.float32))
+  path = write_gguf(
+    tmp_path / "tiny.gguf", CONFIG, random_params(CONFIG), **{"blk.1.ffn_up.weight": values.T}
+  )
+  np.testing.assert_array_equal(
+    load_checkpoint(path).params["layers.1.mlp.up.kernel"], values.astype(np.float32)
+  )
 
 
 # What Hugging Face's config.json says so that it describes what a GGUF file can.
 AS_GGUF = {
   "llama": {},
-  "llama, llama3 RoPE": dict(rope_parameters=test_families._LLAMA3 | dict(original_max_position_embeddings=8192)),
+  "llama, llama3 RoPE": dict(
+    rope_parameters=test_families._LLAMA3 | dict(original_max_position_embeddings=8192)
+  ),
   "llama, linear RoPE": {},
   "mistral, window": {},
   "qwen2": {},
   "qwen3": {},
   "gemma": {},
   "gemma2": dict(query_pre_attn_scalar=16),
-  "gemma3_text": dict(query_pre_attn_scalar=16, layer_types=["sliding_attention"] * 3, rope_parameters={
-    "full_attention": dict(rope_type="linear", rope_theta=1e6, factor=4.0),
-    "sliding_attention": dict(rope_type="default", rope_theta=10_000.0)}),
+  "gemma3_text": dict(
+    query_pre_attn_scalar=16,
+    layer_types=["sliding_attention"] * 3,
+    rope_parameters={
+      "full_attention": dict(rope_type="linear", rope_theta=1e6, factor=4.0),
+      "sliding_attention": dict(rope_type="default", rope_theta=10_000.0),
+    },
+  ),
 }
 
 
@@ -88,13 +117,16 @@ def test_gguf_and_hugging_face_give_the_same_model(name: str, folder, tmp_path: 
   assert dataclasses.replace(again.config, tag_ids=loaded.config.tag_ids) == loaded.config
   assert again.params.keys() == loaded.params.keys()
   for key, value in loaded.params.items():  # scales lose a bit where an offset is added to them
-    np.testing.assert_allclose(again.params[key], value, atol=1e-6 * key.endswith("scale"), rtol=0, err_msg=key)
+    np.testing.assert_allclose(
+      again.params[key], value, atol=1e-6 * key.endswith("scale"), rtol=0, err_msg=key
+    )
   theirs = transformers.AutoModelForCausalLM.from_pretrained(place, attn_implementation="eager").eval()
   tokens, *_ = nested_layout()
   expected = torch_logits(theirs, tokens)
   assert expected.std() > 0.5  # the comparison is not one of zeros
-  np.testing.assert_allclose(logits(build.from_params(again.config, again.params), tokens), expected, atol=1e-4,
-                             rtol=1e-4)
+  np.testing.assert_allclose(
+    logits(build.from_params(again.config, again.params), tokens), expected, atol=1e-4, rtol=1e-4
+  )
 
 
 # --- what files leave out, and what they say in later versions only ---
@@ -108,23 +140,36 @@ def test_rope_factors_of_every_llama_3(tmp_path: Path, factor: float, head_dim: 
   assert_same(loaded.params, random_params(config))
 
 
-@pytest.mark.parametrize("factors", [[1, 1.5, 2, 4], [1, 1, 32], [0.5] * 4, [1, 1, 1, np.nan], [1, 1, 1, np.inf],
-                                     [[8.0] * 4]])
+@pytest.mark.parametrize(
+  "factors", [[1, 1.5, 2, 4], [1, 1, 32], [0.5] * 4, [1, 1, 1, np.nan], [1, 1, 1, np.inf], [[8.0] * 4]]
+)
 def test_other_rope_factors_are_refused(tmp_path: Path, factors: list):
-  path = write_gguf(tmp_path / "tiny.gguf", LLAMA3, random_params(LLAMA3),
-                    **{"rope_freqs.weight": np.array(factors, np.float32)})
+  path = write_gguf(
+    tmp_path / "tiny.gguf",
+    LLAMA3,
+    random_params(LLAMA3),
+    **{"rope_freqs.weight": np.array(factors, np.float32)},
+  )
   refused(path, "tensor rope_freqs.weight holds factors of RoPE that are not Llama 3's")
 
 
 def test_rope_factors_on_top_of_a_scaling_are_refused(tmp_path: Path):
-  path = write_gguf(tmp_path / "tiny.gguf", LLAMA3, random_params(LLAMA3), describe=lambda w: (
-    w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), w.add_rope_scaling_factor(4.0)))
+  path = write_gguf(
+    tmp_path / "tiny.gguf",
+    LLAMA3,
+    random_params(LLAMA3),
+    describe=lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR), w.add_rope_scaling_factor(4.0)),
+  )
   refused(path, "rope_freqs.weight")
 
 
 def test_the_oldest_files_name_a_factor_alone(tmp_path: Path):
-  path = write_gguf(tmp_path / "tiny.gguf", CONFIG, random_params(CONFIG),
-                    describe=lambda w: w.add_float32("llama.rope.scale_linear", 4.0))
+  path = write_gguf(
+    tmp_path / "tiny.gguf",
+    CONFIG,
+    random_params(CONFIG),
+    describe=lambda w: w.add_float32("llama.rope.scale_linear", 4.0),
+  )
   assert load_checkpoint(path).config.rope_scaling == RopeScaling("linear", 4.0)
 
 
@@ -143,10 +188,15 @@ def test_gemma_3_must_name_its_window(tmp_path: Path):
 
 @pytest.mark.parametrize("pattern", [2, [True, False]])
 def test_gemma_3_may_name_its_local_layers(tmp_path: Path, pattern: int | list[bool]):
-  path = write_gguf(tmp_path / "tiny.gguf", GEMMA3, random_params(GEMMA3), describe=lambda w: (
-    w.add_sliding_window_pattern(pattern), w.add_rope_freq_base_swa(5_000.0)))
+  path = write_gguf(
+    tmp_path / "tiny.gguf",
+    GEMMA3,
+    random_params(GEMMA3),
+    describe=lambda w: (w.add_sliding_window_pattern(pattern), w.add_rope_freq_base_swa(5_000.0)),
+  )
   assert load_checkpoint(path).config == dataclasses.replace(
-    GEMMA3, local_layers=(True, False), local_rope_theta=5_000.0)
+    GEMMA3, local_layers=(True, False), local_rope_theta=5_000.0
+  )
 
 
 # --- what is refused ---
@@ -159,7 +209,9 @@ SHAPED = {  # message: (architecture, tensors)
   "token_embd.weight is missing": ("", {"token_embd.weight": None}),
   "blk.0.attn_q.bias is not part of": ("", {"blk.0.attn_q.bias": np.ones(48, "f")}),
   "rope_factors_long.weight and 1 more is not part of": (
-    "", {f"rope_factors_{x}.weight": np.ones(4, "f") for x in ("long", "short")}),
+    "",
+    {f"rope_factors_{x}.weight": np.ones(4, "f") for x in ("long", "short")},
+  ),
   r"ffn_up.weight has shape \[24, 40\], not \[40, 24\]": ("", {UP: np.ones((24, 40), "f")}),
   f"tensor {UP} is I32, which cannot be read": ("", {UP: np.ones((40, 24), np.int32)}),
 }
@@ -173,8 +225,12 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, message: str):
 
 DESCRIBED: dict[str, Callable[[gguf.GGUFWriter], object]] = {
   "RoPE scaling 'yarn' is not supported": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
-  "RoPE scaling 'longrope' is not supported": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
-  "metadata llama.rope.scaling.factor is missing": lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LINEAR),
+  "RoPE scaling 'longrope' is not supported": lambda w: w.add_rope_scaling_type(
+    gguf.RopeScalingType.LONGROPE
+  ),
+  "metadata llama.rope.scaling.factor is missing": lambda w: w.add_rope_scaling_type(
+    gguf.RopeScalingType.LINEAR
+  ),
   "metadata llama.block_count is missing": lambda w: w.kv_data[0].pop("llama.block_count"),
   "llama.block_count = 2.0 is not a count": lambda w: w.add_float32("llama.block_count", 2.0),
   "tensor blk.299999.attn_norm.weight is missing": lambda w: w.add_block_count(300_000),
@@ -188,7 +244,9 @@ DESCRIBED: dict[str, Callable[[gguf.GGUFWriter], object]] = {
 
 @pytest.mark.parametrize("message", DESCRIBED)
 def test_metadata_that_do_not_fit_are_refused(tmp_path: Path, message: str):
-  refused(write_gguf(tmp_path / "tiny.gguf", CONFIG, random_params(CONFIG), describe=DESCRIBED[message]), message)
+  refused(
+    write_gguf(tmp_path / "tiny.gguf", CONFIG, random_params(CONFIG), describe=DESCRIBED[message]), message
+  )
 
 
 def test_gguf_truncated_anywhere_is_refused(tmp_path: Path):
@@ -200,7 +258,9 @@ def test_gguf_truncated_anywhere_is_refused(tmp_path: Path):
       load_checkpoint(cut)
   last = list(random_params(CONFIG))[-1]
   assert last == "final_norm.scale" and CONFIG.d_model * 4 % 32 == 0  # no bytes behind it
-  refused(cut, f"truncated: tensor output_norm.weight ends at byte {len(whole)}, the file has {len(whole) - 64}")
+  refused(
+    cut, f"truncated: tensor output_norm.weight ends at byte {len(whole)}, the file has {len(whole) - 64}"
+  )
 
 
 def test_gguf_with_damaged_header_never_fails_otherwise(tmp_path: Path):
@@ -248,15 +308,18 @@ def test_one_file_in_a_folder(tmp_path: Path):
 def test_a_missing_part_is_named(parts: list[Path], lost: int):
   parts[lost].unlink()
   for source in (parts[lost - 1], parts[0].parent):
-    with pytest.raises(WeightsError, match=f"big-0000{lost + 1}-of-00003.gguf: missing: part {lost + 1} of 3"):
+    with pytest.raises(
+      WeightsError, match=f"big-0000{lost + 1}-of-00003.gguf: missing: part {lost + 1} of 3"
+    ):
       load_checkpoint(source)
 
 
 def test_parts_that_do_not_belong_together_are_refused(parts: list[Path], tmp_path: Path):
   other = [tmp_path / "other" / part.name for part in parts]
   other[0].parent.mkdir()
-  again = lambda size, **changes: write_gguf(other[0].with_name("big.gguf"), LLAMA3, random_params(LLAMA3),
-                                             part_tensors=size, **changes)
+  again = lambda size, **changes: write_gguf(
+    other[0].with_name("big.gguf"), LLAMA3, random_params(LLAMA3), part_tensors=size, **changes
+  )
   first, second, third = (part.read_bytes() for part in parts)
   parts[1].write_bytes(third)
   refused(parts[0].parent, "big-00002-of-00003.gguf: not part 2 of 3 of the model of big-00001-of-00003.gguf")
@@ -292,19 +355,27 @@ def test_byte_level_gguf_cuts_texts_as_hugging_face_does(pre: str):
   """Against the expressions that transformers holds for these vocabularies."""
   from transformers.convert_slow_tokenizer import TikTokenConverter
   from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
   pattern = PRETOKENIZE_REGEX if pre == "qwen2" else TikTokenConverter("").pattern
   bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   merges = [("h", "e"), ("l", "o"), ("Ġ", "he"), ("1", "2"), ("12", "3"), ("'", "s"), ("Ċ", "Ċ"), ("Ġ", "Ġ")]
   tokens = [*bytes_, *map("".join, merges), "helo", "<|end|>"]  # "helo" is an entry that no merge leads to
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, merges,
-                                                       ignore_merges=pre == "llama-bpe"))
-  backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-    tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
-    tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-  ours = Tokenizer.from_gguf_fields(tokens, [1] * (len(tokens) - 1) + [3], len(tokens) - 1, pre=pre,
-                                    merges=[" ".join(m) for m in merges])
+  backend = tokenizers.Tokenizer(
+    tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, merges, ignore_merges=pre == "llama-bpe")
+  )
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+    [
+      tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  ours = Tokenizer.from_gguf_fields(
+    tokens, [1] * (len(tokens) - 1) + [3], len(tokens) - 1, pre=pre, merges=[" ".join(m) for m in merges]
+  )
 
-  @given(text=st.lists(st.text() | st.sampled_from(["helo", " he", "1234", "'s", "\n\n", "  ", "é"])).map("".join))
+  @given(
+    text=st.lists(st.text() | st.sampled_from(["helo", " he", "1234", "'s", "\n\n", "  ", "é"])).map("".join)
+  )
   def same(text: str):
     assert ours.encode(text) == backend.encode(text).ids and ours.decode(ours.encode(text)) == text
 
@@ -315,17 +386,36 @@ def test_byte_level_gguf_cuts_texts_as_hugging_face_does(pre: str):
 
 def test_tokens_that_gguf_names(tmp_path: Path):
   """The end of a turn and of a text, and what `save` tells others."""
-  ours = load_checkpoint(write_gguf(tmp_path / "tiny.gguf", CONFIG, random_params(CONFIG), describe=lambda w: (
-    w.add_eos_token_id(0), w.add_eot_token_id(2), w.add_pad_token_id(0), w.add_unk_token_id(1)))).tokenizer
+  ours = load_checkpoint(
+    write_gguf(
+      tmp_path / "tiny.gguf",
+      CONFIG,
+      random_params(CONFIG),
+      describe=lambda w: (
+        w.add_eos_token_id(0),
+        w.add_eot_token_id(2),
+        w.add_pad_token_id(0),
+        w.add_unk_token_id(1),
+      ),
+    )
+  ).tokenizer
   assert ours.eos_id == 2 and ours.end_ids == (0, 2) and ours.bos_id is None
   ours.save(tmp_path)
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert (theirs.pad_token_id, theirs.unk_token_id) == (0, 1)
 
 
-@pytest.mark.parametrize(("pre", "stated", "begins"), [
-  ("smollm", None, False), ("smollm", True, True), ("llama-bpe", None, True), ("llama-bpe", False, False),
-  ("", None, True), ("", False, False)])
+@pytest.mark.parametrize(
+  ("pre", "stated", "begins"),
+  [
+    ("smollm", None, False),
+    ("smollm", True, True),
+    ("llama-bpe", None, True),
+    ("llama-bpe", False, False),
+    ("", None, True),
+    ("", False, False),
+  ],
+)
 def test_texts_begin_as_llama_cpp_begins_them(tmp_path: Path, pre: str, stated: bool | None, begins: bool):
   """Byte-level vocabularies, and pieces ("")."""
   config = dataclasses.replace(CONFIG, vocab_size=len(PIECE_TOKENS))
@@ -337,31 +427,61 @@ def test_texts_begin_as_llama_cpp_begins_them(tmp_path: Path, pre: str, stated: 
     if stated is not None:
       writer.add_add_bos_token(stated)
 
-  load_checkpoint(write_gguf(tmp_path / "tiny.gguf", config, random_params(config), pieces=not pre,
-                             describe=describe)).tokenizer.save(tmp_path)
+  load_checkpoint(
+    write_gguf(tmp_path / "tiny.gguf", config, random_params(config), pieces=not pre, describe=describe)
+  ).tokenizer.save(tmp_path)
   assert (transformers.AutoTokenizer.from_pretrained(tmp_path)("he").input_ids[0] == 2) == begins
 
 
 def test_a_blank_before_texts_of_gguf(tmp_path: Path):
-  given = dict(tokens=["<unk>", "<s>", "</s>", *PIECES], token_types=[2, 3, 3] + [6] * 256 + [1] * (len(PIECES) - 256),
-               scores=[-float(i) for i in range(len(PIECES) + 3)], eos_id=2, bos_id=1,
-               chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}he")
+  given = dict(
+    tokens=["<unk>", "<s>", "</s>", *PIECES],
+    token_types=[2, 3, 3] + [6] * 256 + [1] * (len(PIECES) - 256),
+    scores=[-float(i) for i in range(len(PIECES) + 3)],
+    eos_id=2,
+    bos_id=1,
+    chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}he",
+  )
   ours = Tokenizer.from_gguf_fields(**given, prefix=True)
   ids = ours.chat_prompt([{"role": "user", "content": "he world"}])
   assert [ours.token_bytes(t) for t in ids] == [b"<s>", b" he", b" world", b"</s>", b" he"]
   assert ours.token_bytes(ours.encode("he")[0]) == b"he"
   ours.save(tmp_path)
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-  assert theirs.apply_chat_template([{"role": "user", "content": "he world"}], return_dict=False,
-                                    add_generation_prompt=True) == ids
+  assert (
+    theirs.apply_chat_template(
+      [{"role": "user", "content": "he world"}], return_dict=False, add_generation_prompt=True
+    )
+    == ids
+  )
 
 
 def test_pieces_of_gguf(tmp_path: Path):
   config = dataclasses.replace(GEMMA2, vocab_size=len(PIECE_TOKENS))
-  tokenizer = load_checkpoint(write_gguf(tmp_path / "it.gguf", config, random_params(config), pieces=True)).tokenizer
+  tokenizer = load_checkpoint(
+    write_gguf(tmp_path / "it.gguf", config, random_params(config), pieces=True)
+  ).tokenizer
   assert [tokenizer.token_bytes(t) for t in tokenizer.encode("hello he world\n\n  1▁é<eos>\n")] == [
-    b"he", b"l", b"lo", b" he", b" world", b"\n\n", b"  ", b"1", b"\xe2", b"\x96", b"\x81", "é".encode(), b"<", b"e",
-    b"o", b"s", b">", b"\n"]
+    b"he",
+    b"l",
+    b"lo",
+    b" he",
+    b" world",
+    b"\n\n",
+    b"  ",
+    b"1",
+    b"\xe2",
+    b"\x96",
+    b"\x81",
+    "é".encode(),
+    b"<",
+    b"e",
+    b"o",
+    b"s",
+    b">",
+    b"\n",
+  ]
   assert tokenizer.special_ids == set(range(6))
   assert tokenizer.decode(tokenizer.chat_prompt([{"role": "user", "content": "he"}])) == (
-    "<bos><start_of_turn>user\nhe<end_of_turn>\n<start_of_turn>model\n")
+    "<bos><start_of_turn>user\nhe<end_of_turn>\n<start_of_turn>model\n"
+  )

@@ -22,9 +22,13 @@ ROOMY = Limits(max_new_tokens=64, max_threads=24, max_depth=3, max_topic=4, widt
 
 
 @functools.cache
-def interpreter(limits: Limits = ROOMY, guard: bool = True, capture: bool = False, no_repeat: int = 0) -> Interpreter:
+def interpreter(
+  limits: Limits = ROOMY, guard: bool = True, capture: bool = False, no_repeat: int = 0
+) -> Interpreter:
   """One for each static shape, so that examples share what was compiled."""
-  return Interpreter(tiny.model(), VOCABULARY, limits, Switches(guard=guard, capture=capture, no_repeat=no_repeat))
+  return Interpreter(
+    tiny.model(), VOCABULARY, limits, Switches(guard=guard, capture=capture, no_repeat=no_repeat)
+  )
 
 
 def with_params(run: Interpreter, params) -> Interpreter:
@@ -37,8 +41,12 @@ def result(trace: Trace) -> list[str]:
   """All that may not depend on the schedule, in lines that compare well."""
   lines = [f"{trace.finish_reason}, {trace.ill_formed} ill-formed, {trace.refused} refused", trace.text]
   for t in trace.threads:
-    lines += [f"{t.number} {t.path} of {t.parent} at {t.fork_index}, {t.topic!r} {t.declared} {t.finished}",
-              tiny.words(t.tokens), f"positions {t.positions.tolist()}", f"rounds {t.rounds.tolist()}"]
+    lines += [
+      f"{t.number} {t.path} of {t.parent} at {t.fork_index}, {t.topic!r} {t.declared} {t.finished}",
+      tiny.words(t.tokens),
+      f"positions {t.positions.tolist()}",
+      f"rounds {t.rounds.tolist()}",
+    ]
   return lines
 
 
@@ -46,16 +54,41 @@ def result(trace: Trace) -> list[str]:
 
 _SAMPLED = SamplingConfig(temperature=1.0)
 _CASES = {
-    "roomy": (True, ROOMY, SamplingConfig(temperature=1.0, min_p=0.02, repetition_penalty=1.3),
-              [dict(widths=w) for w in [(8,), (1,), (3,), (1, 2, 4, 8)]], {"stop", "length"}),
-    "no repeats": (True, ROOMY, SamplingConfig(temperature=0.5),
-                   [dict(widths=w) for w in [(8,), (1,), (3,)]], {"stop", "length"}),
-    "few threads": (False, Limits(max_new_tokens=48, max_threads=4, max_depth=2, buckets=(96,)), _SAMPLED,
-                    [dict(widths=w) for w in [(3,), (1, 2)]], {"stop", "length"}),
-    "few, guarded": (True, Limits(max_new_tokens=60, max_threads=4, max_depth=2, buckets=(96,)), _SAMPLED,
-                     [dict(widths=w) for w in [(1,), (3,)]], {"stop", "length"}),
-    "small pool": (False, Limits(max_new_tokens=500, max_threads=24, max_depth=3), _SAMPLED,
-                   [dict(widths=(2,), buckets=(48, 96)), dict(widths=(5,), buckets=(96,))], {"stop", "pool"}),
+  "roomy": (
+    True,
+    ROOMY,
+    SamplingConfig(temperature=1.0, min_p=0.02, repetition_penalty=1.3),
+    [dict(widths=w) for w in [(8,), (1,), (3,), (1, 2, 4, 8)]],
+    {"stop", "length"},
+  ),
+  "no repeats": (
+    True,
+    ROOMY,
+    SamplingConfig(temperature=0.5),
+    [dict(widths=w) for w in [(8,), (1,), (3,)]],
+    {"stop", "length"},
+  ),
+  "few threads": (
+    False,
+    Limits(max_new_tokens=48, max_threads=4, max_depth=2, buckets=(96,)),
+    _SAMPLED,
+    [dict(widths=w) for w in [(3,), (1, 2)]],
+    {"stop", "length"},
+  ),
+  "few, guarded": (
+    True,
+    Limits(max_new_tokens=60, max_threads=4, max_depth=2, buckets=(96,)),
+    _SAMPLED,
+    [dict(widths=w) for w in [(1,), (3,)]],
+    {"stop", "length"},
+  ),
+  "small pool": (
+    False,
+    Limits(max_new_tokens=500, max_threads=24, max_depth=3),
+    _SAMPLED,
+    [dict(widths=(2,), buckets=(48, 96)), dict(widths=(5,), buckets=(96,))],
+    {"stop", "pool"},
+  ),
 }
 
 
@@ -68,8 +101,10 @@ def test_the_schedule_changes_nothing(case):
   def check(tally, seed, prompt, kind):
     params = tiny.weights(seed, kind)
     sampled = dataclasses.replace(sampling, seed=seed)
-    runs = (with_params(interpreter(dataclasses.replace(limits, **s), guard, no_repeat=no_repeat), params)
-            for s in shapes)
+    runs = (
+      with_params(interpreter(dataclasses.replace(limits, **s), guard, no_repeat=no_repeat), params)
+      for s in shapes
+    )
     first, *others = (run.run(prompt, sampled) for run in runs)
     for other, shape in zip(others, shapes[1:]):
       assert result(other) == result(first), shape
@@ -78,9 +113,16 @@ def test_the_schedule_changes_nothing(case):
     if case == "roomy" and first.finish_reason == "stop" and len(first.threads) <= 8:
       assert first.steps == first.cost.longest_path  # a slot for every branch
       tally["as many steps as the longest path"] += len(first.threads) > 1
-    tally.update({"programs": 1, first.finish_reason: 1, "promises": len(first.threads) > 1,
-                  "nested": first.thread.depth > 1, "refused": first.refused > 0,
-                  "full": len(first.threads) == limits.max_threads})
+    tally.update(
+      {
+        "programs": 1,
+        first.finish_reason: 1,
+        "promises": len(first.threads) > 1,
+        "nested": first.thread.depth > 1,
+        "refused": first.refused > 0,
+        "full": len(first.threads) == limits.max_threads,
+      }
+    )
 
   tally = tiny.over_programs(check, 24, st.sampled_from(kinds), always=[(kind,) for kind in kinds])
   assert reasons == {r for r in ("stop", "length", "pool", "unfinished") if tally[r]}, tally
@@ -135,11 +177,20 @@ def check_bounds(trace: Trace, limits: Limits, guard: bool):
     assert all(0 <= t.declared <= 999 for t in trace.threads[1:])
 
 
-@pytest.mark.parametrize("changed,guard", [
-    ({}, False), ({}, True), ({"max_new_tokens": 1}, False), ({"max_threads": 1}, False),
-    ({"max_threads": 1}, True), ({"max_depth": 0}, False), ({"max_topic": 1, "max_threads": 3}, True),
-    ({"buckets": (9,), "widths": (1,)}, False)],
-    ids=lambda x: str(x).replace(" ", ""))
+@pytest.mark.parametrize(
+  "changed,guard",
+  [
+    ({}, False),
+    ({}, True),
+    ({"max_new_tokens": 1}, False),
+    ({"max_threads": 1}, False),
+    ({"max_threads": 1}, True),
+    ({"max_depth": 0}, False),
+    ({"max_topic": 1, "max_threads": 3}, True),
+    ({"buckets": (9,), "widths": (1,)}, False),
+  ],
+  ids=lambda x: str(x).replace(" ", ""),
+)
 def test_every_response_ends_within_its_limits(changed, guard):
   limits = dataclasses.replace(_SMALL, **changed)
   run = interpreter(limits, guard)
@@ -150,8 +201,15 @@ def test_every_response_ends_within_its_limits(changed, guard):
   def each(seed, prompt, kind):
     trace = with_params(run, tiny.weights(seed, kind)).run(prompt, SamplingConfig(temperature=1.0, seed=seed))
     check_bounds(trace, limits, guard)
-    tally.update({trace.finish_reason: 1, "refused": trace.refused, "promises": len(trace.threads) > 1,
-                  "ill": trace.ill_formed, "full": len(trace.threads) == limits.max_threads})
+    tally.update(
+      {
+        trace.finish_reason: 1,
+        "refused": trace.refused,
+        "promises": len(trace.threads) > 1,
+        "ill": trace.ill_formed,
+        "full": len(trace.threads) == limits.max_threads,
+      }
+    )
 
   each()
   print(changed, guard, dict(tally))
@@ -184,16 +242,36 @@ def test_promises_need_rows_for_their_tags():
     Interpreter(tiny.model(config), VOCABULARY)
 
 
-@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"max_threads": 0}, {"max_topic": 0},
-                                   {"widths": ()}, {"widths": (2, 1)}, {"widths": (0, 1)},
-                                   {"buckets": (64, 64)}], ids=str)
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    {"max_new_tokens": 0},
+    {"max_threads": 0},
+    {"max_topic": 0},
+    {"widths": ()},
+    {"widths": (2, 1)},
+    {"widths": (0, 1)},
+    {"buckets": (64, 64)},
+  ],
+  ids=str,
+)
 def test_wrong_limits_are_named(wrong):
   with pytest.raises(ValueError, match=f"decode.{min(wrong)}"):
     Limits(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5},
-                                   {"min_p": 1.0}, {"repetition_penalty": 0.5}], ids=str)
+@pytest.mark.parametrize(
+  "wrong",
+  [
+    {"temperature": -1.0},
+    {"top_k": -1},
+    {"top_p": 0.0},
+    {"top_p": 1.5},
+    {"min_p": 1.0},
+    {"repetition_penalty": 0.5},
+  ],
+  ids=str,
+)
 def test_wrong_sampling_numbers_are_named(wrong):
   with pytest.raises(ValueError, match=f"decode.{min(wrong)}"):
     SamplingConfig(**wrong)
@@ -267,8 +345,14 @@ def test_draws_stay_inside_top_k_top_p_and_min_p():
   run, cut = interpreter(guard=False, capture=True), []
 
   @tiny.examples(20)
-  @given(tiny.seeds, tiny.prompts, st.integers(1, 6), st.floats(0.05, 0.95), st.floats(0.01, 0.9),
-         st.floats(0.5, 4))
+  @given(
+    tiny.seeds,
+    tiny.prompts,
+    st.integers(1, 6),
+    st.floats(0.05, 0.95),
+    st.floats(0.01, 0.9),
+    st.floats(0.5, 4),
+  )
   def each(seed, prompt, top_k, top_p, min_p, temperature):
     with_params(run, tiny.weights(seed))
     for numbers in (dict(top_k=top_k), dict(top_p=top_p), dict(min_p=min_p)):
@@ -292,12 +376,16 @@ def test_draws_stay_inside_top_k_top_p_and_min_p():
 
 
 def _grams(trace, n: int) -> list[tuple[tuple[int, ...], int]]:
-  """(runs of n own tokens whose last one is ordinary text, round in which that was chosen) of every thread."""
+  """(runs of n own tokens whose last one is ordinary text, round in which that was chosen) of every
+  thread."""
   found = []
   for t in trace.threads:
     text = read(Thread(tuple(t.tokens.tolist())), VOCABULARY.table, is_main=t.number == 0).is_text
-    found += [(tuple(t.tokens[i - n + 1 : i + 1].tolist()), int(t.rounds[i]))
-              for i in range(n - 1, t.length) if text[i]]
+    found += [
+      (tuple(t.tokens[i - n + 1 : i + 1].tolist()), int(t.rounds[i]))
+      for i in range(n - 1, t.length)
+      if text[i]
+    ]
   return found
 
 
@@ -333,7 +421,9 @@ def test_no_topic_is_promised_twice():
       kept = {}
       for chunk in trace.threads[1:]:
         parent = trace.threads[chunk.parent]
-        begun = parent.rounds[chunk.fork_index]  # when the promise's last token was chosen; its topic came before
+        begun = parent.rounds[
+          chunk.fork_index
+        ]  # when the promise's last token was chosen; its topic came before
         first = kept.setdefault(chunk.topic, begun)
         # The topic's last token was chosen a few rounds earlier: two tags and up to three digits follow it.
         topics[no_repeat] += first < begun - 6

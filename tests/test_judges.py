@@ -1,4 +1,5 @@
-"""Judges: a real HTTP server on loopback that misbehaves, calls never paid twice, planted preferences, faults."""
+"""Judges: a real HTTP server on loopback that misbehaves, calls never paid twice, planted preferences,
+faults."""
 
 import json
 import math
@@ -38,8 +39,14 @@ class Server(loopback.Server):
     tops = [("A", math.log(0.9 * p)), (" B", math.log(0.9 * (1 - p))), ("C", math.log(0.1))]
     if gemini:
       top = {"candidates": [{"token": t, "logProbability": v} for t, v in tops]}
-      return {"candidates": [{"content": {"parts": [{"text": letter}]}, "logprobsResult": {"topCandidates": [top]}}]}
-    log_p = {"content": [{"top_logprobs": [{"token": t, "logprob": v} for t, v in tops]}]} if self.with_log_p else None
+      return {
+        "candidates": [{"content": {"parts": [{"text": letter}]}, "logprobsResult": {"topCandidates": [top]}}]
+      }
+    log_p = (
+      {"content": [{"top_logprobs": [{"token": t, "logprob": v} for t, v in tops]}]}
+      if self.with_log_p
+      else None
+    )
     return {"choices": [{"message": {"content": letter}, "logprobs": log_p}]}
 
 
@@ -68,13 +75,19 @@ def judged(judge, pairs, folder):
   return rows
 
 
-PAIRS = [pair(0, "good", "bad"), pair(1, "bad", "good good"), pair(2, "even", "even one"), pair(3, "same", "same ")]
+PAIRS = [
+  pair(0, "good", "bad"),
+  pair(1, "bad", "good good"),
+  pair(2, "even", "even one"),
+  pair(3, "same", "same "),
+]
 
 
 @pytest.mark.parametrize("kind", ["openai", "gemini"])
 @pytest.mark.parametrize("bias", [0.0, 1.0, -3.0])
 def test_both_orders_and_confidence(server, tmp_path, kind, bias):
-  """A liking for the first place cancels where the pair is even, and confidence is the probability of the letter."""
+  """A liking for the first place cancels where the pair is even, and confidence is the probability of the
+  letter."""
   server.bias = bias
   rows = judged(LlmJudge(Endpoint("m", kind=kind, url=server.url)), PAIRS, tmp_path)
   p = lambda x: 1 / (1 + math.exp(-x))
@@ -96,7 +109,9 @@ def test_without_token_probabilities_the_letter_counts(server, tmp_path):
   for said, confidence in (("**A**", 1.0), ("(B)", 0.0)):
     assert confidence_in_a({"log_p": {}, "text": said}) == confidence
   assert confidence_in_a({"log_p": {"The": -0.02, "A": -7.0}, "text": "A"}) is None
-  assert confidence_in_a({"log_p": {"**A": math.log(0.3), "b": math.log(0.1)}, "text": ""}) == pytest.approx(0.75)
+  assert confidence_in_a({"log_p": {"**A": math.log(0.3), "b": math.log(0.1)}, "text": ""}) == pytest.approx(
+    0.75
+  )
 
 
 def test_no_call_is_paid_twice(server, tmp_path):
@@ -127,7 +142,9 @@ def test_a_judge_that_gives_up_keeps_what_was_paid(server, tmp_path):
 
 def test_what_passes_is_tried_again(server, tmp_path):
   server.faults = [429, 500, "hang up", b'{"choices": [{"mess', b'{"choices": []}', "slow", 503]
-  rows = judged(LlmJudge(Endpoint("m", url=server.url, concurrency=1, timeout=0.5, retries=7)), PAIRS[:1], tmp_path)
+  rows = judged(
+    LlmJudge(Endpoint("m", url=server.url, concurrency=1, timeout=0.5, retries=7)), PAIRS[:1], tmp_path
+  )
   assert rows[0]["preference"] == pytest.approx(0.8) and len(server.calls) == 9
   server.faults = [500] * 9
   with pytest.raises(EndpointError, match="no answer in 3 attempts; the last one: status 500"):
@@ -185,15 +202,26 @@ def test_what_the_judge_reads():
     {"role": "assistant", "content": "yes"},
     {"role": "user", "content": "Two?"},
   ]
-  p = Pair("x", Answer(said, "mine"), Answer(said[:1] + [{"role": "assistant", "content": "no"}] + said[2:], "theirs"))
+  p = Pair(
+    "x",
+    Answer(said, "mine"),
+    Answer(said[:1] + [{"role": "assistant", "content": "no"}] + said[2:], "theirs"),
+  )
   first, second = (messages(p, system_first=f)[-1]["content"] for f in (True, False))
   assert first.index("mine") < first.index("theirs") and second.index("theirs") < second.index("mine")
-  assert "(turn 1) One?" in first and "(turn 2) Two?" in first and "(turn 1) yes" in first and "(turn 1) no" in first
+  assert (
+    "(turn 1) One?" in first
+    and "(turn 2) Two?" in first
+    and "(turn 1) yes" in first
+    and "(turn 1) no" in first
+  )
 
 
 def test_files_of_preferences(tmp_path):
   lines = tmp_path / "people.jsonl"
-  lines.write_text('{"id": 0, "system": "pasta", "preference": 0.25}\n{"id": 1, "system": "apar", "preference": 1}\n')
+  lines.write_text(
+    '{"id": 0, "system": "pasta", "preference": 0.25}\n{"id": 1, "system": "apar", "preference": 1}\n'
+  )
   assert judged(FileJudge(str(lines), "baseline"), PAIRS, tmp_path) == {0: {"preference": 0.25}}
   theirs = tmp_path / "annotations.json"
   theirs.write_text(
@@ -233,7 +261,9 @@ def test_lengths_that_the_prompt_asks_for(prompt, text, wrong):
 
 
 def test_faults_and_preferences():
-  assert repetition("a b c d " * 5) > 0.5 and repetition("one two three four five six") == 0 == repetition("a b")
+  assert repetition("a b c d " * 5) > 0.5 and repetition("one two three four five six") == 0 == repetition(
+    "a b"
+  )
   assert faults("x", "", True, []) == ["empty"]
   assert faults("x", "word " * 30, False, [1] * 30) == ["cut off", "loops", "repeats"]
   fine, unlikely, cut = (

@@ -104,28 +104,32 @@ def test_printed_form(program: Program, printed: str):
 
 NEVER_CLOSED = 'promise is never closed: expected topic="…" tokens="…"/>'
 MALFORMED = [
-    ("x</async>", 1, 2, "</async> without <async>"),
-    ("x\\\\</async>", 1, 4, "</async> without <async>"),
-    ("\\<sync/></async>", 1, 9, "</async> without <async>"),
-    (chunk("a") + "\n</async>", 2, 1, "</async> without <async>"),
-    ("é\n\n <async>x</async>", 3, 2, "<async> without a promise before it"),
-    ('a\nb<promise topic="t', 2, 2, NEVER_CLOSED),
-    ('<promise topic="t\\"/><async></async>', 1, 1, NEVER_CLOSED),
-    ('<promise topic="t" tokens="4"><async></async>', 1, 1, NEVER_CLOSED),
-    ('<promise topic="t"tokens="4"/><async></async>', 1, 1, NEVER_CLOSED),
-    ('<promise topic="t" tokens="4x"/><async></async>', 1, 28, "tokens must be a number, not '4x'"),
-    ('<promise topic="t" tokens=""/><async></async>', 1, 28, "tokens must be a number, not ''"),
-    ('<promise topic="t" tokens="-3"/><async></async>', 1, 28, "tokens must be a number, not '-3'"),
-    ('<promise topic="t" tokens="٣"/><async></async>', 1, 28, "tokens must be a number, not '٣'"),
-    ('<promise topic="t" tokens="1234567890"/><async></async>', 1, 28,
-     "tokens must be a number, not '1234567890'"),
-    ('<promise topic="two\nlines" tokens="x"/><async></async>', 2, 16, "tokens must be a number, not 'x'"),
-    ('<promise topic="t"/>', 1, 21, "promise is not followed by <async>"),
-    ('<promise topic="t"/> <async></async>', 1, 21, "promise is not followed by <async>"),
-    ('<promise topic="t"/>\\<async></async>', 1, 21, "promise is not followed by <async>"),
-    ('<promise topic="t"/><async>x', 1, 21, "<async> is never closed"),
-    ('<promise topic="t"/><async>x\\</async>', 1, 21, "<async> is never closed"),
-    (f'\n<promise topic="t"/><async>{chunk("a")}', 2, 21, "<async> is never closed"),
+  ("x</async>", 1, 2, "</async> without <async>"),
+  ("x\\\\</async>", 1, 4, "</async> without <async>"),
+  ("\\<sync/></async>", 1, 9, "</async> without <async>"),
+  (chunk("a") + "\n</async>", 2, 1, "</async> without <async>"),
+  ("é\n\n <async>x</async>", 3, 2, "<async> without a promise before it"),
+  ('a\nb<promise topic="t', 2, 2, NEVER_CLOSED),
+  ('<promise topic="t\\"/><async></async>', 1, 1, NEVER_CLOSED),
+  ('<promise topic="t" tokens="4"><async></async>', 1, 1, NEVER_CLOSED),
+  ('<promise topic="t"tokens="4"/><async></async>', 1, 1, NEVER_CLOSED),
+  ('<promise topic="t" tokens="4x"/><async></async>', 1, 28, "tokens must be a number, not '4x'"),
+  ('<promise topic="t" tokens=""/><async></async>', 1, 28, "tokens must be a number, not ''"),
+  ('<promise topic="t" tokens="-3"/><async></async>', 1, 28, "tokens must be a number, not '-3'"),
+  ('<promise topic="t" tokens="٣"/><async></async>', 1, 28, "tokens must be a number, not '٣'"),
+  (
+    '<promise topic="t" tokens="1234567890"/><async></async>',
+    1,
+    28,
+    "tokens must be a number, not '1234567890'",
+  ),
+  ('<promise topic="two\nlines" tokens="x"/><async></async>', 2, 16, "tokens must be a number, not 'x'"),
+  ('<promise topic="t"/>', 1, 21, "promise is not followed by <async>"),
+  ('<promise topic="t"/> <async></async>', 1, 21, "promise is not followed by <async>"),
+  ('<promise topic="t"/>\\<async></async>', 1, 21, "promise is not followed by <async>"),
+  ('<promise topic="t"/><async>x', 1, 21, "<async> is never closed"),
+  ('<promise topic="t"/><async>x\\</async>', 1, 21, "<async> is never closed"),
+  (f'\n<promise topic="t"/><async>{chunk("a")}', 2, 21, "<async> is never closed"),
 ]
 
 
@@ -289,8 +293,12 @@ TABLE = {
     A.NUMBER: "!       number  !      !       fork  !     !finish !join    !finish",
 }  # fmt: skip
 TAGS = BYTES.tags
-TOKEN_OF = dict(zip(CLASSES, (ord("x"), ord("7"), TAGS.open, TAGS.middle, TAGS.close, TAGS.async_, TAGS.end,
-                              TAGS.sync, TAGS.eos[0])))
+TOKEN_OF = dict(
+  zip(
+    CLASSES,
+    (ord("x"), ord("7"), TAGS.open, TAGS.middle, TAGS.close, TAGS.async_, TAGS.end, TAGS.sync, TAGS.eos[0]),
+  )
+)
 PREFIX = {A.TEXT: (), A.TOPIC: (TAGS.open,), A.NUMBER: (TAGS.open, ord("t"), TAGS.middle)}
 CELLS = [(s, c, cell) for s, row in TABLE.items() for c, cell in zip(CLASSES, row.split(), strict=True)]
 
@@ -372,8 +380,15 @@ def test_digit_tokens_of_any_length_read_as_one_number(pieces: list[str]):
     ],
 )  # fmt: skip
 def test_ill_formed_threads(text: str, is_main: bool, ill: int, program: str):
-  names = {"O": TAGS.open, "M": TAGS.middle, "C": TAGS.close, "A": TAGS.async_, "E": TAGS.end, "S": TAGS.sync,
-           "$": TAGS.eos[0]}
+  names = {
+    "O": TAGS.open,
+    "M": TAGS.middle,
+    "C": TAGS.close,
+    "A": TAGS.async_,
+    "E": TAGS.end,
+    "S": TAGS.sync,
+    "$": TAGS.eos[0],
+  }
   tokens = tuple(names.get(t, ord(t)) for t in text.split())
   child = Thread((TAGS.async_, TAGS.end))
   reading = read(Thread(tokens), BYTES.table, is_main=is_main)
@@ -386,8 +401,9 @@ def test_ill_formed_threads(text: str, is_main: bool, ill: int, program: str):
 
 
 @RELAXED
-@given(tokens=st.lists(st.sampled_from([*TOKEN_OF.values(), 258, 259, 262]), max_size=30),
-       is_main=st.booleans())
+@given(
+  tokens=st.lists(st.sampled_from([*TOKEN_OF.values(), 258, 259, 262]), max_size=30), is_main=st.booleans()
+)
 def test_every_token_sequence_has_a_meaning(tokens: list[int], is_main: bool):
   thread = Thread(tuple(tokens))
   reading = read(thread, BYTES.table, is_main=is_main)

@@ -21,8 +21,13 @@ ODD = "--config.train.data=a file's.jsonl,b.jsonl"
 def dry(script: str, *arguments: str, **environment: str) -> list[list[str]]:
   """The words of each command that a script would run."""
   own = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
-  done = subprocess.run(["bash", str(ROOT / "launch" / script), "--dry-run", *arguments], capture_output=True,
-                        text=True, env=own | environment, timeout=60)
+  done = subprocess.run(
+    ["bash", str(ROOT / "launch" / script), "--dry-run", *arguments],
+    capture_output=True,
+    text=True,
+    env=own | environment,
+    timeout=60,
+  )
   assert done.returncode == 0, done.stderr
   return [shlex.split(line) for line in _whole(done.stdout)]
 
@@ -32,8 +37,9 @@ def _whole(text: str) -> list[str]:
   lines = []
   for line in text.splitlines():
     if "$'" in line:  # shlex knows no $'…'
-      line = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True,
-                            check=True).stdout
+      line = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True
+      ).stdout
       line = shlex.join(line.split("\0")[:-1])
     lines.append(line)
   return lines
@@ -54,8 +60,13 @@ def test_scripts_are_bash(script: str):
 
 @pytest.mark.parametrize("script", CLOUD)
 def test_what_is_missing_is_named(script: str):
-  done = subprocess.run(["bash", str(ROOT / "launch" / script), "--dry-run"], capture_output=True, text=True,
-                        env={"PATH": os.environ["PATH"]}, timeout=60)
+  done = subprocess.run(
+    ["bash", str(ROOT / "launch" / script), "--dry-run"],
+    capture_output=True,
+    text=True,
+    env={"PATH": os.environ["PATH"]},
+    timeout=60,
+  )
   assert done.returncode != 0 and "usage:" in done.stderr and not done.stdout
 
 
@@ -64,7 +75,9 @@ def test_tpu_asks_copies_installs_mounts_and_starts():
   assert [c[:5] for c in commands] == [
     ["gcloud", "compute", "tpus", "queued-resources", "create"],
     ["git", "archive", "--format=tar.gz", "-o", commands[1][4]],
-    ["gcloud", "compute", "tpus", "tpu-vm", "scp"], *[["gcloud", "compute", "tpus", "tpu-vm", "ssh"]] * 3]
+    ["gcloud", "compute", "tpus", "tpu-vm", "scp"],
+    *[["gcloud", "compute", "tpus", "tpu-vm", "ssh"]] * 3,
+  ]
   assert {"--accelerator-type=v5litepod-16", "--spot", "--zone=us-west4-a", "--project=p"} <= set(commands[0])
   assert all("--worker=all" in c for c in commands[2:])
   *_, install, mount, start = (c[-1].removeprefix("--command=") for c in commands)
@@ -75,8 +88,14 @@ def test_tpu_asks_copies_installs_mounts_and_starts():
   # What tmux would be given, as its shell would read it.
   stand_ins = 'tmux() { [ $1 != has-session ] && printf %s "${@: -1}"; }; cd() { :; }; '
   inner = subprocess.run(["bash", "-c", stand_ins + start], capture_output=True, text=True, check=True).stdout
-  assert training(inner) == ["main.py", "--mode=train", "--distributed", "--workdir=../bucket/run", ODD,
-                             "--config.train.steps=3"]
+  assert training(inner) == [
+    "main.py",
+    "--mode=train",
+    "--distributed",
+    "--workdir=../bucket/run",
+    ODD,
+    "--config.train.steps=3",
+  ]
   assert len(dry("tpu.sh", "/shared/run", **{k: v for k, v in CLOUD["tpu.sh"].items() if k != "BUCKET"})) == 5
 
 
@@ -85,8 +104,9 @@ def test_a_stopped_training_is_started_again(codes, last: int, tmp_path: Path):
   """The loop that tmux runs, with a training that ends as told."""
   (tmp_path / "codes").write_text("".join(f"{c}\n" for c in codes))
   train = "next() { code=$(head -1 codes); sed -i 1d codes; return $code; }; "
-  loop = subprocess.run(["bash", "-c", f". {ROOT}/launch/lib.sh; until_done next"], capture_output=True, text=True,
-                        check=True)
+  loop = subprocess.run(
+    ["bash", "-c", f". {ROOT}/launch/lib.sh; until_done next"], capture_output=True, text=True, check=True
+  )
   done = subprocess.run(["bash", "-c", train + loop.stdout], cwd=tmp_path, timeout=60)
   assert done.returncode == last
   assert len((tmp_path / "codes").read_text().split()) == (1 if last else 0)
@@ -94,25 +114,47 @@ def test_a_stopped_training_is_started_again(codes, last: int, tmp_path: Path):
 
 def test_gke_builds_pushes_and_starts():
   commands = dry("gke.sh", "/data/run", ODD, **CLOUD["gke.sh"])
-  assert [c[:3] for c in commands] == [["docker", "build", "-f"], ["docker", "push", commands[1][2]],
-                                       ["xpk", "workload", "create"]]
+  assert [c[:3] for c in commands] == [
+    ["docker", "build", "-f"],
+    ["docker", "push", commands[1][2]],
+    ["xpk", "workload", "create"],
+  ]
   tag = commands[1][2]
   assert tag.startswith("eu/p/pasta:") and tag in commands[0] and "EXTRA=tpu" in commands[0]
   create = commands[2]
-  assert {"--num-slices=2", "--storage=s", "--restart-on-exit-codes=75", f"--docker-image={tag}"} <= set(create)
+  assert {"--num-slices=2", "--storage=s", "--restart-on-exit-codes=75", f"--docker-image={tag}"} <= set(
+    create
+  )
   assert training(create[-1].removeprefix("--command=")) == [
-    "main.py", "--mode=train", "--distributed", "--workdir=/data/run", ODD]
+    "main.py",
+    "--mode=train",
+    "--distributed",
+    "--workdir=/data/run",
+    ODD,
+  ]
 
 
 def test_slurm_queues_a_job_that_starts_a_process_a_gpu(tmp_path: Path):
   made, batch = dry("slurm.sh", str(tmp_path / "run"), ODD, **CLOUD["slurm.sh"])
   assert made == ["mkdir", "-p", str(tmp_path / "run")] and batch[0] == "sbatch"
-  assert {"--nodes=2", "--ntasks-per-node=8", "--gpus-per-node=8", "--partition=gpu", "--requeue",
-          "--signal=B:TERM@120"} <= set(batch)
+  assert {
+    "--nodes=2",
+    "--ntasks-per-node=8",
+    "--gpus-per-node=8",
+    "--partition=gpu",
+    "--requeue",
+    "--signal=B:TERM@120",
+  } <= set(batch)
   script = batch[-1].removeprefix("--wrap=")
   words = shlex.split(script.replace("&\n", "\n"))
   start = words.index("main.py")
-  assert words[start : start + 5] == ["main.py", "--mode=train", "--distributed", f"--workdir={tmp_path / 'run'}", ODD]
+  assert words[start : start + 5] == [
+    "main.py",
+    "--mode=train",
+    "--distributed",
+    f"--workdir={tmp_path / 'run'}",
+    ODD,
+  ]
 
 
 @pytest.mark.parametrize("code, queued", [(0, False), (1, False), (75, True)])
@@ -122,9 +164,9 @@ def test_slurms_batch_script_passes_the_signal_on_and_queues_again(code: int, qu
   stand_ins = {
     "srun": f"trap 'exit {code}' TERM; echo $$ > started; for i in $(seq 300); do sleep 0.1; done; exit 9",
     # The step is gone before the signal's handler is through.
-    "scancel": "echo \"$@\" > cancelled; kill -TERM $(cat started); "
-               "for i in $(seq 100); do kill -0 $(cat started) 2>/dev/null || break; sleep 0.05; done",
-    "scontrol": "echo \"$@\" > queued",
+    "scancel": 'echo "$@" > cancelled; kill -TERM $(cat started); '
+    "for i in $(seq 100); do kill -0 $(cat started) 2>/dev/null || break; sleep 0.05; done",
+    "scontrol": 'echo "$@" > queued',
   }
   (tmp_path / "bin").mkdir()
   for name, body in stand_ins.items():

@@ -33,9 +33,10 @@ PROMPT = (63, 58)
 
 _LEAF = st.sampled_from(["text", "text", "sync", "sync"])
 _BODY = st.recursive(
-    st.lists(_LEAF, max_size=5),
-    lambda body: st.lists(_LEAF | st.tuples(st.none() | st.integers(0, 35), st.booleans(), body), max_size=6),
-    max_leaves=30)
+  st.lists(_LEAF, max_size=5),
+  lambda body: st.lists(_LEAF | st.tuples(st.none() | st.integers(0, 35), st.booleans(), body), max_size=6),
+  max_leaves=30,
+)
 
 
 def _thread(body, head: tuple[int, ...], tail: tuple[int, ...], cut: bool) -> Thread:
@@ -266,8 +267,11 @@ def test_positions_of_different_threads_do_not_meet_where_lengths_are_declared(p
     assert span(main, rule) == len(laid) - len(PROMPT)
 
 
-@given(declared=st.lists(st.integers(-1, 999), min_size=1, max_size=8), fixed=st.integers(0, 100),
-       strategy=st.sampled_from([s for s in STRATEGIES if s != "oracle"]))
+@given(
+  declared=st.lists(st.integers(-1, 999), min_size=1, max_size=8),
+  fixed=st.integers(0, 100),
+  strategy=st.sampled_from([s for s in STRATEGIES if s != "oracle"]),
+)
 def test_gaps_of_arrays_are_those_of_integers(declared: list[int], fixed: int, strategy: str):
   rule = PositionRule(strategy, fixed)
   one_by_one = [rule.gap(d) for d in declared]
@@ -324,8 +328,11 @@ def simulate(main: Thread) -> list[list[int]]:
           joined[m] = True
       read_at[i][at] = step
       next_read[i] += 1
-      born += [m for m in range(n) if tree.parent[m] is not None and tree.parent[m][0] == i
-               and tree.parent[m][1].at == at]
+      born += [
+        m
+        for m in range(n)
+        if tree.parent[m] is not None and tree.parent[m][0] == i and tree.parent[m][1].at == at
+      ]
       done[i] = next_read[i] == len(tokens)
     for m in born:
       alive[m] = True
@@ -370,22 +377,22 @@ def test_plain_text_has_no_speedup(text: str):
 
 
 @pytest.mark.parametrize(
-    ("source", "path"),
-    [
-        # Clocks: A 1, promise (tag, blank, topic, tag) 2-5, B 6, end 7; <async> 6, xyz 7-9, </async> 10.
-        ('A<promise topic="t"/><async>xyz</async>B', 10),
-        # The chunk's end is read back in step 11 and the sync with it behind it; C 12, end 13.
-        ('A<promise topic="t"/><async>xyz</async>B<sync/>C', 13),
-        # A sync that comes late waits for nothing: B 6 to 15, sync 16, C 17, end 18.
-        ('A<promise topic="t"/><async>xyz</async>BBBBBBBBBB<sync/>C', 18),
-        # A sync that joins nothing costs its own step.
-        ("A<sync/>B", 4),
-        # Two chunks at once: the second is promised four steps later. <async> 9, y 10, </async> 11.
-        ('<promise topic="t"/><async>x</async><promise topic="u"/><async>y</async>', 11),
-        # The inner chunk outlives the outer one, and the main thread's sync waits for both: <async> 5,
-        # promise 6 to 9, inner <async> and outer </async> 10, xyz 11 to 13, </async> 14, sync 15, end 16.
-        ('<promise topic="t"/><async><promise topic="u"/><async>xyz</async></async><sync/>', 16),
-    ],
+  ("source", "path"),
+  [
+    # Clocks: A 1, promise (tag, blank, topic, tag) 2-5, B 6, end 7; <async> 6, xyz 7-9, </async> 10.
+    ('A<promise topic="t"/><async>xyz</async>B', 10),
+    # The chunk's end is read back in step 11 and the sync with it behind it; C 12, end 13.
+    ('A<promise topic="t"/><async>xyz</async>B<sync/>C', 13),
+    # A sync that comes late waits for nothing: B 6 to 15, sync 16, C 17, end 18.
+    ('A<promise topic="t"/><async>xyz</async>BBBBBBBBBB<sync/>C', 18),
+    # A sync that joins nothing costs its own step.
+    ("A<sync/>B", 4),
+    # Two chunks at once: the second is promised four steps later. <async> 9, y 10, </async> 11.
+    ('<promise topic="t"/><async>x</async><promise topic="u"/><async>y</async>', 11),
+    # The inner chunk outlives the outer one, and the main thread's sync waits for both: <async> 5,
+    # promise 6 to 9, inner <async> and outer </async> 10, xyz 11 to 13, </async> 14, sync 15, end 16.
+    ('<promise topic="t"/><async><promise topic="u"/><async>xyz</async></async><sync/>', 16),
+  ],
 )
 def test_longest_path_by_hand(source: str, path: int):
   assert cost(BYTES.encode(parse(source), PositionRule("fixed")), BYTES.table).longest_path == path
@@ -400,9 +407,9 @@ def test_cost_of_nothing():
 # The golden dump.
 
 SOURCE = (
-    'I<promise topic="a"/><async>b<promise topic="c"/><async>d</async>e<sync/>E'
-    '<promise topic="f"/><async>g</async></async>'
-    '<promise topic="h"/><async>i</async>J<sync/>K<promise topic="l"/><async>m</async>N'
+  'I<promise topic="a"/><async>b<promise topic="c"/><async>d</async>e<sync/>E'
+  '<promise topic="f"/><async>g</async></async>'
+  '<promise topic="h"/><async>i</async>J<sync/>K<promise topic="l"/><async>m</async>N'
 )
 
 

@@ -23,8 +23,8 @@ def sigmoid(x):
 
 
 def planted(phi, psi, theta, n=4000, seed=0, longer=0.0):
-  """(preference, baseline's lengths, system's, difficulty) drawn from the model; `longer`: characters more, on
-  average."""
+  """(preference, baseline's lengths, system's, difficulty) drawn from the model; `longer`: characters more,
+  on average."""
   rng = np.random.default_rng(seed)
   baseline = rng.gamma(4, 300, n)
   system = np.maximum(baseline + longer + rng.normal(0, 400, n), 1)
@@ -42,7 +42,9 @@ def test_a_planted_effect_is_found(theta, longer):
   assert fit.length_controlled == pytest.approx(100 * sigmoid(0.8 * gamma + theta).mean(), abs=3)
   assert (fit.phi, fit.psi, fit.theta) == pytest.approx((-1.6, 0.8, theta), abs=0.2)
   if longer:  # the plain rate does not forgive length
-    assert (fit.win_rate > fit.length_controlled) == (longer > 0) and abs(fit.win_rate - fit.length_controlled) > 5
+    assert (fit.win_rate > fit.length_controlled) == (longer > 0) and abs(
+      fit.win_rate - fit.length_controlled
+    ) > 5
   without = length_controlled(y, baseline, system)
   assert without.psi == 0 and without.length_controlled == pytest.approx(fit.length_controlled, abs=5)
 
@@ -51,7 +53,10 @@ def test_what_must_hold():
   y, baseline, system, gamma = planted(-1.0, 0.5, 0.3, n=300)
   fit = length_controlled(y, baseline, system, gamma, resamples=50)
   assert fit.win_rate == pytest.approx(100 * y.mean())
-  assert fit.win_rate_error == pytest.approx(100 * y.std(ddof=1) / np.sqrt(300)) and 1 < fit.length_controlled_error < 5
+  assert (
+    fit.win_rate_error == pytest.approx(100 * y.std(ddof=1) / np.sqrt(300))
+    and 1 < fit.length_controlled_error < 5
+  )
   some = y.copy()
   some[:100] = np.nan
   assert length_controlled(some, baseline, system, gamma).win_rate == pytest.approx(100 * y[100:].mean())
@@ -82,7 +87,9 @@ def test_the_check_against_a_leaderboard(tmp_path):
   rng = np.random.default_rng(2)
   n, models = 600, {f"m{k}": (-1.6, 0.8, t) for k, t in enumerate((-2.0, -1.0, 0.0, 0.5, 1.0, -0.5))}
   gamma, baseline = rng.normal(0, 1, n), rng.gamma(4, 300, n)
-  rows = [{"id": str(i), "baseline_chars": baseline[i], "preference": {}, "output_chars": {}} for i in range(n)]
+  rows = [
+    {"id": str(i), "baseline_chars": baseline[i], "preference": {}, "output_chars": {}} for i in range(n)
+  ]
   published = {}
   for name, (phi, psi, theta) in models.items():
     system = np.maximum(baseline + rng.normal(200, 400, n), 1)
@@ -103,9 +110,12 @@ def test_the_check_against_a_leaderboard(tmp_path):
     assert row["held_out_error"] == pytest.approx(-10 if name == "m3" else 0, abs=1.5)
 
 
-@pytest.mark.skipif("PASTA_SHARED_DATA" not in os.environ, reason="the real preferences are not in this repository")
+@pytest.mark.skipif(
+  "PASTA_SHARED_DATA" not in os.environ, reason="the real preferences are not in this repository"
+)
 def test_the_real_leaderboard():
-  """PASTA_SHARED_DATA names the folder that holds eval/: plain rates exact to 0.01, at least 18 of 21 within 1.5."""
+  """PASTA_SHARED_DATA names the folder that holds eval/: plain rates exact to 0.01, at least 18 of 21 within
+  1.5."""
   folder = Path(os.environ["PASTA_SHARED_DATA"]) / "eval"
   board = {r["model"]: r for r in read_jsonl(folder / "alpaca_eval_leaderboards.jsonl")
            if r["leaderboard"] == "weighted_alpaca_eval_gpt4_turbo"}  # fmt: skip

@@ -27,7 +27,9 @@ def trained(tmp_path_factory):
   folder = tmp_path_factory.mktemp("modes")
   config = trained_config(folder)
   config.decode.update(max_new_tokens=40, slots=2, capacity=1024, temperature=1.0, dtype="float32")
-  prompts = [{"id": str(i), "prompt": text} for i, text in enumerate(["Plan a trip.", "Why?", "Name three birds."])]
+  prompts = [
+    {"id": str(i), "prompt": text} for i, text in enumerate(["Plan a trip.", "Why?", "Name three birds."])
+  ]
   (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
   return config, folder
 
@@ -37,7 +39,15 @@ def test_decode_one_prompt(trained, capsys, tmp_path):
   response = command.decode_prompt(config, "Plan a trip.", timeline=str(tmp_path / "run.html"))
   out = capsys.readouterr()
   assert out.out == response.text + "\n"  # piped: the answer alone
-  for figure in ("Tokens", "Decode steps", "Longest path", "Theoretical", "Wall clock", "Measured speed-up", "Peak"):
+  for figure in (
+    "Tokens",
+    "Decode steps",
+    "Longest path",
+    "Theoretical",
+    "Wall clock",
+    "Measured speed-up",
+    "Peak",
+  ):
     assert figure in out.err
   assert "<svg" in (tmp_path / "run.html").read_text()
 
@@ -73,7 +83,10 @@ def test_wrong_input_is_one_clear_error(trained, tmp_path):
   (tmp_path / "empty.jsonl").write_text('{"prompt": "a"}\n{"prompt": " "}\n')
   with pytest.raises(DecodeError, match="row 2: the prompt is empty"):
     command.decode_file(config, str(tmp_path / "empty.jsonl"), None)
-  for field, value, words in (("dtype", "bf16", "decode.dtype must be"), ("requests", 0, "must be 1 or more")):
+  for field, value, words in (
+    ("dtype", "bf16", "decode.dtype must be"),
+    ("requests", 0, "must be 1 or more"),
+  ):
     wrong = config.copy_and_resolve_references()
     wrong.decode[field] = value
     with pytest.raises(DecodeError, match=words):
@@ -96,7 +109,8 @@ def parsed(words: list[str], monkeypatch) -> flags.FlagValues:
 
 
 def test_every_step_of_the_ablation_is_a_command_that_parses(monkeypatch):
-  """Each printed command names a config that loads, and flags that exist; the trained adapter is what is evaluated."""
+  """Each printed command names a config that loads, and flags that exist; the trained adapter is what is
+  evaluated."""
   steps = positions.sweep("a folder/runs", "data.jsonl", "prompts.jsonl", "--config.train.steps=3")
   commands = [shlex.split(c) for c in steps]
   trained = [c for c in commands if "--mode=train" in c]
@@ -160,7 +174,9 @@ def test_a_stopped_training_has_an_exit_code_of_its_own(monkeypatch, tmp_path, c
   assert left.value.code == 1 and "--distributed is for --mode=train, not eval" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, words", [
+@pytest.mark.parametrize(
+  "arguments, words",
+  [
     (["--config.decode.slot=3"], "slot"),
     (["--config=configs/none.py"], "configs/none.py"),
     (["--mode=train"], "--workdir"),
@@ -169,9 +185,17 @@ def test_a_stopped_training_has_an_exit_code_of_its_own(monkeypatch, tmp_path, c
     (["--prompt=a", "--output=b.jsonl"], "--output and --prompt do not go together"),
     (["--mode=train", "--workdir=none", "--config.train.dtype=fp32"], "train.dtype must be"),
     (["stray"], "stray"),
-], ids=lambda x: "" if isinstance(x, str) else x[0])
+  ],
+  ids=lambda x: "" if isinstance(x, str) else x[0],
+)
 def test_the_command_line_says_it_in_one_line(arguments, words):
-  run = subprocess.run([sys.executable, "main.py", *arguments], cwd=ROOT, capture_output=True, text=True,
-                       stdin=subprocess.DEVNULL, timeout=300)
+  run = subprocess.run(
+    [sys.executable, "main.py", *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    stdin=subprocess.DEVNULL,
+    timeout=300,
+  )
   assert run.returncode != 0
   assert words in run.stderr and "Traceback" not in run.stderr

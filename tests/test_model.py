@@ -37,7 +37,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
   params = {}
   for name, shape in param_shapes(config).items():
     noise = rng.normal(size=shape).astype(np.float32)
-    params[name] = 1 + 0.2 * noise if name.endswith("scale") else noise * 2 * config.d_model ** -0.5
+    params[name] = 1 + 0.2 * noise if name.endswith("scale") else noise * 2 * config.d_model**-0.5
   return params
 
 
@@ -47,14 +47,20 @@ def random_tokens(rows: int, length: int, seed: int = 1) -> np.ndarray:
 
 @partial(jax.jit, static_argnames=("remat", "block"))
 def _logits(model: Decoder, tokens, positions, mask, remat: str, block: int):
-  attend = dense_attention(mask, model.dtype, block, near=nearby(positions, positions, model.config.window),
-                           softcap=model.config.attention_softcap)
+  attend = dense_attention(
+    mask,
+    model.dtype,
+    block,
+    near=nearby(positions, positions, model.config.window),
+    softcap=model.config.attention_softcap,
+  )
   hidden, _ = model(tokens, positions, attend, remat=remat)
   return model.logits(hidden)
 
 
-def logits(model: Decoder, tokens, positions=None, mask=None, *, remat: str = "none",
-           block: int = 128) -> np.ndarray:
+def logits(
+  model: Decoder, tokens, positions=None, mask=None, *, remat: str = "none", block: int = 128
+) -> np.ndarray:
   """[B, T, V]; without `positions` and `mask`, those of plain text."""
   rows, length = np.shape(tokens)
   positions = np.broadcast_to(np.arange(length), (rows, length)) if positions is None else positions
@@ -78,9 +84,15 @@ def torch_llama(config: ModelConfig, params: dict[str, np.ndarray]):
     rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},  # where transformers is >= 5
     bos_token_id=None, eos_token_id=None, pad_token_id=0, attn_implementation="eager",
   )  # fmt: skip
-  words = {"embed": "model.embed_tokens", "final_norm": "model.norm", "head": "lm_head",
-           "layers": "model.layers", "attn": "self_attn", "attn_norm": "input_layernorm",
-           "mlp_norm": "post_attention_layernorm"}
+  words = {
+    "embed": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+    "layers": "model.layers",
+    "attn": "self_attn",
+    "attn_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+  }
   words |= {name: f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
   state = {}
   for name, value in params.items():
@@ -99,6 +111,7 @@ def torch_llama(config: ModelConfig, params: dict[str, np.ndarray]):
 
 def torch_logits(model, tokens, positions=None, mask=None) -> np.ndarray:
   import torch
+
   more = {}
   if positions is not None:
     more["position_ids"] = torch.from_numpy(np.asarray(positions, np.int64))
@@ -164,8 +177,14 @@ def test_smollm2_equals_transformers(smollm2_checkpoint):
   prompt = tokenizer.chat_prompt([{"role": "user", "content": "What is the capital of France?"}])
   theirs = torch_llama(config, smollm2_checkpoint.params)
   import torch
-  written = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
-                            do_sample=False, max_new_tokens=20, min_new_tokens=20).numpy()
+
+  written = theirs.generate(
+    torch.tensor([prompt]),
+    attention_mask=torch.ones(1, len(prompt)),
+    do_sample=False,
+    max_new_tokens=20,
+    min_new_tokens=20,
+  ).numpy()
   assert written.shape == (1, len(prompt) + 20)
   ours = build.stack(build.from_params(config, smollm2_checkpoint.params))
   actual, expected = logits(ours, written), torch_logits(theirs, written)
@@ -193,7 +212,9 @@ def trained_form(config: ModelConfig, *, rank: int = 4, annotated: bool = True) 
 
 def decoding_form(model: Decoder) -> Decoder:
   """Of a model in memory, as of weights and an adapter."""
-  return build.for_decoding(model.config, build.to_params(model, updates=False), build.adapter_of(model), jnp.float32)
+  return build.for_decoding(
+    model.config, build.to_params(model, updates=False), build.adapter_of(model), jnp.float32
+  )
 
 
 @BOTH
@@ -324,8 +345,9 @@ def test_gradient_of_matmul_is_jaxs_own(x: tuple, y: tuple):
   rng = np.random.default_rng(0)
   a, b = rng.normal(size=x).astype("f"), rng.normal(size=y).astype("f")
   weight = rng.normal(size=jnp.matmul(a, b).shape).astype("f")
-  ours, theirs = (jax.value_and_grad(lambda a, b, f=f: (f(a, b) * weight).sum(), (0, 1))(a, b)
-                  for f in (matmul, jnp.matmul))
+  ours, theirs = (
+    jax.value_and_grad(lambda a, b, f=f: (f(a, b) * weight).sum(), (0, 1))(a, b) for f in (matmul, jnp.matmul)
+  )
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), ours, theirs)
   low = jax.grad(lambda a, b: matmul(a, b).sum(), (0, 1))(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
   assert [g.dtype for g in low] == [jnp.bfloat16] * 2
@@ -334,8 +356,9 @@ def test_gradient_of_matmul_is_jaxs_own(x: tuple, y: tuple):
 def test_gradient_of_matmul_under_vmap():
   rng = np.random.default_rng(0)
   a, b = rng.normal(size=(7, 3)).astype("f"), rng.normal(size=(3, 4)).astype("f")
-  ours, theirs = (jax.grad(lambda b, f=f: jnp.square(jax.vmap(f, (0, None))(a, b)).sum())(b)
-                  for f in (matmul, jnp.matmul))
+  ours, theirs = (
+    jax.grad(lambda b, f=f: jnp.square(jax.vmap(f, (0, None))(a, b)).sum())(b) for f in (matmul, jnp.matmul)
+  )
   np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
@@ -400,13 +423,15 @@ BREAKAGES = {
   "header names no model or": lambda p: rewrite(p, {"model": "{"}),
   "no scale": lambda p: rewrite(p, {"scale": "large"}),
   "made for another model: its d_ff is 41, this one's 40": lambda p: rewrite(
-    p, {"model": '{"layers": 3, "d_model": 24, "d_ff": 41}'}),
+    p, {"model": '{"layers": 3, "d_model": 24, "d_ff": 41}'}
+  ),
   "only one factor of layers.1.attn.v": lambda p: rewrite(p, **{"layers.1.attn.v.lora_b": None}),
   "only one factor of layers.2.mlp.up": lambda p: rewrite(p, **{"layers.2.mlp.up.lora_a": None}),
   "factors of layers.0.attn.q are": lambda p: rewrite(p, **{"layers.0.attn.q.lora_a": np.ones((4, 24), "f")}),
   "factors of layers.0.attn.k are": lambda p: rewrite(p, **{"layers.0.attn.k.lora_a": np.ones(24, "f")}),
   "layers.3.attn.q.lora_a, which this model": lambda p: rewrite(
-    p, **{"layers.3.attn.q.lora_a": np.ones((24, 4), "f"), "layers.3.attn.q.lora_b": np.ones((4, 48), "f")}),
+    p, **{"layers.3.attn.q.lora_a": np.ones((24, 4), "f"), "layers.3.attn.q.lora_b": np.ones((4, 48), "f")}
+  ),
   "embed.tags is .6, 23.": lambda p: rewrite(p, **{"embed.tags": np.ones((6, 23), "f")}),
   "embed.tags and head.tags": lambda p: rewrite(p, **{"head.tags": None}),
 }

@@ -1,5 +1,5 @@
-"""The paper's configs: Gemma 7B is read as it is published, and both stages' steps lower for TPU at full size. And the
-adapters that configs name."""
+"""The paper's configs: Gemma 7B is read as it is published, and both stages' steps lower for TPU at full
+size. And the adapters that configs name."""
 
 import json
 from pathlib import Path
@@ -29,8 +29,9 @@ def test_step_lowers_for_tpu_at_full_size(stage: str):
   """With the kernels, and nothing of the size of a mask."""
   config = gemma_7b.get_config("baseline" if stage == "baseline" else "")
   config.train.attention = config.preference.attention = "tpu"
-  update, arguments = ahead.abstract_step(config, "preference" if stage == "preference" else "train",
-                                          ahead.model_config(str(ARCHITECTURE)), MESH)
+  update, arguments = ahead.abstract_step(
+    config, "preference" if stage == "preference" else "train", ahead.model_config(str(ARCHITECTURE)), MESH
+  )
   trainable = arguments[0].trainable
   n = sum(x.size for x in jax.tree.leaves(trainable))
   assert n == 8_537_680_896 + (stage != "baseline") * 6 * 3072  # "7B" is 8.5 with its embeddings
@@ -43,17 +44,19 @@ def test_step_lowers_for_tpu_at_full_size(stage: str):
   assert "tpu_custom_call" in text and f"{length}x{length}x" not in text
 
 
-@pytest.mark.parametrize("make", [module.get_config for module in (
-  gemma_7b, gemma3_270m, llama32_1b, qwen25_05b, tiny_config)])
+@pytest.mark.parametrize(
+  "make", [module.get_config for module in (gemma_7b, gemma3_270m, llama32_1b, qwen25_05b, tiny_config)]
+)
 def test_other_models_have_no_adapter_of_smollm2(make):
-  """Adapters fit one model: what a config names was made for it, or is what its own commands leave; a flag changes what
-  follows from it."""
+  """Adapters fit one model: what a config names was made for it, or is what its own commands leave; a flag
+  changes what follows from it."""
   for arg in ("", "baseline"):
     config = make(arg)
     named = {config.model.adapter, *(s.adapter for s in config.systems.values())} - {""}
     name = make.__module__.rpartition(".")[2]
     assert named <= {f"runs/{name}/{n}/adapter.safetensors" for n in ("pasta", "baseline", "apar")} | {
-      n for n in EMBEDDED if n.startswith(f"{name}_")}
+      n for n in EMBEDDED if n.startswith(f"{name}_")
+    }
   config = make()
   config.model.adapter = "mine.safetensors"
   assert config.systems.pasta.adapter == "mine.safetensors" != config.systems.baseline.adapter

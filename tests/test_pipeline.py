@@ -28,10 +28,16 @@ def test_workers_keep_the_order():
 def test_workers_lay_out_what_one_process_does(tiny: Path):  # noqa: F811
   vocabulary: Vocabulary = load_checkpoint(tiny / "model").vocabulary
   rows = read_jsonl(tiny / "data.jsonl")
-  how = dict(vocabulary=vocabulary, rule=RULE, annotation="plan", max_length=LENGTH, min_speedup=0.9, plain_share=0.1)
+  how = dict(
+    vocabulary=vocabulary, rule=RULE, annotation="plan", max_length=LENGTH, min_speedup=0.9, plain_share=0.1
+  )
   alone, shared = (examples(rows, workers=n, **how) for n in (0, 2))
   assert digest(alone.examples) == digest(shared.examples) and len(alone.examples) > 3
-  assert (alone.too_long, alone.too_slow, alone.too_plain) == (shared.too_long, shared.too_slow, shared.too_plain)
+  assert (alone.too_long, alone.too_slow, alone.too_plain) == (
+    shared.too_long,
+    shared.too_slow,
+    shared.too_plain,
+  )
   assert digest(alone.examples[1:]) != digest(alone.examples)
   bad = {**rows[0], "id": "odd", "chunks": [{"start": 0, "end": 10**6, "topic": "t"}]}
   for workers in (0, 2):
@@ -43,14 +49,17 @@ def test_a_feed_goes_on_from_its_state():
   """Behind any step, and of a share of the rows as of all of them."""
   data = [example_of(n, 5 + n) for n in range(12)]
   packed = PackedBatches(data, batch_size=3, length=20, levels=1, seed=1)
-  new = lambda share=None: Feed(lambda i: packed(i, share).as_dict(), steps=7, accumulate=2, identity=digest(data))
+  new = lambda share=None: Feed(
+    lambda i: packed(i, share).as_dict(), steps=7, accumulate=2, identity=digest(data)
+  )
   whole = new()
   expected, states = [], [whole.state()]
   for step in range(7):
     expected.append(whole())
     states.append(whole.state())
-    np.testing.assert_array_equal(expected[-1]["tokens"],
-                                  np.stack([packed(2 * step + i).tokens for i in range(2)]))
+    np.testing.assert_array_equal(
+      expected[-1]["tokens"], np.stack([packed(2 * step + i).tokens for i in range(2)])
+    )
   with pytest.raises(StopIteration):
     whole()
   for step in (0, 1, 4, 6):

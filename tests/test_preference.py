@@ -1,4 +1,5 @@
-"""Preference optimisation: losses against the decode loop's own log p, gradients, pairs, choices, planted rewards."""
+"""Preference optimisation: losses against the decode loop's own log p, gradients, pairs, choices, planted
+rewards."""
 
 import dataclasses
 import math
@@ -93,9 +94,13 @@ def by_hand(kind: str, pairs, known, alpha: float, beta: float, per_token: bool)
   """The losses of pairs, from the definitions in PASTA.md and the papers."""
   out = []
   for delta, (chosen, _) in zip(margins(pairs, known, per_token), known):
-    out.append({"bonbon": -alpha * chosen + (1 - alpha) * (delta - 1 / beta) ** 2,
-                "ipo": (delta - 1 / (2 * beta)) ** 2,
-                "dpo": math.log1p(math.exp(-beta * delta)) if beta * delta > -500 else -beta * delta}[kind])
+    out.append(
+      {
+        "bonbon": -alpha * chosen + (1 - alpha) * (delta - 1 / beta) ** 2,
+        "ipo": (delta - 1 / (2 * beta)) ** 2,
+        "dpo": math.log1p(math.exp(-beta * delta)) if beta * delta > -500 else -beta * delta,
+      }[kind]
+    )
   return np.array(out)
 
 
@@ -112,9 +117,15 @@ def test_losses_are_those_of_the_decode_loops_log_p(drawn, some_pairs, kind, per
     total = {k: v + float(sums[k]) for k, v in total.items()}
   reference = np.array([p.reference for p in pairs])
   gains, delta = known - reference, np.array(margins(pairs, known, per_token))
-  expected = {"loss": by_hand(kind, pairs, known, alpha, beta, per_token).sum(), "pairs": len(pairs),
-              "margin": delta.sum(), "accuracy": (delta > 0).sum(),
-              "chosen": known[:, 0].sum(), "rejected": known[:, 1].sum(), "lost": -gains.sum()}
+  expected = {
+    "loss": by_hand(kind, pairs, known, alpha, beta, per_token).sum(),
+    "pairs": len(pairs),
+    "margin": delta.sum(),
+    "accuracy": (delta > 0).sum(),
+    "chosen": known[:, 0].sum(),
+    "rejected": known[:, 1].sum(),
+    "lost": -gains.sum(),
+  }
   for name, value in expected.items():
     assert total[name] == pytest.approx(value, rel=1e-4, abs=1e-3), name
 
@@ -128,15 +139,18 @@ def test_gradients_equal_finite_differences(drawn, some_pairs, kind, per_token):
 
   @jax.jit
   def loss(params):
-    return preference_loss(nnx.merge(tiny.GRAPH, params), batch, loss=kind, alpha=0.3, beta=0.04,
-                           per_token=per_token)[0]
+    return preference_loss(
+      nnx.merge(tiny.GRAPH, params), batch, loss=kind, alpha=0.3, beta=0.04, per_token=per_token
+    )[0]
 
   scaled = lambda tree, h: jax.tree.map(lambda x: h * x, tree)
   gradient = jax.grad(loss)(drawn[0])
   for seed in range(3):
     keys = jax.random.split(jax.random.key(seed), len(jax.tree.leaves(gradient)))
-    noise = jax.tree.unflatten(jax.tree.structure(gradient),
-                               [jax.random.normal(k, g.shape) for k, g in zip(keys, jax.tree.leaves(gradient))])
+    noise = jax.tree.unflatten(
+      jax.tree.structure(gradient),
+      [jax.random.normal(k, g.shape) for k, g in zip(keys, jax.tree.leaves(gradient))],
+    )
     scale = 1 / optax.global_norm(gradient), 0.3 / optax.global_norm(noise)
     direction = jax.tree.map(lambda g, n, scale=scale: scale[0] * g + scale[1] * n, gradient, noise)
     slope = sum(float(jnp.vdot(g, d)) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction)))
@@ -147,7 +161,8 @@ def test_gradients_equal_finite_differences(drawn, some_pairs, kind, per_token):
 
 
 def test_the_default_beta_is_that_of_order_statistics():
-  """E Δ of best-of-n between best and worst, by drawing ranks: log of n u^(n-1) at the largest and smallest u."""
+  """E Δ of best-of-n between best and worst, by drawing ranks: log of n u^(n-1) at the largest and smallest
+  u."""
   rng = np.random.default_rng(0)
   for n in (2, 4, 10):
     u = rng.random((200_000, n))
@@ -186,8 +201,17 @@ def test_batches_hold_whole_pairs_and_every_pair_once_an_epoch(some_pairs):
 def test_a_policy_learns_what_is_rewarded(decoder, drawn, wanted, per_token):
   """Planted reward: one that is paid for promises makes more of them, one that is fined for them fewer."""
   params, groups = drawn
-  config = ConfigDict(dict(loss="bonbon", alpha=0.005, per_token=per_token, loss_chunk=256, remat="none",
-                           attention="auto", dtype="float32"))
+  config = ConfigDict(
+    dict(
+      loss="bonbon",
+      alpha=0.005,
+      per_token=per_token,
+      loss_chunk=256,
+      remat="none",
+      attention="auto",
+      dtype="float32",
+    )
+  )
   pairs = []
   for group in groups:
     order = sorted(group, key=lambda t: wanted * (len(t.threads) - 1))
@@ -209,7 +233,9 @@ def test_a_policy_learns_what_is_rewarded(decoder, drawn, wanted, per_token):
     first, last = first or metrics, metrics
   assert abs(float(first["margin"])) < 1e-2 < 5 < float(last["margin"]) and float(last["accuracy"]) == 1
   seeds = range(5000, 10000, 1000)  # 72 answers each: fewer leave the mean too uncertain
-  count = lambda params: np.mean([len(t.threads) - 1 for s in seeds for g in sample(decoder, params, s) for t in g])
+  count = lambda params: np.mean(
+    [len(t.threads) - 1 for s in seeds for g in sample(decoder, params, s) for t in g]
+  )
   before, after = count(params), count(nnx.state(nnx.merge(graph, state.trainable, frozen)))
   print(wanted, before, after)
   assert wanted * (after - before) > 0.3 * before
@@ -218,15 +244,20 @@ def test_a_policy_learns_what_is_rewarded(decoder, drawn, wanted, per_token):
 def test_accumulated_batches_weigh_every_pair_the_same(drawn, some_pairs):
   """Two batches with different numbers of pairs: the mean over pairs, not of batches' means."""
   pairs, _ = some_pairs
-  config = ConfigDict(dict(loss="ipo", alpha=0.0, per_token=False, loss_chunk=256, remat="none",
-                           attention="auto", dtype="float32"))
+  config = ConfigDict(
+    dict(
+      loss="ipo", alpha=0.0, per_token=False, loss_chunk=256, remat="none", attention="auto", dtype="float32"
+    )
+  )
   graph, trainable, frozen = nnx.split(nnx.merge(tiny.GRAPH, drawn[0]), nnx.Param, ...)
   batches = PairBatches(pairs, rows=ROWS, length=LENGTH, levels=LEVELS, seed=0)
   two = [batches.batch(pairs[:2]), batches.batch(pairs[2:3])]
   update = make_pair_update(graph, optax.sgd(1.0), config, 0.05)
 
   def run(found):
-    state = TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), optax.sgd(1.0).init(trainable))
+    state = TrainState(
+      jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), optax.sgd(1.0).init(trainable)
+    )
     return update(state, frozen, jax.tree.map(lambda *x: np.stack(x), *found))[1]
 
   both, first, second = run(two), run(two[:1]), run(two[1:])
@@ -237,8 +268,21 @@ def test_accumulated_batches_weigh_every_pair_the_same(drawn, some_pairs):
 
 def row(**changes) -> dict:
   """A sample with nothing wrong."""
-  base = dict(text="An answer.", finish_reason="stop", ill_formed=0, loops=False, empty_chunks=0, copied_chunks=0,
-              refused=0, text_tokens=80, total_tokens=100, longest_path=50, speedup=1.6, quality=0.5, faults=[])
+  base = dict(
+    text="An answer.",
+    finish_reason="stop",
+    ill_formed=0,
+    loops=False,
+    empty_chunks=0,
+    copied_chunks=0,
+    refused=0,
+    text_tokens=80,
+    total_tokens=100,
+    longest_path=50,
+    speedup=1.6,
+    quality=0.5,
+    faults=[],
+  )
   return base | changes
 
 
@@ -256,8 +300,10 @@ def test_saying_less_is_no_speed():
 
 
 def test_the_best_and_the_worst():
-  fast, good, slow = (row(text=t, speedup=s, quality=q) for t, s, q in
-                      (("fast", 3.0, 0.3), ("good", 1.5, 0.9), ("slow", 1.0, 0.4)))
+  fast, good, slow = (
+    row(text=t, speedup=s, quality=q)
+    for t, s, q in (("fast", 3.0, 0.3), ("good", 1.5, 0.9), ("slow", 1.0, 0.4))
+  )
   samples = [slow, fast, good]
   pick = lambda weight, rows=samples, **kw: dataclasses.astuple(choose(rows, weight, **kw))
   assert pick(0.0) == pick(1.0) == (1, 0, "")
@@ -283,17 +329,26 @@ def test_the_best_and_the_worst():
 def test_ways_to_cheat_have_names(changes, name):
   baseline = {"text_tokens": 100}
   assert faults(row(), baseline) == []
-  assert faults(row(**({"total_tokens": changes["text_tokens"]} if "text_tokens" in changes else {}) | changes),
-                baseline) == [name]
+  assert faults(
+    row(**({"total_tokens": changes["text_tokens"]} if "text_tokens" in changes else {}) | changes), baseline
+  ) == [name]
 
 
 def test_empty_and_copied_chunks_are_seen():
-  words = tiny.VOCABULARY.tokenizer.encode("tree stone river cloud amber lemon tiger of a the in tree tree stone")
+  words = tiny.VOCABULARY.tokenizer.encode(
+    "tree stone river cloud amber lemon tiger of a the in tree tree stone"
+  )
   tags = tiny.VOCABULARY.tags
   thread = lambda number, tokens: types.SimpleNamespace(number=number, tokens=np.array(tokens))
-  trace = types.SimpleNamespace(threads=[
-    thread(0, [1, 2, 3]), thread(1, [tags.async_, *words, tags.end]), thread(2, [tags.async_, *words[1:], tags.end]),
-    thread(3, [tags.async_, tags.end]), thread(4, [tags.async_, *words[::-1], tags.end])])
+  trace = types.SimpleNamespace(
+    threads=[
+      thread(0, [1, 2, 3]),
+      thread(1, [tags.async_, *words, tags.end]),
+      thread(2, [tags.async_, *words[1:], tags.end]),
+      thread(3, [tags.async_, tags.end]),
+      thread(4, [tags.async_, *words[::-1], tags.end]),
+    ]
+  )
   assert chunk_facts(trace, tiny.VOCABULARY) == {"empty_chunks": 1, "copied_chunks": 1}
 
 
@@ -301,6 +356,8 @@ def test_the_clock_is_predicted_from_steps():
   cost = StepCost(base=10.0, row=1.0, entry=0.5)
   assert cost.seconds([1, 2, 2], prompt=4) == (10 + 1 + 2) + (10 + 2 + 2.5)
   sample = {"prompt_tokens": 4, "rounds": [1, 2, 2, 2], "text_tokens": 3}
-  assert cost.speedup(sample, {"text_tokens": 2}) == pytest.approx(((13) + (10 + 1 + 2.5)) / (13 + (10 + 3 + 2.5)))
+  assert cost.speedup(sample, {"text_tokens": 2}) == pytest.approx(
+    ((13) + (10 + 1 + 2.5)) / (13 + (10 + 3 + 2.5))
+  )
   three = 13 + (10 + 1 + 2.5) + (10 + 1 + 3)
   assert cost.speedup(sample, {"text_tokens": 50}) == pytest.approx(three / (13 + (10 + 3 + 2.5)))

@@ -1,4 +1,5 @@
-"""`--mode=preference` on a tiny model: rounds, stages by themselves, resuming, one policy for all weights, audits."""
+"""`--mode=preference` on a tiny model: rounds, stages by themselves, resuming, one policy for all weights,
+audits."""
 
 import dataclasses
 import json
@@ -20,7 +21,9 @@ from pasta_jax.preference import audit, front, sampling
 from pasta_jax.preference.rounds import optimise, policies
 from pasta_jax.preference.score import StepCost
 
-PROMPTS = [{"id": str(i), "prompt": p} for i, p in enumerate(["Plan a trip.", "Why?", "Name three birds.", "Sing."])]
+PROMPTS = [
+  {"id": str(i), "prompt": p} for i, p in enumerate(["Plan a trip.", "Why?", "Name three birds.", "Sing."])
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +32,38 @@ def start(tmp_path_factory):
   folder = tmp_path_factory.mktemp("preference")
   config = trained_config(folder)
   config.systems.baseline.adapter = config.model.adapter
-  config.decode.update(max_new_tokens=90, slots=2, capacity=1024, dtype="float32", promise_bias=5.0, no_repeat=0,
-                       repetition_penalty=1.0)
+  config.decode.update(
+    max_new_tokens=90,
+    slots=2,
+    capacity=1024,
+    dtype="float32",
+    promise_bias=5.0,
+    no_repeat=0,
+    repetition_penalty=1.0,
+  )
   (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
-  config.eval.update(requests=2, width=2, limit=2, prompts=str(folder / "prompts.jsonl"), judge_dtype="float32")
+  config.eval.update(
+    requests=2, width=2, limit=2, prompts=str(folder / "prompts.jsonl"), judge_dtype="float32"
+  )
   # A model of random weights is cut off nearly always, so nothing here is without faults.
-  config.preference.update(prompts=str(folder / "prompts.jsonl"), samples=3, temperature=1.0, requests=4, weights="2",
-                           guards=False, length=320, batch_size=2, accumulate=1, steps=3, learning_rate=1e-2,
-                           dtype="float32", remat="none", attention="auto", loss_chunk=256, checkpoint_every=1)
+  config.preference.update(
+    prompts=str(folder / "prompts.jsonl"),
+    samples=3,
+    temperature=1.0,
+    requests=4,
+    weights="2",
+    guards=False,
+    length=320,
+    batch_size=2,
+    accumulate=1,
+    steps=3,
+    learning_rate=1e-2,
+    dtype="float32",
+    remat="none",
+    attention="auto",
+    loss_chunk=256,
+    checkpoint_every=1,
+  )
   return config
 
 
@@ -79,7 +106,9 @@ def test_two_rounds_leave_what_they_promise(whole, start):
     for p in pairs:
       value = lambda side, p=p: p[side]["speedup"] + 2 * p[side]["quality"]
       assert value("best") > value("worst") and p["best"]["text"] == by_id[p["best"]["id"]]["text"]
-    assert figures["faults of samples, share"]["cut off"] == sum(r["finish_reason"] != "stop" for r in drawn) / 12
+    assert (
+      figures["faults of samples, share"]["cut off"] == sum(r["finish_reason"] != "stop" for r in drawn) / 12
+    )
     assert report["training"]["margin"] > 0.1 and (folder / "train" / "metrics.jsonl").exists()
     assert len(rows_of(folder / "train" / "reference.jsonl")) == len(pairs)
   texts = [[r["text"] for r in rows_of(p / "samples.jsonl")] for p in (whole / "start", second)]
@@ -91,7 +120,8 @@ def test_two_rounds_leave_what_they_promise(whole, start):
 
 
 def test_stages_by_themselves_and_after_a_kill(whole, start, tmp_path):
-  """Each stage in a call of its own, the samples' file cut off in a line: the same adapter, and nothing drawn twice."""
+  """Each stage in a call of its own, the samples' file cut off in a line: the same adapter, and nothing drawn
+  twice."""
   once = changed(start, rounds=1)
   optimise(changed(once, stages="sample"), tmp_path)
   path = tmp_path / "start" / "samples.jsonl"
@@ -120,13 +150,18 @@ def test_samples_drawn_in_shares_are_those_of_one_call(whole, start, tmp_path):
   other = tmp_path / "start" / "samples.2-of-3.jsonl"
   whole_lines = other.read_bytes()
   other.write_bytes(whole_lines + b'{"id": "0#0", ')  # another process is about to end a line
-  optimise(changed(once, stages="sample", share="1/2"), tmp_path)  # of other shares: what is there is not drawn again
+  optimise(
+    changed(once, stages="sample", share="1/2"), tmp_path
+  )  # of other shares: what is there is not drawn again
   assert other.read_bytes() == whole_lines + b'{"id": "0#0", '
   other.write_bytes(whole_lines)
   optimise(changed(once, stages="sample"), tmp_path)
   files = sorted((tmp_path / "start").glob("samples*.jsonl"))
   assert [(p.name, len(rows_of(p))) for p in files] == [
-    ("samples.1-of-2.jsonl", 6), ("samples.2-of-3.jsonl", 3), ("samples.jsonl", 3)]
+    ("samples.1-of-2.jsonl", 6),
+    ("samples.2-of-3.jsonl", 3),
+    ("samples.jsonl", 3),
+  ]
   texts = lambda paths: {r["id"]: r["text"] for p in paths for r in rows_of(p)}
   assert texts(files) == texts([whole / "start" / "samples.jsonl"])
   optimise(changed(once, stages="judge,train"), tmp_path)
@@ -140,7 +175,8 @@ def test_samples_drawn_in_shares_are_those_of_one_call(whole, start, tmp_path):
 
 @pytest.mark.parametrize("steps", [2, 3])
 def test_a_training_that_was_killed_goes_on(whole, start, tmp_path, steps, capsys):
-  """Checkpoints of some steps, and neither adapter nor report: the adapter and the report of a run never stopped."""
+  """Checkpoints of some steps, and neither adapter nor report: the adapter and the report of a run never
+  stopped."""
   for name in ("baseline.jsonl", "baseline.settings.json"):
     shutil.copy(whole / name, tmp_path)
   shutil.copytree(whole / "start", tmp_path / "start")
@@ -156,27 +192,38 @@ def test_a_training_that_was_killed_goes_on(whole, start, tmp_path, steps, capsy
   for r in reports:
     del r["training"]["pairs_per_second"], r["training"]["data_wait"]
   assert reports[0] == reports[1] and "margin" in capsys.readouterr().out
-  assert_same_adapter(train / "adapter.safetensors", whole / "weight_2" / "round1" / "train" / "adapter.safetensors")
+  assert_same_adapter(
+    train / "adapter.safetensors", whole / "weight_2" / "round1" / "train" / "adapter.safetensors"
+  )
 
 
 def test_every_parameter_can_be_trained(whole, start, tmp_path):
-  """From a low-rank start: each round goes on from the weights of the one before, and so does whoever decodes."""
+  """From a low-rank start: each round goes on from the weights of the one before, and so does whoever
+  decodes."""
   for name in ("baseline.jsonl", "baseline.settings.json"):
     shutil.copy(whole / name, tmp_path)
   shutil.copytree(whole / "start", tmp_path / "start")
   optimise(changed(start, lora_rank=0, learning_rate=1e-3, stages="sample,judge,train"), tmp_path)
   first, second = (tmp_path / "weight_2" / f"round{n}" / "train" for n in (1, 2))
-  low_rank, full = ({r["id"]: r["log_p"] for r in rows_of(f / "reference.jsonl")}
-                    for f in (whole / "weight_2" / "round1" / "train", first))
+  low_rank, full = (
+    {r["id"]: r["log_p"] for r in rows_of(f / "reference.jsonl")}
+    for f in (whole / "weight_2" / "round1" / "train", first)
+  )
   assert low_rank.keys() == full.keys()
-  np.testing.assert_allclose(list(full.values()), [low_rank[k] for k in full], rtol=1e-5)  # the start, updates merged
-  kernels = [load_checkpoint(source).params["layers.0.attn.q.kernel"]
-             for source in (start.model.source, first / "model", second / "model")]
+  np.testing.assert_allclose(
+    list(full.values()), [low_rank[k] for k in full], rtol=1e-5
+  )  # the start, updates merged
+  kernels = [
+    load_checkpoint(source).params["layers.0.attn.q.kernel"]
+    for source in (start.model.source, first / "model", second / "model")
+  ]
   assert all(np.abs(a - b).max() > 1e-4 for a, b in zip(kernels, kernels[1:]))
   found = json.loads((second.parent / "audit.json").read_text())
   assert found["samples"] == 8 and found["worst"] < 1e-5 and abs(found["from_start"]) > 1e-4
   moved = shutil.copytree(second, tmp_path / "elsewhere")
-  generators = [Generator(start, adapter=str(f / "adapter.safetensors"), dtype="float32") for f in (second, moved)]
+  generators = [
+    Generator(start, adapter=str(f / "adapter.safetensors"), dtype="float32") for f in (second, moved)
+  ]
   kernel = generators[1].model.layers[0].attn.q.kernel[...]
   np.testing.assert_array_equal(kernel, generators[0].model.layers[0].attn.q.kernel[...])
   np.testing.assert_array_equal(kernel, kernels[2])
@@ -189,7 +236,9 @@ def test_every_parameter_can_be_trained(whole, start, tmp_path):
 def test_other_settings_need_another_folder(whole, start):
   for changes in ({"loss": "dpo"}, {"alpha": 0.5}, {"guards": True}, {"score": "harmonic"}, {"length": 300}):
     [(name, value)] = changes.items()
-    with pytest.raises(ValueError, match=f"was made with preference.{name}=.*, not {value!r}: choose another"):
+    with pytest.raises(
+      ValueError, match=f"was made with preference.{name}=.*, not {value!r}: choose another"
+    ):
       optimise(changed(start, **changes), whole)
 
 
@@ -202,7 +251,8 @@ def test_samples_depend_on_their_own_seed_alone(start, tmp_path, whole):
     sampling.draw(start, start.model.adapter, other, tmp_path / "samples.jsonl")
   known = {r["id"]: r["text"] for r in rows_of(whole / "start" / "samples.jsonl")}
   assert {s["id"]: s["text"] for rows in drawn.values() for s in rows} == {
-    i: t for i, t in known.items() if i.split("#")[0] in ("1", "2")}
+    i: t for i, t in known.items() if i.split("#")[0] in ("1", "2")
+  }
 
 
 def test_decode_loop_and_trainer_agree(start, whole):
@@ -216,7 +266,9 @@ def test_decode_loop_and_trainer_agree(start, whole):
   assert audit.divergence(start, checkpoint, adapter, samples[:6]) == pytest.approx(0, abs=1e-4)
   trained = whole / "weight_2" / "round1" / "train" / "adapter.safetensors"
   behind = json.loads((whole / "weight_2" / "round2" / "audit.json").read_text())
-  assert behind["worst"] < 1e-4 and behind["from_start"] > 1e-2  # its own samples, which the start would rarely write
+  assert (
+    behind["worst"] < 1e-4 and behind["from_start"] > 1e-2
+  )  # its own samples, which the start would rarely write
   own = rows_of(whole / "weight_2" / "round2" / "samples.jsonl")
   assert audit.divergence(start, checkpoint, trained, own) == pytest.approx(0, abs=1e-4)
 
@@ -238,8 +290,11 @@ def test_one_policy_for_all_weights(start, whole, tmp_path, monkeypatch):
   (tmp_path / "one.jsonl").write_text(json.dumps(PROMPTS[3]) + "\n")
   # What the decoder is given is looked at, too: a model of random weights may answer the same to any speed.
   decoded, run = [], command.BatchDecoder.run
-  monkeypatch.setattr(command.BatchDecoder, "run",
-                      lambda self, prompts, *a, **k: decoded.extend(prompts) or run(self, prompts, *a, **k))
+  monkeypatch.setattr(
+    command.BatchDecoder,
+    "run",
+    lambda self, prompts, *a, **k: decoded.extend(prompts) or run(self, prompts, *a, **k),
+  )
   for speed in (-1, 0, 1):
     config.decode.speed = speed
     generator = Generator(config)
@@ -257,8 +312,11 @@ def test_one_policy_for_all_weights(start, whole, tmp_path, monkeypatch):
 
 
 def test_a_start_without_tags_is_refused_before_any_work(start, tmp_path):
-  for name, words in (("baseline", "starts from a PASTA adapter"), ("", "starts from a PASTA adapter"),
-                      (str(tmp_path / "gone"), "no adapter file at .*gone")):
+  for name, words in (
+    ("baseline", "starts from a PASTA adapter"),
+    ("", "starts from a PASTA adapter"),
+    (str(tmp_path / "gone"), "no adapter file at .*gone"),
+  ):
     config = start.copy_and_resolve_references()
     config.model.adapter = name
     with pytest.raises(ValueError, match=words):
@@ -269,7 +327,9 @@ def test_a_start_without_tags_is_refused_before_any_work(start, tmp_path):
 def test_the_step_cost_is_found_again():
   """From steps of a known cost, with a measurement of another precision and of other kinds beside them."""
   cost = StepCost(base=0.02, row=0.003, entry=1e-5)
-  median = {("float32", b, p): 0.02 + 0.003 * b + 1e-5 * p / 2 for b, p in ((1, 512), (4, 512), (8, 512), (1, 2048))}
+  median = {
+    ("float32", b, p): 0.02 + 0.003 * b + 1e-5 * p / 2 for b, p in ((1, 512), (4, 512), (8, 512), (1, 2048))
+  }
   median |= {("bfloat16", 1, 512): 9.0, ("sequential", "float32"): 1.0, ("requests", "float32", 8): 5.0}
   assert dataclasses.asdict(cost) == pytest.approx(step_cost(median, "float32"))
 
@@ -291,7 +351,9 @@ def test_wrong_settings_are_one_line(start, tmp_path, changes, words):
 
 def test_policies(start):
   assert [(p.name, p.weights) for p in policies(changed(start, weights="1, inf"))] == [
-    ("weight_1", (1.0,)), ("weight_inf", (float("inf"),))]
+    ("weight_1", (1.0,)),
+    ("weight_inf", (float("inf"),)),
+  ]
   [one] = policies(changed(start, weights="1,8,inf", conditioned=True))
   assert [one.speed(w) for w in one.weights] == [2, 1, 0]
 
@@ -317,10 +379,12 @@ def test_what_a_round_learned_is_in_its_report(whole, start):
 
 # --- the figure ---
 
+
 def summary(**systems) -> str:
   one = lambda own, paper, win: {
     "responses": {"theoretical_speedup": own, "theoretical_against_baseline": paper},
-    "quality": {"local": {"win_rate": win, "win_rate_error": 2.0}}}
+    "quality": {"local": {"win_rate": win, "win_rate_error": 2.0}},
+  }
   return json.dumps({"systems": {name: one(*values) for name, values in systems.items()}})
 
 
@@ -332,8 +396,11 @@ def test_the_figure_shows_every_policy_from_the_start_on(tmp_path):
     (tmp_path / name / "summary.json").write_text(text)
   found = front.points([tmp_path / "a", tmp_path / "b"])
   assert {(p.policy, p.number, p.speed, p.quality) for p in found} == {
-    ("start", 0, (1.6, 1.8), 43.0), ("weight_1", 1, (1.7, 2.4), 42.0), ("weight_1", 2, (2.3, 2.4), 38.0),
-    ("conditioned_speed0", 1, (1.5, 1.9), 44.0)}
+    ("start", 0, (1.6, 1.8), 43.0),
+    ("weight_1", 1, (1.7, 2.4), 42.0),
+    ("weight_1", 2, (2.3, 2.4), 38.0),
+    ("conditioned_speed0", 1, (1.5, 1.9), 44.0),
+  }
   for axes, k in zip(front.draw(found).axes, (0, 1)):
     paths = [list(zip(*line.get_data())) for line in axes.lines]
     assert [(f[k], q) for f, q in (((1.6, 1.8), 43.0), ((1.7, 2.4), 42.0), ((2.3, 2.4), 38.0))] in paths

@@ -17,13 +17,23 @@ def write(path: Path, *rows) -> Path:
 
 def test_forms_that_are_known_by_name(tmp_path: Path):
   turns = lambda *said: [{"from": who, "value": text} for who, text in said]
-  source = read_instructions(write(
-    tmp_path / "a.jsonl", {"id": 7, "prompt": "p", "response": "r", "more": 1},
-    {"instruction": "i", "input": "", "output": "o"}, {"instruction": "i", "input": "given", "output": "o"},
-    {"conversations": turns(("system", "Be kind."), ("human", "h"), ("gpt", "g"))},
-    {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}))
+  source = read_instructions(
+    write(
+      tmp_path / "a.jsonl",
+      {"id": 7, "prompt": "p", "response": "r", "more": 1},
+      {"instruction": "i", "input": "", "output": "o"},
+      {"instruction": "i", "input": "given", "output": "o"},
+      {"conversations": turns(("system", "Be kind."), ("human", "h"), ("gpt", "g"))},
+      {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
+    )
+  )
   assert [(r["prompt"], r["response"]) for r in source.rows] == [
-    ("p", "r"), ("i", "o"), ("i\n\ngiven", "o"), ("Be kind.\n\nh", "g"), ("u", "a")]
+    ("p", "r"),
+    ("i", "o"),
+    ("i\n\ngiven", "o"),
+    ("Be kind.\n\nh", "g"),
+    ("u", "a"),
+  ]
   assert [r["id"] for r in source.rows] == ["7", "a-2", "a-3", "a-4", "a-5"] and source.rows[0]["more"] == 1
   assert not source.faults
   (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
@@ -34,19 +44,38 @@ def test_forms_that_are_known_by_name(tmp_path: Path):
 
 def test_bad_rows_are_counted_and_named(tmp_path: Path):
   good = {"id": "a", "prompt": "p", "response": "r"}
-  source = read_instructions(write(
-    tmp_path / "a.jsonl", good, b"{", b'{"prompt": "\xff", "response": "r"}', [1], good,
-    {"prompt": " ", "response": "r"}, {"prompt": "p", "response": None},
-    {"prompt": "p", "response": "x" * (LONGEST + 1)},
-    {"conversations": [{"from": "human", "value": "h"}]}, {"conversations": "x"},
-    {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}] * 2},
-    b'{"prompt": "\\ud800", "response": "r"}', b"", {"prompt": "p", "response": ""}))
+  source = read_instructions(
+    write(
+      tmp_path / "a.jsonl",
+      good,
+      b"{",
+      b'{"prompt": "\xff", "response": "r"}',
+      [1],
+      good,
+      {"prompt": " ", "response": "r"},
+      {"prompt": "p", "response": None},
+      {"prompt": "p", "response": "x" * (LONGEST + 1)},
+      {"conversations": [{"from": "human", "value": "h"}]},
+      {"conversations": "x"},
+      {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}] * 2},
+      b'{"prompt": "\\ud800", "response": "r"}',
+      b"",
+      {"prompt": "p", "response": ""},
+    )
+  )
   assert [r["id"] for r in source.rows] == ["a"]
   assert source.counts() == {
-    "not JSON": 1, "not UTF-8": 1, "not an object": 1, "an id that another row has": 1, "no prompt": 1,
-    "no response": 2, f"more than {LONGEST:,} characters": 1,
-    "a conversation of several turns": 2, "a conversation of another form": 1,
-    "characters that are no Unicode": 1}
+    "not JSON": 1,
+    "not UTF-8": 1,
+    "not an object": 1,
+    "an id that another row has": 1,
+    "no prompt": 1,
+    "no response": 2,
+    f"more than {LONGEST:,} characters": 1,
+    "a conversation of several turns": 2,
+    "a conversation of another form": 1,
+    "characters that are no Unicode": 1,
+  }
   assert source.faults["not JSON"] == ["a.jsonl, row 2"]
   assert source.faults["an id that another row has"] == ["a.jsonl, row 5 (a)"]
 
@@ -54,8 +83,11 @@ def test_bad_rows_are_counted_and_named(tmp_path: Path):
 def test_files_that_cannot_be_used_are_one_line(tmp_path: Path):
   (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"{}" * 1000)[:30])
   (tmp_path / "list.json").write_text("[{")
-  for name, message in (("none.jsonl", "no such data file"), ("cut.jsonl.gz", "cut.jsonl.gz: "),
-                        ("list.json", "list.json: ")):
+  for name, message in (
+    ("none.jsonl", "no such data file"),
+    ("cut.jsonl.gz", "cut.jsonl.gz: "),
+    ("list.json", "list.json: "),
+  ):
     with pytest.raises(DataError, match=message):
       read_instructions(tmp_path / name)
   with pytest.raises(DataError, match=r"holds no row with an instruction and a response \(1 no prompt\)"):
@@ -66,10 +98,14 @@ def test_files_that_cannot_be_used_are_one_line(tmp_path: Path):
 
 def test_rows_that_share_words_with_an_evaluation_are_named(tmp_path: Path):
   long = "Please tell me which of the seven wonders of the world still stands today."
-  source = read_instructions(write(
-    tmp_path / "a.jsonl", {"prompt": f"Well: {long.upper()}", "response": "r"},
-    {"prompt": "Write a poem!", "response": "r"},
-    {"prompt": "Write a poem about one of the seven wonders of the world.", "response": "r"}))
+  source = read_instructions(
+    write(
+      tmp_path / "a.jsonl",
+      {"prompt": f"Well: {long.upper()}", "response": "r"},
+      {"prompt": "Write a poem!", "response": "r"},
+      {"prompt": "Write a poem about one of the seven wonders of the world.", "response": "r"},
+    )
+  )
   decontaminate(source, [long, "write a poem"])
   assert [r["id"] for r in source.rows] == ["a-3"]
   assert source.faults == {"shares words with an evaluation prompt": ["a-1", "a-2"]}

@@ -46,9 +46,18 @@ def test_sections_may_hold_lists():
   items = "\n".join(f"- thing number {n} {LONG}" for n in ("one", "two", "three"))
   text = f"Intro.\n\n## The Past\n{items}\n\n## The Future\nNobody knows {LONG}\n"
   found = annotate(text)
-  assert [c["topic"] for c in found] == ["Past", "thing number one", "thing number two", "thing number three", "Future"]
+  assert [c["topic"] for c in found] == [
+    "Past",
+    "thing number one",
+    "thing number two",
+    "thing number three",
+    "Future",
+  ]
   program = program_of({"id": 0, "response": text, "chunks": found, "syncs": []})
-  assert [len([n for n in p.body if isinstance(n, Promise)]) for p in program if isinstance(p, Promise)] == [3, 0]
+  assert [len([n for n in p.body if isinstance(n, Promise)]) for p in program if isinstance(p, Promise)] == [
+    3,
+    0,
+  ]
 
 
 def test_paragraphs_keep_their_first_sentences():

@@ -1,5 +1,5 @@
-"""Tokenizer of the default model: texts are exact, and control tokens cannot be written by a user; chat templates mean
-what they mean to transformers; and vocabularies are made of lists as in GGUF."""
+"""Tokenizer of the default model: texts are exact, and control tokens cannot be written by a user; chat
+templates mean what they mean to transformers; and vocabularies are made of lists as in GGUF."""
 
 import pickle
 from pathlib import Path
@@ -138,24 +138,30 @@ TEMPLATES = [
 def test_templates_mean_what_they_mean_to_transformers(template: str):
   pytest.importorskip("transformers")
   from transformers.utils.chat_template_utils import render_jinja_template
+
   for to_answer in (True, False):
-    (expected,), _ = render_jinja_template([MESSAGES], chat_template=template, add_generation_prompt=to_answer, **NAMED)
+    (expected,), _ = render_jinja_template(
+      [MESSAGES], chat_template=template, add_generation_prompt=to_answer, **NAMED
+    )
     assert chat.render(template, MESSAGES, NAMED, to_answer=to_answer) == expected
 
 
-@pytest.mark.parametrize(("template", "message"), [
-  ("{{ 1 // 0 }}", "by zero"),
-  ("{{ messages[0].content + 1 }}", "str"),
-  ("{{ messages[7].content }}", "no element 7"),
-  ("{{ [1] | sum(start=[]) }}", "list"),
-  ("{{ messages.append(1) }}", "unsafe"),
-  ("{{ ''.__class__.__mro__ }}", "unsafe"),
-  ("{{ {1: messages} | tojson(indent='x', separators=1) }}", ""),
-  ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recursion"),
-  ("{% if %}", "expression"),
-  ("{% generation %}", "endgeneration"),
-  ("{{ raise_exception('two\nlines') }}", "two lines"),
-])
+@pytest.mark.parametrize(
+  ("template", "message"),
+  [
+    ("{{ 1 // 0 }}", "by zero"),
+    ("{{ messages[0].content + 1 }}", "str"),
+    ("{{ messages[7].content }}", "no element 7"),
+    ("{{ [1] | sum(start=[]) }}", "list"),
+    ("{{ messages.append(1) }}", "unsafe"),
+    ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ("{{ {1: messages} | tojson(indent='x', separators=1) }}", ""),
+    ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "recursion"),
+    ("{% if %}", "expression"),
+    ("{% generation %}", "endgeneration"),
+    ("{{ raise_exception('two\nlines') }}", "two lines"),
+  ],
+)
 def test_whatever_a_template_does_is_one_line(tokenizer: Tokenizer, template: str, message: str):
   foreign = pickle.loads(pickle.dumps(tokenizer))
   foreign.chat_template = template
@@ -169,13 +175,25 @@ def test_templates_get_every_name(tokenizer: Tokenizer):
   own = pickle.loads(pickle.dumps(tokenizer))
   own.chat_template = "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}"
   ids = [tokenizer._named.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")]
-  assert own.chat_prompt([{"role": "user", "content": "x"}]) == [i for i in ids if i is not None] and ids[:2] == [1, 2]
+  assert own.chat_prompt([{"role": "user", "content": "x"}]) == [i for i in ids if i is not None] and ids[
+    :2
+  ] == [1, 2]
 
 
 # --- lists, as in GGUF ---
 
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-MERGES = [("h", "e"), ("l", "o"), ("Ġ", "he"), ("1", "2"), ("H", "e"), ("'", "s"), ("Ċ", "Ċ"), ("Ġ", "Ġ"), ("/", "Ċ")]
+MERGES = [
+  ("h", "e"),
+  ("l", "o"),
+  ("Ġ", "he"),
+  ("1", "2"),
+  ("H", "e"),
+  ("'", "s"),
+  ("Ċ", "Ċ"),
+  ("Ġ", "Ġ"),
+  ("/", "Ċ"),
+]
 
 
 def of_bytes(pre: str = "qwen2", more: dict[str, int] | None = None, **given: Any) -> Tokenizer:
@@ -183,24 +201,39 @@ def of_bytes(pre: str = "qwen2", more: dict[str, int] | None = None, **given: An
   more = {"<|begin|>": forms.CONTROL, "<|end|>": forms.CONTROL, **(more or {})}
   tokens = [*BYTES, *map("".join, MERGES), "helo", *more]  # "helo" is an entry that no merge leads to
   ends = [tokens.index(text) for text in ("<|end|>", "<|begin|>")]
-  return Tokenizer.from_gguf_fields(tokens, [1] * (len(tokens) - len(more)) + list(more.values()), *ends, pre=pre,
-                                    merges=[" ".join(merge) for merge in MERGES], **given)
+  return Tokenizer.from_gguf_fields(
+    tokens,
+    [1] * (len(tokens) - len(more)) + list(more.values()),
+    *ends,
+    pre=pre,
+    merges=[" ".join(merge) for merge in MERGES],
+    **given,
+  )
 
 
 @pytest.mark.parametrize("pre", ["tekken", "llama3", "llama-v3", "deepseek-r1-qwen", "qwen2", "llama-bpe"])
 def test_texts_are_cut_as_transformers_cuts_those_of_gguf(pre: str):
-  splits = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping").GGUF_PRE_TOKENIZER_SPLITS
+  splits = pytest.importorskip(
+    "transformers.integrations.gguf.gguf_tokenizer_mapping"
+  ).GGUF_PRE_TOKENIZER_SPLITS
   whole = pre == "tekken" or pre.startswith("llama")
   tokens = [*BYTES, *map("".join, MERGES), "helo"]
-  backend = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, MERGES,
-                                                       ignore_merges=whole))
-  backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-    tokenizers.pre_tokenizers.Split(tokenizers.Regex(splits[pre]), "isolated"),
-    tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+  backend = tokenizers.Tokenizer(
+    tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, MERGES, ignore_merges=whole)
+  )
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+    [
+      tokenizers.pre_tokenizers.Split(tokenizers.Regex(splits[pre]), "isolated"),
+      tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
   ours = of_bytes(pre)
 
-  @given(text=st.lists(st.text() | st.sampled_from(
-    ["helo", " he", "HelloWorld", "12", "'s", "\n\n", "/\n"])).map("".join))
+  @given(
+    text=st.lists(st.text() | st.sampled_from(["helo", " he", "HelloWorld", "12", "'s", "\n\n", "/\n"])).map(
+      "".join
+    )
+  )
   def same(text: str):
     assert ours.encode(text) == backend.encode(text).ids and ours.decode(ours.encode(text)) == text
 
@@ -209,15 +242,19 @@ def test_texts_are_cut_as_transformers_cuts_those_of_gguf(pre: str):
 
 
 def test_unknown_cuts_are_named():
-  with pytest.raises(ValueError, match="'falcon' is not supported, only 'smollm', 'llama-bpe', 'qwen2', 'tekken'"):
+  with pytest.raises(
+    ValueError, match="'falcon' is not supported, only 'smollm', 'llama-bpe', 'qwen2', 'tekken'"
+  ):
     of_bytes("falcon")
 
 
 @pytest.mark.parametrize("kind", [forms.USER_DEFINED, forms.CONTROL])
 def test_marks_of_turns_are_control_tokens_whatever_a_file_says(kind: int):
   marks = ["<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>"]
-  ours = of_bytes(more=dict.fromkeys(marks, kind) | {"</s>": forms.USER_DEFINED, "<think>": forms.USER_DEFINED},
-                  chat_template="{% for m in messages %}{{ m.content }}<|im_end|>{{ eos_token }}{% endfor %}")
+  ours = of_bytes(
+    more=dict.fromkeys(marks, kind) | {"</s>": forms.USER_DEFINED, "<think>": forms.USER_DEFINED},
+    chat_template="{% for m in messages %}{{ m.content }}<|im_end|>{{ eos_token }}{% endfor %}",
+  )
   controls = {ours.decode([index]) for index in ours.special_ids}
   assert controls == {"<|begin|>", "<|end|>", *marks}  # in Gemma's vocabulary, "</s>" is HTML
   assert not ours.special_ids & set(ours.encode("".join(marks)))
@@ -228,12 +265,17 @@ def test_marks_of_turns_are_control_tokens_whatever_a_file_says(kind: int):
 def test_what_a_file_names_as_the_end_is_a_control_token():
   more = {"</s>": forms.USER_DEFINED, "<|turn_end|>": forms.NORMAL}
   size = of_bytes(more=more).vocab_size
-  ours = of_bytes(more=more, eot_id=size - 1, pad_id=size - 2, unk_id=10 ** 6,
-                  chat_template="{{ messages[1].content }}<|begin|>")
+  ours = of_bytes(
+    more=more,
+    eot_id=size - 1,
+    pad_id=size - 2,
+    unk_id=10**6,
+    chat_template="{{ messages[1].content }}<|begin|>",
+  )
   assert size - 1 in ours.special_ids and ours.eos_id == size - 1  # named, so the template is not asked
   assert ours.end_ids == (size - 3, size - 1)
   with pytest.raises(ValueError, match="is not in the vocabulary"):
-    of_bytes(eot_id=10 ** 6)
+    of_bytes(eot_id=10**6)
 
 
 @pytest.mark.parametrize("add_bos", [False, True])

@@ -57,8 +57,12 @@ def shorter(row: dict) -> dict:
     text += row["response"][start : min(stop, start + 24)]
   at[cuts[-1]] = len(text)
   chunks = [c | {"start": at[c["start"]], "end": at[c["end"]]} for c in row["chunks"]]
-  return row | {"prompt": row["prompt"][:30], "response": text, "chunks": chunks,
-                "syncs": [at[s] for s in row["syncs"]]}
+  return row | {
+    "prompt": row["prompt"][:30],
+    "response": text,
+    "chunks": chunks,
+    "syncs": [at[s] for s in row["syncs"]],
+  }
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +71,9 @@ def tiny(tmp_path_factory) -> Path:
   folder = tmp_path_factory.mktemp("tiny")
   write_model(folder / "model", model_config())
   rows = [shorter(row) for row in read_jsonl(SEED_DATA)]
-  is_nested = lambda row: any(isinstance(n, Promise) and any(isinstance(m, Promise) for m in n.body)
-                              for n in program_of(row))
+  is_nested = lambda row: any(
+    isinstance(n, Promise) and any(isinstance(m, Promise) for m in n.body) for n in program_of(row)
+  )
   nested = [row for row in rows if is_nested(row)][:4]
   plain = [row for row in rows if not row["chunks"]][:3]
   flat = [row for row in rows if row["chunks"] and not is_nested(row)][:17]
@@ -221,8 +226,9 @@ def loss_of(graph, trainable, batch, **options):
   return sft_loss(nnx.merge(graph, trainable), batch, **options)[0]
 
 
-value_and_gradient = jax.jit(jax.value_and_grad(loss_of, argnums=1), static_argnums=0,
-                             static_argnames=("chunk", "remat"))
+value_and_gradient = jax.jit(
+  jax.value_and_grad(loss_of, argnums=1), static_argnums=0, static_argnames=("chunk", "remat")
+)
 
 
 # --- the loss ---
@@ -242,13 +248,27 @@ def test_loss_equals_an_independent_computation(nested, full, checkpoint, chunk:
   laid, account = nested
   graph, trainable = full
   model = nnx.merge(graph, trainable)
-  expected = numpy_log_likelihood(checkpoint.config, checkpoint.params, model.embed.tags[...], account.tokens,
-                                  account.positions, account.mask(), account.targets)
+  expected = numpy_log_likelihood(
+    checkpoint.config,
+    checkpoint.params,
+    model.embed.tags[...],
+    account.tokens,
+    account.positions,
+    account.mask(),
+    account.targets,
+  )
   total, sums = sft_loss(model, as_batch([laid]), chunk=chunk)
   assert float(total) == pytest.approx(-expected, rel=1e-5)
   assert int(sums["tokens"]) == sum(t != NO_TARGET for t in account.targets)
-  causal = numpy_log_likelihood(checkpoint.config, checkpoint.params, model.embed.tags[...], account.tokens,
-                                account.positions, np.tril(np.ones_like(account.mask())), account.targets)
+  causal = numpy_log_likelihood(
+    checkpoint.config,
+    checkpoint.params,
+    model.embed.tags[...],
+    account.tokens,
+    account.positions,
+    np.tril(np.ones_like(account.mask())),
+    account.targets,
+  )
   assert abs(causal - expected) > 1e-3 * abs(expected)  # the mask matters
 
 
@@ -259,8 +279,11 @@ def test_gradients_equal_finite_differences(nested, full, checkpoint):
   _, gradient = value_and_gradient(graph, trainable, as_batch([laid]))
   tags = np.asarray(nnx.merge(graph, trainable).embed.tags[...], np.float64)
   params = {name: value.astype(np.float64) for name, value in checkpoint.params.items()}
-  run = lambda: -numpy_log_likelihood(checkpoint.config, params, tags, account.tokens, account.positions,
-                                      account.mask(), account.targets)
+  run = lambda: (
+    -numpy_log_likelihood(
+      checkpoint.config, params, tags, account.tokens, account.positions, account.mask(), account.targets
+    )
+  )
   g = nnx.merge(graph, gradient)
   layer = lambda i, get: get(jax.tree.map(lambda x: x[i], g.layers))
   pairs = {
@@ -300,8 +323,10 @@ def test_packing_equals_no_packing(laid_out, full):
   some = sorted(laid_out, key=len)[:4]
   assert any(e.hidden.any() for e in some)
   total = sum(map(len, some))
-  (packed, together), (single, alone) = (value_and_gradient(graph, trainable, as_batch(*rows, length=total))
-                                         for rows in ([some], [[e] for e in some]))
+  (packed, together), (single, alone) = (
+    value_and_gradient(graph, trainable, as_batch(*rows, length=total))
+    for rows in ([some], [[e] for e in some])
+  )
   np.testing.assert_allclose(packed, single, rtol=1e-5)
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), together, alone)
 
@@ -357,7 +382,8 @@ def test_accumulated_gradients_equal_the_big_batch(tiny, laid_out, full):
   graph, trainable = full
   packed = PackedBatches(laid_out, batch_size=1, length=LENGTH, levels=2, seed=0)
   rows = [packed(i).as_dict() for i in range(3)] + [
-    concatenate([pack_row(laid_out[:1], LENGTH, 2)]).as_dict()]
+    concatenate([pack_row(laid_out[:1], LENGTH, 2)]).as_dict()
+  ]
   counts = [(row["targets"] != NO_TARGET).sum() for row in rows]
   assert max(counts) > 1.2 * min(counts)
   small = jax.tree.map(lambda *x: np.stack(x), *rows)  # [4, 1, T]
@@ -379,6 +405,7 @@ def test_accumulated_gradients_equal_the_big_batch(tiny, laid_out, full):
 def saved_state(workdir: Path) -> dict[str, np.ndarray]:
   """The newest checkpoint's arrays by name, read by Orbax alone."""
   import orbax.checkpoint as ocp
+
   newest = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
   with ocp.StandardCheckpointer() as checkpointer:
     return {k: np.asarray(v) for k, v in checkpointer.restore(newest.resolve() / "state").items()}
@@ -410,7 +437,12 @@ def terminate_behind(monkeypatch: pytest.MonkeyPatch, step: int):
 
 def test_a_run_leaves_what_it_promises(whole_run: Path, tiny: Path, checkpoint):
   assert {p.name for p in whole_run.iterdir()} == {
-    "adapter.safetensors", "checkpoints", "config.json", "metrics.jsonl", "tensorboard"}
+    "adapter.safetensors",
+    "checkpoints",
+    "config.json",
+    "metrics.jsonl",
+    "tensorboard",
+  }
   lines = metric_lines(whole_run)
   assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
   assert ["validation_loss" in line for line in lines] == [False, False, False, True, False, True]
@@ -465,9 +497,11 @@ def test_checkpoints_of_an_earlier_version_are_refused(whole_run, tiny, tmp_path
 
 @pytest.mark.parametrize("kind", ["low-rank", "full", "baseline"])
 def test_a_run_is_a_source_of_weights(tiny, tmp_path: Path, kind: str):
-  """Its newest checkpoint, stopped on its way: the weights that the run itself goes on with, tags and positions too."""
-  config = settings(tiny, lora_rank=0 if kind == "full" else 2, steps=2,
-                    annotation="none" if kind == "baseline" else "plan")
+  """Its newest checkpoint, stopped on its way: the weights that the run itself goes on with, tags and
+  positions too."""
+  config = settings(
+    tiny, lora_rank=0 if kind == "full" else 2, steps=2, annotation="none" if kind == "baseline" else "plan"
+  )
   config.positions.strategy = "pred_1x"
   sft.train(config, tmp_path)
   adapter = tmp_path / "adapter.safetensors"
@@ -478,7 +512,9 @@ def test_a_run_is_a_source_of_weights(tiny, tmp_path: Path, kind: str):
   found = load_checkpoint(tmp_path)
   assert found.config == expected.config and set(found.params) == set(expected)
   for name, value in expected.items():
-    np.testing.assert_allclose(found.params[name], value, rtol=2 ** -8, atol=2 ** -8, err_msg=name)  # rounded in files
+    np.testing.assert_allclose(
+      found.params[name], value, rtol=2**-8, atol=2**-8, err_msg=name
+    )  # rounded in files
     if kind == "full" and not name.startswith("embed"):
       np.testing.assert_array_equal(found.params[name], value, err_msg=name)
   config.model.update(source=str(tmp_path), adapter="")
@@ -523,8 +559,10 @@ def test_resuming_with_other_arrays_is_refused(whole_run, tiny, tmp_path, what: 
 
 def test_a_checkpoint_holds_its_step_whatever_the_next_step_does(tmp_path: Path):
   """Saves run in the background while the next update reuses the state's buffers; fields keep their place."""
-  step = jax.jit(lambda s: TrainState(s.step + 1, jax.tree.map(lambda x: x * 2, s.trainable), s.optimiser),
-                 donate_argnums=0)
+  step = jax.jit(
+    lambda s: TrainState(s.step + 1, jax.tree.map(lambda x: x * 2, s.trainable), s.optimiser),
+    donate_argnums=0,
+  )
   weights = lambda: {"z": jnp.ones((512, 512)), "a": jnp.arange(4.0)}
   first = lambda: TrainState(jnp.int32(7), weights(), (jnp.zeros((3,)),))
   checkpoints = Checkpoints(tmp_path, 1, {})
@@ -543,6 +581,7 @@ def test_a_checkpoint_holds_its_step_whatever_the_next_step_does(tmp_path: Path)
 @pytest.mark.parametrize("name", ["loss", "gradient_norm"])
 def test_numbers_that_are_not_finite_stop_the_run(tiny, tmp_path, monkeypatch, name: str):
   """At step 4: the checkpoint of step 2 stays the newest, and that is the one a rerun starts from."""
+
   def poisoned(graph, optimiser, config):
     def update(state, frozen, batches):
       del frozen, batches
@@ -550,6 +589,7 @@ def test_numbers_that_are_not_finite_stop_the_run(tiny, tmp_path, monkeypatch, n
       if int(state.step) == 3:
         value[name] = np.nan
       return state._replace(step=state.step + 1), value
+
     return update, None
 
   monkeypatch.setattr(sft, "make_update", poisoned)
@@ -570,14 +610,24 @@ def test_loss_falls_and_the_base_stays(tiny, tmp_path, checkpoint):
 
   def watched(graph, optimiser, config):
     update, evaluate = make(graph, optimiser, config)
+
     def and_keep(state, frozen, batches):
       state, metrics = update(state, frozen, batches)
       seen.update(frozen=frozen, model=compute_model(graph, state.trainable, frozen, jnp.float32))
       return state, metrics
+
     return and_keep, evaluate
 
-  config = settings(tiny, data=str(tmp_path / "few.jsonl"), steps=20, lora_rank=8, lora_alpha=32.0,
-                    batch_size=1, learning_rate=3e-2, checkpoint_every=100)
+  config = settings(
+    tiny,
+    data=str(tmp_path / "few.jsonl"),
+    steps=20,
+    lora_rank=8,
+    lora_alpha=32.0,
+    batch_size=1,
+    learning_rate=3e-2,
+    checkpoint_every=100,
+  )
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sft, "make_update", watched)
     sft.train(config, tmp_path / "run")
@@ -607,7 +657,8 @@ def test_baseline_has_no_tags(tiny, tmp_path, checkpoint, vocabulary):
 
 
 def test_an_adapter_is_merged_where_every_parameter_is_trained(tmp_path):
-  """Updates into the kernels; tag rows of the embedding and of an untied head each as the adapter has them."""
+  """Updates into the kernels; tag rows of the embedding and of an untied head each as the adapter has
+  them."""
   checkpoint = load_checkpoint(write_model(tmp_path / "model", model_config(tie_embeddings=False)))
   vocabulary = checkpoint.vocabulary
   config = settings(tmp_path)
@@ -618,7 +669,9 @@ def test_an_adapter_is_merged_where_every_parameter_is_trained(tmp_path):
   low_rank, full = [], []
   for out, rank in ((low_rank, 2), (full, 0)):
     config.train.lora_rank = rank
-    model = nnx.merge(*make_model(checkpoint, vocabulary, config.train, adapter=tmp_path / "adapter.safetensors"))
+    model = nnx.merge(
+      *make_model(checkpoint, vocabulary, config.train, adapter=tmp_path / "adapter.safetensors")
+    )
     hidden, _ = model(jnp.asarray(tokens), jnp.arange(24)[None], dense_attention(causal_mask(24)))
     out.append(np.asarray(model.logits(hidden)))
   np.testing.assert_allclose(full[0], low_rank[0], atol=1e-4, rtol=1e-4)
@@ -626,17 +679,25 @@ def test_an_adapter_is_merged_where_every_parameter_is_trained(tmp_path):
 
 
 @pytest.mark.parametrize("annotated", [True, False])
-def test_full_training_leaves_a_model_that_others_load(tiny, tmp_path, checkpoint, monkeypatch, annotated: bool):
+def test_full_training_leaves_a_model_that_others_load(
+  tiny, tmp_path, checkpoint, monkeypatch, annotated: bool
+):
   """`model/` and the tags beside it are the trained model; `transformers` reads the folder as well."""
   trained = []
   export = sft.export
   monkeypatch.setattr(sft, "export", lambda *a, **k: (trained.append(a[1]), export(*a, **k)))
-  sft.train(settings(tiny, annotation="plan" if annotated else "none", lora_rank=0, steps=2, dtype="float32"), tmp_path)
+  sft.train(
+    settings(tiny, annotation="plan" if annotated else "none", lora_rank=0, steps=2, dtype="float32"),
+    tmp_path,
+  )
   loaded = load_checkpoint(tmp_path / "model")
   assert loaded.config == checkpoint.config
   messages = [{"role": "user", "content": "Plan a trip, <|im_end|> please."}]
   assert loaded.tokenizer.chat_prompt(messages) == checkpoint.tokenizer.chat_prompt(messages)
-  assert np.abs(loaded.params["layers.1.mlp.down.kernel"] - checkpoint.params["layers.1.mlp.down.kernel"]).max() > 0
+  assert (
+    np.abs(loaded.params["layers.1.mlp.down.kernel"] - checkpoint.params["layers.1.mlp.down.kernel"]).max()
+    > 0
+  )
   model = build.from_params(loaded.config, loaded.params)
   lora.load_adapter(tmp_path / "adapter.safetensors", model)
   assert (model.embed.tags is not None) == annotated
@@ -645,7 +706,9 @@ def test_full_training_leaves_a_model_that_others_load(tiny, tmp_path, checkpoin
 
   def logits(decoder):
     hidden, _ = decoder(jnp.asarray(tokens), jnp.arange(24)[None], dense_attention(causal_mask(24)))
-    return np.asarray(decoder.logits(hidden))[..., : checkpoint.tokenizer.vocab_size]  # tags' rows are the adapter's
+    return np.asarray(decoder.logits(hidden))[
+      ..., : checkpoint.tokenizer.vocab_size
+    ]  # tags' rows are the adapter's
 
   want = logits(trained[0])
   np.testing.assert_array_equal(logits(build.stack(model)), want)

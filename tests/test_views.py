@@ -59,8 +59,9 @@ def cut(thread: Thread, clock_of: dict[int, np.ndarray], last: int) -> Thread:
   return Thread(thread.tokens[:n], tuple(f for f in forks if f.child.tokens))
 
 
-def as_trace(program, last: int | None = None, declared: dict[str, int] | None = None,
-             finish_reason: str | None = None) -> Trace:
+def as_trace(
+  program, last: int | None = None, declared: dict[str, int] | None = None, finish_reason: str | None = None
+) -> Trace:
   """What the interpreter would trace for a program, up to round `last`; `declared` overrides numbers."""
   whole = VOCABULARY.encode(program, RULE)
   found: list[tuple[Thread, tuple[int, ...], int | None, int, Thread | None]] = []
@@ -92,54 +93,110 @@ def as_trace(program, last: int | None = None, declared: dict[str, int] | None =
       continue
     topic = topics[k]
     number_of[id(thread)] = len(threads)
-    threads.append(ThreadTrace(
-        number=len(threads), path=path, parent=-1 if parent is None else number_of[id(parent)], topic=topic,
-        declared=(declared or {}).get(topic, number), fork_index=at,
-        tokens=np.asarray(thread.tokens[:n], np.int32), positions=positions[k][:n],
-        entries=np.arange(n, dtype=np.int32), rounds=times[k][:n], steps=times[k][:n],
-        log_p=np.zeros(n, np.float32), finished=n == len(thread.tokens)))
+    threads.append(
+      ThreadTrace(
+        number=len(threads),
+        path=path,
+        parent=-1 if parent is None else number_of[id(parent)],
+        topic=topic,
+        declared=(declared or {}).get(topic, number),
+        fork_index=at,
+        tokens=np.asarray(thread.tokens[:n], np.int32),
+        positions=positions[k][:n],
+        entries=np.arange(n, dtype=np.int32),
+        rounds=times[k][:n],
+        steps=times[k][:n],
+        log_p=np.zeros(n, np.float32),
+        finished=n == len(thread.tokens),
+      )
+    )
   main = cut(whole, clock_of, last)
   return Trace(
-      threads=tuple(threads), prompt=np.zeros(3, np.int32), thread=main,
-      program=VOCABULARY.decode(main, RULE), steps=min(last, end) + 7,
-      finish_reason=finish_reason or ("stop" if last >= end else "unfinished"),
-      cost=cost(main, VOCABULARY.table), ill_formed=ill_formed_tags(main, VOCABULARY.table), refused=0,
-      logits=None)
+    threads=tuple(threads),
+    prompt=np.zeros(3, np.int32),
+    thread=main,
+    program=VOCABULARY.decode(main, RULE),
+    steps=min(last, end) + 7,
+    finish_reason=finish_reason or ("stop" if last >= end else "unfinished"),
+    cost=cost(main, VOCABULARY.table),
+    ill_formed=ill_formed_tags(main, VOCABULARY.table),
+    refused=0,
+    logits=None,
+  )
 
 
 TRIP = (
-    Text("Here is a plan for a long weekend in Lisbon on a small budget. "),
-    Promise("getting there", None, (Text(
+  Text("Here is a plan for a long weekend in Lisbon on a small budget. "),
+  Promise(
+    "getting there",
+    None,
+    (
+      Text(
         "**Getting there.** Book the early flight on Friday, which is often half the price of the evening "
         "one. From the airport the red metro line reaches the centre in twenty minutes, and a day ticket "
-        "covers trams and funiculars as well."),)),
-    Text("\n\n"),
-    Promise("where to stay", None, (Text(
+        "covers trams and funiculars as well."
+      ),
+    ),
+  ),
+  Text("\n\n"),
+  Promise(
+    "where to stay",
+    None,
+    (
+      Text(
         "**Where to stay.** Look for a guesthouse in Graça or Anjos: quiet streets, honest prices, and ten "
-        "minutes on foot to the old town."),)),
-    Text("\n\n"),
-    Promise("food", None, (
-        Text("**Food.** Two rules save both money and disappointment.\n"),
-        Promise("lunch", None, (Text(
-            "- At noon, ask for the *prato do dia*: soup, a main dish, bread and coffee for about "
-            "10 euros.\n"),)),
-        Promise("pastry shops", None, (Text(
+        "minutes on foot to the old town."
+      ),
+    ),
+  ),
+  Text("\n\n"),
+  Promise(
+    "food",
+    None,
+    (
+      Text("**Food.** Two rules save both money and disappointment.\n"),
+      Promise(
+        "lunch",
+        None,
+        (
+          Text(
+            "- At noon, ask for the *prato do dia*: soup, a main dish, bread and coffee for about 10 euros.\n"
+          ),
+        ),
+      ),
+      Promise(
+        "pastry shops",
+        None,
+        (
+          Text(
             "- For breakfast, stand at the counter of a neighbourhood pastry shop; the same custard tart "
-            "costs twice as much beside a monument.\n"),)),
-        Sync(),
-        Text("Between the two you will hardly need dinner."),
-    )),
-    Text("\n\n"),
-    Promise("sights", None, (Text(
+            "costs twice as much beside a monument.\n"
+          ),
+        ),
+      ),
+      Sync(),
+      Text("Between the two you will hardly need dinner."),
+    ),
+  ),
+  Text("\n\n"),
+  Promise(
+    "sights",
+    None,
+    (
+      Text(
         "**Sights.** Spend the first day in Alfama and at the castle, the second in Belém, and keep the last "
         "morning for the tile museum. Churches and viewpoints are free, and the best light is an hour before "
-        "sunset, when the river turns to brass and the whole city seems to be out on its terraces."),)),
-    Text("\n\n"),
-    Sync(),
-    Text("Taken together, three days cost about 260 euros a person. "),
-    Promise("risks", None, (Text(
-        "**One caution.** Trams are crowded in June, so keep your bag in front of you."),)),
-    Text(" If money is short, drop the museum first and keep the lunches."),
+        "sunset, when the river turns to brass and the whole city seems to be out on its terraces."
+      ),
+    ),
+  ),
+  Text("\n\n"),
+  Sync(),
+  Text("Taken together, three days cost about 260 euros a person. "),
+  Promise(
+    "risks", None, (Text("**One caution.** Trams are crowded in June, so keep your bag in front of you."),)
+  ),
+  Text(" If money is short, drop the museum first and keep the lunches."),
 )
 TRIP_DECLARED = {"where to stay": 20, "sights": 90}
 
@@ -198,7 +255,12 @@ def test_pieces_of_a_growing_main_thread():
   before, after = (pieces(as_trace(TRIP, opened + k), 0, VOCABULARY)[1] for k in (-1, 1))
   assert (before.kind, before.closed, before.text) == ("promise", False, "getting there")
   assert (after.kind, after.closed, after.text, after.child, after.declared) == (
-      "promise", True, "getting there", 1, first.declared)
+    "promise",
+    True,
+    "getting there",
+    1,
+    first.declared,
+  )
 
 
 def test_pieces_say_what_the_program_says(trip):
@@ -215,9 +277,15 @@ def test_joins_name_the_sync_of_the_thread_that_promised(trip):
   by_topic = {t.topic: t.number for t in trip.threads}
   joined = joins(trip, VOCABULARY)
   assert {trip.threads[c].topic for c, (by, _) in joined.items() if by == 0} == {
-      "getting there", "where to stay", "food", "sights"}
+    "getting there",
+    "where to stay",
+    "food",
+    "sights",
+  }
   assert {trip.threads[c].topic for c, (by, _) in joined.items() if by == by_topic["food"]} == {
-      "lunch", "pastry shops"}
+    "lunch",
+    "pastry shops",
+  }
   assert by_topic["risks"] not in joined
   for number, (by, at) in joined.items():
     assert trip.threads[by].tokens[at] == VOCABULARY.tags.sync
@@ -257,8 +325,10 @@ def test_svg_shows_lengths_against_the_reserve(trip):
 
 def test_curves_begin_and_end_where_the_tokens_are(trip):
   svg = timeline_svg(trip, VOCABULARY)
-  lanes = {int(e.get("data-thread")): [c for c in e.iter() if "cell" in c.get("class", "").split()]
-           for e in find(svg, "lane")}
+  lanes = {
+    int(e.get("data-thread")): [c for c in e.iter() if "cell" in c.get("class", "").split()]
+    for e in find(svg, "lane")
+  }
   for edge in find(svg, "fork"):
     child = trip.threads[int(edge.get("data-thread"))]
     end_x = float(re.findall(r"-?[\d.]+", edge.get("d"))[-2])
@@ -329,8 +399,14 @@ def test_live_view_shows_every_chunk_where_there_is_room():
   shown = "\n".join(screen(LiveView(VOCABULARY).frame(trace, 2.0), 140, 40))
   for t in trace.threads[1:]:
     assert t.topic in shown and f"{t.length}/{t.declared}" in shown
-  for text in ("⟨sights · 70⟩", "waits for its chunks", "✓ where to stay", "▸ sights",
-               f"{trace.cost.total_tokens} tokens", f"{trace.steps} steps"):
+  for text in (
+    "⟨sights · 70⟩",
+    "waits for its chunks",
+    "✓ where to stay",
+    "▸ sights",
+    f"{trace.cost.total_tokens} tokens",
+    f"{trace.steps} steps",
+  ):
     assert text in shown
 
 
@@ -377,11 +453,18 @@ def test_live_view_skips_frames_that_come_too_fast(trip):
 def test_figures_table_holds_the_figures(trip):
   c = trip.cost
   shown = "\n".join(screen(figures_table(trip, 7.42, 1.61), 100, 40))
-  for name, value in [("Tokens", c.total_tokens), ("Shown to the reader", c.text_tokens),
-                      ("Promises", c.n_promises), ("Peak parallelism", c.peak_parallelism),
-                      ("Decode steps", trip.steps), ("Longest path", c.longest_path),
-                      ("Theoretical speed-up", f"{c.theoretical_speedup:.2f}×"),
-                      ("Wall clock", "7.42 s"), ("Measured speed-up", "1.61×"), ("Finish reason", "stop"),
-                      ("Ill-formed tags", 0)]:
+  for name, value in [
+    ("Tokens", c.total_tokens),
+    ("Shown to the reader", c.text_tokens),
+    ("Promises", c.n_promises),
+    ("Peak parallelism", c.peak_parallelism),
+    ("Decode steps", trip.steps),
+    ("Longest path", c.longest_path),
+    ("Theoretical speed-up", f"{c.theoretical_speedup:.2f}×"),
+    ("Wall clock", "7.42 s"),
+    ("Measured speed-up", "1.61×"),
+    ("Finish reason", "stop"),
+    ("Ill-formed tags", 0),
+  ]:
     assert re.search(rf"{name} +{re.escape(str(value))}(\s|$)", shown), name
   assert "Measured" not in "\n".join(screen(figures_table(trip, 7.42), 100, 40))

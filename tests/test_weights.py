@@ -138,7 +138,9 @@ BREAKAGES = {
   "config.json: cannot be read": lambda d: (d / "config.json").unlink(),
   "tokenizer.json: cannot be read": lambda d: (d / "tokenizer.json").unlink(),
   "tokenizer_config.json: cannot be read": lambda d: (d / "tokenizer_config.json").unlink(),
-  "not a BPE tokenizer of bytes": lambda d: edit_json(d / "tokenizer.json", pre_tokenizer={"type": "Whitespace"}),
+  "not a BPE tokenizer of bytes": lambda d: edit_json(
+    d / "tokenizer.json", pre_tokenizer={"type": "Whitespace"}
+  ),
   "eos_token '</s>' is not": lambda d: edit_json(d / "tokenizer_config.json", eos_token="</s>"),
   "no \\*.safetensors": lambda d: (d / "model.safetensors").unlink(),
   "truncated": lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]),
@@ -158,12 +160,20 @@ def test_hf_folder_that_is_broken_is_refused(hf_folder: Path, message: str):
 
 # --- memory ---
 
+
 @pytest.mark.parametrize("form", ["plain", "stacked", "decoding"])
 def test_a_model_is_in_memory_once_while_it_is_loaded(smollm2_checkpoint, form: str):
   """Of the default model, in bfloat16, half of whose float32 values would already be too much."""
   root = Path(__file__).parent.parent
-  adapter = [str(root / "pasta_jax" / "adapters" / "smollm2_135m_pasta.safetensors")] if form == "decoding" else []
-  done = subprocess.run([sys.executable, "tests/peak_memory.py", smollm2_checkpoint.name, "bfloat16", form, *adapter],
-                        cwd=root, capture_output=True, text=True, timeout=300)
+  adapter = (
+    [str(root / "pasta_jax" / "adapters" / "smollm2_135m_pasta.safetensors")] if form == "decoding" else []
+  )
+  done = subprocess.run(
+    [sys.executable, "tests/peak_memory.py", smollm2_checkpoint.name, "bfloat16", form, *adapter],
+    cwd=root,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
   assert done.returncode == 0, done.stderr[-2000:]
   assert 0.5 < float(done.stdout.split("at most ")[1].split()[0]) < 1.3, done.stdout

@@ -34,17 +34,24 @@ prompts = st.lists(st.integers(1, 25), min_size=1, max_size=8)
 
 def examples(n: int) -> settings:
   """Settings of a property over `n` programs: always the same ones, and not shrunk, as a seed has no size."""
-  return settings(max_examples=n * SCALE, deadline=None, derandomize=True, database=None,
-                  suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
+  return settings(
+    max_examples=n * SCALE,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],
+  )
 
 
 def over_programs(check, n: int, *strategies, always: Sequence[tuple] = ((),), tally=collections.Counter):
   """`check(tally, seed, prompt, …)` over n programs that hypothesis draws, and over twenty that never change.
 
-  What hypothesis draws depends on the modules that happen to be imported (it collects constants from them), so
-  the tally that is returned, which says whether there was something to check, is of the twenty alone. They take
-  turns with the further arguments in `always`.
+  What hypothesis draws depends on the modules that happen to be imported (it collects constants from them),
+  so the tally that is returned, which says whether there was something to check, is of the twenty alone. They
+  take turns with the further arguments in `always`.
   """
+
   @examples(n)
   @given(st.tuples(seeds, prompts, *strategies))
   def drawn(arguments):
@@ -81,8 +88,9 @@ class TinyTokenizer:
 # Two rows of the model's vocabulary belong to no token, as in models whose embedding is padded.
 VOCABULARY = Vocabulary(TinyTokenizer(), base_size=26)
 CLASSES = VOCABULARY.table.classes
-CONFIG = ModelConfig(vocab_size=32, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32,
-                     tie_embeddings=False)
+CONFIG = ModelConfig(
+  vocab_size=32, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32, tie_embeddings=False
+)
 
 # What a token does in a sentence: its class, with the words that stand in topics as a tenth group, so that
 # models need not know the automaton's state to write whole promises.
@@ -91,7 +99,8 @@ _TOPIC_WORDS = [WORDS.index(w) for w in ("of", "a", "the", "in", "lemon")]
 GROUPS = np.where(np.isin(np.arange(32), _TOPIC_WORDS), 9, CLASSES)
 # Scores of the next token's group behind a token's group, in the order of `automaton`.
 #     ORDINARY DIGITS OPEN MIDDLE CLOSE ASYNC END SYNC EOS topic
-_HABITS = np.array([
+_HABITS = np.array(
+  [
     [1.2, -3, 2.2, -3, -3, -4, 2.5, 0.7, 1.9, -2],  # ORDINARY
     [-2, -2, -3, -3, 3.0, -4, 0.0, -3, -2, -3],  # DIGITS
     [-2, -3, -4, -4, -3, -4, -3, -4, -3, 3.0],  # OPEN
@@ -102,7 +111,8 @@ _HABITS = np.array([
     [1.5, -3, 1.0, -4, -4, -4, 2.6, -2, 2.6, -3],  # SYNC
     [1.0, -3, 0.0, -4, -4, -4, 2.0, 0.0, 2.0, -3],  # EOS
     [-3, -3, -4, 2.5, -0.5, -4, -3, -4, -3, 1.5],  # topic
-])
+  ]
+)
 # The group behind each group in endless promises: OPEN, topic, MIDDLE, DIGITS, CLOSE, OPEN, and so in chunks.
 _ENDLESS = [A.OPEN, A.CLOSE, 9, A.DIGITS, A.OPEN, A.OPEN, A.OPEN, A.OPEN, A.OPEN, A.MIDDLE]
 
@@ -155,7 +165,8 @@ def weights(seed: int | tuple[int, ...], kind: str = "habits"):
 
 
 def other_family(config: ModelConfig, params):
-  """(graph, parameters) of a model with further features: the same weights, and small random ones for what is new."""
+  """(graph, parameters) of a model with further features: the same weights, and small random ones for what is
+  new."""
   graph, state = nnx.split(model(config))
   rng, given = np.random.default_rng(1), dict(jax.tree_util.tree_leaves_with_path(params))
 

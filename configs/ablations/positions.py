@@ -2,9 +2,9 @@
 
     python configs/ablations/positions.py RUNS_FOLDER TRAINING_DATA PROMPTS_FILE [flags for all] | bash -e
 
-Each strategy trains in a folder of its own, then answers the prompts; `sweep()` gives the commands, which may run on
-several machines. `oracle` needs true lengths, which nobody has while decoding: it is compared by its validation loss
-alone (`--config.train.validation=FILE`).
+Each strategy trains in a folder of its own, then answers the prompts; `sweep()` gives the commands, which may
+run on several machines. `oracle` needs true lengths, which nobody has while decoding: it is compared by its
+validation loss alone (`--config.train.validation=FILE`).
 """
 
 import shlex
@@ -36,8 +36,15 @@ def sweep(runs: str, data: str, prompts: str, *flags: str) -> list[str]:
     common = ["python", "main.py", f"--config=configs/ablations/positions.py:{strategy}", *flags]
     commands.append([*common, "--mode=train", f"--workdir={folder / 'train'}", f"--config.train.data={data}"])
     if strategy != "oracle":
-      commands.append([*common, "--mode=eval", f"--workdir={folder / 'eval'}", f"--config.eval.prompts={prompts}",
-                       f"--config.model.adapter={folder / 'train' / 'adapter.safetensors'}"])
+      commands.append(
+        [
+          *common,
+          "--mode=eval",
+          f"--workdir={folder / 'eval'}",
+          f"--config.eval.prompts={prompts}",
+          f"--config.model.adapter={folder / 'train' / 'adapter.safetensors'}",
+        ]
+      )
   return [shlex.join(c) for c in commands]
 
 

@@ -1,9 +1,12 @@
-"""Stage two's ablations: what speed means in a sample's score, the weight of quality, and the number of rounds.
+"""Stage two's ablations: what speed means in a sample's score, the weight of quality, and the number of
+rounds.
 
-    python configs/ablations/preference.py RUNS_FOLDER TRAINING_PROMPTS EVALUATION_PROMPTS [flags for all] | bash -e
+    python configs/ablations/preference.py RUNS_FOLDER TRAINING_PROMPTS EVALUATION_PROMPTS [flags for all] |
+    bash -e
 
-Each score trains in a folder of its own; its report shows every weight behind every round. The first round's samples
-are drawn and judged once and copied. `clock` joins where `--config.preference.cost=FILE` is among the flags.
+Each score trains in a folder of its own; its report shows every weight behind every round. The first round's
+samples are drawn and judged once and copied. `clock` joins where `--config.preference.cost=FILE` is among the
+flags.
 """
 
 import shlex
@@ -31,19 +34,31 @@ def get_config(arg: str = "delivered") -> ConfigDict:
 def sweep(runs: str, prompts: str, held_out: str, *flags: str) -> list[str]:
   """Commands that optimise each score on `prompts` and evaluate it on `held_out`, under the folder `runs`."""
   first, *others = [s for s in SCORES if s != "clock" or any("preference.cost=" in f for f in flags)]
-  run = lambda score: shlex.join([
-    "python", "main.py", f"--config=configs/ablations/preference.py:{score}", "--mode=preference",
-    f"--workdir={Path(runs) / score}", f"--config.preference.prompts={prompts}", f"--config.eval.prompts={held_out}",
-    *flags])
+  run = lambda score: shlex.join(
+    [
+      "python",
+      "main.py",
+      f"--config=configs/ablations/preference.py:{score}",
+      "--mode=preference",
+      f"--workdir={Path(runs) / score}",
+      f"--config.preference.prompts={prompts}",
+      f"--config.eval.prompts={held_out}",
+      *flags,
+    ]
+  )
   commands = [run(first)]
   for score in others:
     here, there = (Path(runs) / s for s in (first, score))
-    shared = shlex.join(map(str, (here / "start", here / "baseline.jsonl", here / "baseline.settings.json", there)))
+    shared = shlex.join(
+      map(str, (here / "start", here / "baseline.jsonl", here / "baseline.settings.json", there))
+    )
     commands += [f"mkdir -p {shlex.quote(str(there))} && cp -rn {shared}", run(score)]
   return commands
 
 
 if __name__ == "__main__":
   if len(sys.argv) < 4:
-    sys.exit("usage: python configs/ablations/preference.py RUNS_FOLDER TRAINING_PROMPTS EVALUATION_PROMPTS [flags]")
+    sys.exit(
+      "usage: python configs/ablations/preference.py RUNS_FOLDER TRAINING_PROMPTS EVALUATION_PROMPTS [flags]"
+    )
   print("\n".join(sweep(*sys.argv[1:])))

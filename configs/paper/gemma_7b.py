@@ -1,4 +1,5 @@
-"""The paper's run: Gemma 7B, every parameter trained, SFT and two rounds of preference optimisation (PASTA.md 6, 7).
+"""The paper's run: Gemma 7B, every parameter trained, SFT and two rounds of preference optimisation (PASTA.md
+6, 7).
 
     run="python main.py --config.model.source=/path/to/gemma-7b"   # a Hugging Face folder
     $run --config=configs/paper/gemma_7b.py --mode=train --workdir=runs/gemma_7b/pasta \\
@@ -8,12 +9,13 @@
     $run --config=configs/paper/gemma_7b.py --mode=preference --workdir=runs/gemma_7b/preference \\
       --config.preference.prompts=prompts.jsonl --config.eval.prompts=alpaca_eval.json
 
-The paper's own: the model, SlimOrca annotated by a language model (not published: `annotated.jsonl` has the form of
-data/seed.jsonl), 8 rows a step, 1e-5 falling linearly to 0, four epochs; ten samples a prompt, the weights 1, 2, 4, 8
-and inf, two rounds, theoretical speedup, Gemini 1.5 Pro as the judge of samples, greedy answers to AlpacaEval's 805
-prompts. Not published, and chosen here: lengths, stage two's rate, alpha and beta (`train.preference_loss`), and the
-temperature of samples. Nothing here has been run at this size; a test lowers both training steps for eight TPU chips,
-and they compile for v5p:2x2x2 and, with mesh.tensor=2, for v5e:4x4:
+The paper's own: the model, SlimOrca annotated by a language model (not published: `annotated.jsonl` has the
+form of data/seed.jsonl), 8 rows a step, 1e-5 falling linearly to 0, four epochs; ten samples a prompt, the
+weights 1, 2, 4, 8 and inf, two rounds, theoretical speedup, Gemini 1.5 Pro as the judge of samples, greedy
+answers to AlpacaEval's 805 prompts. Not published, and chosen here: lengths, stage two's rate, alpha and beta
+(`train.preference_loss`), and the temperature of samples. Nothing here has been run at this size; a test
+lowers both training steps for eight TPU chips, and they compile for v5p:2x2x2 and, with mesh.tensor=2, for
+v5e:4x4:
 
     python main.py --mode=compile --config=configs/paper/gemma_7b.py \
       --config.model.source=configs/paper/gemma_7b.json --config.compile.topology=v5p:2x2x2
@@ -36,16 +38,34 @@ def get_config(arg: str = "") -> ConfigDict:
   for system in ("apar", "fast", "quality"):  # their adapters would be SmolLM2's
     del c.systems[system]
   c.train.update(
-      length=2048, batch_size=8, accumulate=1, epochs=4.0, learning_rate=1e-5, warmup=0.0, lora_rank=0,
-      min_speedup=0.0, plain_share=1.0,  # rows as they come
-      validate_every=500, checkpoint_every=500,
+    length=2048,
+    batch_size=8,
+    accumulate=1,
+    epochs=4.0,
+    learning_rate=1e-5,
+    warmup=0.0,
+    lora_rank=0,
+    min_speedup=0.0,
+    plain_share=1.0,  # rows as they come
+    validate_every=500,
+    checkpoint_every=500,
   )
   # Greedy decoding and nothing else, as in the paper.
   c.decode.update(max_new_tokens=2048, capacity=4096, repetition_penalty=1.0, no_repeat=0, promise_bias=0.0)
   c.preference.update(
-      score="theoretical", per_token=False,  # as published; the defaults are ours
-      weights="1,2,4,8,inf", rounds=2, samples=10, temperature=1.0, length=2560, batch_size=8, accumulate=4,
-      learning_rate=1e-6, lora_rank=0, sample_dtype="bfloat16", checkpoint_every=100,
+    score="theoretical",
+    per_token=False,  # as published; the defaults are ours
+    weights="1,2,4,8,inf",
+    rounds=2,
+    samples=10,
+    temperature=1.0,
+    length=2560,
+    batch_size=8,
+    accumulate=4,
+    learning_rate=1e-6,
+    lora_rank=0,
+    sample_dtype="bfloat16",
+    checkpoint_every=100,
   )
   c.eval.judges = "llm"
   c.judge.update(kind="gemini", model="gemini-1.5-pro")

@@ -1,7 +1,7 @@
 """What each thread of a plan sees when it begins to write: the question that a check of independence asks.
 
-The rule is the language's (`lang.layout`), told in text: a chunk's thread sees what its promising thread saw at the
-promise, and a thread sees its chunks behind the sync that joins them.
+The rule is the language's (`lang.layout`), told in text: a chunk's thread sees what its promising thread saw
+at the promise, and a thread sees its chunks behind the sync that joins them.
 """
 
 import dataclasses
@@ -24,15 +24,18 @@ class Context:
 
 
 def contexts(row: dict) -> list[Context]:
-  """Of each chunk, and of each text that a thread writes while chunks of its own are unseen, in reading order."""
+  """Of each chunk, and of each text that a thread writes while chunks of its own are unseen, in reading
+  order."""
   found: list[Context] = []
   _walk(program_of(row), "", (), 0, found, [0])
   return found
 
 
-def _walk(nodes: Program, seen: str, around: Sequence[str], offset: int, found: list[Context], count: list[int]) -> int:
-  """Follows a thread that begins with `seen`; `around`: what its promising threads wait for. Returns the offset behind
-  it."""
+def _walk(
+  nodes: Program, seen: str, around: Sequence[str], offset: int, found: list[Context], count: list[int]
+) -> int:
+  """Follows a thread that begins with `seen`; `around`: what its promising threads wait for. Returns the
+  offset behind it."""
   waiting: list[tuple[str, str, str]] = []  # mark in `seen`, topic, text
   for node in nodes:
     topics = (*around, *(topic for _, topic, _ in waiting))

@@ -1,7 +1,8 @@
-"""Plans: what an annotator says about a response, in numbers of units, read strictly and turned into character spans.
+"""Plans: what an annotator says about a response, in numbers of units, read strictly and turned into
+character spans.
 
-A plan is `{"chunks": [{"from": 2, "to": 4, "topic": "cost"}, …], "syncs": [6]}`: a chunk is units `from` to `to`, a
-sync stands before a unit. What they become is the form of annotated rows (`data.examples`).
+A plan is `{"chunks": [{"from": 2, "to": 4, "topic": "cost"}, …], "syncs": [6]}`: a chunk is units `from` to
+`to`, a sync stands before a unit. What they become is the form of annotated rows (`data.examples`).
 """
 
 import json
@@ -15,7 +16,8 @@ _FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 
 
 class PlanError(ValueError):
-  """A plan that cannot be used. `cause` is one of few, to be counted; the message tells the annotator what to mend."""
+  """A plan that cannot be used. `cause` is one of few, to be counted; the message tells the annotator what to
+  mend."""
 
   def __init__(self, cause: str, message: str):
     super().__init__(message)
@@ -29,18 +31,26 @@ def read(answer: str, response: str) -> tuple[list[dict], list[int]]:
     plan = json.loads(fenced[1] if fenced else answer)
   except json.JSONDecodeError as error:
     raise PlanError("not JSON", f"not JSON: {error.msg} at character {error.pos}") from None
-  if not isinstance(plan, dict) or plan.keys() != {"chunks", "syncs"} or not all(
-      isinstance(x, list) for x in plan.values()):
+  if (
+    not isinstance(plan, dict)
+    or plan.keys() != {"chunks", "syncs"}
+    or not all(isinstance(x, list) for x in plan.values())
+  ):
     raise PlanError("another form", 'expected {"chunks": […], "syncs": […]} and nothing else')
   spans = units.split(response)
   chunks = sorted((_chunk(c, len(spans)) for c in plan["chunks"]), key=lambda c: (c[0], -c[1]))
   for i, (start, end, _) in enumerate(chunks):
     for later, its_end, _ in chunks[i + 1 :]:
       if later <= end < its_end or (start, end) == (later, its_end):
-        raise PlanError("chunks overlap", f"chunks {start}-{end} and {later}-{its_end} overlap: one must end before "
-                        "the other, or lie inside it")
+        raise PlanError(
+          "chunks overlap",
+          f"chunks {start}-{end} and {later}-{its_end} overlap: one must end before "
+          "the other, or lie inside it",
+        )
   if any(c[:2] == (1, len(spans)) for c in chunks):
-    raise PlanError("a chunk of everything", "a chunk holds the whole response: nothing is left to run beside it")
+    raise PlanError(
+      "a chunk of everything", "a chunk holds the whole response: nothing is left to run beside it"
+    )
   syncs = sorted({_unit(s, "a sync", len(spans)) for s in plan["syncs"]})
   offsets = [{"start": spans[a - 1][0], "end": spans[b - 1][1], "topic": topic} for a, b, topic in chunks]
   useful = useful_syncs(offsets, [spans[s - 1][0] for s in syncs])
@@ -53,15 +63,19 @@ def read(answer: str, response: str) -> tuple[list[dict], list[int]]:
 def write(response: str, chunks: Sequence[dict], syncs: Sequence[int]) -> str:
   """The inverse of `read`. Raises PlanError where a span begins or ends inside a unit."""
   spans = units.split(response)
-  begins = {skip_blanks(response, start): n for n, (start, _) in enumerate(spans, 1)} | {len(response): len(spans) + 1}
+  begins = {skip_blanks(response, start): n for n, (start, _) in enumerate(spans, 1)} | {
+    len(response): len(spans) + 1
+  }
 
   def unit(offset: int) -> int:
     if (at := begins.get(skip_blanks(response, offset))) is None:
       raise PlanError("inside a unit", f"character {offset} is inside a unit")
     return at
 
-  plan = {"chunks": [{"from": unit(c["start"]), "to": unit(c["end"]) - 1, "topic": c["topic"]} for c in chunks],
-          "syncs": [unit(s) for s in syncs if skip_blanks(response, s) < len(response)]}
+  plan = {
+    "chunks": [{"from": unit(c["start"]), "to": unit(c["end"]) - 1, "topic": c["topic"]} for c in chunks],
+    "syncs": [unit(s) for s in syncs if skip_blanks(response, s) < len(response)],
+  }
   return json.dumps(plan, ensure_ascii=False)
 
 

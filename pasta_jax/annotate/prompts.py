@@ -1,4 +1,5 @@
-"""What an annotating model reads: the language, seven demonstrations, one response; and the question of the check."""
+"""What an annotating model reads: the language, seven demonstrations, one response; and the question of the
+check."""
 
 from collections.abc import Sequence
 
@@ -40,8 +41,10 @@ could not see, or repeats what another writer must have said. Reply with YES or 
 
 
 def question(prompt: str, response: str) -> str:
-  return (f"The request:\n<request>\n{prompt}\n</request>\n\n"
-          f"The answer:\n<answer>\n{units.numbered(response)}\n</answer>")
+  return (
+    f"The request:\n<request>\n{prompt}\n</request>\n\n"
+    f"The answer:\n<answer>\n{units.numbered(response)}\n</answer>"
+  )
 
 
 def demonstrations(rows: Sequence[dict]) -> Messages:
@@ -53,30 +56,40 @@ def demonstrations(rows: Sequence[dict]) -> Messages:
       plan.read(answer, row["response"])
     except (plan.PlanError, KeyError) as error:
       raise DataError(f"row {row.get('id')} is no demonstration: {error}") from None
-    messages += [{"role": "user", "content": question(row["prompt"], row["response"])},
-                 {"role": "assistant", "content": answer}]
+    messages += [
+      {"role": "user", "content": question(row["prompt"], row["response"])},
+      {"role": "assistant", "content": answer},
+    ]
   return messages
 
 
 def ask(row: dict, shown: Messages) -> Messages:
   """The call that asks for a row's plan."""
-  return [{"role": "system", "content": SYSTEM}, *shown,
-          {"role": "user", "content": question(row["prompt"], row["response"])}]
+  return [
+    {"role": "system", "content": SYSTEM},
+    *shown,
+    {"role": "user", "content": question(row["prompt"], row["response"])},
+  ]
 
 
 def ask_again(messages: Messages, answer: str, fault: str) -> Messages:
   """The call behind an answer that could not be used."""
-  return [*messages, {"role": "assistant", "content": answer},
-          {"role": "user", "content": f"That cannot be used: {fault}. Reply with the whole JSON again, mended."}]
+  return [
+    *messages,
+    {"role": "assistant", "content": answer},
+    {"role": "user", "content": f"That cannot be used: {fault}. Reply with the whole JSON again, mended."},
+  ]
 
 
 def ask_whether(row: dict, context: Context) -> Messages:
   """The call that asks whether a piece is independent of what its writer cannot see."""
   task = f'the part about "{context.topic}"' if context.topic is not None else "what follows"
   others = ", ".join(f"⟦{topic}⟧" for topic in context.waiting) or "none"
-  text = (f"The request:\n<request>\n{row['prompt']}\n</request>\n\nWhat the writer sees of the answer:\n<seen>\n"
-          f"{context.seen}\n</seen>\n\nWritten by others at the same time: {others}\n\nThe writer writes {task}:\n"
-          f"<text>\n{context.text}\n</text>\n\nCould they have written it from that alone? YES or NO.")
+  text = (
+    f"The request:\n<request>\n{row['prompt']}\n</request>\n\nWhat the writer sees of the answer:\n<seen>\n"
+    f"{context.seen}\n</seen>\n\nWritten by others at the same time: {others}\n\nThe writer writes {task}:\n"
+    f"<text>\n{context.text}\n</text>\n\nCould they have written it from that alone? YES or NO."
+  )
   return [{"role": "system", "content": CHECK}, {"role": "user", "content": text}]
 
 

@@ -1,9 +1,9 @@
 """Annotating a file of responses: by a language model, plan and check, or by form alone.
 
-    workdir/annotated.jsonl   rows to train on (`data.examples`)
-    workdir/rejected.jsonl    rows that could not be read or got no usable plan, each with its cause
-    workdir/report.json       figures, causes, calls and what they cost
-    workdir/calls.jsonl       every answer of the model: a run that is started again pays for none of them twice
+workdir/annotated.jsonl   rows to train on (`data.examples`)
+workdir/rejected.jsonl    rows that could not be read or got no usable plan, each with its cause
+workdir/report.json       figures, causes, calls and what they cost
+workdir/calls.jsonl       every answer of the model: a run that is started again pays for none of them twice
 """
 
 import collections
@@ -30,7 +30,8 @@ DEMONSTRATIONS = 7  # PASTA's number
 
 
 def annotate(config, workdir: Path) -> dict:
-  """Runs `config.annotate` in `workdir`; returns the report. Raises ValueError, one line, for what cannot be used."""
+  """Runs `config.annotate` in `workdir`; returns the report. Raises ValueError, one line, for what cannot be
+  used."""
   c = config.annotate
   if c.tries < 1 or c.limit < 0:
     raise DataError("annotate.tries must be 1 or more, annotate.limit 0 (all) or more")
@@ -47,8 +48,16 @@ def annotate(config, workdir: Path) -> dict:
   vocabulary = load_checkpoint(config.model.source).vocabulary
   workdir.mkdir(parents=True, exist_ok=True)
   digest = hashlib.sha256(json.dumps([[r["prompt"], r["response"]] for r in rows]).encode()).hexdigest()[:16]
-  agree(workdir, workdir / "settings.json", {"annotator": c.kind if by_model is None else c.model, "check": c.check,
-                                             "rows": len(rows), "rows' digest": digest})
+  agree(
+    workdir,
+    workdir / "settings.json",
+    {
+      "annotator": c.kind if by_model is None else c.model,
+      "check": c.check,
+      "rows": len(rows),
+      "rows' digest": digest,
+    },
+  )
   rejected = [{"id": name, "cause": cause} for cause, names in source.faults.items() for name in names]
   if by_model is None:
     done = [r | {"chunks": structure.annotate(r["response"]), "syncs": []} for r in rows]
@@ -79,8 +88,18 @@ class _ByModel:
 
   def __init__(self, c, workdir: Path):
     endpoint = Endpoint(
-      model=c.model, kind=c.kind, url=c.url, key_env=c.key_env, max_tokens=c.max_tokens, logprobs=False,
-      concurrency=c.concurrency, retries=c.retries, timeout=c.timeout, per_minute=c.per_minute, part="annotate")
+      model=c.model,
+      kind=c.kind,
+      url=c.url,
+      key_env=c.key_env,
+      max_tokens=c.max_tokens,
+      logprobs=False,
+      concurrency=c.concurrency,
+      retries=c.retries,
+      timeout=c.timeout,
+      per_minute=c.per_minute,
+      part="annotate",
+    )
     endpoint.require_key()
     self._shown = prompts.demonstrations(_spread(read_jsonl(c.demonstrations)))
     self._config, self._endpoint, self._path = c, endpoint, workdir / "calls.jsonl"
@@ -100,12 +119,18 @@ class _ByModel:
     self.report = {
       "asked again because": dict(self._mended),
       "check": {"chunks given up": self._dropped, "syncs placed": self._synced} if c.check else {},
-      "calls": {"paid now": self._caller.paid, "tokens read": self._tokens[0], "tokens written": self._tokens[1],
-                "price": round(price, 4)},
+      "calls": {
+        "paid now": self._caller.paid,
+        "tokens read": self._tokens[0],
+        "tokens written": self._tokens[1],
+        "price": round(price, 4),
+      },
     }
     return [plans[r["id"]] for r in rows if r["id"] in plans], rejected
 
-  def _calls(self, what: str, calls: Sequence[prompts.Messages], answered: Callable[[int, dict], None]) -> None:
+  def _calls(
+    self, what: str, calls: Sequence[prompts.Messages], answered: Callable[[int, dict], None]
+  ) -> None:
     bar, task = progress_bar(what, len(calls))
 
     def done(i: int, answer: dict) -> None:
@@ -124,7 +149,9 @@ class _ByModel:
     for attempt in range(self._config.tries):
       again: list[tuple[dict, prompts.Messages]] = []
 
-      def answered(i: int, answer: dict, todo=todo, again=again, last=attempt + 1 == self._config.tries) -> None:
+      def answered(
+        i: int, answer: dict, todo=todo, again=again, last=attempt + 1 == self._config.tries
+      ) -> None:
         row, messages = todo[i]
         if "refused" in answer:
           rejected.append({"id": row["id"], "cause": "refused", "answer": answer["refused"]})
@@ -140,7 +167,9 @@ class _ByModel:
             again.append((row, prompts.ask_again(messages, answer["text"], str(error))))
 
       if todo:
-        self._calls("plans" if attempt == 0 else f"plans, answer {attempt + 1}", [m for _, m in todo], answered)
+        self._calls(
+          "plans" if attempt == 0 else f"plans, answer {attempt + 1}", [m for _, m in todo], answered
+        )
       todo = again
     return plans, rejected
 
@@ -177,12 +206,16 @@ class _ByModel:
 
 
 def _spread(rows: Sequence[dict]) -> list[dict]:
-  """Demonstrations from annotated rows: of each kind (nested, with a sync, flat, sequential) some, in length spread."""
+  """Demonstrations from annotated rows: of each kind (nested, with a sync, flat, sequential) some, in length
+  spread."""
   if len(rows) <= DEMONSTRATIONS:
     return list(rows)
-  nested = lambda r: any(c["start"] <= d["start"] < d["end"] <= c["end"] for c in r["chunks"] for d in r["chunks"]
-                         if c is not d)
-  kind = lambda r: "nested" if nested(r) else "synced" if r["syncs"] else "flat" if r["chunks"] else "sequential"
+  nested = lambda r: any(
+    c["start"] <= d["start"] < d["end"] <= c["end"] for c in r["chunks"] for d in r["chunks"] if c is not d
+  )
+  kind = lambda r: (
+    "nested" if nested(r) else "synced" if r["syncs"] else "flat" if r["chunks"] else "sequential"
+  )
   chosen: list[dict] = []
   for name, count in (("flat", 2), ("synced", 2), ("sequential", 2), ("nested", 1)):
     of_kind = sorted((r for r in rows if kind(r) == name), key=lambda r: (len(r["response"]), r["id"]))
@@ -199,11 +232,15 @@ def _write(path: Path, text: str) -> None:
 def _show(report: dict, workdir: Path) -> None:
   console = rich.console.Console(highlight=False)
   sides = {report["annotator"]: report["figures"]}
-  console.print(data_report.table(sides | ({"against": report["other's figures"]} if "agreement" in report else {})))
+  console.print(
+    data_report.table(sides | ({"against": report["other's figures"]} if "agreement" in report else {}))
+  )
   if "agreement" in report:
     a = report["agreement"]
-    console.print(f"Boundaries of chunks: precision {a['precision']:.0%}, recall {a['recall']:.0%}; "
-                  f"chunks or none: the same choice in {a['same_choice']:.0%} of {a['responses']}")
+    console.print(
+      f"Boundaries of chunks: precision {a['precision']:.0%}, recall {a['recall']:.0%}; "
+      f"chunks or none: the same choice in {a['same_choice']:.0%} of {a['responses']}"
+    )
   for title in ("rejected", "asked again because", "check", "calls"):
     if found := report.get(title):
       console.print(f"{title}: " + ", ".join(f"{name} {n:,}" for name, n in found.items()))

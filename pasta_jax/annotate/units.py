@@ -1,24 +1,32 @@
 """A response as numbered units, the smallest parts that an annotator can speak of.
 
-Units are lines, and sentences and the heads of items inside them. Together they are the response, character by
-character, so an annotation that names units can change no text.
+Units are lines, and sentences and the heads of items inside them. Together they are the response, character
+by character, so an annotation that names units can change no text.
 """
 
 import re
 
-# Behind these a new unit begins: a line break with the blanks behind it, the end of a sentence, the head of an item.
+# Behind these a new unit begins: a line break with the blanks behind it, the end of a sentence, the head of
+# an item.
 _LINE = re.compile(r"\n\s*")
 _SENTENCE = re.compile(r"[.!?…][\"'”’)\]*_]*[ \t]+(?=[\"'“‘(\[*_]*[A-Z0-9])")
 _HEAD = re.compile(r"(?<=[:;])[ \t]+(?=\S)|(?<=\S)[ \t]+(?=[–—-][ \t])|\*\*:?[ \t]+")
-_ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|vs|No|e\.g|i\.e|etc|[A-Z])\.$|(?:^|\n)[ \t]*\(?\d{1,3}\.$")
+_ABBREVIATION = re.compile(
+  r"\b(?:Mr|Mrs|Ms|Dr|Prof|St|vs|No|e\.g|i\.e|etc|[A-Z])\.$|(?:^|\n)[ \t]*\(?\d{1,3}\.$"
+)
 _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 
 
 def split(response: str) -> list[tuple[int, int]]:
-  """[start, end) of each unit, in order and without gaps; a unit's blanks are at its end. A block of code is one."""
+  """[start, end) of each unit, in order and without gaps; a unit's blanks are at its end. A block of code is
+  one."""
   code = [m.span() for m in _CODE.finditer(response)]
-  cuts = {m.end() for pattern in (_LINE, _SENTENCE, _HEAD) for m in pattern.finditer(response)
-          if not (pattern is _SENTENCE and _ABBREVIATION.search(response[max(0, m.start() - 8) : m.start() + 1]))}
+  cuts = {
+    m.end()
+    for pattern in (_LINE, _SENTENCE, _HEAD)
+    for m in pattern.finditer(response)
+    if not (pattern is _SENTENCE and _ABBREVIATION.search(response[max(0, m.start() - 8) : m.start() + 1]))
+  }
   cuts = {c for c in cuts if not any(a < c < b for a, b in code)} | {a for a, _ in code}
   bounds = [0, *sorted(c for c in cuts if 0 < c < len(response)), len(response)]
   units: list[tuple[int, int]] = []

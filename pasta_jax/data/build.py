@@ -1,8 +1,8 @@
 """Building a data set from files of annotated rows: checked, split, decontaminated, counted and shown.
 
-    workdir/responses/VERSION/   the TFDS data set (`data.dataset`)
-    workdir/rejected.jsonl       rows that are not in it, each with its cause
-    workdir/report.html          what it holds (`data.report`)
+workdir/responses/VERSION/   the TFDS data set (`data.dataset`)
+workdir/rejected.jsonl       rows that are not in it, each with its cause
+workdir/report.html          what it holds (`data.report`)
 """
 
 import collections
@@ -23,9 +23,9 @@ from pasta_jax.lang.vocabulary import Vocabulary
 def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> dict:
   """Builds `config.dataset` in `workdir`; returns its figures.
 
-  Rows without `chunks` are plain text. A row whose spans overlap, leave the response, or that the vocabulary cannot
-  express is rejected and named. `avoid` are prompts of evaluations. Raises DataError, one line, for what cannot be
-  used, and, with `dataset.strict`, for the first row that is rejected.
+  Rows without `chunks` are plain text. A row whose spans overlap, leave the response, or that the vocabulary
+  cannot express is rejected and named. `avoid` are prompts of evaluations. Raises DataError, one line, for
+  what cannot be used, and, with `dataset.strict`, for the first row that is rejected.
   """
   c = config.dataset
   if not c.train:
@@ -40,13 +40,20 @@ def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> di
   if c.validation:
     splits["validation"] = _rows(c.validation, vocabulary, [], rejected)
     held_out = {r["prompt"] for r in splits["validation"]}
-    rejected += [{"id": r["id"], "cause": "in the validation split too"} for r in splits["train"]
-                 if r["prompt"] in held_out]
+    rejected += [
+      {"id": r["id"], "cause": "in the validation split too"}
+      for r in splits["train"]
+      if r["prompt"] in held_out
+    ]
     splits["train"] = [r for r in splits["train"] if r["prompt"] not in held_out]
   elif c.validation_share:
-    chosen = lambda r: int(hashlib.sha256(r["prompt"].encode()).hexdigest()[:8], 16) < c.validation_share * 16**8
-    splits = {"train": [r for r in splits["train"] if not chosen(r)],
-              "validation": [r for r in splits["train"] if chosen(r)]}
+    chosen = lambda r: (
+      int(hashlib.sha256(r["prompt"].encode()).hexdigest()[:8], 16) < c.validation_share * 16**8
+    )
+    splits = {
+      "train": [r for r in splits["train"] if not chosen(r)],
+      "validation": [r for r in splits["train"] if chosen(r)],
+    }
   if c.strict and rejected:
     raise DataError(f"row {rejected[0]['id']}: {rejected[0]['cause']} ({len(rejected)} rows cannot be used)")
   if not all(splits.values()):
@@ -57,7 +64,9 @@ def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> di
   causes = dict(collections.Counter(r["cause"] for r in rejected))
   workdir.mkdir(parents=True, exist_ok=True)
   write(Responses(splits, {"figures": figures, "rejected": causes}, data_dir=str(workdir)))
-  (workdir / "rejected.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected), "utf-8")
+  (workdir / "rejected.jsonl").write_text(
+    "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected), "utf-8"
+  )
   page = report.page(splits["train"], facts["train"], figures, causes, vocabulary, rule)
   (workdir / "report.html").write_text(page, "utf-8")
   _show(figures, causes, target)

@@ -1,4 +1,5 @@
-"""Annotated responses as a TFDS data set in array_record files: built once, with statistics, read by any process.
+"""Annotated responses as a TFDS data set in array_record files: built once, with statistics, read by any
+process.
 
 TensorFlow is not needed, neither to build nor to read.
 """
@@ -35,11 +36,14 @@ class Responses(tfds.core.GeneratorBasedBuilder):
       builder=self,
       description="Instruction responses whose independent parts are marked: PASTA's training data.",
       metadata=tfds.core.MetadataDict(self._figures),
-      features=Features.FeaturesDict({
-        **dict.fromkeys(_KEPT, text),
-        "chunks": Features.Sequence({"start": np.int32, "end": np.int32, "topic": text}),
-        "syncs": Features.Sequence(np.int32),
-      }))
+      features=Features.FeaturesDict(
+        {
+          **dict.fromkeys(_KEPT, text),
+          "chunks": Features.Sequence({"start": np.int32, "end": np.int32, "topic": text}),
+          "syncs": Features.Sequence(np.int32),
+        }
+      ),
+    )
 
   def _split_generators(self, dl_manager):
     del dl_manager
@@ -53,7 +57,8 @@ class Responses(tfds.core.GeneratorBasedBuilder):
 
 
 def write(builder: Responses) -> None:
-  """Writes the data set's files, which are there whole or not at all, without TFDS' own report on the terminal."""
+  """Writes the data set's files, which are there whole or not at all, without TFDS' own report on the
+  terminal."""
   target = Path(builder.data_dir)
   for stale in target.parent.glob("incomplete.*"):  # of a build that was killed
     shutil.rmtree(stale)
@@ -63,7 +68,8 @@ def write(builder: Responses) -> None:
 
 
 def read(folder: Path, split: str = "train") -> list[dict]:
-  """The rows of a built data set, in the order of its files. Raises DataError if it is none, or has no such split."""
+  """The rows of a built data set, in the order of its files. Raises DataError if it is none, or has no such
+  split."""
   if not (folder / "dataset_info.json").is_file():
     raise DataError(f"{folder} is no data set that --mode=build made: it has no dataset_info.json")
   builder = tfds.builder_from_directory(str(folder))
@@ -76,7 +82,9 @@ def _row(example: Mapping[str, Any]) -> dict:
   chunks = example["chunks"]
   return {
     **{key: example[key].decode() for key in _KEPT},
-    "chunks": [{"start": int(a), "end": int(b), "topic": topic.decode()}
-               for a, b, topic in zip(chunks["start"], chunks["end"], chunks["topic"])],
+    "chunks": [
+      {"start": int(a), "end": int(b), "topic": topic.decode()}
+      for a, b, topic in zip(chunks["start"], chunks["end"], chunks["topic"])
+    ],
     "syncs": [int(s) for s in example["syncs"]],
   }

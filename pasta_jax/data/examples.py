@@ -147,8 +147,8 @@ class _Left(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class _LayOut:
-  """A row to (whether its plan has chunks, its layout), or why it is left out, or what is wrong with it: workers hand
-  over results, not exceptions."""
+  """A row to (whether its plan has chunks, its layout), or why it is left out, or what is wrong with it:
+  workers hand over results, not exceptions."""
 
   vocabulary: Vocabulary
   rule: PositionRule
@@ -178,22 +178,35 @@ class _LayOut:
     return has_chunks, layout(thread, self.rule, self.vocabulary.table, prompt)
 
 
-def examples(rows: Sequence[dict], vocabulary: Vocabulary, rule: PositionRule, *, annotation: str, max_length: int,
-             min_speedup: float = 0.0, plain_share: float = 1.0, workers: int = 0) -> Selection:
-  """Lays out the rows to train on, annotated by their `plan`, by their `structure` (`data.structure`), or by `none`.
+def examples(
+  rows: Sequence[dict],
+  vocabulary: Vocabulary,
+  rule: PositionRule,
+  *,
+  annotation: str,
+  max_length: int,
+  min_speedup: float = 0.0,
+  plain_share: float = 1.0,
+  workers: int = 0,
+) -> Selection:
+  """Lays out the rows to train on, annotated by their `plan`, by their `structure` (`data.structure`), or by
+  `none`.
 
   Left out: examples of more than `max_length` tokens; those with chunks whose theoretical speedup is below
   `min_speedup`; and, of those without chunks, the last ones beyond `plain_share` of all that stay. The choice
   is made by the plans, so that Baseline-SFT ("none") and APAR ("structure") get the same rows; a row whose
-  structure does not fit `max_length` is then laid out without chunks. `workers` processes share the work, some
-  milliseconds a row; 0: this one does it.
+  structure does not fit `max_length` is then laid out without chunks. `workers` processes share the work,
+  some milliseconds a row; 0: this one does it.
   """
   if annotation not in ANNOTATIONS:
     raise DataError(f"annotation must be one of {', '.join(ANNOTATIONS)}, not {annotation!r}")
   chunked: list[Layout] = []
   plain: list[Layout] = []
   too_long = too_slow = 0
-  from pasta_jax.data.pipeline import in_workers  # here: grain takes a second to import, and decoding needs none of it
+  from pasta_jax.data.pipeline import (
+    in_workers,
+  )  # here: grain takes a second to import, and decoding needs none of it
+
   lay_out = _LayOut(vocabulary, rule, annotation, max_length, min_speedup)
   for found in in_workers(lay_out, rows, workers):
     if isinstance(found, str):
@@ -208,8 +221,8 @@ def examples(rows: Sequence[dict], vocabulary: Vocabulary, rule: PositionRule, *
 
 
 def mix(files: str) -> list[dict]:
-  """Rows of several files: "a.jsonl*2,b.jsonl.gz" reads the first one's rows twice an epoch. A folder is a data set
-  that `data.build` made, "folder:validation" another split of it than its "train"."""
+  """Rows of several files: "a.jsonl*2,b.jsonl.gz" reads the first one's rows twice an epoch. A folder is a
+  data set that `data.build` made, "folder:validation" another split of it than its "train"."""
   rows: list[dict] = []
   for entry in filter(None, (e.strip() for e in files.split(","))):
     path, star, times = entry.partition("*")
@@ -218,6 +231,7 @@ def mix(files: str) -> list[dict]:
     folder, colon, split = path.rpartition(":")
     if Path(path).is_dir() or colon and Path(folder).is_dir():
       from pasta_jax.data import dataset  # here: it takes a second to import, and few need it
+
       found = dataset.read(Path(path)) if Path(path).is_dir() else dataset.read(Path(folder), split)
     else:
       found = read_jsonl(path)

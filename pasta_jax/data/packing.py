@@ -1,4 +1,5 @@
-"""Examples to fixed shapes: several in a row, told apart by segment ids; the order a function of seed and step."""
+"""Examples to fixed shapes: several in a row, told apart by segment ids; the order a function of seed and
+step."""
 
 import dataclasses
 import threading
@@ -30,11 +31,11 @@ class Batch:
 def pack_row(examples: Sequence[Layout], length: int, levels: int) -> Batch:
   """One row (B = 1) that holds the examples one after another, padded to `length`."""
   row = Batch(
-      tokens=np.zeros((1, length), np.int32),
-      positions=np.zeros((1, length), np.int32),
-      hidden=np.zeros((1, length, levels, 2), np.int32),
-      targets=np.full((1, length), NO_TARGET, np.int32),
-      segments=np.zeros((1, length), np.int32),
+    tokens=np.zeros((1, length), np.int32),
+    positions=np.zeros((1, length), np.int32),
+    hidden=np.zeros((1, length, levels, 2), np.int32),
+    targets=np.full((1, length), NO_TARGET, np.int32),
+    segments=np.zeros((1, length), np.int32),
   )
   at = 0
   for number, e in enumerate(examples, 1):
@@ -81,7 +82,13 @@ class PackedBatches:
   def __init__(self, examples: Sequence[Layout], *, batch_size: int, length: int, levels: int, seed: int):
     if not examples:
       raise ValueError("no training example is left: is max_length too small?")
-    self.examples, self.batch_size, self.length, self.levels, self.seed = examples, batch_size, length, levels, seed
+    self.examples, self.batch_size, self.length, self.levels, self.seed = (
+      examples,
+      batch_size,
+      length,
+      levels,
+      seed,
+    )
     self._epochs: list[list[list[int]]] = []  # per epoch, the rows
     self._making = threading.Lock()  # batches are made by several threads
 
@@ -90,8 +97,10 @@ class PackedBatches:
       while len(self._epochs) <= epoch:
         rng = np.random.default_rng((self.seed, len(self._epochs)))
         order = rng.permutation(len(self.examples))
-        rows = [[int(order[i]) for i in row] for row in
-                fill_rows([len(self.examples[i]) for i in order], self.length)]
+        rows = [
+          [int(order[i]) for i in row]
+          for row in fill_rows([len(self.examples[i]) for i in order], self.length)
+        ]
         self._epochs.append([rows[i] for i in rng.permutation(len(rows))])
     return self._epochs[epoch]
 
@@ -108,7 +117,9 @@ class PackedBatches:
     rows = self._rows(epoch)
     share = range(self.batch_size) if share is None else share
     chosen = [rows[(step * self.batch_size + r) % len(rows)] for r in share]
-    return concatenate([pack_row([self.examples[i] for i in row], self.length, self.levels) for row in chosen])
+    return concatenate(
+      [pack_row([self.examples[i] for i in row], self.length, self.levels) for row in chosen]
+    )
 
 
 def single_batches(examples: Sequence[Layout], *, batch_size: int, length: int, levels: int) -> list[Batch]:

@@ -1,4 +1,5 @@
-"""Pairs of answers to fixed shapes: both in the rows of one batch, which a preference loss needs side by side."""
+"""Pairs of answers to fixed shapes: both in the rows of one batch, which a preference loss needs side by
+side."""
 
 import dataclasses
 import threading
@@ -12,7 +13,8 @@ from pasta_jax.lang.layout import Layout
 
 @dataclasses.dataclass(frozen=True)
 class PreferencePair:
-  """Two laid-out answers to one prompt, the better one first, and the reference model's log p of each (nats)."""
+  """Two laid-out answers to one prompt, the better one first, and the reference model's log p of each
+  (nats)."""
 
   chosen: Layout
   rejected: Layout
@@ -20,12 +22,13 @@ class PreferencePair:
 
 
 class PairBatches:
-  """Endless batches of whole pairs; number `step` is a function of (seed, step) alone, so resuming needs the step only.
+  """Endless batches of whole pairs; number `step` is a function of (seed, step) alone, so resuming needs the
+  step only.
 
-  A batch is `rows` packed rows of `length` tokens and holds as many pairs as fit, one at least, `2 * rows` at most. Its
-  leaves are those of `packing.Batch`, and `answers` [B, T] int32: which answer a token belongs to (2p is pair p's
-  chosen one, 2p + 1 its rejected one, `4 * rows` none); `reference` [P, 2] float32 and `weight` [P] float32, 0 for
-  places without a pair (P = 2 * rows).
+  A batch is `rows` packed rows of `length` tokens and holds as many pairs as fit, one at least, `2 * rows` at
+  most. Its leaves are those of `packing.Batch`, and `answers` [B, T] int32: which answer a token belongs to
+  (2p is pair p's chosen one, 2p + 1 its rejected one, `4 * rows` none); `reference` [P, 2] float32 and
+  `weight` [P] float32, 0 for places without a pair (P = 2 * rows).
   """
 
   def __init__(self, pairs: Sequence[PreferencePair], *, rows: int, length: int, levels: int, seed: int):
@@ -93,7 +96,8 @@ class PairBatches:
 
 
 def _places(used: list[int], pair: PreferencePair, length: int) -> tuple[list[int], list[int]] | None:
-  """(tokens used of each row behind the pair, the rows of its two answers), first fit; None where it does not fit."""
+  """(tokens used of each row behind the pair, the rows of its two answers), first fit; None where it does not
+  fit."""
   used, where = list(used), []
   for example in (pair.chosen, pair.rejected):
     row = next((r for r, n in enumerate(used) if n + len(example) <= length), None)

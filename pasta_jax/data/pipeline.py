@@ -1,8 +1,9 @@
-"""The input pipeline: text is laid out by worker processes, and batches are packed ahead of the devices, by grain.
+"""The input pipeline: text is laid out by worker processes, and batches are packed ahead of the devices, by
+grain.
 
-Batch `step` is a function of the seed and the step alone (`data.packing`), and every process packs the rows that its
-own devices hold: so the iterator's state, which stands in every checkpoint, is the same on any mesh and any number of
-processes, and a run goes on with the batch that it would have had.
+Batch `step` is a function of the seed and the step alone (`data.packing`), and every process packs the rows
+that its own devices hold: so the iterator's state, which stands in every checkpoint, is the same on any mesh
+and any number of processes, and a run goes on with the batch that it would have had.
 """
 
 import hashlib
@@ -23,7 +24,8 @@ R = TypeVar("R")
 
 
 def in_workers(f: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
-  """f of each item, in order; by so many processes (`f` is pickled once for each), or by this one where it is 0."""
+  """f of each item, in order; by so many processes (`f` is pickled once for each), or by this one where it is
+  0."""
   if not workers:
     yield from map(f, items)
     return
@@ -58,13 +60,15 @@ def digest(examples: Sequence[Layout]) -> str:
 class Feed:
   """The batches of a run's steps, one after another, each of `accumulate` batches stacked [A, B, …].
 
-  `batches(i)` is the i-th one, or what this process needs of it; two threads make a few ahead. `identity` tells the
-  data from others (`digest`).
+  `batches(i)` is the i-th one, or what this process needs of it; two threads make a few ahead. `identity`
+  tells the data from others (`digest`).
   """
 
   def __init__(self, batches: Callable[[int], Batch], *, steps: int, accumulate: int, identity: str):
     def of_step(step: int) -> Batch:
-      return jax.tree.map(lambda *x: np.stack(x), *(batches(step * accumulate + i) for i in range(accumulate)))
+      return jax.tree.map(
+        lambda *x: np.stack(x), *(batches(step * accumulate + i) for i in range(accumulate))
+      )
 
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     self._iterator = iter(grain.MapDataset.range(steps).map(of_step).to_iter_dataset(reading))

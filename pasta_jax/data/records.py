@@ -1,4 +1,5 @@
-"""Rows of JSON lines that a run adds to and a resumed run does not make again, and the settings they were made with."""
+"""Rows of JSON lines that a run adds to and a resumed run does not make again, and the settings they were
+made with."""
 
 import json
 import os
@@ -22,7 +23,8 @@ Asked = TypeVar("Asked", bound=Request)
 
 
 def agree(what: Path, beside: Path, settings: dict[str, Any]) -> None:
-  """Writes the settings that `what` is made with to `beside`; DataError, naming one, where others stand there."""
+  """Writes the settings that `what` is made with to `beside`; DataError, naming one, where others stand
+  there."""
   settings = json.loads(json.dumps(settings))
   before = json.loads(beside.read_text()) if beside.exists() else settings
   for name in dict.fromkeys([*before, *settings]):
@@ -72,7 +74,9 @@ def missing(path: Path, rows: Mapping[str, dict], requests: Sequence[Asked]) -> 
   """Requests without a row in `path`. Raises DataError where a row answers another prompt of the same id."""
   for r in requests:
     if (row := rows.get(r.id)) and row["prompt"] != r.prompt:
-      raise DataError(f"{path} holds a response to another prompt with the id {r.id!r}: choose another --workdir")
+      raise DataError(
+        f"{path} holds a response to another prompt with the id {r.id!r}: choose another --workdir"
+      )
   return [r for r in requests if r.id not in rows]
 
 

@@ -19,10 +19,15 @@ from pasta_jax.lang.vocabulary import Vocabulary
 
 SAMPLES = 6
 LABELS = {
-  "rows": ("rows", "{:,}"), "with_chunks": ("with chunks", "{:.0%}"), "with_syncs": ("of these with a sync", "{:.0%}"),
-  "chunks": ("chunks each", "{:.1f}"), "covered": ("of their text in chunks", "{:.0%}"),
-  "prompt": ("tokens of a prompt", "{:.0f}"), "response": ("tokens of a response, tags included", "{:.0f}"),
-  "speedup": ("theoretical speedup", "{:.2f}"), "speedup_of_all": ("the same, all rows", "{:.2f}"),
+  "rows": ("rows", "{:,}"),
+  "with_chunks": ("with chunks", "{:.0%}"),
+  "with_syncs": ("of these with a sync", "{:.0%}"),
+  "chunks": ("chunks each", "{:.1f}"),
+  "covered": ("of their text in chunks", "{:.0%}"),
+  "prompt": ("tokens of a prompt", "{:.0f}"),
+  "response": ("tokens of a response, tags included", "{:.0f}"),
+  "speedup": ("theoretical speedup", "{:.2f}"),
+  "speedup_of_all": ("the same, all rows", "{:.2f}"),
 }
 
 
@@ -51,21 +56,35 @@ def facts(rows: Sequence[dict], vocabulary: Vocabulary, rule: PositionRule) -> F
     for c in sorted(row["chunks"], key=lambda c: (c["start"], -c["end"])):
       if c["start"] >= behind:
         outer, behind = outer + c["end"] - c["start"], c["end"]
-    found.append((len(prompt), thread.total_tokens, len(row["chunks"]), outer / len(row["response"]),
-                  bool(row["syncs"]), cost(thread, vocabulary.table).theoretical_speedup))
+    found.append(
+      (
+        len(prompt),
+        thread.total_tokens,
+        len(row["chunks"]),
+        outer / len(row["response"]),
+        bool(row["syncs"]),
+        cost(thread, vocabulary.table).theoretical_speedup,
+      )
+    )
   return Facts(*(np.array([row[i] for row in found]) for i in range(len(Facts._fields))))
 
 
 def figures(f: Facts) -> dict[str, float]:
-  """See `LABELS`; lengths are means, speedups geometric means; what is said of chunks is of rows that have some."""
+  """See `LABELS`; lengths are means, speedups geometric means; what is said of chunks is of rows that have
+  some."""
   some = f.chunks > 0
   if not len(some):
     return dict.fromkeys(LABELS, math.nan) | {"rows": 0}
   mean = lambda x: float(x.mean()) if len(x) else math.nan
   return {
-    "rows": len(f.chunks), "with_chunks": mean(some), "with_syncs": mean(f.synced[some]),
-    "chunks": mean(f.chunks[some]), "covered": mean(f.covered[some]), "prompt": mean(f.prompt),
-    "response": mean(f.response), "speedup": math.exp(mean(np.log(f.speedup[some]))),
+    "rows": len(f.chunks),
+    "with_chunks": mean(some),
+    "with_syncs": mean(f.synced[some]),
+    "chunks": mean(f.chunks[some]),
+    "covered": mean(f.covered[some]),
+    "prompt": mean(f.prompt),
+    "response": mean(f.response),
+    "speedup": math.exp(mean(np.log(f.speedup[some]))),
     "speedup_of_all": math.exp(mean(np.log(f.speedup))),
   }
 
@@ -85,9 +104,11 @@ def histograms(f: Facts) -> matplotlib.figure.Figure:
   figure = matplotlib.figure.Figure(figsize=(10, 2.6), layout="constrained")
   some = f.chunks > 0
   for axes, values, label, bins in zip(
-      figure.subplots(1, 3), (f.response, f.chunks, f.speedup[some]),
-      ("tokens of a response", "chunks", "theoretical speedup (rows with chunks)"),
-      (24, np.arange(f.chunks.max() + 2) - 0.5, 24)):
+    figure.subplots(1, 3),
+    (f.response, f.chunks, f.speedup[some]),
+    ("tokens of a response", "chunks", "theoretical speedup (rows with chunks)"),
+    (24, np.arange(f.chunks.max() + 2) - 0.5, 24),
+  ):
     axes.hist(values, bins=bins, color="#2f7de1")
     axes.set_xlabel(label)
     axes.spines[["top", "right"]].set_visible(False)
@@ -113,8 +134,14 @@ article { margin-top: 20px; padding: 20px 24px; background: var(--card); border:
 _HUES = (212, 24, 155, 320, 45, 265, 190, 0)
 
 
-def page(rows: Sequence[dict], f: Facts, by_split: Mapping[str, Mapping[str, Any]], rejected: Mapping[str, int],
-         vocabulary: Vocabulary, rule: PositionRule) -> str:
+def page(
+  rows: Sequence[dict],
+  f: Facts,
+  by_split: Mapping[str, Mapping[str, Any]],
+  rejected: Mapping[str, int],
+  vocabulary: Vocabulary,
+  rule: PositionRule,
+) -> str:
   """One HTML page that needs no network: figures by split, histograms and samples of the rows."""
   head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *by_split))
   cells = lambda key, form: "".join(f"<td>{form.format(s[key])}</td>" for s in by_split.values())
@@ -124,14 +151,18 @@ def page(rows: Sequence[dict], f: Facts, by_split: Mapping[str, Mapping[str, Any
   histograms(f).savefig(picture, format="svg")
   svg = re.sub(r"^.*?(?=<svg)", "", picture.getvalue(), flags=re.DOTALL)
   some = [i for i in range(len(rows)) if f.chunks[i] and f.response[i] <= 400] or list(range(len(rows)))
-  samples = "".join(_sample(rows[i], vocabulary, rule)
-                    for i in sorted({some[k * len(some) // SAMPLES] for k in range(SAMPLES)}))
-  return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/><title>Data set</title>'
-          f"<style>{_STYLE}</style></head>\n<body><main><h1>Data set</h1>\n<table><tr>{head}</tr>{body}</table>\n"
-          f'<p class="muted">Rejected rows: {causes}.</p>\n<div class="plots">{svg}</div>\n<h2>Samples</h2>\n'
-          '<p class="muted">Tokens in the order of training, in the colour of their thread; small numbers are '
-          "positions, where they jump. Pale tokens have no target; pointing at one shows it.</p>\n"
-          f"{samples}</main></body></html>\n")
+  samples = "".join(
+    _sample(rows[i], vocabulary, rule)
+    for i in sorted({some[k * len(some) // SAMPLES] for k in range(SAMPLES)})
+  )
+  return (
+    f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/><title>Data set</title>'
+    f"<style>{_STYLE}</style></head>\n<body><main><h1>Data set</h1>\n<table><tr>{head}</tr>{body}</table>\n"
+    f'<p class="muted">Rejected rows: {causes}.</p>\n<div class="plots">{svg}</div>\n<h2>Samples</h2>\n'
+    '<p class="muted">Tokens in the order of training, in the colour of their thread; small numbers are '
+    "positions, where they jump. Pale tokens have no target; pointing at one shows it.</p>\n"
+    f"{samples}</main></body></html>\n"
+  )
 
 
 def _sample(row: dict, vocabulary: Vocabulary, rule: PositionRule) -> str:

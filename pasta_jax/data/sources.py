@@ -1,8 +1,9 @@
-"""Instructions and responses from files of several forms. What cannot be used is counted and named, not dropped.
+"""Instructions and responses from files of several forms. What cannot be used is counted and named, not
+dropped.
 
-A file is JSON lines (or one JSON list), parquet, or a folder that Hugging Face's `datasets` saved. Rows have `prompt`
-and `response`; Alpaca's `instruction`, `input`, `output`; SlimOrca's `conversations`; or OpenAI's `messages`. A system
-message stands before the prompt.
+A file is JSON lines (or one JSON list), parquet, or a folder that Hugging Face's `datasets` saved. Rows have
+`prompt` and `response`; Alpaca's `instruction`, `input`, `output`; SlimOrca's `conversations`; or OpenAI's
+`messages`. A system message stands before the prompt.
 """
 
 import collections
@@ -27,7 +28,8 @@ _USER, _MODEL = ("user", "human"), ("assistant", "gpt", "model")
 
 @dataclasses.dataclass
 class Source:
-  """Usable rows (`id`, `prompt`, `response`, and whatever else they had), and by cause the names of the others."""
+  """Usable rows (`id`, `prompt`, `response`, and whatever else they had), and by cause the names of the
+  others."""
 
   rows: list[dict] = dataclasses.field(default_factory=list)
   faults: dict[str, list[str]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
@@ -74,9 +76,13 @@ def _rows(path: Path) -> Iterator[dict | str]:
 
 def _tables(path: Path) -> Iterator[dict]:
   """Rows of a parquet file, or of the Arrow files that `datasets` saves."""
-  files = [path] if path.suffix == ".parquet" else sorted(path.glob("*.arrow")) or sorted(path.glob("*.parquet"))
+  files = (
+    [path] if path.suffix == ".parquet" else sorted(path.glob("*.arrow")) or sorted(path.glob("*.parquet"))
+  )
   if not files or not all(f.is_file() for f in files):
-    raise DataError(f"no such data file: {path}" if not path.exists() else f"{path} holds no .arrow or .parquet file")
+    raise DataError(
+      f"no such data file: {path}" if not path.exists() else f"{path} holds no .arrow or .parquet file"
+    )
   for file in files:
     try:
       if file.suffix == ".parquet":
@@ -112,8 +118,13 @@ def _instruction(row: dict[str, Any]) -> dict[str, str] | str:
     said = _turns(turns)
     if said is None:
       return "a conversation of another form"
-    if len(said) < 2 or said[-2][0] not in _USER or said[-1][0] not in _MODEL or len(said) > 3 or (
-        len(said) == 3 and said[0][0] != "system"):
+    if (
+      len(said) < 2
+      or said[-2][0] not in _USER
+      or said[-1][0] not in _MODEL
+      or len(said) > 3
+      or (len(said) == 3 and said[0][0] != "system")
+    ):
       return "a conversation of several turns"
     prompt: Any = "\n\n".join(text for _, text in said[:-1] if text)
     response: Any = said[-1][1]

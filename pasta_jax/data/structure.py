@@ -1,10 +1,10 @@
 """Annotation by form alone: sections, list items and paragraphs become chunks. No model, no join.
 
-These are the rules of APAR (Liu et al. 2024, arXiv 2401.06761) in PASTA's terms: the promising thread writes an
-item's head (a heading, the words before a colon, a paragraph's first sentence), and the rest of the item is a chunk
-of its own thread. Sections may hold lists, which makes a tree of threads. It serves as that baseline, and wherever no
-language model is at hand to annotate. Unlike a plan made by reading, it neither sees whether items depend on each
-other nor places a sync.
+These are the rules of APAR (Liu et al. 2024, arXiv 2401.06761) in PASTA's terms: the promising thread writes
+an item's head (a heading, the words before a colon, a paragraph's first sentence), and the rest of the item
+is a chunk of its own thread. Sections may hold lists, which makes a tree of threads. It serves as that
+baseline, and wherever no language model is at hand to annotate. Unlike a plan made by reading, it neither
+sees whether items depend on each other nor places a sync.
 """
 
 import re
@@ -24,17 +24,25 @@ TOPIC_WORDS = 3
 
 
 def annotate(response: str, *, fewest: int = 3, shortest: int = 24) -> list[dict]:
-  """Chunks of a response: `start`, `end` and `topic`, outer ones before those they contain; [] where its form has none.
+  """Chunks of a response: `start`, `end` and `topic`, outer ones before those they contain; [] where its form
+  has none.
 
-  A response needs `fewest` chunks side by side, each of `shortest` characters at least; shorter items stay with the
-  promising thread. Two sections are enough. Responses with code, formulae, tables or links are left alone.
+  A response needs `fewest` chunks side by side, each of `shortest` characters at least; shorter items stay
+  with the promising thread. Two sections are enough. Responses with code, formulae, tables or links are left
+  alone.
   """
   if _UNFIT.search(response):
     return []
-  sections = [c for start, end, topic in _sections(response) if (c := _chunk(response, start, end, topic, shortest))]
+  sections = [
+    c for start, end, topic in _sections(response) if (c := _chunk(response, start, end, topic, shortest))
+  ]
   if len(sections) >= 2:
     lists = [list(_lists(response, c["start"], c["end"], shortest)) for c in sections]
-    return [c for section, inner in zip(sections, lists) for c in (section, *(inner if len(inner) >= fewest else ()))]
+    return [
+      c
+      for section, inner in zip(sections, lists)
+      for c in (section, *(inner if len(inner) >= fewest else ()))
+    ]
   for rule in (_lists, _paragraphs):
     chunks = list(rule(response, 0, len(response), shortest))
     if len(chunks) >= fewest:
@@ -71,8 +79,8 @@ def _sections(text: str) -> Iterator[tuple[int, int, str]]:
 def _lists(text: str, start: int, end: int, shortest: int) -> Iterator[dict]:
   """A chunk for each item of the lists in text[start:end]: what follows its head, or else its marker.
 
-  Items that are indented further than the first one belong to the item above; an item ends before the next one, or at
-  a blank line with text that is not indented behind it.
+  Items that are indented further than the first one belong to the item above; an item ends before the next
+  one, or at a blank line with text that is not indented behind it.
   """
   items: list[list[int]] = []  # (behind the marker, end)
   margin: int | None = None

@@ -1,8 +1,9 @@
-"""Many requests at once: the interpreter's step with a request axis in front, finished requests replaced from a queue.
+"""Many requests at once: the interpreter's step with a request axis in front, finished requests replaced from
+a queue.
 
-The loop is written by hand around a vmap of `step`, not by vmapping the loop: that would select the whole state,
-pools included, at every step. A finished request's step writes nothing that counts. What a request gets does not
-depend on the others beside it (bit for bit up to the rounding of wider matrix products).
+The loop is written by hand around a vmap of `step`, not by vmapping the loop: that would select the whole
+state, pools included, at every step. A finished request's step writes nothing that counts. What a request
+gets does not depend on the others beside it (bit for bit up to the rounding of wider matrix products).
 """
 
 from collections.abc import Callable, Sequence
@@ -25,9 +26,9 @@ from pasta_jax.decode.trace import Trace, read_trace
 def pool_groups(needs: Sequence[int], places: int) -> list[tuple[int, list[int]]]:
   """(pool entries, indices of the requests that run together in pools of that size), smallest pools first.
 
-  Attention costs a request the whole pool, so requests run with those that need one of the same size. Fewer than
-  `places` would leave places empty for as long as the longest of them takes, and each size compiles its own programs:
-  they join those of the next size, unless that is more than twice what they need.
+  Attention costs a request the whole pool, so requests run with those that need one of the same size. Fewer
+  than `places` would leave places empty for as long as the longest of them takes, and each size compiles its
+  own programs: they join those of the next size, unless that is more than twice what they need.
   """
   sizes: dict[int, list[int]] = {}
   for i, need in enumerate(needs):
@@ -50,7 +51,9 @@ class BatchDecoder:
     if requests < 1 or width < 1:
       raise DecodeError(f"requests and width must be 1 or more, not {requests} and {width}")
     self.interpreter, self.requests, self.width = interpreter, requests, width
-    self._insert = jax.jit(lambda all_, one, r: jax.tree.map(lambda a, o: a.at[r].set(o), all_, one), donate_argnums=0)
+    self._insert = jax.jit(
+      lambda all_, one, r: jax.tree.map(lambda a, o: a.at[r].set(o), all_, one), donate_argnums=0
+    )
     self._choose = jax.jit(lambda states, which: jax.tree.map(lambda x: x[which], states))
     self._segment = jax.jit(self._segment_pure, static_argnames=("switches",), donate_argnums=(1,))
     self._reseed = jax.jit(reseed)
@@ -78,18 +81,28 @@ class BatchDecoder:
     it = self.interpreter
     need = max(prompt_length + it.limits.max_new_tokens + self.width, padded_length(prompt_length))
     if need > it.limits.buckets[-1] + self.width:
-      raise DecodeError(f"a prompt and its response may take {need} pool entries, decode.capacity is "
-                        f"{it.limits.buckets[-1]}")
-    step = max(128, 1 << (need - 1).bit_length() - 2)  # a quarter of the next power of two: five sizes an octave
+      raise DecodeError(
+        f"a prompt and its response may take {need} pool entries, decode.capacity is {it.limits.buckets[-1]}"
+      )
+    step = max(
+      128, 1 << (need - 1).bit_length() - 2
+    )  # a quarter of the next power of two: five sizes an octave
     return -(-need // step) * step
 
-  def run(self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, *, seeds: Sequence[int] | None = None,
-          done: Callable[[int, Trace], None] | None = None, one_pool_size: bool = False) -> list[Trace]:
+  def run(
+    self,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    *,
+    seeds: Sequence[int] | None = None,
+    done: Callable[[int, Trace], None] | None = None,
+    one_pool_size: bool = False,
+  ) -> list[Trace]:
     """The prompts' traces, in their order; `done(i, trace)` is called as each one ends.
 
-    Request i draws from seed `seeds[i]`, else from `sampling.seed`; the same prompt several times in a row, as when
-    several samples are drawn, is read once. With `one_pool_size` all get the largest pool that one of them needs.
-    Raises DecodeError if prompt and limits together exceed the largest pool.
+    Request i draws from seed `seeds[i]`, else from `sampling.seed`; the same prompt several times in a row,
+    as when several samples are drawn, is read once. With `one_pool_size` all get the largest pool that one of
+    them needs. Raises DecodeError if prompt and limits together exceed the largest pool.
     """
     longest = max(map(len, prompts), default=0)
     needs = [self._capacity(longest if one_pool_size else len(prompt)) for prompt in prompts]
@@ -99,8 +112,11 @@ class BatchDecoder:
       self._run_group(members, start, sampling, traces, done)
     return [traces[i] for i in range(len(prompts))]
 
-  def _starter(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], capacity: int) -> Callable[[int], State]:
-    """The state behind the prefill of prompt i. The last prefill is kept, for those behind it with the same prompt."""
+  def _starter(
+    self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], capacity: int
+  ) -> Callable[[int], State]:
+    """The state behind the prefill of prompt i. The last prefill is kept, for those behind it with the same
+    prompt."""
     kept: dict[tuple[int, ...], State] = {}
 
     def start(i: int) -> State:
@@ -113,8 +129,14 @@ class BatchDecoder:
 
     return start
 
-  def _run_group(self, queue: list[int], start: Callable[[int], State], sampling: SamplingConfig,
-                 traces: dict[int, Trace], done: Callable[[int, Trace], None] | None) -> None:
+  def _run_group(
+    self,
+    queue: list[int],
+    start: Callable[[int], State],
+    sampling: SamplingConfig,
+    traces: dict[int, Trace],
+    done: Callable[[int, Trace], None] | None,
+  ) -> None:
     """Runs the requests of `queue`, whose pools have one size, and puts their traces into `traces`."""
     it = self.interpreter
     switches, numbers = switched(it.switches, sampling), as_arrays(sampling)
@@ -128,13 +150,16 @@ class BatchDecoder:
     while any(i >= 0 for i in slots):
       ended = sum(i < 0 for i in slots)
       smaller = max((s for s in self._sizes() if s < len(slots)), default=0)
-      # While others wait, a place that becomes free is taken at once; behind that, half of them free is enough.
+      # While others wait, a place that becomes free is taken at once; behind that, half of them free is
+      # enough.
       enough = ended + 1 if queue else len(slots) - smaller
       states, finish = self._segment(it.params, states, numbers, np.int32(enough), switches=switches)
       for r, f in enumerate(np.asarray(finish)):
         if f == UNFINISHED or slots[r] < 0:
           continue
-        trace = read_trace(jax.tree.map(lambda x, r=r: x[r], states._replace(pool=None)), it.vocabulary, switches.rule)
+        trace = read_trace(
+          jax.tree.map(lambda x, r=r: x[r], states._replace(pool=None)), it.vocabulary, switches.rule
+        )
         traces[slots[r]] = trace
         if done:
           done(slots[r], trace)
@@ -157,5 +182,10 @@ class BatchDecoder:
     for size in self._sizes():
       states = self._choose(states, np.arange(size))
       states = self._insert(states, state, np.int32(0))
-      states, _ = self._segment(self.interpreter.params, states, as_arrays(sampling), np.int32(0),
-                                switches=switched(self.interpreter.switches, sampling))
+      states, _ = self._segment(
+        self.interpreter.params,
+        states,
+        as_arrays(sampling),
+        np.int32(0),
+        switches=switched(self.interpreter.switches, sampling),
+      )

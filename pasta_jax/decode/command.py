@@ -95,7 +95,7 @@ def decode_file(config, prompts_file: str, output: str | None) -> None:
   rows = read_jsonl(prompts_file)
   for number, row in enumerate(rows, 1):
     if not isinstance(row.get("prompt"), str):
-      raise DecodeError(f"{prompts_file}: row {number} has no text under \"prompt\"")
+      raise DecodeError(f'{prompts_file}: row {number} has no text under "prompt"')
   target = None if output is None else _check_writable("output", output)
   if not rows:
     raise DecodeError(f"{prompts_file} holds no prompt")
@@ -107,13 +107,18 @@ def decode_file(config, prompts_file: str, output: str | None) -> None:
       prompts.append(generator.encode(row["prompt"], generator.speed))
     except DecodeError as error:
       raise DecodeError(f"{prompts_file}, row {number}: {error}") from None
-  decoder = BatchDecoder(generator.interpreter(d.parallel), requests=min(d.requests, len(rows)),
-                         width=min(d.slots, 4) if d.parallel else 1)
+  decoder = BatchDecoder(
+    generator.interpreter(d.parallel),
+    requests=min(d.requests, len(rows)),
+    width=min(d.slots, 4) if d.parallel else 1,
+  )
   bar, task = progress_bar("decoding", len(rows))
   with bar:
     traces = decoder.run(prompts, generator.sampling, done=lambda i, trace: bar.advance(task))
-  lines = [json.dumps({**row, **describe(trace, generator.vocabulary)}, ensure_ascii=False) + "\n"
-           for row, trace in zip(rows, traces)]
+  lines = [
+    json.dumps({**row, **describe(trace, generator.vocabulary)}, ensure_ascii=False) + "\n"
+    for row, trace in zip(rows, traces)
+  ]
   if target is None:
     sys.stdout.writelines(lines)
   else:

@@ -37,7 +37,9 @@ class Switches:
   greedy: bool = True
   sorts: bool = False  # top-k or top-p is on
   penalises: bool = False  # the repetition penalty is on
-  no_repeat: int = 0  # no topic or run of so many tokens of any thread's earlier rounds is written again; 0: off
+  no_repeat: int = (
+    0  # no topic or run of so many tokens of any thread's earlier rounds is written again; 0: off
+  )
   capture: bool = False  # keep every step's logits in the trace (for tests: capacity x V floats)
 
 
@@ -54,8 +56,12 @@ class SamplingConfig:
   seed: int = 0
 
   def __post_init__(self):
-    for name, ok, want in (("temperature", self.temperature >= 0, "0 or more"), ("top_k", self.top_k >= 0, "0 or more"),
-                           ("top_p", 0 < self.top_p <= 1, "in (0, 1]"), ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),
-                           ("repetition_penalty", self.repetition_penalty >= 1, "1 or more")):
+    for name, ok, want in (
+      ("temperature", self.temperature >= 0, "0 or more"),
+      ("top_k", self.top_k >= 0, "0 or more"),
+      ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+      ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),
+      ("repetition_penalty", self.repetition_penalty >= 1, "1 or more"),
+    ):
       if not ok:
         raise ValueError(f"decode.{name} must be {want}, not {getattr(self, name)}")

@@ -20,8 +20,10 @@ from pasta_jax.model.adapter import read_adapter, weights_of
 from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.decoder import DTYPES, exact_products
 
-EMBEDDED = {name: f"smollm2_135m_{name}.safetensors"
-            for name in ("pasta", "pasta_fast", "pasta_quality", "baseline", "apar")}
+EMBEDDED = {
+  name: f"smollm2_135m_{name}.safetensors"
+  for name in ("pasta", "pasta_fast", "pasta_quality", "baseline", "apar")
+}
 EMBEDDED |= {name: f"{name}.safetensors" for name in ("gemma3_270m_pasta", "gemma3_270m_baseline")}
 
 
@@ -47,7 +49,8 @@ def adapter_path(name: str) -> Path | None:
 
 
 def source_of(config, adapter: str | Path) -> str | Path:
-  """Where the weights under an adapter are: beside it, after full training; else where `config.model.source` says.
+  """Where the weights under an adapter are: beside it, after full training; else where `config.model.source`
+  says.
 
   Raises AdapterError, one line, if the adapter cannot be read.
   """
@@ -102,10 +105,24 @@ class Generator:
     slots = max(d.slots, self._narrowest)
     widths = tuple(w for w in (1, 2, 4, 8, 16, 32, 64) if self._narrowest <= w < slots) + (slots,)
     buckets = tuple(b for b in (256, 512, 1024, 2048, 4096, 8192, 16384) if b < d.capacity) + (d.capacity,)
-    self.limits = Limits(max_new_tokens=d.max_new_tokens, max_threads=d.max_threads, max_depth=d.max_depth,
-                         max_topic=d.max_topic, tail=d.max_topic + 8, widths=widths, buckets=buckets)
-    self.sampling = SamplingConfig(temperature=d.temperature, top_k=d.top_k, top_p=d.top_p, min_p=d.min_p, seed=d.seed,
-                                   repetition_penalty=d.repetition_penalty, promise_bias=d.promise_bias)
+    self.limits = Limits(
+      max_new_tokens=d.max_new_tokens,
+      max_threads=d.max_threads,
+      max_depth=d.max_depth,
+      max_topic=d.max_topic,
+      tail=d.max_topic + 8,
+      widths=widths,
+      buckets=buckets,
+    )
+    self.sampling = SamplingConfig(
+      temperature=d.temperature,
+      top_k=d.top_k,
+      top_p=d.top_p,
+      min_p=d.min_p,
+      seed=d.seed,
+      repetition_penalty=d.repetition_penalty,
+      promise_bias=d.promise_bias,
+    )
     self._guard, self._no_repeat = d.guard, d.no_repeat
     self._interpreters: dict[tuple[bool, int], Interpreter] = {}
 
@@ -115,8 +132,10 @@ class Generator:
     `max_new_tokens` in place of the config's.
     """
     if parallel and not self.has_tags:
-      raise DecodeError("this model has no PASTA tags: give --config.model.adapter, or decode with "
-                        "--config.decode.parallel=False")
+      raise DecodeError(
+        "this model has no PASTA tags: give --config.model.adapter, or decode with "
+        "--config.decode.parallel=False"
+      )
     key = (parallel, max_new_tokens or self.limits.max_new_tokens)
     if key not in self._interpreters:
       limits = dataclasses.replace(self.limits, max_new_tokens=key[1])
@@ -127,8 +146,8 @@ class Generator:
     return self._interpreters[key]
 
   def encode(self, prompt: str | Sequence[Mapping[str, str]], speed: int = -1) -> list[int]:
-    """Tokens of a user's prompt, or of a conversation (`role`, `content`) that ends with one, in the model's chat
-    form; with the wanted `speed` in it, if one is given."""
+    """Tokens of a user's prompt, or of a conversation (`role`, `content`) that ends with one, in the model's
+    chat form; with the wanted `speed` in it, if one is given."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages[-1]["content"].strip():
       raise DecodeError("the prompt is empty")
@@ -141,9 +160,16 @@ class Generator:
     except ValueError as error:
       raise DecodeError(f"the prompt cannot be encoded: {error}") from None
 
-  def respond(self, prompt: str | Sequence[Mapping[str, str]], *, parallel: bool = True, speed: int = -1,
-              sampling: SamplingConfig | None = None, watch: Callable[[Trace], None] | None = None,
-              every: int = 16) -> Response:
+  def respond(
+    self,
+    prompt: str | Sequence[Mapping[str, str]],
+    *,
+    parallel: bool = True,
+    speed: int = -1,
+    sampling: SamplingConfig | None = None,
+    watch: Callable[[Trace], None] | None = None,
+    every: int = 16,
+  ) -> Response:
     """Decodes one prompt; `watch` sees the trace grow, every `every` decode steps at least."""
     tokens = self.encode(prompt, speed)
     interpreter = self.interpreter(parallel)

@@ -1,8 +1,8 @@
 """Which classes of token a guarded branch may write next: well-formed tags only, within the limits.
 
-Unguarded, every token may come and has a meaning (`lang.automaton`); guarded, ill-formed ones cannot. Ordinary
-text is never touched. But for the limits on the whole response (threads, tokens left) and the topics that
-`Switches.no_repeat` compares, the guard reads only what the branch can see, so it keeps exactness.
+Unguarded, every token may come and has a meaning (`lang.automaton`); guarded, ill-formed ones cannot.
+Ordinary text is never touched. But for the limits on the whole response (threads, tokens left) and the topics
+that `Switches.no_repeat` compares, the guard reads only what the branch can see, so it keeps exactness.
 """
 
 from typing import NamedTuple
@@ -40,14 +40,14 @@ def allowed(view: View, limits: Limits, switches: Switches) -> jax.Array:
   topic_done = view.topic_length > 0
   numbered = switches.rule.numbered
   rules = {
-      A.ORDINARY: ~(in_topic & full),
-      A.DIGITS: jnp.where(in_number, view.number < 100, ~(in_topic & full)),
-      A.OPEN: view.may_open,
-      A.MIDDLE: topic_done & numbered,
-      A.CLOSE: jnp.where(in_topic, topic_done & (not numbered), view.number >= 0),
-      A.END: in_text & ~view.is_main & (view.index > 0),
-      A.SYNC: in_text & view.may_sync,
-      A.EOS: in_text & view.is_main,
+    A.ORDINARY: ~(in_topic & full),
+    A.DIGITS: jnp.where(in_number, view.number < 100, ~(in_topic & full)),
+    A.OPEN: view.may_open,
+    A.MIDDLE: topic_done & numbered,
+    A.CLOSE: jnp.where(in_topic, topic_done & (not numbered), view.number >= 0),
+    A.END: in_text & ~view.is_main & (view.index > 0),
+    A.SYNC: in_text & view.may_sync,
+    A.EOS: in_text & view.is_main,
   }
   return well_formed & jnp.stack([rules.get(c, jnp.zeros((), bool)) for c in range(A.N_CLASSES)])
 

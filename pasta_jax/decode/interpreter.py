@@ -37,7 +37,8 @@ class DecodeError(ValueError):
 
 
 def penalised_tokens(vocabulary: Vocabulary) -> np.ndarray:
-  """[V] bool, True where a token is penalised for repetition: ordinary tokens with a word of four letters or more.
+  """[V] bool, True where a token is penalised for repetition: ordinary tokens with a word of four letters or
+  more.
 
   Digits, punctuation, blanks, short function words and the tags are spared: text needs them again and again,
   and tags must not depend on what was said before.
@@ -54,8 +55,11 @@ def penalised_tokens(vocabulary: Vocabulary) -> np.ndarray:
 def switched(switches: Switches, sampling: SamplingConfig) -> Switches:
   """The switches with only those parts of sampling compiled in that the numbers ask for."""
   return dataclasses.replace(
-      switches, greedy=sampling.temperature == 0, sorts=sampling.top_k > 0 or sampling.top_p < 1,
-      penalises=sampling.repetition_penalty != 1)
+    switches,
+    greedy=sampling.temperature == 0,
+    sorts=sampling.top_k > 0 or sampling.top_p < 1,
+    penalises=sampling.repetition_penalty != 1,
+  )
 
 
 @dataclasses.dataclass
@@ -73,12 +77,18 @@ class Interpreter:
   def __post_init__(self):
     rows = self.model.config.vocab_size
     if rows < self.vocabulary.size and self.switches.promises:
-      raise DecodeError(f"the model has {rows} vocabulary rows and no tags: load a PASTA adapter, or decode "
-                        "without promises")
+      raise DecodeError(
+        f"the model has {rows} vocabulary rows and no tags: load a PASTA adapter, or decode without promises"
+      )
     table = self.vocabulary.table
-    self.tables = Tables(*(jnp.asarray(x[:rows]) for x in (table.classes, table.value, table.scale,
-                                                           penalised_tokens(self.vocabulary))),
-                         async_tag=jnp.int32(table.tags.async_), open_tag=jnp.int32(table.tags.open))
+    self.tables = Tables(
+      *(
+        jnp.asarray(x[:rows])
+        for x in (table.classes, table.value, table.scale, penalised_tokens(self.vocabulary))
+      ),
+      async_tag=jnp.int32(table.tags.async_),
+      open_tag=jnp.int32(table.tags.open),
+    )
     self.graph, self.params = nnx.split(self.model)
     self._prefill = jax.jit(self._prefill_pure, static_argnames=("capacity",))
     self._segment = jax.jit(self._segment_pure, static_argnames=("width", "switches"), donate_argnums=(1,))
@@ -86,22 +96,35 @@ class Interpreter:
 
   # Pure functions, compiled once for each static shape.
 
-  def _prefill_pure(self, params: Any, prompt: jax.Array, length: jax.Array, seed: jax.Array, *,
-                    capacity: int) -> State:
+  def _prefill_pure(
+    self, params: Any, prompt: jax.Array, length: jax.Array, seed: jax.Array, *, capacity: int
+  ) -> State:
     model = nnx.merge(self.graph, params)
     size = prompt.shape[0]
     positions = jnp.arange(size)[None]
-    attend = dense_attention(causal_mask(size), model.dtype, softcap=model.config.attention_softcap,
-                             near=nearby(positions, positions, model.config.window))
+    attend = dense_attention(
+      causal_mask(size),
+      model.dtype,
+      softcap=model.config.attention_softcap,
+      near=nearby(positions, positions, model.config.window),
+    )
     _, cached = model(prompt[None], positions, attend)
     dtype = model.dtype
-    return initial([k[0].astype(dtype) for k, _ in cached], [v[0].astype(dtype) for _, v in cached], prompt, length,
-                   seed, max_threads=self.limits.max_threads, capacity=capacity,
-                   logits=model.config.vocab_size if self.switches.capture else 0,
-                   recent=max(self.switches.no_repeat - 1, 0))
+    return initial(
+      [k[0].astype(dtype) for k, _ in cached],
+      [v[0].astype(dtype) for _, v in cached],
+      prompt,
+      length,
+      seed,
+      max_threads=self.limits.max_threads,
+      capacity=capacity,
+      logits=model.config.vocab_size if self.switches.capture else 0,
+      recent=max(self.switches.no_repeat - 1, 0),
+    )
 
-  def _segment_pure(self, params: Any, state: State, sampling: Sampling, steps: jax.Array, *, width: int,
-                    switches: Switches) -> tuple[State, dict[str, jax.Array]]:
+  def _segment_pure(
+    self, params: Any, state: State, sampling: Sampling, steps: jax.Array, *, width: int, switches: Switches
+  ) -> tuple[State, dict[str, jax.Array]]:
     model = nnx.merge(self.graph, params)
     capacity = state.log.token.shape[0]
     narrower = max((w for w in self.limits.widths if w < width), default=0)
@@ -114,7 +137,9 @@ class Interpreter:
 
     def body(carry):
       state, left = carry
-      return step(model, state, self.tables, sampling, width=width, limits=self.limits, switches=switches), left - 1
+      return step(
+        model, state, self.tables, sampling, width=width, limits=self.limits, switches=switches
+      ), left - 1
 
     state, _ = jax.lax.while_loop(goes_on, body, (state, steps))
     return state, summary(state)
@@ -130,13 +155,17 @@ class Interpreter:
       raise DecodeError("the prompt is empty")
     longest = self.limits.buckets[-1] - self.limits.widths[-1]
     if len(prompt) > longest:
-      raise DecodeError(f"the prompt has {len(prompt)} tokens, the pool has room for {longest}: shorten it, or "
-                        "raise decode.capacity")
+      raise DecodeError(
+        f"the prompt has {len(prompt)} tokens, the pool has room for {longest}: shorten it, or "
+        "raise decode.capacity"
+      )
     size = min(padded_length(len(prompt)), self.limits.buckets[-1])
     padded = np.zeros(size, np.int32)
     padded[: len(prompt)] = prompt
     capacity = capacity or next(c for c in self._capacities() if c >= size + self.limits.widths[-1])
-    return self._prefill(self.params, padded, np.int32(len(prompt)), np.uint32(seed & 0xFFFFFFFF), capacity=capacity)
+    return self._prefill(
+      self.params, padded, np.int32(len(prompt)), np.uint32(seed & 0xFFFFFFFF), capacity=capacity
+    )
 
   def _capacities(self) -> list[int]:
     """Array lengths of the pool: the buckets, and one with room for the lanes of a step behind the last."""
@@ -147,8 +176,13 @@ class Interpreter:
     """How many programs have been compiled so far."""
     return sum(f._cache_size() for f in (self._prefill, self._segment, self._grow))
 
-  def warm_up(self, prompt_length: int, sampling: SamplingConfig = SamplingConfig(), *,
-              note: Callable[[int, int], None] = lambda done, total: None) -> None:
+  def warm_up(
+    self,
+    prompt_length: int,
+    sampling: SamplingConfig = SamplingConfig(),
+    *,
+    note: Callable[[int, int], None] = lambda done, total: None,
+  ) -> None:
     """Compiles everything that a prompt of this length may need, so that no timing holds a compilation.
 
     `note(done, total)` is told of progress.
@@ -166,8 +200,14 @@ class Interpreter:
       state, _ = self._segment(self.params, state, numbers, np.int32(0), width=width, switches=switches)
     note(len(shapes), len(shapes))
 
-  def run(self, prompt: Sequence[int], sampling: SamplingConfig = SamplingConfig(), *,
-          watch: Callable[[Trace], None] | None = None, every: int = 16) -> Trace:
+  def run(
+    self,
+    prompt: Sequence[int],
+    sampling: SamplingConfig = SamplingConfig(),
+    *,
+    watch: Callable[[Trace], None] | None = None,
+    every: int = 16,
+  ) -> Trace:
     """Decodes one response.
 
     `watch` is called with the trace so far at least every `every` steps, and at the end.
@@ -180,8 +220,9 @@ class Interpreter:
       size = state.log.token.shape[0]
       if used + width > size:
         state = self._grow(state, capacity=next(c for c in self._capacities() if c > size))
-      state, scalars = self._segment(self.params, state, numbers, np.int32(every if watch else 1 << 30),
-                                     width=width, switches=switches)
+      state, scalars = self._segment(
+        self.params, state, numbers, np.int32(every if watch else 1 << 30), width=width, switches=switches
+      )
       scalars = jax.device_get(scalars)
       runnable, used, finish = (int(scalars[k]) for k in ("runnable", "used", "finish"))
       if watch:

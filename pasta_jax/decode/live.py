@@ -18,8 +18,18 @@ from pasta_jax.decode.trace import ThreadTrace, Trace
 from pasta_jax.lang.vocabulary import Vocabulary
 
 # Of middle lightness, so that they can be read on dark and on light terminals.
-HUES = ("#4d8ef7", "#e8752f", "#21b07d", "#d557a2", "#bb982a", "#8f79ec", "#25aac4", "#e2585e",
-        "#7cb034", "#bd8a5c")
+HUES = (
+  "#4d8ef7",
+  "#e8752f",
+  "#21b07d",
+  "#d557a2",
+  "#bb982a",
+  "#8f79ec",
+  "#25aac4",
+  "#e2585e",
+  "#7cb034",
+  "#bd8a5c",
+)
 
 Mood = Literal["writing", "waiting", "done", "cut off"]
 MARKS: dict[Mood, str] = {"writing": "▸", "waiting": "◌", "done": "✓", "cut off": "✂"}
@@ -115,21 +125,43 @@ class _Frame:
     text = _styled(self.trace, 0, self.vocabulary, mood_ == "writing")
     tail, lines = _tail(text, console, width - 4, most - 2)
     height = min(max(lines, 1) + 2, most)
-    title = Text.assemble((MARKS[mood_] + " ", "bold"), ("main thread", "bold"),
-                          ("  waits for its chunks" if mood_ == "waiting" else "", "dim"))
+    title = Text.assemble(
+      (MARKS[mood_] + " ", "bold"),
+      ("main thread", "bold"),
+      ("  waits for its chunks" if mood_ == "waiting" else "", "dim"),
+    )
     title.truncate(max(width - 6, 1), overflow="ellipsis")
-    return Panel(tail, box=box.ROUNDED, title=title, title_align="left", width=width, height=height,
-                 border_style="default" if mood_ == "writing" else "dim"), height
+    return Panel(
+      tail,
+      box=box.ROUNDED,
+      title=title,
+      title_align="left",
+      width=width,
+      height=height,
+      border_style="default" if mood_ == "writing" else "dim",
+    ), height
 
-  def _chunks(self, console: Console, chunks: list[ThreadTrace], moods: dict[int, Mood], width: int,
-              left: int, columns: int) -> list[Table | Text]:
+  def _chunks(
+    self,
+    console: Console,
+    chunks: list[ThreadTrace],
+    moods: dict[int, Mood],
+    width: int,
+    left: int,
+    columns: int,
+  ) -> list[Table | Text]:
     """Panels as far as they fit; finished chunks make room first, and are named on a line of their own."""
     shown, summed_up = chunks, []
     if -(-len(shown) // columns) * (_LOWEST + 1) > left:
       room = max((left - 1) // (_LOWEST + 1), 0) * columns
       # Who writes comes first, then who waits, then who finished last.
-      urgent = sorted(chunks, key=lambda t: ({"writing": 0, "waiting": 1}.get(moods[t.number], 2),
-                                             -int(t.rounds[-1]) if t.length else 0))
+      urgent = sorted(
+        chunks,
+        key=lambda t: (
+          {"writing": 0, "waiting": 1}.get(moods[t.number], 2),
+          -int(t.rounds[-1]) if t.length else 0,
+        ),
+      )
       chosen = {t.number for t in urgent[:room]}
       shown = [t for t in chunks if t.number in chosen]
       summed_up = [t for t in chunks if t.number not in chosen]
@@ -142,37 +174,53 @@ class _Frame:
     columns = min(columns, len(shown))
     wide = [width // columns + (i < width % columns) for i in range(columns)]
     most = min(left // -(-len(shown) // columns), _TALLEST)
-    texts = {t.number: _styled(self.trace, t.number, self.vocabulary, moods[t.number] == "writing")
-             for t in shown}
+    texts = {
+      t.number: _styled(self.trace, t.number, self.vocabulary, moods[t.number] == "writing") for t in shown
+    }
     needed = max(len(text.wrap(console, max(wide[-1] - 4, 1), overflow="fold")) for text in texts.values())
     height = max(min(needed + 2, most), _LOWEST)
     grid = Table.grid(padding=0)
     for w in wide:
       grid.add_column(width=w)
     for start in range(0, len(shown), columns):
-      grid.add_row(*(self._panel(console, t, texts[t.number], moods[t.number], w, height)
-                     for t, w in zip(shown[start : start + columns], wide)))
+      grid.add_row(
+        *(
+          self._panel(console, t, texts[t.number], moods[t.number], w, height)
+          for t, w in zip(shown[start : start + columns], wide)
+        )
+      )
     return [grid, *out]
 
-  def _panel(self, console: Console, thread: ThreadTrace, text: Text, mood_: Mood, width: int,
-             height: int) -> Panel:
+  def _panel(
+    self, console: Console, thread: ThreadTrace, text: Text, mood_: Mood, width: int, height: int
+  ) -> Panel:
     tint = colour(thread.number)
     body, _ = _tail(text, console, width - 4, height - 2)
     path = ".".join(str(i + 1) for i in thread.path) if len(thread.path) > 1 else ""
-    title = Text.assemble((f"{MARKS[mood_]} ", tint), (f"{path} " if path else "", "dim"),
-                          (_topic(thread), f"bold {tint}"))
+    title = Text.assemble(
+      (f"{MARKS[mood_]} ", tint), (f"{path} " if path else "", "dim"), (_topic(thread), f"bold {tint}")
+    )
     title.truncate(max(width - 6, 1), overflow="ellipsis")
     if mood_ != "writing":
       body.stylize("dim")
-    return Panel(body, box=box.ROUNDED, title=title, title_align="left",
-                 subtitle=_progress(thread, min(12, width - 20)), subtitle_align="right", width=width,
-                 height=height, border_style=tint if mood_ == "writing" else f"dim {tint}")
+    return Panel(
+      body,
+      box=box.ROUNDED,
+      title=title,
+      title_align="left",
+      subtitle=_progress(thread, min(12, width - 20)),
+      subtitle_align="right",
+      width=width,
+      height=height,
+      border_style=tint if mood_ == "writing" else f"dim {tint}",
+    )
 
   def _names(self, threads: list[ThreadTrace], moods: dict[int, Mood], width: int) -> Text:
     out = Text(" ", no_wrap=True, overflow="ellipsis")
     for k, t in enumerate(threads):
-      entry = Text.assemble((f"{MARKS[moods[t.number]]} {_topic(t)}", colour(t.number)),
-                            (f" {t.length}  ", "dim"))
+      entry = Text.assemble(
+        (f"{MARKS[moods[t.number]]} {_topic(t)}", colour(t.number)), (f" {t.length}  ", "dim")
+      )
       rest = f"+ {len(threads) - k} more"
       if out.cell_len + entry.cell_len + (len(rest) if k < len(threads) - 1 else 0) > width and k:
         out.append(rest, style="dim")
@@ -187,8 +235,13 @@ class _Frame:
     live = sum(m == "writing" for m in moods.values())
     rate = f"{tokens / self.seconds:.1f}" if self.seconds > 0 else "–"
     out = Text(" ", no_wrap=True, overflow="ellipsis")
-    values = [(f"{tokens}", "tokens"), (f"{trace.steps}", "steps"), (f"{live}", "live"), (rate, "tokens/s"),
-              (f"{self.seconds:.1f}", "s")]
+    values = [
+      (f"{tokens}", "tokens"),
+      (f"{trace.steps}", "steps"),
+      (f"{live}", "live"),
+      (rate, "tokens/s"),
+      (f"{self.seconds:.1f}", "s"),
+    ]
     for k, (value, unit) in enumerate(values):
       entry = Text.assemble(("  ·  " if k else "", "dim"), (value, "bold"), (f" {unit}", "dim"))
       if out.cell_len + entry.cell_len > width:
@@ -225,8 +278,14 @@ class LiveView:
   terminal, nothing is printed at all.
   """
 
-  def __init__(self, vocabulary: Vocabulary, console: Console | None = None, *, frames_per_second: float = 10,
-               clock: Callable[[], float] = time.monotonic):
+  def __init__(
+    self,
+    vocabulary: Vocabulary,
+    console: Console | None = None,
+    *,
+    frames_per_second: float = 10,
+    clock: Callable[[], float] = time.monotonic,
+  ):
     self.vocabulary = vocabulary
     self.console = console or Console()
     self._shortest = 1 / frames_per_second
@@ -240,13 +299,15 @@ class LiveView:
     self._drawn = float("-inf")
     if self.console.is_terminal and not self.console.is_dumb_terminal:
       # Drawn when a trace comes, by no thread of its own: nothing moves in between.
-      self._live = Live(console=self.console, auto_refresh=False, transient=True, screen=False,
-                        vertical_overflow="crop")
+      self._live = Live(
+        console=self.console, auto_refresh=False, transient=True, screen=False, vertical_overflow="crop"
+      )
       self._live.start()
     return self
 
-  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-               traceback: TracebackType | None) -> None:
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+  ) -> None:
     if self._live is not None:
       self._live.stop()
       self._live = None
@@ -291,14 +352,24 @@ def figures_table(trace: Trace, seconds: float | None = None, speedup: float | N
   row("Peak parallelism", f"{c.peak_parallelism}", "threads that write at once", last=True)
   row("Decode steps", f"{trace.steps}")
   row("Longest path", f"{c.longest_path}", "steps, with a slot for every branch")
-  row("Theoretical speed-up", f"{c.theoretical_speedup:.2f}×", "shown tokens over longest path",
-      _verdict(c.theoretical_speedup), last=seconds is None and speedup is None)
+  row(
+    "Theoretical speed-up",
+    f"{c.theoretical_speedup:.2f}×",
+    "shown tokens over longest path",
+    _verdict(c.theoretical_speedup),
+    last=seconds is None and speedup is None,
+  )
   if seconds is not None:
     rate = f"{c.total_tokens / seconds:.1f} tokens/s" if seconds > 0 else ""
     row("Wall clock", f"{seconds:.2f} s", rate, last=speedup is None)
   if speedup is not None:
-    row("Measured speed-up", f"{speedup:.2f}×", "against the same model, one token at a time",
-        _verdict(speedup), last=True)
+    row(
+      "Measured speed-up",
+      f"{speedup:.2f}×",
+      "against the same model, one token at a time",
+      _verdict(speedup),
+      last=True,
+    )
   row("Finish reason", trace.finish_reason, "", "" if trace.finish_reason == "stop" else "yellow")
   row("Ill-formed tags", f"{trace.ill_formed}", "", "yellow" if trace.ill_formed else "")
   return table

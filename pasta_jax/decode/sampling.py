@@ -23,8 +23,9 @@ class Sampling(NamedTuple):
 def as_arrays(c: SamplingConfig) -> Sampling:
   """The numbers of a config on the device."""
   f = jnp.float32
-  return Sampling(f(c.temperature), jnp.int32(c.top_k), f(c.top_p), f(c.min_p), f(c.repetition_penalty),
-                  f(c.promise_bias))
+  return Sampling(
+    f(c.temperature), jnp.int32(c.top_k), f(c.top_p), f(c.min_p), f(c.repetition_penalty), f(c.promise_bias)
+  )
 
 
 def penalise(logits: jax.Array, tokens: jax.Array, remembered: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -40,7 +41,8 @@ def penalise(logits: jax.Array, tokens: jax.Array, remembered: jax.Array, penalt
 
 
 def gram_hash(recent: jax.Array) -> jax.Array:
-  """Hash of a thread's last n tokens, [..., n] -> [...] uint32; 0 where there are fewer (a negative entry)."""
+  """Hash of a thread's last n tokens, [..., n] -> [...] uint32; 0 where there are fewer (a negative
+  entry)."""
   powers = jnp.asarray([pow(1_000_003, i, 1 << 32) for i in range(recent.shape[-1])], jnp.uint32)
   mixed = jnp.sum((recent + 1).astype(jnp.uint32) * powers, axis=-1, dtype=jnp.uint32) | jnp.uint32(1)
   return jnp.where((recent >= 0).all(axis=-1), mixed, jnp.uint32(0))
@@ -54,9 +56,9 @@ def ban(scores: jax.Array, tokens: jax.Array, which: jax.Array) -> jax.Array:
 def draw(logits: jax.Array, key: jax.Array, sampling: Sampling, switches: Switches) -> jax.Array:
   """The next token. `key` is the thread's, folded with the token's index in its thread.
 
-  A Gumbel number for every token, a quarter of a step for many requests on CPU, and worth it: one uniform number
-  against cumulative probabilities changes its answer wherever rounding moves one of V boundaries across it, and then
-  what is sampled depends on the requests beside it.
+  A Gumbel number for every token, a quarter of a step for many requests on CPU, and worth it: one uniform
+  number against cumulative probabilities changes its answer wherever rounding moves one of V boundaries
+  across it, and then what is sampled depends on the requests beside it.
   """
   if switches.greedy:
     return jnp.argmax(logits).astype(jnp.int32)

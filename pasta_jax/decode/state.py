@@ -7,9 +7,9 @@ The pool's first entries are the prompt's; behind them, the entries that the bra
 to each other. A thread is a row of visibility over the pool: **a fork copies the parent's row, a join ORs the
 children's rows into it**, and a row gains what its own thread writes.
 
-Time goes in rounds. In a round every runnable thread takes one token, in the order of thread numbers, as many at
-a time as the step is wide; forks are numbered in that order. So neither numbers, nor limits, nor what a thread
-sees depend on the width: a narrow machine replays what a wide one does (schedule invariance).
+Time goes in rounds. In a round every runnable thread takes one token, in the order of thread numbers, as many
+at a time as the step is wide; forks are numbered in that order. So neither numbers, nor limits, nor what a
+thread sees depend on the width: a narrow machine replays what a wide one does (schedule invariance).
 """
 
 from typing import Any, NamedTuple
@@ -42,7 +42,9 @@ class Log(NamedTuple):
   round: jax.Array  # [P] int32, in which the entry was written
   step: jax.Array  # [P] int32, decode step in which it was written
   chosen: jax.Array  # [P] int32, the token chosen behind this entry
-  gram: jax.Array  # [P] uint32, hash of the thread's last tokens up to this one (`sampling.gram_hash`); 0: too few
+  gram: (
+    jax.Array
+  )  # [P] uint32, hash of the thread's last tokens up to this one (`sampling.gram_hash`); 0: too few
   log_p: jax.Array  # [P] float32, the model's log-probability of the token chosen behind this entry
   logits: jax.Array  # [P, V] float32 where `Switches.capture`, else [P, 0]
 
@@ -70,7 +72,9 @@ class Threads(NamedTuple):
   declared: jax.Array  # [M] int32, number in its promise; -1: none
   kept_before: jax.Array  # [M] uint32, hash of its promise's topic without the last token
   kept_last: jax.Array  # [M] int32, that token; -1 for an empty topic
-  recent: jax.Array  # [M, n] int32, own tokens read last, oldest first; -1: none (n: `Switches.no_repeat` - 1, or 0)
+  recent: (
+    jax.Array
+  )  # [M, n] int32, own tokens read last, oldest first; -1: none (n: `Switches.no_repeat` - 1, or 0)
   fork_entry: jax.Array  # [M] int32, pool entry of its promise's last token
   fork_index: jax.Array  # [M] int32, index of that token in the parent's own tokens
   length: jax.Array  # [M] int32, own tokens read back
@@ -100,8 +104,18 @@ def fill(n: int, value: int) -> jax.Array:
   return jnp.full((n,), value, jnp.int32)
 
 
-def initial(keys: list[jax.Array], values: list[jax.Array], prompt: jax.Array, length: jax.Array, seed: jax.Array,
-            *, max_threads: int, capacity: int, logits: int, recent: int = 0) -> State:
+def initial(
+  keys: list[jax.Array],
+  values: list[jax.Array],
+  prompt: jax.Array,
+  length: jax.Array,
+  seed: jax.Array,
+  *,
+  max_threads: int,
+  capacity: int,
+  logits: int,
+  recent: int = 0,
+) -> State:
   """The state behind a prefill.
 
   `keys`, `values`: per layer [S, K, H] of the padded prompt; `prompt` [S] its tokens and `length` how many of
@@ -111,25 +125,66 @@ def initial(keys: list[jax.Array], values: list[jax.Array], prompt: jax.Array, l
   m, p = max_threads, capacity
   n = length - 1
   padded = p - prompt.shape[0]
-  pool = Pool([jnp.pad(k.transpose(1, 2, 0), ((0, 0), (0, 0), (0, padded))) for k in keys],
-              [jnp.pad(v.transpose(1, 0, 2), ((0, 0), (0, padded), (0, 0))) for v in values])
-  log = Log(token=jnp.pad(prompt, (0, padded)), thread=fill(p, -1), position=jnp.arange(p, dtype=jnp.int32),
-            round=fill(p, 0), step=fill(p, 0), chosen=fill(p, 0), gram=jnp.zeros(p, jnp.uint32),
-            log_p=jnp.zeros(p), logits=jnp.zeros((p, logits)))
+  pool = Pool(
+    [jnp.pad(k.transpose(1, 2, 0), ((0, 0), (0, 0), (0, padded))) for k in keys],
+    [jnp.pad(v.transpose(1, 0, 2), ((0, 0), (0, padded), (0, 0))) for v in values],
+  )
+  log = Log(
+    token=jnp.pad(prompt, (0, padded)),
+    thread=fill(p, -1),
+    position=jnp.arange(p, dtype=jnp.int32),
+    round=fill(p, 0),
+    step=fill(p, 0),
+    chosen=fill(p, 0),
+    gram=jnp.zeros(p, jnp.uint32),
+    log_p=jnp.zeros(p),
+    logits=jnp.zeros((p, logits)),
+  )
   main = jnp.arange(m) == 0
   no_hash = jnp.zeros(m, jnp.uint32)
   threads = Threads(
-      status=jnp.where(main, RUNNING, FREE), token=jnp.where(main, prompt[n], 0), kind=fill(m, ORDINARY),
-      index=fill(m, -1), position=jnp.where(main, n, 0), round=fill(m, 1), state=fill(m, 0), number=fill(m, -1),
-      topic=no_hash, topic_before=no_hash, topic_last=fill(m, -1), topic_length=fill(m, 0), children=fill(m, 0),
-      depth=fill(m, 0), parent=fill(m, -1), owner=fill(m, -1), ordinal=fill(m, 0), declared=fill(m, -1),
-      kept_before=no_hash, kept_last=fill(m, -1), recent=jnp.full((m, recent), -1, jnp.int32),
-      fork_entry=fill(m, 0), fork_index=fill(m, 0), length=fill(m, 0),
-      key=_keys(seed, m),
-      visible=main[:, None] & (jnp.arange(p) < n)[None, :])
+    status=jnp.where(main, RUNNING, FREE),
+    token=jnp.where(main, prompt[n], 0),
+    kind=fill(m, ORDINARY),
+    index=fill(m, -1),
+    position=jnp.where(main, n, 0),
+    round=fill(m, 1),
+    state=fill(m, 0),
+    number=fill(m, -1),
+    topic=no_hash,
+    topic_before=no_hash,
+    topic_last=fill(m, -1),
+    topic_length=fill(m, 0),
+    children=fill(m, 0),
+    depth=fill(m, 0),
+    parent=fill(m, -1),
+    owner=fill(m, -1),
+    ordinal=fill(m, 0),
+    declared=fill(m, -1),
+    kept_before=no_hash,
+    kept_last=fill(m, -1),
+    recent=jnp.full((m, recent), -1, jnp.int32),
+    fork_entry=fill(m, 0),
+    fork_index=fill(m, 0),
+    length=fill(m, 0),
+    key=_keys(seed, m),
+    visible=main[:, None] & (jnp.arange(p) < n)[None, :],
+  )
   one = jnp.ones((), jnp.int32)
-  return State(pool, log, threads, used=n, prompt=n, round=one, served=0 * one, room=one * (m - 1), runnable=one,
-               steps=0 * one, n_threads=one, finish=0 * one)
+  return State(
+    pool,
+    log,
+    threads,
+    used=n,
+    prompt=n,
+    round=one,
+    served=0 * one,
+    room=one * (m - 1),
+    runnable=one,
+    steps=0 * one,
+    n_threads=one,
+    finish=0 * one,
+  )
 
 
 def _keys(seed: jax.Array, m: int) -> jax.Array:
@@ -156,8 +211,8 @@ def grow(state: State, capacity: int) -> State:
 
 
 def earlier(state: State) -> jax.Array:
-  """[P] bool: entries written before this round. What looks at other threads' entries looks at these only, so that
-  the width of a step changes nothing."""
+  """[P] bool: entries written before this round. What looks at other threads' entries looks at these only, so
+  that the width of a step changes nothing."""
   return (jnp.arange(state.log.round.shape[0]) < state.used) & (state.log.round < state.round)
 
 

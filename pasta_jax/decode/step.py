@@ -13,7 +13,18 @@ import jax.numpy as jnp
 from pasta_jax.decode import guard
 from pasta_jax.decode.config import Limits, Switches
 from pasta_jax.decode.sampling import Sampling, ban, draw, gram_hash, penalise
-from pasta_jax.decode.state import DONE, FREE, LENGTH, POOL, RUNNING, STOP, UNFINISHED, WAITING, State, earlier
+from pasta_jax.decode.state import (
+  DONE,
+  FREE,
+  LENGTH,
+  POOL,
+  RUNNING,
+  STOP,
+  UNFINISHED,
+  WAITING,
+  State,
+  earlier,
+)
 from pasta_jax.lang import automaton as A
 from pasta_jax.model.attention import NEGATIVE, nearby, seen_by
 from pasta_jax.model.decoder import Decoder, soft_cap
@@ -55,15 +66,24 @@ def pool_attention(visible: jax.Array, near: jax.Array | None, softcap: float):
     peak = jnp.maximum(jnp.max(scores, axis=-1), own)
     weights, own_weight = jnp.exp(scores - peak[..., None]), jnp.exp(own - peak)
     weights = jnp.where(seen, weights, 0.0)
-    context = jnp.einsum("kgp,kph->kgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    context = jnp.einsum(
+      "kgp,kph->kgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )
     context = context + own_weight[..., None] * v[:, None].astype(jnp.float32)
     return context / (jnp.sum(weights, axis=-1) + own_weight)[..., None], (k, v)
 
   return attend
 
 
-def branch_step(model: Decoder, state: State, branch: Branch, tables: Tables, sampling: Sampling, limits: Limits,
-                switches: Switches):
+def branch_step(
+  model: Decoder,
+  state: State,
+  branch: Branch,
+  tables: Tables,
+  sampling: Sampling,
+  limits: Limits,
+  switches: Switches,
+):
   """One branch's token through the model: (keys and values per layer, next token, its log p, logits [V])."""
   caches = list(zip(state.pool.keys, state.pool.values))
   near = nearby(branch.position[None], state.log.position, model.config.window)
@@ -74,12 +94,16 @@ def branch_step(model: Decoder, state: State, branch: Branch, tables: Tables, sa
   if switches.penalises:
     # The token that is being read has no entry yet, but must not be said twice in a row either.
     tokens = jnp.append(state.log.token, branch.token)
-    written = jnp.append(branch.visible & (state.log.thread >= 0), branch.view.index >= 0) & tables.penalised[tokens]
+    written = (
+      jnp.append(branch.visible & (state.log.thread >= 0), branch.view.index >= 0) & tables.penalised[tokens]
+    )
     scores = penalise(scores, tokens, written & (branch.view.state == A.TEXT), sampling.repetition_penalty)
   if switches.no_repeat:
-    # What followed the same tokens before may not follow them again; tags are left alone. All threads count: chunks
-    # that do not see each other say the same thing too.
-    again = earlier(state) & (state.log.gram == branch.gram) & (branch.gram != 0) & (branch.view.state == A.TEXT)
+    # What followed the same tokens before may not follow them again; tags are left alone. All threads count:
+    # chunks that do not see each other say the same thing too.
+    again = (
+      earlier(state) & (state.log.gram == branch.gram) & (branch.gram != 0) & (branch.view.state == A.TEXT)
+    )
     kinds = tables.classes[state.log.chosen]
     scores = ban(scores, state.log.chosen, again & ((kinds == A.ORDINARY) | (kinds == A.DIGITS)))
   if switches.promises:
@@ -96,8 +120,16 @@ def branch_step(model: Decoder, state: State, branch: Branch, tables: Tables, sa
   return new, token, log_p, logits
 
 
-def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, width: int, limits: Limits,
-         switches: Switches) -> State:
+def step(
+  model: Decoder,
+  state: State,
+  tables: Tables,
+  sampling: Sampling,
+  *,
+  width: int,
+  limits: Limits,
+  switches: Switches,
+) -> State:
   """Gives the next `width` threads of the round their turn; a finished request is left as it is.
 
   Needs `used + width` <= P: the lanes without a thread write behind the used entries.
@@ -118,11 +150,15 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
   ends = (action == A.FINISH) & ~is_main
   opens = (kind == A.OPEN) & (before == A.TEXT)
   digit = (kind == A.DIGITS) & (before == A.NUMBER)
-  number = jnp.where(digit, A.append_digits(number, tables.value[token], tables.scale[token]),
-                     jnp.where(opens, -1, number))
+  number = jnp.where(
+    digit, A.append_digits(number, tables.value[token], tables.scale[token]), jnp.where(opens, -1, number)
+  )
   in_topic = (before == A.TOPIC) & ((kind == A.ORDINARY) | (kind == A.DIGITS))
-  topic = jnp.where(in_topic, t.topic[at] * jnp.uint32(1_000_003) + token.astype(jnp.uint32) + jnp.uint32(1),
-                    jnp.where(opens, jnp.uint32(0), t.topic[at]))
+  topic = jnp.where(
+    in_topic,
+    t.topic[at] * jnp.uint32(1_000_003) + token.astype(jnp.uint32) + jnp.uint32(1),
+    jnp.where(opens, jnp.uint32(0), t.topic[at]),
+  )
   topic_before = jnp.where(in_topic, t.topic[at], t.topic_before[at])
   topic_last = jnp.where(in_topic, token, jnp.where(opens, -1, t.topic_last[at]))
   topic_length = jnp.where(in_topic, t.topic_length[at] + 1, jnp.where(opens, 0, t.topic_length[at]))
@@ -138,19 +174,28 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
   known = rows[:, t.fork_entry]  # [W, M]: this thread's promise
   if switches.no_repeat:  # those of threads that it does not see too, as with runs of tokens (`branch_step`)
     known |= earlier(state)[t.fork_entry]
-  taken = (known & (jnp.arange(m) > 0) & (t.status != FREE) & (t.kept_last >= 0)
-           & (t.kept_before == topic[:, None]))
-  recent = jnp.concatenate([t.recent[at][:, 1:], token[:, None]], axis=1) if t.recent.shape[1] else t.recent[at]
+  taken = (
+    known & (jnp.arange(m) > 0) & (t.status != FREE) & (t.kept_last >= 0) & (t.kept_before == topic[:, None])
+  )
+  recent = (
+    jnp.concatenate([t.recent[at][:, 1:], token[:, None]], axis=1) if t.recent.shape[1] else t.recent[at]
+  )
   recent = jnp.where((index >= 0)[:, None], recent, t.recent[at])
   joinable = (t.owner == at[:, None]) & (t.status != FREE)
   rank = state.served + jnp.arange(width)
   view = guard.View(
-      state=after, is_main=is_main, index=index, number=number, topic_length=topic_length,
-      may_open=(rank < state.room) & (t.depth[at] < limits.max_depth),
-      may_sync=joinable.any(axis=1) | forks)
+    state=after,
+    is_main=is_main,
+    index=index,
+    number=number,
+    topic_length=topic_length,
+    may_open=(rank < state.room) & (t.depth[at] < limits.max_depth),
+    may_sync=joinable.any(axis=1) | forks,
+  )
   branch = Branch(token, t.position[at], rows, t.key[at], view, taken, gram_hash(recent))
   new, chosen, log_p, logits = jax.vmap(
-      lambda b: branch_step(model, state, b, tables, sampling, limits, switches))(branch)
+    lambda b: branch_step(model, state, b, tables, sampling, limits, switches)
+  )(branch)
 
   # Into the pool and the log, side by side. What is written is made to depend on the tokens chosen (ids are
   # never negative), that is, on every read of the pool: XLA then updates the pool in place, where it would
@@ -158,16 +203,25 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
   put = jax.lax.dynamic_update_slice
   zero = jnp.zeros((), jnp.int32)
   late = lambda x: jnp.where((chosen >= 0)[:, None, None], x, 0)
-  keys = [put(pool, late(k).transpose(1, 2, 0), (zero, zero, state.used))
-          for pool, (k, _) in zip(state.pool.keys, new)]
-  values = [put(pool, late(v).transpose(1, 0, 2), (zero, state.used, zero))
-            for pool, (_, v) in zip(state.pool.values, new)]
+  keys = [
+    put(pool, late(k).transpose(1, 2, 0), (zero, zero, state.used))
+    for pool, (k, _) in zip(state.pool.keys, new)
+  ]
+  values = [
+    put(pool, late(v).transpose(1, 0, 2), (zero, state.used, zero))
+    for pool, (_, v) in zip(state.pool.values, new)
+  ]
   note = lambda log, x: put(log, x.astype(log.dtype), (state.used,))
   log = state.log._replace(
-      token=note(state.log.token, token), thread=note(state.log.thread, jnp.where(index < 0, -1, at)),
-      position=note(state.log.position, t.position[at]), round=note(state.log.round, jnp.full(width, state.round)),
-      step=note(state.log.step, jnp.full(width, state.steps + 1)), chosen=note(state.log.chosen, chosen),
-      gram=note(state.log.gram, branch.gram), log_p=note(state.log.log_p, log_p))
+    token=note(state.log.token, token),
+    thread=note(state.log.thread, jnp.where(index < 0, -1, at)),
+    position=note(state.log.position, t.position[at]),
+    round=note(state.log.round, jnp.full(width, state.round)),
+    step=note(state.log.step, jnp.full(width, state.steps + 1)),
+    chosen=note(state.log.chosen, chosen),
+    gram=note(state.log.gram, branch.gram),
+    log_p=note(state.log.log_p, log_p),
+  )
   if switches.capture:
     log = log._replace(logits=put(state.log.logits, logits, (state.used, zero)))
 
@@ -181,14 +235,23 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
   own = jnp.where(live, lane, m)
   set_own = lambda field, x: field.at[own].set(x.astype(field.dtype), mode="drop")
   t = t._replace(
-      status=set_own(t.status, status), token=set_own(t.token, jnp.where(ends, token, chosen)),
-      kind=set_own(t.kind, jnp.where(ends, kind, next_kind)), index=set_own(t.index, jnp.where(ends, index, index + 1)),
-      position=set_own(t.position, t.position[at] + 1 + gap), round=set_own(t.round, t.round[at] + 1),
-      state=set_own(t.state, after), number=set_own(t.number, number), topic=set_own(t.topic, topic),
-      topic_before=set_own(t.topic_before, topic_before), topic_last=set_own(t.topic_last, topic_last),
-      recent=set_own(t.recent, recent),
-      topic_length=set_own(t.topic_length, topic_length), children=set_own(t.children, t.children[at] + forks),
-      length=set_own(t.length, index + 1), visible=set_own(t.visible, seen))
+    status=set_own(t.status, status),
+    token=set_own(t.token, jnp.where(ends, token, chosen)),
+    kind=set_own(t.kind, jnp.where(ends, kind, next_kind)),
+    index=set_own(t.index, jnp.where(ends, index, index + 1)),
+    position=set_own(t.position, t.position[at] + 1 + gap),
+    round=set_own(t.round, t.round[at] + 1),
+    state=set_own(t.state, after),
+    number=set_own(t.number, number),
+    topic=set_own(t.topic, topic),
+    topic_before=set_own(t.topic_before, topic_before),
+    topic_last=set_own(t.topic_last, topic_last),
+    recent=set_own(t.recent, recent),
+    topic_length=set_own(t.topic_length, topic_length),
+    children=set_own(t.children, t.children[at] + forks),
+    length=set_own(t.length, index + 1),
+    visible=set_own(t.visible, seen),
+  )
 
   # Their children.
   path = jax.vmap(lambda key, n: jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), n)))
@@ -197,21 +260,38 @@ def step(model: Decoder, state: State, tables: Tables, sampling: Sampling, *, wi
   set_child = lambda field, x: field.at[child].set(x.astype(field.dtype), mode="drop")
   every = lambda value: jnp.full(width, value)
   t = t._replace(
-      status=set_child(t.status, every(RUNNING)), token=set_child(t.token, every(tables.async_tag)),
-      kind=set_child(t.kind, every(A.ORDINARY)),  # the interpreter wrote it: it is only read
-      index=set_child(t.index, every(0)), position=set_child(t.position, branch.position + 1),
-      round=set_child(t.round, every(state.round + 1)), state=set_child(t.state, every(A.TEXT)),
-      number=set_child(t.number, every(-1)), depth=set_child(t.depth, t.depth[at] + 1),
-      parent=set_child(t.parent, at), owner=set_child(t.owner, at), ordinal=set_child(t.ordinal, t.children[at] - 1),
-      declared=set_child(t.declared, declared), kept_before=set_child(t.kept_before, topic_before),
-      kept_last=set_child(t.kept_last, topic_last), recent=set_child(t.recent, jnp.full_like(recent, -1)),
-      fork_entry=set_child(t.fork_entry, entry), fork_index=set_child(t.fork_index, index),
-      key=set_child(t.key, child_key), visible=set_child(t.visible, seen))
+    status=set_child(t.status, every(RUNNING)),
+    token=set_child(t.token, every(tables.async_tag)),
+    kind=set_child(t.kind, every(A.ORDINARY)),  # the interpreter wrote it: it is only read
+    index=set_child(t.index, every(0)),
+    position=set_child(t.position, branch.position + 1),
+    round=set_child(t.round, every(state.round + 1)),
+    state=set_child(t.state, every(A.TEXT)),
+    number=set_child(t.number, every(-1)),
+    depth=set_child(t.depth, t.depth[at] + 1),
+    parent=set_child(t.parent, at),
+    owner=set_child(t.owner, at),
+    ordinal=set_child(t.ordinal, t.children[at] - 1),
+    declared=set_child(t.declared, declared),
+    kept_before=set_child(t.kept_before, topic_before),
+    kept_last=set_child(t.kept_last, topic_last),
+    recent=set_child(t.recent, jnp.full_like(recent, -1)),
+    fork_entry=set_child(t.fork_entry, entry),
+    fork_index=set_child(t.fork_index, index),
+    key=set_child(t.key, child_key),
+    visible=set_child(t.visible, seen),
+  )
 
   served = live.sum()
   state = state._replace(
-      pool=state.pool._replace(keys=keys, values=values), log=log, threads=t, used=state.used + served,
-      served=state.served + served, steps=state.steps + (served > 0), n_threads=state.n_threads + forks.sum())
+    pool=state.pool._replace(keys=keys, values=values),
+    log=log,
+    threads=t,
+    used=state.used + served,
+    served=state.served + served,
+    steps=state.steps + (served > 0),
+    n_threads=state.n_threads + forks.sum(),
+  )
   return end_of_round(state, limits, switches)
 
 
@@ -242,8 +322,13 @@ def end_of_round(state: State, limits: Limits, switches: Switches) -> State:
   n_joined = jnp.sum(jnp.where(joins, t.length[None, :], 0), axis=1)
   position = jnp.where(ready, switches.rule.at_sync(t.position, furthest, n_joined), t.position)
   status = jnp.where(ready, RUNNING, t.status)
-  t = t._replace(owner=jnp.where(joined, -1, owner), visible=visible, position=position, status=status,
-                 round=jnp.where(ready, state.round + 1, t.round))
+  t = t._replace(
+    owner=jnp.where(joined, -1, owner),
+    visible=visible,
+    position=position,
+    status=status,
+    round=jnp.where(ready, state.round + 1, t.round),
+  )
 
   running = status == RUNNING
   # A chunk's last token is read back only for those who may join it.
@@ -252,8 +337,13 @@ def end_of_round(state: State, limits: Limits, switches: Switches) -> State:
   todo = running.sum()
   new = state.used - state.prompt
   capacity = limits.buckets[-1]
-  finish = jnp.where(complete, STOP, jnp.where(new + todo > limits.max_new_tokens, LENGTH,
-                                               jnp.where(state.used + todo > capacity, POOL, UNFINISHED)))
+  finish = jnp.where(
+    complete,
+    STOP,
+    jnp.where(
+      new + todo > limits.max_new_tokens, LENGTH, jnp.where(state.used + todo > capacity, POOL, UNFINISHED)
+    ),
+  )
   writing = (t.state != A.TEXT) & (running | (status == WAITING))
   pending_open = running & (t.state == A.TEXT) & (t.kind == A.OPEN)
   room = m - state.n_threads - (writing | pending_open).sum()
@@ -262,5 +352,10 @@ def end_of_round(state: State, limits: Limits, switches: Switches) -> State:
   keep = lambda new, old: jnp.where(over, new, old)
   left = ((t.status == RUNNING) & (t.round == state.round)).sum()
   return state._replace(
-      threads=t, round=state.round + over, served=keep(0, state.served), room=keep(room, state.room),
-      runnable=keep(todo, left), finish=keep(finish, state.finish))
+    threads=t,
+    round=state.round + over,
+    served=keep(0, state.served),
+    room=keep(room, state.room),
+    runnable=keep(todo, left),
+    finish=keep(finish, state.finish),
+  )

@@ -67,8 +67,14 @@ def pieces(trace: Trace, number: int, vocabulary: Vocabulary) -> list[Piece]:
     elif i in reading.declared:
       flush()
       child = children.get(i)
-      out.append(Piece("promise", printable(vocabulary.text(topic or [])).strip(),
-                       child.number if child else None, reading.declared[i]))
+      out.append(
+        Piece(
+          "promise",
+          printable(vocabulary.text(topic or [])).strip(),
+          child.number if child else None,
+          reading.declared[i],
+        )
+      )
       topic = None
     elif token == vocabulary.tags.sync:
       flush()
@@ -120,10 +126,30 @@ def by_tree(trace: Trace) -> Iterator[ThreadTrace]:
 
 # The picture.
 
-_LIGHT = ("#2563d9", "#d4500c", "#0c8f63", "#b92d83", "#94700a", "#6a4bd0", "#0a86a3", "#cc3340",
-          "#5a8a12", "#9a5a2e")
-_DARK = ("#6fa5ff", "#ff9050", "#3fd39b", "#f37dc3", "#e3bf4d", "#aa97ff", "#4bcde6", "#ff7d83",
-         "#a2d857", "#dba679")
+_LIGHT = (
+  "#2563d9",
+  "#d4500c",
+  "#0c8f63",
+  "#b92d83",
+  "#94700a",
+  "#6a4bd0",
+  "#0a86a3",
+  "#cc3340",
+  "#5a8a12",
+  "#9a5a2e",
+)
+_DARK = (
+  "#6fa5ff",
+  "#ff9050",
+  "#3fd39b",
+  "#f37dc3",
+  "#e3bf4d",
+  "#aa97ff",
+  "#4bcde6",
+  "#ff7d83",
+  "#a2d857",
+  "#dba679",
+)
 # card, ink, muted ink, hair lines, the main thread
 _LIGHT_BASE = ("#ffffff", "#1c2430", "#66707f", "#dfe3e9", "#465263")
 _DARK_BASE = ("#12161d", "#e8ecf2", "#96a0af", "#2b323d", "#aeb9c9")
@@ -138,9 +164,13 @@ _CORNER = 14.0
 
 def _colours(base: tuple[str, ...], hues: tuple[str, ...], scope: str) -> str:
   card, ink, muted, line, main = base
-  rules = [f"{scope} .card {{ fill: {card}; stroke: {line} }}", f"{scope} .ink {{ fill: {ink} }}",
-           f"{scope} .muted {{ fill: {muted} }}", f"{scope} .line {{ stroke: {line} }}",
-           f"{scope} .halo {{ fill: {card} }}"]
+  rules = [
+    f"{scope} .card {{ fill: {card}; stroke: {line} }}",
+    f"{scope} .ink {{ fill: {ink} }}",
+    f"{scope} .muted {{ fill: {muted} }}",
+    f"{scope} .line {{ stroke: {line} }}",
+    f"{scope} .halo {{ fill: {card} }}",
+  ]
   for name, colour in [("main", main), *((f"h{i}", h) for i, h in enumerate(hues))]:
     rules.append(f"{scope} .{name} .fill {{ fill: {colour} }} {scope} .{name} .stroke {{ stroke: {colour} }}")
   return "\n".join(rules)
@@ -213,11 +243,17 @@ def length_label(thread: ThreadTrace) -> str:
 def figures(trace: Trace) -> list[tuple[str, str]]:
   """(name, value) of what the caption shows."""
   c = trace.cost
-  return [("tokens", f"{c.total_tokens}"), ("shown to the reader", f"{c.text_tokens}"),
-          ("decode steps", f"{trace.steps}"), ("longest path", f"{c.longest_path}"),
-          ("theoretical speed-up", f"{c.theoretical_speedup:.2f}×"), ("promises", f"{c.n_promises}"),
-          ("at once, at most", f"{c.peak_parallelism}"), ("finish", trace.finish_reason),
-          ("ill-formed tags", f"{trace.ill_formed}")]
+  return [
+    ("tokens", f"{c.total_tokens}"),
+    ("shown to the reader", f"{c.text_tokens}"),
+    ("decode steps", f"{trace.steps}"),
+    ("longest path", f"{c.longest_path}"),
+    ("theoretical speed-up", f"{c.theoretical_speedup:.2f}×"),
+    ("promises", f"{c.n_promises}"),
+    ("at once, at most", f"{c.peak_parallelism}"),
+    ("finish", trace.finish_reason),
+    ("ill-formed tags", f"{trace.ill_formed}"),
+  ]
 
 
 class _Plot:
@@ -251,10 +287,13 @@ def _fork(plot: _Plot, thread: ThreadTrace, parent: ThreadTrace) -> str:
   x0, y0 = plot.x(int(parent.rounds[thread.fork_index]) + 1) - plot.gap, plot.y(parent.number) + _BAR / 2
   x1, y1 = plot.x(int(thread.rounds[0])), plot.y(thread.number)
   bow = min(10 + 0.05 * (y1 - y0), 26)
-  path = (f"M{_n(x0)},{_n(y0)} C{_n(x0 - bow / 2)},{_n(y0 + bow)} {_n(x1 - 1.4 * bow)},{_n(y1)} "
-          f"{_n(x1)},{_n(y1)}")
-  return (f'<g class="{_kind(thread.number)}"><path class="edge stroke fork" data-thread="{thread.number}" '
-          f'd="{path}"/></g>')
+  path = (
+    f"M{_n(x0)},{_n(y0)} C{_n(x0 - bow / 2)},{_n(y0 + bow)} {_n(x1 - 1.4 * bow)},{_n(y1)} {_n(x1)},{_n(y1)}"
+  )
+  return (
+    f'<g class="{_kind(thread.number)}"><path class="edge stroke fork" data-thread="{thread.number}" '
+    f'd="{path}"/></g>'
+  )
 
 
 def _resumed(thread: ThreadTrace, at: int, latest: int) -> int:
@@ -269,8 +308,10 @@ def _join(plot: _Plot, thread: ThreadTrace, into: int, resumed: int) -> str:
   x1, y1 = plot.x(resumed), plot.y(into) + _BAR / 2
   r = min(_CORNER, x1 - x0, y0 - y1)
   path = f"M{_n(x0)},{_n(y0)} H{_n(x1 - r)} Q{_n(x1)},{_n(y0)} {_n(x1)},{_n(y0 - r)} V{_n(y1)}"
-  return (f'<g class="{_kind(thread.number)}"><path class="edge stroke join" data-thread="{thread.number}" '
-          f'd="{path}"/></g>')
+  return (
+    f'<g class="{_kind(thread.number)}"><path class="edge stroke join" data-thread="{thread.number}" '
+    f'd="{path}"/></g>'
+  )
 
 
 def _lane(plot: _Plot, thread: ThreadTrace, vocabulary: Vocabulary) -> str:
@@ -282,12 +323,14 @@ def _lane(plot: _Plot, thread: ThreadTrace, vocabulary: Vocabulary) -> str:
   name = printable(thread.topic) or "untitled" if thread.number else "main thread"
   label = length_label(thread)
   left_over, _ = reserve(thread)
-  out = [f'<g class="lane {_kind(thread.number)}" data-thread="{thread.number}">',
-         f"<title>{_attribute(name)}: {label}</title>",
-         f'<rect class="fill" x="{indent}" y="{_n(y - 13)}" width="4" height="26" rx="2"/>',
-         f'<text class="ink topic" x="{indent + 12}" y="{_n(y - 2)}">'
-         f"{escape(_shorten(name, _LEFT - indent - 26, 13.5))}</text>",
-         f'<text class="muted small" x="{indent + 12}" y="{_n(y + 12)}">{label}</text>']
+  out = [
+    f'<g class="lane {_kind(thread.number)}" data-thread="{thread.number}">',
+    f"<title>{_attribute(name)}: {label}</title>",
+    f'<rect class="fill" x="{indent}" y="{_n(y - 13)}" width="4" height="26" rx="2"/>',
+    f'<text class="ink topic" x="{indent + 12}" y="{_n(y - 2)}">'
+    f"{escape(_shorten(name, _LEFT - indent - 26, 13.5))}</text>",
+    f'<text class="muted small" x="{indent + 12}" y="{_n(y + 12)}">{label}</text>',
+  ]
   if not n:
     return "".join([*out, "</g>"])
   rounds = [int(r) for r in thread.rounds]
@@ -296,20 +339,26 @@ def _lane(plot: _Plot, thread: ThreadTrace, vocabulary: Vocabulary) -> str:
   for start, stop in zip(bounds, bounds[1:]):
     x0, x1 = plot.x(rounds[start]), plot.x(rounds[stop - 1] + 1)
     if start:
-      out.append(f'<line class="wait stroke" x1="{_n(plot.x(rounds[start - 1] + 1) + 2)}" x2="{_n(x0 - 2)}" '
-                 f'y1="{_n(y)}" y2="{_n(y)}"/>')
+      out.append(
+        f'<line class="wait stroke" x1="{_n(plot.x(rounds[start - 1] + 1) + 2)}" x2="{_n(x0 - 2)}" '
+        f'y1="{_n(y)}" y2="{_n(y)}"/>'
+      )
     # Opaque beneath the tinted bed: curves pass behind bars.
     shape = f'x="{_n(x0)}" y="{_n(top)}" width="{_n(x1 - x0)}" height="{_BAR}" {corner}'
     out.append(f'<rect class="halo" {shape}/><rect class="fill bed" {shape}/>')
   if thread.tokens[-1] == vocabulary.tags.sync and rounds[-1] < plot.end:  # still waits, or was cut off so
-    out.append(f'<line class="wait stroke" x1="{_n(plot.x(rounds[-1] + 1) + 2)}" '
-               f'x2="{_n(plot.x(plot.end + 1))}" y1="{_n(y)}" y2="{_n(y)}"/>')
+    out.append(
+      f'<line class="wait stroke" x1="{_n(plot.x(rounds[-1] + 1) + 2)}" '
+      f'x2="{_n(plot.x(plot.end + 1))}" y1="{_n(y)}" y2="{_n(y)}"/>'
+    )
   if left_over:
     x0 = plot.x(rounds[-1] + 1) + plot.gap
     x1 = min(plot.x(rounds[-1] + 1 + left_over), WIDTH - _RIGHT + 20)
-    out.append(f'<rect class="reserved stroke" x="{_n(x0)}" y="{_n(top + 2.5)}" '
-               f'width="{_n(max(x1 - x0, 1))}" height="{_BAR - 5}" rx="2">'
-               f"<title>{left_over} more reserved</title></rect>")
+    out.append(
+      f'<rect class="reserved stroke" x="{_n(x0)}" y="{_n(top + 2.5)}" '
+      f'width="{_n(max(x1 - x0, 1))}" height="{_BAR - 5}" rx="2">'
+      f"<title>{left_over} more reserved</title></rect>"
+    )
   reading = read(Thread(tuple(int(t) for t in thread.tokens)), vocabulary.table, is_main=thread.number == 0)
   first = int(thread.positions[0])
   for i in range(n):
@@ -317,12 +366,15 @@ def _lane(plot: _Plot, thread: ThreadTrace, vocabulary: Vocabulary) -> str:
     x, width = plot.x(rounds[i]), max(plot.cell - plot.gap, 0.4)
     kind = "cell fill" if reading.is_text[i] else "cell fill tag"
     tip = f"{_tooltip(vocabulary.label(int(thread.tokens[i])))} — token {i + 1}, round {rounds[i]}"
-    out.append(f'<rect class="{kind}" x="{_n(x)}" y="{_n(top)}" width="{_n(width)}" height="{_BAR}"'
-               f'{" rx=" + chr(34) + "1.5" + chr(34) if plot.cell >= 5 else ""}>'
-               f'<title>{tip}{", beyond the reserve" if over else ""}</title></rect>')
+    out.append(
+      f'<rect class="{kind}" x="{_n(x)}" y="{_n(top)}" width="{_n(width)}" height="{_BAR}"'
+      f"{' rx=' + chr(34) + '1.5' + chr(34) if plot.cell >= 5 else ''}>"
+      f"<title>{tip}{', beyond the reserve' if over else ''}</title></rect>"
+    )
     if over:
-      out.append(f'<rect class="fill over" x="{_n(x)}" y="{_n(top + _BAR + 2)}" width="{_n(width)}" '
-                 f'height="2.5"/>')
+      out.append(
+        f'<rect class="fill over" x="{_n(x)}" y="{_n(top + _BAR + 2)}" width="{_n(width)}" height="2.5"/>'
+      )
   return "".join([*out, "</g>"])
 
 
@@ -345,8 +397,10 @@ def _caption(cells: Sequence[tuple[str, str]]) -> str:
   widths = [max(len(name) * 6.1, len(value) * 12.5) for name, value in cells]
   between = (WIDTH - 48 - sum(widths)) / max(len(cells) - 1, 1)
   for (name, value), width in zip(cells, widths):
-    out.append(f'<text class="ink figure" x="{_n(x)}" y="52">{escape(value)}</text>'
-               f'<text class="muted small" x="{_n(x)}" y="70">{escape(name)}</text>')
+    out.append(
+      f'<text class="ink figure" x="{_n(x)}" y="52">{escape(value)}</text>'
+      f'<text class="muted small" x="{_n(x)}" y="70">{escape(name)}</text>'
+    )
     x += width + between
   out.append(f'<line class="line" x1="24" x2="{WIDTH - 24}" y1="90" y2="90"/>')
   return "".join(out)
@@ -354,23 +408,34 @@ def _caption(cells: Sequence[tuple[str, str]]) -> str:
 
 def _legend(y: float, *, beyond: bool) -> str:
   w = 26
-  marks = [("text", f'<rect class="fill" width="{w}" height="11" rx="2"/>'),
-           ("tags, topics, numbers", f'<rect class="fill tag" width="{w}" height="11" rx="2"/>'),
-           ("reserved, not used", f'<rect class="reserved stroke" y=".5" width="{w}" height="10" rx="2"/>'),
-           ("waits for what it joins", f'<line class="wait stroke" x1="1" x2="{w}" y1="5.5" y2="5.5"/>')]
+  marks = [
+    ("text", f'<rect class="fill" width="{w}" height="11" rx="2"/>'),
+    ("tags, topics, numbers", f'<rect class="fill tag" width="{w}" height="11" rx="2"/>'),
+    ("reserved, not used", f'<rect class="reserved stroke" y=".5" width="{w}" height="10" rx="2"/>'),
+    ("waits for what it joins", f'<line class="wait stroke" x1="1" x2="{w}" y1="5.5" y2="5.5"/>'),
+  ]
   if beyond:
-    marks.insert(3, ("longer than reserved",
-                     f'<rect class="fill" width="{w}" height="11" rx="2" opacity=".5"/>'
-                     f'<rect class="fill" y="12.5" width="{w}" height="2.5"/>'))
+    marks.insert(
+      3,
+      (
+        "longer than reserved",
+        f'<rect class="fill" width="{w}" height="11" rx="2" opacity=".5"/>'
+        f'<rect class="fill" y="12.5" width="{w}" height="2.5"/>',
+      ),
+    )
   out, x = ['<g class="main">'], float(_LEFT)
   for name, mark in marks:
-    out.append(f'<g transform="translate({_n(x)} {_n(y)})">{mark}'
-               f'<text class="muted small" x="{w + 7}" y="9.5">{name}</text></g>')
+    out.append(
+      f'<g transform="translate({_n(x)} {_n(y)})">{mark}'
+      f'<text class="muted small" x="{w + 7}" y="9.5">{name}</text></g>'
+    )
     x += w + 31 + len(name) * 6.0
   return "".join([*out, "</g>"])
 
 
-def timeline_svg(trace: Trace, vocabulary: Vocabulary, caption: Sequence[tuple[str, str]] | None = None) -> str:
+def timeline_svg(
+  trace: Trace, vocabulary: Vocabulary, caption: Sequence[tuple[str, str]] | None = None
+) -> str:
   """A response, finished or so far, as a self-contained SVG document; well-formed XML whatever the text is.
 
   One `<g class="lane" data-thread="…">` a thread, a `<path class="edge … fork">` a promise that was kept, and
@@ -394,27 +459,35 @@ def timeline_svg(trace: Trace, vocabulary: Vocabulary, caption: Sequence[tuple[s
     edges += [_join(plot, trace.threads[c], parent, resumed) for c in here]
     names = ", ".join(printable(trace.threads[c].topic) for c in here)
     # Where curves run together they are the parent's.
-    edges.append(f'<g class="{_kind(parent)}"><path class="edge stroke trunk" '
-                 f'd="M{_n(x)},{_n(max(map(plot.y, here)) - _CORNER)} V{_n(y)}"/></g>')
-    syncs.append(f'<g class="{_kind(parent)}"><rect class="fill sync" x="{_n(x - 2)}" '
-                 f'y="{_n(y - _BAR / 2 - 4)}" width="4" height="{_BAR + 8}" rx="2">'
-                 f"<title>sync: joins {_attribute(names)}</title></rect></g>")
+    edges.append(
+      f'<g class="{_kind(parent)}"><path class="edge stroke trunk" '
+      f'd="M{_n(x)},{_n(max(map(plot.y, here)) - _CORNER)} V{_n(y)}"/></g>'
+    )
+    syncs.append(
+      f'<g class="{_kind(parent)}"><rect class="fill sync" x="{_n(x - 2)}" '
+      f'y="{_n(y - _BAR / 2 - 4)}" width="4" height="{_BAR + 8}" rx="2">'
+      f"<title>sync: joins {_attribute(names)}</title></rect></g>"
+    )
   if trace.finish_reason != "unfinished" and plot.end:
     x = plot.x(plot.end + 1)
-    syncs.append(f'<line class="line" x1="{_n(x)}" x2="{_n(x)}" y1="{_TOP - 4}" y2="{_n(plot.bottom + 4)}" '
-                 f'stroke-dasharray="4 3" stroke-width="1.5"/>'
-                 f'<text class="muted small" text-anchor="middle" x="{_n(x)}" y="{_TOP - 9}">end</text>')
+    syncs.append(
+      f'<line class="line" x1="{_n(x)}" x2="{_n(x)}" y1="{_TOP - 4}" y2="{_n(plot.bottom + 4)}" '
+      f'stroke-dasharray="4 3" stroke-width="1.5"/>'
+      f'<text class="muted small" text-anchor="middle" x="{_n(x)}" y="{_TOP - 9}">end</text>'
+    )
   height = plot.bottom + _FOOT
   beyond = any(reserve(t)[1] for t in trace.threads)
   lanes = "\n".join(_lane(plot, t, vocabulary) for t in by_tree(trace))
-  return (f'<svg xmlns="http://www.w3.org/2000/svg" class="pasta-timeline" '
-          f'viewBox="0 0 {WIDTH} {_n(height)}" width="{WIDTH}" height="{_n(height)}" '
-          f'role="img" aria-label="Timeline of a response">\n'
-          f"<style>{_SVG_STYLE}</style>\n"
-          f'<rect class="card" x=".5" y=".5" width="{WIDTH - 1}" height="{_n(height - 1)}" rx="12"/>\n'
-          f"{_caption(figures(trace) if caption is None else caption)}\n"
-          f"{_scale(plot)}\n{''.join(edges)}\n{lanes}\n{''.join(syncs)}\n"
-          f"{_legend(plot.bottom + 38, beyond=beyond)}\n</svg>\n")
+  return (
+    f'<svg xmlns="http://www.w3.org/2000/svg" class="pasta-timeline" '
+    f'viewBox="0 0 {WIDTH} {_n(height)}" width="{WIDTH}" height="{_n(height)}" '
+    f'role="img" aria-label="Timeline of a response">\n'
+    f"<style>{_SVG_STYLE}</style>\n"
+    f'<rect class="card" x=".5" y=".5" width="{WIDTH - 1}" height="{_n(height - 1)}" rx="12"/>\n'
+    f"{_caption(figures(trace) if caption is None else caption)}\n"
+    f"{_scale(plot)}\n{''.join(edges)}\n{lanes}\n{''.join(syncs)}\n"
+    f"{_legend(plot.bottom + 38, beyond=beyond)}\n</svg>\n"
+  )
 
 
 # The page.
@@ -455,25 +528,32 @@ def _answer(trace: Trace, number: int, vocabulary: Vocabulary) -> str:
       parts.append(escape(piece.text))
     elif piece.child is not None:
       child = trace.threads[piece.child]
-      parts.append(f'<span class="chunk h{hue(child.number)}" data-thread="{child.number}" '
-                   f'title="{_attribute(child.topic)}: {length_label(child)}">'
-                   f"{_answer(trace, child.number, vocabulary)}</span>")
+      parts.append(
+        f'<span class="chunk h{hue(child.number)}" data-thread="{child.number}" '
+        f'title="{_attribute(child.topic)}: {length_label(child)}">'
+        f"{_answer(trace, child.number, vocabulary)}</span>"
+      )
   return "".join(parts)
 
 
-def timeline_html(trace: Trace, vocabulary: Vocabulary,
-                  title: str = "A response, written in parallel") -> str:
+def timeline_html(
+  trace: Trace, vocabulary: Vocabulary, title: str = "A response, written in parallel"
+) -> str:
   """A self-contained page: the timeline, and below it the answer in reading order.
 
   Chunks are tinted as their lanes; pointing at a chunk's text fades the other lanes.
   """
   fade = "\n".join(
-      f'main:has(.chunk[data-thread="{t.number}"]:hover:not(:has(.chunk:hover))) '
-      f'svg .lane:not([data-thread="{t.number}"]) {{ opacity: .3 }}' for t in trace.threads[1:])
+    f'main:has(.chunk[data-thread="{t.number}"]:hover:not(:has(.chunk:hover))) '
+    f'svg .lane:not([data-thread="{t.number}"]) {{ opacity: .3 }}'
+    for t in trace.threads[1:]
+  )
   answer = _answer(trace, 0, vocabulary) if trace.threads else ""
-  return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
-          f'<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-          f"<title>{escape(printable(title))}</title>\n<style>{_PAGE_STYLE}{fade}</style>\n</head>\n"
-          f"<body>\n<main>\n"
-          f'<div class="scroll">\n{timeline_svg(trace, vocabulary)}</div>\n<article>{answer}</article>\n'
-          f"</main>\n</body>\n</html>\n")
+  return (
+    f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
+    f'<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
+    f"<title>{escape(printable(title))}</title>\n<style>{_PAGE_STYLE}{fade}</style>\n</head>\n"
+    f"<body>\n<main>\n"
+    f'<div class="scroll">\n{timeline_svg(trace, vocabulary)}</div>\n<article>{answer}</article>\n'
+    f"</main>\n</body>\n</html>\n"
+  )

@@ -29,7 +29,9 @@ class ThreadTrace:
   positions: np.ndarray  # [n] int32
   entries: np.ndarray  # [n] int32, pool entries; -1 for a token that was not read back
   rounds: np.ndarray  # [n] int32, in which the token was written: its clock on a machine with enough branches
-  steps: np.ndarray  # [n] int32, decode step in which it was written; 0 for a chunk's `<async>` and unread tokens
+  steps: (
+    np.ndarray
+  )  # [n] int32, decode step in which it was written; 0 for a chunk's `<async>` and unread tokens
   log_p: np.ndarray  # [n] float32, the model's; NaN for `<async>`, which the interpreter writes
   finished: bool  # it wrote its last token
 
@@ -62,9 +64,13 @@ class Trace:
 
 def read_trace(state: State, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
   """Reads a state back. The state is not changed; the pool's keys and values are not copied."""
-  small = state.log._replace(logits=state.used), state.threads._replace(visible=state.used)  # the large ones stay
+  small = (
+    state.log._replace(logits=state.used),
+    state.threads._replace(visible=state.used),
+  )  # the large ones stay
   (log, table), used, prompt_entries, steps, finish, n = jax.device_get(
-      (small, state.used, state.prompt, state.steps, state.finish, state.n_threads))
+    (small, state.used, state.prompt, state.steps, state.finish, state.n_threads)
+  )
   n, used = int(n), int(used)
   last_prompt = log.token[prompt_entries] if used > prompt_entries else table.token[0]
   prompt = np.append(log.token[:prompt_entries], last_prompt)
@@ -81,14 +87,23 @@ def read_trace(state: State, vocabulary: Vocabulary, rule: PositionRule) -> Trac
       parent = traces[trace.parent]
       topic = vocabulary.text(readings[trace.parent].topics.get(trace.fork_index, ()))
       trace = dataclasses.replace(trace, path=(*parent.path, int(table.ordinal[i])), topic=topic.strip())
-    reading = read(Thread(tuple(trace.tokens.tolist())), vocabulary.table, is_main=i == 0, numbered=rule.numbered)
+    reading = read(
+      Thread(tuple(trace.tokens.tolist())), vocabulary.table, is_main=i == 0, numbered=rule.numbered
+    )
     promised += sum(int(trace.entries[k]) >= 0 for k in reading.declared)
     traces.append(trace)
     readings.append(reading)
 
-  return _whole(traces, vocabulary, rule, prompt=prompt, steps=int(steps), finish_reason=FINISH_REASONS[int(finish)],
-                refused=promised - (n - 1),
-                logits=np.asarray(state.log.logits[:used]) if state.log.logits.shape[1] else None)
+  return _whole(
+    traces,
+    vocabulary,
+    rule,
+    prompt=prompt,
+    steps=int(steps),
+    finish_reason=FINISH_REASONS[int(finish)],
+    refused=promised - (n - 1),
+    logits=np.asarray(state.log.logits[:used]) if state.log.logits.shape[1] else None,
+  )
 
 
 def _whole(threads: Sequence[ThreadTrace], vocabulary: Vocabulary, rule: PositionRule, **facts) -> Trace:
@@ -100,9 +115,14 @@ def _whole(threads: Sequence[ThreadTrace], vocabulary: Vocabulary, rule: Positio
     return Thread(tuple(threads[i].tokens.tolist()), forks)
 
   main = tree(0)
-  return Trace(threads=tuple(threads), thread=main, program=vocabulary.decode(main, rule),
-               cost=cost(main, vocabulary.table),
-               ill_formed=ill_formed_tags(main, vocabulary.table, numbered=rule.numbered), **facts)
+  return Trace(
+    threads=tuple(threads),
+    thread=main,
+    program=vocabulary.decode(main, rule),
+    cost=cost(main, vocabulary.table),
+    ill_formed=ill_formed_tags(main, vocabulary.table, numbered=rule.numbered),
+    **facts,
+  )
 
 
 _SAVED = ("path", "parent", "topic", "declared", "fork_index", "tokens", "positions", "rounds", "finished")
@@ -111,9 +131,13 @@ _SAVED = ("path", "parent", "topic", "declared", "fork_index", "tokens", "positi
 def to_json(trace: Trace) -> dict:
   """What a trace can be drawn from again, ready for JSON: threads without pool entries, steps and log p."""
   plain = lambda x: x.tolist() if isinstance(x, np.ndarray) else list(x) if isinstance(x, tuple) else x
-  return {"steps": trace.steps, "finish_reason": trace.finish_reason, "refused": trace.refused,
-          "prompt": trace.prompt.tolist(),
-          "threads": [{name: plain(getattr(t, name)) for name in _SAVED} for t in trace.threads]}
+  return {
+    "steps": trace.steps,
+    "finish_reason": trace.finish_reason,
+    "refused": trace.refused,
+    "prompt": trace.prompt.tolist(),
+    "threads": [{name: plain(getattr(t, name)) for name in _SAVED} for t in trace.threads],
+  }
 
 
 def from_json(saved: dict, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
@@ -122,20 +146,34 @@ def from_json(saved: dict, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
   for number, row in enumerate(saved["threads"]):
     n = len(row["tokens"])
     arrays = {name: np.asarray(row[name], np.int32) for name in ("tokens", "positions", "rounds")}
-    threads.append(ThreadTrace(**(row | arrays | {"path": tuple(row["path"])}), number=number,
-                               entries=np.full(n, -1, np.int32), steps=np.zeros(n, np.int32),
-                               log_p=np.full(n, np.nan, np.float32)))
-  return _whole(threads, vocabulary, rule, prompt=np.asarray(saved["prompt"], np.int32), logits=None,
-                **{name: saved[name] for name in ("steps", "finish_reason", "refused")})
+    threads.append(
+      ThreadTrace(
+        **(row | arrays | {"path": tuple(row["path"])}),
+        number=number,
+        entries=np.full(n, -1, np.int32),
+        steps=np.zeros(n, np.int32),
+        log_p=np.full(n, np.nan, np.float32),
+      )
+    )
+  return _whole(
+    threads,
+    vocabulary,
+    rule,
+    prompt=np.asarray(saved["prompt"], np.int32),
+    logits=None,
+    **{name: saved[name] for name in ("steps", "finish_reason", "refused")},
+  )
 
 
-def _thread_trace(i: int, entries: np.ndarray, log: Any, table: Any, prompt_entries: int,
-                  vocabulary: Vocabulary) -> ThreadTrace:
+def _thread_trace(
+  i: int, entries: np.ndarray, log: Any, table: Any, prompt_entries: int, vocabulary: Vocabulary
+) -> ThreadTrace:
   """Thread `i`, whose tokens stand at the pool's `entries`; its path and topic are left for the caller.
 
   `log` and `table` are the state's Log and Threads on the host.
   """
-  # A token was chosen behind the thread's entry before it: the promise's for a chunk, the prompt's for the response.
+  # A token was chosen behind the thread's entry before it: the promise's for a chunk, the prompt's for the
+  # response.
   chosen_at = np.concatenate([[table.fork_entry[i] if i else prompt_entries], entries]).astype(np.int32)
   tokens, positions, at = log.token[entries], log.position[entries], entries.astype(np.int32)
   pending = table.index[i] >= 0 and (i == 0 or table.status[i] != DONE)  # chosen, but not read back
@@ -148,7 +186,17 @@ def _thread_trace(i: int, entries: np.ndarray, log: Any, table: Any, prompt_entr
     log_p[:1] = np.nan
   ends = (vocabulary.tags.end, *vocabulary.tags.eos) if i else vocabulary.tags.eos
   return ThreadTrace(
-      number=i, path=(), parent=int(table.parent[i]), topic="",
-      declared=None if table.declared[i] < 0 else int(table.declared[i]), fork_index=int(table.fork_index[i]),
-      tokens=tokens, positions=positions, entries=at, rounds=log.round[chosen_at], steps=log.step[chosen_at],
-      log_p=log_p, finished=len(tokens) > 0 and int(tokens[-1]) in ends)
+    number=i,
+    path=(),
+    parent=int(table.parent[i]),
+    topic="",
+    declared=None if table.declared[i] < 0 else int(table.declared[i]),
+    fork_index=int(table.fork_index[i]),
+    tokens=tokens,
+    positions=positions,
+    entries=at,
+    rounds=log.round[chosen_at],
+    steps=log.step[chosen_at],
+    log_p=log_p,
+    finished=len(tokens) > 0 and int(tokens[-1]) in ends,
+  )

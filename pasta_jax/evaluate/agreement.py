@@ -1,8 +1,10 @@
-"""How far judges agree with people: `python -m pasta_jax.evaluate.agreement --data=a.jsonl,b.jsonl --workdir=…`.
+"""How far judges agree with people: `python -m pasta_jax.evaluate.agreement --data=a.jsonl,b.jsonl
+--workdir=…`.
 
-Rows have `prompt`, `chosen` and `rejected`, and may have a `category`. Each is judged with the chosen answer as the
-system's; the judge agrees where its preference is above one half, and half agrees at one half. Beside it stands what
-preferring the longer answer would give, and the judge's agreement on pairs where the shorter one was chosen.
+Rows have `prompt`, `chosen` and `rejected`, and may have a `category`. Each is judged with the chosen answer
+as the system's; the judge agrees where its preference is above one half, and half agrees at one half. Beside
+it stands what preferring the longer answer would give, and the judge's agreement on pairs where the shorter
+one was chosen.
 """
 
 import json
@@ -48,18 +50,31 @@ def measure(config, workdir: Path, files: list[str]) -> list[dict]:
   for judge in judges_of(config):
     for path in files:
       pairs, categories = pairs_of_labels(path)
-      rows_of = judge_pairs(judge, pairs, workdir / "judgements" / judge.name / f"labels-{Path(path).stem}.jsonl")
+      rows_of = judge_pairs(
+        judge, pairs, workdir / "judgements" / judge.name / f"labels-{Path(path).stem}.jsonl"
+      )
       judged = [(p, c, rows_of[p.id]["preference"]) for p, c in zip(pairs, categories) if p.id in rows_of]
-      groups = {"all": judged} | ({c: [j for j in judged if j[1] == c] for c in sorted(set(categories))}
-                                  if len(set(categories)) > 1 else {})
+      groups = {"all": judged} | (
+        {c: [j for j in judged if j[1] == c] for c in sorted(set(categories))}
+        if len(set(categories)) > 1
+        else {}
+      )
       for group, members in groups.items():
         longer = [len(p.system.text) > len(p.baseline.text) for p, *_ in members]
         shorter = [v for p, _, v in members if len(p.system.text) < len(p.baseline.text)]
         share, error = agreement([v for *_, v in members])
-        rows.append({
-            "judge": judge.name, "labels": Path(path).stem, "category": group, "pairs": len(members),
-            "agreement": share, "error": error, "longer": 100 * float(np.mean(longer)),
-            "on_shorter": agreement(shorter)[0] if shorter else math.nan})
+        rows.append(
+          {
+            "judge": judge.name,
+            "labels": Path(path).stem,
+            "category": group,
+            "pairs": len(members),
+            "agreement": share,
+            "error": error,
+            "longer": 100 * float(np.mean(longer)),
+            "on_shorter": agreement(shorter)[0] if shorter else math.nan,
+          }
+        )
   return rows
 
 
@@ -69,11 +84,26 @@ def main(argv: list[str]) -> None:
   rows = measure(values.config, Path(values.workdir), [f for f in values.data.split(",") if f])
   (Path(values.workdir) / "agreement.json").write_text(json.dumps(rows, indent=2) + "\n")
   table = rich.table.Table(title="agreement with labels, %")
-  for name in ("judge", "labels", "category", "pairs", "agreement", "the longer one", "where the shorter was chosen"):
+  for name in (
+    "judge",
+    "labels",
+    "category",
+    "pairs",
+    "agreement",
+    "the longer one",
+    "where the shorter was chosen",
+  ):
     table.add_column(name, justify="left" if name in ("judge", "labels", "category") else "right")
   for r in rows:
-    table.add_row(r["judge"], r["labels"], r["category"], str(r["pairs"]), f"{r['agreement']:.1f} ± {r['error']:.1f}",
-                  f"{r['longer']:.1f}", f"{r['on_shorter']:.1f}")
+    table.add_row(
+      r["judge"],
+      r["labels"],
+      r["category"],
+      str(r["pairs"]),
+      f"{r['agreement']:.1f} ± {r['error']:.1f}",
+      f"{r['longer']:.1f}",
+      f"{r['on_shorter']:.1f}",
+    )
   rich.console.Console().print(table)
 
 

@@ -1,10 +1,10 @@
 """What a decode step costs here: `python -m pasta_jax.evaluate.benchmark`.
 
-In one run, interleaved, medians: the memory bandwidth that a plain sum reaches; a step of sequential decoding; a step
-of parallel decoding with 1, 2, 4, 8, 16 branches alive; pools of several sizes; several requests in one batch, one
-token each; and, where they are installed,
-`transformers` and llama.cpp one token at a time on the same weights. The floor of a step is the weights' bytes over
-that bandwidth. A branch ratio flatters a poor single-branch step, so absolute times stand beside it.
+In one run, interleaved, medians: the memory bandwidth that a plain sum reaches; a step of sequential
+decoding; a step of parallel decoding with 1, 2, 4, 8, 16 branches alive; pools of several sizes; several
+requests in one batch, one token each; and, where they are installed, `transformers` and llama.cpp one token
+at a time on the same weights. The floor of a step is the weights' bytes over that bandwidth. A branch ratio
+flatters a poor single-branch step, so absolute times stand beside it.
 """
 
 import json
@@ -45,7 +45,9 @@ flags.DEFINE_list("requests", ["8", "24"], "requests in a batch")
 flags.DEFINE_integer("steps", 16, "decode steps in a measurement")
 flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")
 flags.DEFINE_string("json", None, "write the figures to this file too")
-flags.DEFINE_string("cost", None, "write the step cost of the last of --dtypes to this file (preference.cost)")
+flags.DEFINE_string(
+  "cost", None, "write the step cost of the last of --dtypes to this file (preference.cost)"
+)
 
 MAIN_POOL, MAIN_BRANCHES = 512, 1
 SAMPLING, NO_REPEAT = SamplingConfig(repetition_penalty=1.1), 16  # what decoding has by default
@@ -60,26 +62,49 @@ def busy_state(interpreter: Interpreter, branches: int, capacity: int) -> State:
   live = jnp.arange(t.status.shape[0]) < branches
   seen = jnp.arange(capacity) < capacity // 2
   t = t._replace(
-      status=jnp.where(live, RUNNING, t.status), token=jnp.full_like(t.token, 100),
-      kind=jnp.full_like(t.kind, ORDINARY),
-      index=jnp.full_like(t.index, 5), position=jnp.full_like(t.position, capacity // 2),
-      visible=jnp.broadcast_to(seen, t.visible.shape))
-  return state._replace(threads=t, used=jnp.int32(capacity // 2), prompt=jnp.int32(capacity // 2),
-                        runnable=jnp.int32(branches), n_threads=jnp.int32(branches))
+    status=jnp.where(live, RUNNING, t.status),
+    token=jnp.full_like(t.token, 100),
+    kind=jnp.full_like(t.kind, ORDINARY),
+    index=jnp.full_like(t.index, 5),
+    position=jnp.full_like(t.position, capacity // 2),
+    visible=jnp.broadcast_to(seen, t.visible.shape),
+  )
+  return state._replace(
+    threads=t,
+    used=jnp.int32(capacity // 2),
+    prompt=jnp.int32(capacity // 2),
+    runnable=jnp.int32(branches),
+    n_threads=jnp.int32(branches),
+  )
 
 
-def step_timer(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str, branches: int, capacity: int, *,
-               sequential: bool = False) -> Callable[[], float]:
+def step_timer(
+  checkpoint: Checkpoint,
+  vocabulary: Vocabulary,
+  dtype: str,
+  branches: int,
+  capacity: int,
+  *,
+  sequential: bool = False,
+) -> Callable[[], float]:
   """A function that runs some decode steps and returns the seconds of one.
 
   `sequential` is the loop of ordinary decoding: no other threads than the main one, nothing to guard.
   """
   width = max(branches, 2 if dtype == "bfloat16" and jax.default_backend() == "cpu" else 1)
-  limits = Limits(max_new_tokens=10**6, max_threads=1 if sequential else 24, widths=(width,),
-                  buckets=(256, capacity) if capacity > 256 else (capacity,))
+  limits = Limits(
+    max_new_tokens=10**6,
+    max_threads=1 if sequential else 24,
+    widths=(width,),
+    buckets=(256, capacity) if capacity > 256 else (capacity,),
+  )
   # The tags' rows are zeros, so that none is ever likeliest: every branch stays alive.
-  it = Interpreter(_model(checkpoint, dtype), vocabulary, limits,
-                   Switches(promises=not sequential, guard=not sequential, no_repeat=NO_REPEAT))
+  it = Interpreter(
+    _model(checkpoint, dtype),
+    vocabulary,
+    limits,
+    Switches(promises=not sequential, guard=not sequential, no_repeat=NO_REPEAT),
+  )
   switches, numbers = switched(it.switches, SAMPLING), as_arrays(SAMPLING)
   start = busy_state(it, branches, capacity)
 
@@ -95,8 +120,9 @@ def step_timer(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str, branc
   return measure
 
 
-def batch_timer(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str, requests: int,
-                capacity: int) -> Callable[[], float]:
+def batch_timer(
+  checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str, requests: int, capacity: int
+) -> Callable[[], float]:
   """A function that decodes some tokens of each of several requests and returns the seconds of a step."""
   model = _model(checkpoint, dtype)
   width = 1
@@ -171,13 +197,17 @@ def transformers_timer(checkpoint: Checkpoint, dtype: str) -> Callable[[], float
 
 
 def llama_cpp_timer() -> Callable[[], float] | None:
-  """Seconds a token of llama.cpp on the GGUF file as it is (Q4_1); None if llama-cpp-python is not installed."""
+  """Seconds a token of llama.cpp on the GGUF file as it is (Q4_1); None if llama-cpp-python is not
+  installed."""
   try:
     import llama_cpp
   except ImportError:
     return None
   from pasta_jax.model.download import named_weights
-  model = llama_cpp.Llama(str(named_weights("smollm2-135m-instruct")), n_ctx=MAIN_POOL, logits_all=False, verbose=False)
+
+  model = llama_cpp.Llama(
+    str(named_weights("smollm2-135m-instruct")), n_ctx=MAIN_POOL, logits_all=False, verbose=False
+  )
 
   def measure() -> float:
     model.reset()
@@ -193,7 +223,9 @@ def llama_cpp_timer() -> Callable[[], float] | None:
 
 def main(argv: list[str]) -> None:
   del argv
-  if FLAGS.cost and (len(set(FLAGS.branches)) < 2 or len(set(FLAGS.pools)) < 2):  # before minutes of measuring
+  if FLAGS.cost and (
+    len(set(FLAGS.branches)) < 2 or len(set(FLAGS.pools)) < 2
+  ):  # before minutes of measuring
     sys.exit("error: --cost needs two numbers of --branches and two sizes of --pools at least")
   console = rich.console.Console()
   checkpoint = load_checkpoint(FLAGS.model)
@@ -232,7 +264,8 @@ def main(argv: list[str]) -> None:
 
 
 def step_cost(median: dict[tuple, float], dtype: str) -> dict[str, float]:
-  """`base`, `row` and `entry` (`preference.score.StepCost`) of a parallel step: least squares of relative errors.
+  """`base`, `row` and `entry` (`preference.score.StepCost`) of a parallel step: least squares of relative
+  errors.
 
   A measured step has half of its pool's entries in use.
   """
@@ -242,8 +275,13 @@ def step_cost(median: dict[tuple, float], dtype: str) -> dict[str, float]:
   return {"base": float(base), "row": float(row), "entry": float(entry)}
 
 
-def show(console: rich.console.Console, median: dict[tuple, float], branches: list[int], pools: list[int],
-         requests: list[int]) -> None:
+def show(
+  console: rich.console.Console,
+  median: dict[tuple, float],
+  branches: list[int],
+  pools: list[int],
+  requests: list[int],
+) -> None:
   """Prints the tables."""
   bandwidth = median["bandwidth",]
   console.print(f"{jax.devices()[0].device_kind}, bandwidth {bandwidth / 1e9:.1f} GB/s")
@@ -257,21 +295,35 @@ def show(console: rich.console.Console, median: dict[tuple, float], branches: li
       table.add_column(name, justify="left" if name == "step" else "right")
     for b in branches:
       t = median[dtype, b, MAIN_POOL]
-      table.add_row(f"{b} branch{'es' if b > 1 else ''}, pool {MAIN_POOL}", f"{1e3 * t:.1f}",
-                    f"{100 * floor / t:.0f} %", f"{t / one:.2f}", f"{b / t:.0f}")
+      table.add_row(
+        f"{b} branch{'es' if b > 1 else ''}, pool {MAIN_POOL}",
+        f"{1e3 * t:.1f}",
+        f"{100 * floor / t:.0f} %",
+        f"{t / one:.2f}",
+        f"{b / t:.0f}",
+      )
     for p in pools:
       if p == MAIN_POOL and MAIN_BRANCHES in branches:
         continue
       t = median[dtype, MAIN_BRANCHES, p]
-      table.add_row(f"{MAIN_BRANCHES} branch, pool {p}", f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %",
-                    f"{t / one:.2f}", f"{1 / t:.0f}")
+      table.add_row(
+        f"{MAIN_BRANCHES} branch, pool {p}",
+        f"{1e3 * t:.1f}",
+        f"{100 * floor / t:.0f} %",
+        f"{t / one:.2f}",
+        f"{1 / t:.0f}",
+      )
     for r in requests:
       t = median["requests", dtype, r]
-      table.add_row(f"{r} requests, pool {MAIN_POOL} each", f"{1e3 * t:.1f}", "", f"{t / one:.2f}", f"{r / t:.0f}")
+      table.add_row(
+        f"{r} requests, pool {MAIN_POOL} each", f"{1e3 * t:.1f}", "", f"{t / one:.2f}", f"{r / t:.0f}"
+      )
     for other in (("sequential", dtype), ("transformers", dtype), ("llama.cpp", "Q4_1")):
       if other in median:
         t = median[other]
-        table.add_row(" ".join(other), f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %", f"{t / one:.2f}", f"{1 / t:.0f}")
+        table.add_row(
+          " ".join(other), f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %", f"{t / one:.2f}", f"{1 / t:.0f}"
+        )
     console.print(table)
 
 

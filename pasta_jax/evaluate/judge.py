@@ -43,7 +43,8 @@ class Pair:
 
 
 class Judge(Protocol):
-  """Compares answers pairwise. `name` is that of its folder of judgements, `settings` what these depend on."""
+  """Compares answers pairwise. `name` is that of its folder of judgements, `settings` what these depend
+  on."""
 
   name: str
   settings: dict[str, Any]
@@ -51,8 +52,8 @@ class Judge(Protocol):
   def compare(self, pairs: Sequence[Pair], folder: Path, done: Callable[[int, dict], None]) -> None:
     """`done(i, row)` for each pair as it is judged, in any order.
 
-    A row has `preference`: the probability, in [0, 1], that the system's answer is the better one. A pair that
-    cannot be judged gets no row. What should outlive a kill goes to `folder`.
+    A row has `preference`: the probability, in [0, 1], that the system's answer is the better one. A pair
+    that cannot be judged gets no row. What should outlive a kill goes to `folder`.
     """
 
 
@@ -60,8 +61,8 @@ class FileJudge:
   """Preferences that somebody else found: people, or AlpacaEval's own tools.
 
   Either JSON lines with `id`, `system` and `preference` in [0, 1] (1: the system is better), or AlpacaEval's
-  annotations: a JSON list with `instruction`, `generator_2` and `preference` from 1 to 2 (0: even). Those must be
-  against `baseline`.
+  annotations: a JSON list with `instruction`, `generator_2` and `preference` from 1 to 2 (0: even). Those
+  must be against `baseline`.
   """
 
   def __init__(self, path: str, baseline: str):

@@ -40,7 +40,9 @@ def judges_of(config) -> list[Judge]:
     elif name.endswith((".json", ".jsonl", ".jsonl.gz")):
       judges.append(FileJudge(name, config.eval.baseline))
     else:
-      raise EvalError(f"eval.judges: {name!r} is neither local, nor llm, nor a .json or .jsonl file of preferences")
+      raise EvalError(
+        f"eval.judges: {name!r} is neither local, nor llm, nor a .json or .jsonl file of preferences"
+      )
   return judges
 
 
@@ -49,13 +51,19 @@ def local_judge(config) -> LocalJudge:
   entry = entry_of(config, config.eval.baseline)
   return LocalJudge(
     lambda: Generator(config, adapter=entry.adapter, dtype=config.eval.judge_dtype),
-    {"source": config.model.source, "adapter": adapter_digest(entry.adapter), "dtype": config.eval.judge_dtype},
+    {
+      "source": config.model.source,
+      "adapter": adapter_digest(entry.adapter),
+      "dtype": config.eval.judge_dtype,
+    },
   )
 
 
 def pairs_of(workdir: Path, name: str, baseline: str, requests: list[Request]) -> list[Pair]:
   """The requests' answers by a system and by the baseline, each behind its own answers to earlier turns."""
-  rows = {n: {r["id"]: r for r in read_records(workdir / "responses" / f"{n}.jsonl")} for n in (name, baseline)}
+  rows = {
+    n: {r["id"]: r for r in read_records(workdir / "responses" / f"{n}.jsonl")} for n in (name, baseline)
+  }
 
   def answer(n: str, request: Request) -> Answer:
     row = rows[n][request.id]
@@ -84,7 +92,8 @@ def judge(config, workdir: Path, names: list[str], requests: list[Request], judg
 
 
 def judge_pairs(judge: Judge, pairs: Sequence[Pair], path: Path) -> dict[str, dict]:
-  """Judgements by id, of those pairs that could be judged; kept in `path` and made once, unless a text changes."""
+  """Judgements by id, of those pairs that could be judged; kept in `path` and made once, unless a text
+  changes."""
   records = Records(path, judge.settings)
   known = lambda p: records.rows.get(p.id, {}).get("texts") == p.digest()
   todo = [p for p in pairs if not known(p)]

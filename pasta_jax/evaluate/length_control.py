@@ -32,9 +32,10 @@ from absl import app, flags
 
 from pasta_jax.data.examples import DataError, read_jsonl
 
-# Gaussian priors on (phi, psi): centre and curvature. GAMED's centre are the means of the published weights of
-# gpt4_1106_preview told to be verbose and concise; its rows count as 161 (2 x 805 at a tenth), each with about
-# E[x^2] p (1 - p) = 0.5 * 0.25 of curvature. It knows how GPT-4-turbo likes length; of other judges nothing is known.
+# Gaussian priors on (phi, psi): centre and curvature. GAMED's centre are the means of the published weights
+# of gpt4_1106_preview told to be verbose and concise; its rows count as 161 (2 x 805 at a tenth), each with
+# about E[x^2] p (1 - p) = 0.5 * 0.25 of curvature. It knows how GPT-4-turbo likes length; of other judges
+# nothing is known.
 GAMED = (-1.61, 0.76), 20.0
 NOTHING_KNOWN = (0.0, 0.0), 1.0
 DIFFICULTY_SPREAD = 1.5  # standard deviation of the difficulties' own prior
@@ -74,9 +75,9 @@ def length_controlled(
 ) -> LengthControl:
   """Win rates of a system from preferences [N] in [0, 1] (1: the system's answer is better; NaN: not judged).
 
-  `baseline` and `system` [N] are the answers' characters, `difficulty` [N] the prompts' gamma. `resamples` bootstrap
-  samples give the length-controlled rate its error. `prior`: GAMED for GPT-4-turbo against gpt4_1106_preview. Raises
-  ValueError where fewer than three prompts were judged.
+  `baseline` and `system` [N] are the answers' characters, `difficulty` [N] the prompts' gamma. `resamples`
+  bootstrap samples give the length-controlled rate its error. `prior`: GAMED for GPT-4-turbo against
+  gpt4_1106_preview. Raises ValueError where fewer than three prompts were judged.
   """
   judged = ~np.isnan(preference)
   if judged.sum() < 3:
@@ -115,8 +116,11 @@ def _fit(x: np.ndarray, y: np.ndarray, prior: Prior) -> np.ndarray:
   return scipy.optimize.minimize(objective, centre, jac=True, method="L-BFGS-B").x
 
 
-def fit_difficulty(preference: np.ndarray, baseline: np.ndarray, system: np.ndarray, weights: np.ndarray) -> np.ndarray:
-  """gamma [N] from the preferences [M, N] and lengths of M models with known (phi, psi, theta), `weights` [M, 3].
+def fit_difficulty(
+  preference: np.ndarray, baseline: np.ndarray, system: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+  """gamma [N] from the preferences [M, N] and lengths of M models with known (phi, psi, theta), `weights` [M,
+  3].
 
   One-dimensional logistic regressions, one a prompt, by Newton's method.
   """
@@ -164,7 +168,9 @@ def read_preferences(path: str | Path) -> Preferences:
       np.array([float(r["baseline_chars"]) for r in rows]),
     )
   except (KeyError, TypeError, AttributeError) as error:
-    raise DataError(f"{path}: rows need id, baseline_chars, preference and output_chars ({error!r})") from None
+    raise DataError(
+      f"{path}: rows need id, baseline_chars, preference and output_chars ({error!r})"
+    ) from None
 
 
 def read_weights(path: str | Path) -> dict[str, tuple[float, float, float]]:
@@ -183,8 +189,8 @@ def check(
 ) -> list[dict]:
   """A row a model of the leaderboard: win rates computed and published, and their differences in points.
 
-  Difficulties are fitted on all models with published weights; `held_out_error` is the error with difficulties from
-  all models but the one in question.
+  Difficulties are fitted on all models with published weights; `held_out_error` is the error with
+  difficulties from all models but the one in question.
   """
   known = [i for i, m in enumerate(preferences.models) if m in weights]
 
@@ -234,7 +240,15 @@ def main(argv: list[str]) -> None:
   rows = check(preferences, leaderboard, weights)
   table = rich.table.Table(title=f"{len(rows)} models, {len(preferences.ids)} prompts")
   table.add_column("model")
-  for name in ("win rate", "published", "error", "length-controlled", "published", "error", "error, held out"):
+  for name in (
+    "win rate",
+    "published",
+    "error",
+    "length-controlled",
+    "published",
+    "error",
+    "error, held out",
+  ):
     table.add_column(name, justify="right")
   for r in rows:
     table.add_row(r["model"], *(f"{r[k]:.2f}" for k in list(r)[1:]))
@@ -254,7 +268,9 @@ def main(argv: list[str]) -> None:
       preferences.system[known],
       np.array([weights[preferences.models[i]] for i in known]),
     )
-    lines = (json.dumps({"id": i, "difficulty": round(float(g), 6)}) + "\n" for i, g in zip(preferences.ids, gamma))
+    lines = (
+      json.dumps({"id": i, "difficulty": round(float(g), 6)}) + "\n" for i, g in zip(preferences.ids, gamma)
+    )
     Path(values.output).write_text("".join(lines))
 
 
@@ -265,7 +281,11 @@ if __name__ == "__main__":
   flags.DEFINE_string(
     "leaderboard", None, "JSON lines: leaderboard, model, win_rate, length_controlled_winrate", required=True
   )
-  flags.DEFINE_string("leaderboard_name", "weighted_alpaca_eval_gpt4_turbo", "rows of that file to compare with")
+  flags.DEFINE_string(
+    "leaderboard_name", "weighted_alpaca_eval_gpt4_turbo", "rows of that file to compare with"
+  )
   flags.DEFINE_string("weights", None, "JSON lines: the published coefficients by model", required=True)
-  flags.DEFINE_string("output", None, "write the fitted difficulties to this file, for --config.eval.difficulty")
+  flags.DEFINE_string(
+    "output", None, "write the fitted difficulties to this file, for --config.eval.difficulty"
+  )
   app.run(main)

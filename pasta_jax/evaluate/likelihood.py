@@ -38,7 +38,9 @@ class Likelihood:
       rows = [[members[k] for k in row] for row in fill_rows([len(examples[i]) for i in members], length)]
       rows += [[]] * (-len(rows) % ROWS)
       for first in range(0, len(rows), ROWS):
-        batch = concatenate([pack_row([examples[i] for i in row], length, 1) for row in rows[first : first + ROWS]])
+        batch = concatenate(
+          [pack_row([examples[i] for i in row], length, 1) for row in rows[first : first + ROWS]]
+        )
         log_p = np.asarray(self._run(self._params, batch.as_dict()))
         for b, row in enumerate(rows[first : first + ROWS]):
           for segment, i in enumerate(row, 1):

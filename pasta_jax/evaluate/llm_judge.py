@@ -1,9 +1,9 @@
 """A language model as judge: both orders of a pair, confidence from token probabilities.
 
-The judge is asked for one letter. Its confidence is the probability of that letter among the two, from the first
-token's probabilities (1 where the endpoint gives none and a letter was said). A pair is asked twice, with the answers
-in either order, and its preference is the mean, so that a liking for the first place cancels (PASTA.md section 6:
-"confidence-weighted win rate").
+The judge is asked for one letter. Its confidence is the probability of that letter among the two, from the
+first token's probabilities (1 where the endpoint gives none and a letter was said). A pair is asked twice,
+with the answers in either order, and its preference is the mean, so that a liking for the first place cancels
+(PASTA.md section 6: "confidence-weighted win rate").
 """
 
 import math
@@ -59,7 +59,8 @@ def _answer(answer: Answer) -> str:
 
 
 def confidence_in_a(answer: dict) -> float | None:
-  """P(the judge says A), among A and B; None if it said neither, or something else with nine tenths or more."""
+  """P(the judge says A), among A and B; None if it said neither, or something else with nine tenths or
+  more."""
   mass = {"A": 0.0, "B": 0.0}
   for token, log_p in answer["log_p"].items():
     letter = token.strip().strip("*\"'().").upper()

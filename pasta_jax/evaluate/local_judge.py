@@ -1,11 +1,13 @@
-"""The judge that needs no network: how likely each answer is under the sequential baseline model, and plain faults.
+"""The judge that needs no network: how likely each answer is under the sequential baseline model, and plain
+faults.
 
-What it can see: whether the text hangs together as the baseline model would write it (a chunk that contradicts its
-neighbour, repeats it, or starts in the middle is unlikely there), whether it loops, was cut off, or has a length that
-the prompt forbids. What it cannot see: whether an answer is true or useful. It leans towards bland text, and towards
-the baseline itself, whose own greedy answers are close to the likeliest ones it knows; so it is a lower bound on the
-quality of others, good for comparing two of them, and no replacement for a judge that reads. How far it agrees with
-people is measured by `python -m pasta_jax.evaluate.agreement`.
+What it can see: whether the text hangs together as the baseline model would write it (a chunk that
+contradicts its neighbour, repeats it, or starts in the middle is unlikely there), whether it loops, was cut
+off, or has a length that the prompt forbids. What it cannot see: whether an answer is true or useful. It
+leans towards bland text, and towards the baseline itself, whose own greedy answers are close to the likeliest
+ones it knows; so it is a lower bound on the quality of others, good for comparing two of them, and no
+replacement for a judge that reads. How far it agrees with people is measured by `python -m
+pasta_jax.evaluate.agreement`.
 """
 
 import hashlib
@@ -27,11 +29,15 @@ PER_NAT = 4.0  # logits of preference for a nat a token of likelihood
 FAULT = 1.0  # and for each fault
 NOTHING = -10.0  # log p a token of an answer without any
 
-_WORDS = {w: i for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())}
+_WORDS = {
+  w: i for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())
+}
 _NUMBER = r"(\d{1,4}|" + "|".join(_WORDS) + r")"
 _LIMIT = re.compile(
   r"\b(?P<how>at least|at most|no more than|not more than|up to|under|less than|fewer than|more than|over|"
-  r"exactly|within|in|about|around)?\s*(?:a |an )?" + _NUMBER + r"[ -](?P<unit>words?|sentences?|paragraphs?)\b",
+  r"exactly|within|in|about|around)?\s*(?:a |an )?"
+  + _NUMBER
+  + r"[ -](?P<unit>words?|sentences?|paragraphs?)\b",
   re.IGNORECASE,
 )
 _COUNT = {
@@ -53,7 +59,8 @@ def contradicts_length(prompt: str, text: str) -> bool:
     how = (match["how"] or "").lower()
     low = (
       0.0
-      if how in ("at most", "no more than", "not more than", "up to", "under", "less than", "fewer than", "within")
+      if how
+      in ("at most", "no more than", "not more than", "up to", "under", "less than", "fewer than", "within")
       else 0.75 * wanted
     )
     high = float("inf") if how in ("at least", "more than", "over") else 1.25 * wanted
@@ -127,7 +134,8 @@ class LocalJudge:
     vocabulary = self._generator.vocabulary
     names = list(answers)
     texts = [
-      (*vocabulary.tokenizer.encode(a.text), *(vocabulary.tags.eos[:1] if a.finished else ())) for a in answers.values()
+      (*vocabulary.tokenizer.encode(a.text), *(vocabulary.tags.eos[:1] if a.finished else ()))
+      for a in answers.values()
     ]
     prompts = [self._generator.encode(a.conversation) for a in answers.values()]
     bar, task = progress_bar("likelihoods", len(names))

@@ -1,5 +1,5 @@
-"""The report as one self-contained HTML page: figures, plots, best and worst prompts, and any response with its
-timeline."""
+"""The report as one self-contained HTML page: figures, plots, best and worst prompts, and any response with
+its timeline."""
 
 import base64
 import json
@@ -106,7 +106,9 @@ def _timelines(run: "Run") -> dict[str, dict[str, str]]:
 def _by_clock(seconds: float | None, baseline: float | None, compared: bool) -> str:
   if seconds is None:
     return ""
-  return f" · {seconds:.1f} s by the clock" + (f", {baseline / seconds:.2f}×" if baseline and compared else "")
+  return f" · {seconds:.1f} s by the clock" + (
+    f", {baseline / seconds:.2f}×" if baseline and compared else ""
+  )
 
 
 def _data(run: "Run") -> dict:
@@ -119,11 +121,14 @@ def _data(run: "Run") -> dict:
     base = {r["id"]: r["seconds"] for r in run.timed.get(run.baseline, [])}
     judged = run.judgements[judge].get(name, {}) if judge else {}
     for r in rows:
-      prompts.setdefault(r["id"], {"id": r["id"], "prompt": printable(r["prompt"]), "category": r.get("category", "")})
+      prompts.setdefault(
+        r["id"], {"id": r["id"], "prompt": printable(r["prompt"]), "category": r.get("category", "")}
+      )
       preference = judged[r["id"]]["preference"] if r["id"] in judged else None
       answers.setdefault(name, {})[r["id"]] = {
         "text": printable(r["text"]),
-        "facts": _facts(r, preference) + _by_clock(clock.get(r["id"]), base.get(r["id"]), name != run.baseline),
+        "facts": _facts(r, preference)
+        + _by_clock(clock.get(r["id"]), base.get(r["id"]), name != run.baseline),
         "speed": round(r["theoretical_speedup"], 3),
       }
   order = [*(n for n in answers if n != run.baseline), *([run.baseline] if run.baseline in answers else [])]
@@ -167,11 +172,18 @@ def write(
   )
   options = "".join(f"<option>{escape(n)}</option>" for n in data["systems"])
   groups = "".join(
-    f'<div class="card"><h3>{escape(heading)}</h3>{_table(rows)}</div>' for heading, rows in report_groups.items()
+    f'<div class="card"><h3>{escape(heading)}</h3>{_table(rows)}</div>'
+    for heading, rows in report_groups.items()
   )
   timed = f", {summary['timed']} by the clock" if summary["timed"] else ""
-  about = " · ".join((summary["model"], f"{summary['prompts']} prompts{timed}, against {summary['baseline']}",
-                      summary["machine"], f"pasta-jax {summary['version']}"))
+  about = " · ".join(
+    (
+      summary["model"],
+      f"{summary['prompts']} prompts{timed}, against {summary['baseline']}",
+      summary["machine"],
+      f"pasta-jax {summary['version']}",
+    )
+  )
   path.write_text(
     f"""<!DOCTYPE html>
 <html lang="en">

@@ -1,4 +1,5 @@
-"""Figures of a run, for a page and for papers: speed against quality, the spread of speed-ups, groups of prompts."""
+"""Figures of a run, for a page and for papers: speed against quality, the spread of speed-ups, groups of
+prompts."""
 
 import io
 import math
@@ -53,10 +54,11 @@ def pareto(
   baseline: str,
   paper: bool = True,
 ) -> Figure:
-  """Speed against quality: `points` are (speed-up, win rate in per cent, 95 % interval of the speed-up or None).
+  """Speed against quality: `points` are (speed-up, win rate in per cent, 95 % interval of the speed-up or
+  None).
 
-  A line joins the systems that no other one beats in both. `paper` adds the paper's two ends, which another judge
-  gave another model.
+  A line joins the systems that no other one beats in both. `paper` adds the paper's two ends, which another
+  judge gave another model.
   """
   with matplotlib.rc_context(_STYLE):
     figure, ax = _new(6.4, 4.0)
@@ -90,7 +92,13 @@ def pareto(
         ax.plot(interval, (y, y), color=palette[name], linewidth=2, alpha=0.5, solid_capstyle="round")
       ax.plot([x], [y], "o", color=palette[name], markersize=9)
       ax.annotate(
-        name, (x, y), textcoords="offset points", xytext=(0, -15), ha="center", color=palette[name], fontweight="bold"
+        name,
+        (x, y),
+        textcoords="offset points",
+        xytext=(0, -15),
+        ha="center",
+        color=palette[name],
+        fontweight="bold",
       )
     ax.set_xlabel(f"{speed} (times)")
     ax.set_ylabel(f"win rate against {baseline}, % ({judge})")
@@ -98,7 +106,9 @@ def pareto(
     return figure
 
 
-def distribution(speedups: Mapping[str, Sequence[float]], *, speed: str, palette: Mapping[str, str]) -> Figure:
+def distribution(
+  speedups: Mapping[str, Sequence[float]], *, speed: str, palette: Mapping[str, str]
+) -> Figure:
   """Sorted speed-ups of each system's prompts: how many get how much."""
   with matplotlib.rc_context(_STYLE):
     figure, ax = _new(6.4, 3.4)
@@ -139,11 +149,18 @@ def groups(figures: Mapping[str, Mapping[str, float]], *, speed: str, palette: M
 
 
 def svg(figure: Figure) -> str:
-  """The figure as an SVG element in the colours of the page around it; `figure` itself takes a stand-in for them."""
+  """The figure as an SVG element in the colours of the page around it; `figure` itself takes a stand-in for
+  them."""
   out = io.StringIO()
   with matplotlib.rc_context(
     _STYLE
-    | {"text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK}
+    | {
+      "text.color": _INK,
+      "axes.labelcolor": _INK,
+      "axes.edgecolor": _INK,
+      "xtick.color": _INK,
+      "ytick.color": _INK,
+    }
   ):
     _ink(figure)
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -165,4 +182,6 @@ def save(figure: Figure, path: Path) -> None:
   """`path` with .svg and .png, on white, for papers."""
   with matplotlib.rc_context(_STYLE):
     for suffix in (".svg", ".png"):
-      figure.savefig(path.with_suffix(suffix), facecolor="white", metadata={"Date": None} if suffix == ".svg" else None)
+      figure.savefig(
+        path.with_suffix(suffix), facecolor="white", metadata={"Date": None} if suffix == ".svg" else None
+      )

@@ -1,8 +1,8 @@
 """Prompts of a benchmark: AlpacaEval, MT-Bench, or any file of JSON lines.
 
-A row has `prompt` (AlpacaEval's own files say `instruction`), or `turns` (MT-Bench): a list of what the user says,
-one after another. Optional: `id` (or MT-Bench's `question_id`), and a category under `category` or AlpacaEval's
-`dataset`.
+A row has `prompt` (AlpacaEval's own files say `instruction`), or `turns` (MT-Bench): a list of what the user
+says, one after another. Optional: `id` (or MT-Bench's `question_id`), and a category under `category` or
+AlpacaEval's `dataset`.
 """
 
 import collections
@@ -27,13 +27,14 @@ class Request:
   earlier: tuple["Request", ...] = ()  # the turns before it
 
 
-def read_prompts(path: str, *, limit: int = 0, categories: str = "", among: set[str] | None = None,
-                 part: str = "eval") -> list[Request]:
+def read_prompts(
+  path: str, *, limit: int = 0, categories: str = "", among: set[str] | None = None, part: str = "eval"
+) -> list[Request]:
   """The file's requests, the turns of a prompt one behind the other.
 
   `limit`: so many prompts, spread evenly over the file, or all for 0; `categories`: of those that it names,
-  comma-separated, or all; `among`: of those with one of these ids. `part` of the config is where they are named.
-  Raises EvalError naming file and row.
+  comma-separated, or all; `among`: of those with one of these ids. `part` of the config is where they are
+  named. Raises EvalError naming file and row.
   """
   if not path:
     raise EvalError(f'name a file of JSON lines with "prompt": --config.{part}.prompts=FILE')
@@ -47,7 +48,9 @@ def read_prompts(path: str, *, limit: int = 0, categories: str = "", among: set[
   if wanted := {c.strip() for c in categories.split(",") if c.strip()}:
     there = {p[0].category for p in prompts}
     if wanted - there:
-      raise EvalError(f"{path} has no category {', '.join(sorted(wanted - there))}: it has {', '.join(sorted(there))}")
+      raise EvalError(
+        f"{path} has no category {', '.join(sorted(wanted - there))}: it has {', '.join(sorted(there))}"
+      )
     prompts = [p for p in prompts if p[0].category in wanted]
   if among is not None:
     prompts = [p for p in prompts if p[0].id in among]

@@ -1,9 +1,10 @@
-"""From a run's folder to its figures: `summary.json`, a Markdown table, a page, plots, and AlpacaEval's own files.
+"""From a run's folder to its figures: `summary.json`, a Markdown table, a page, plots, and AlpacaEval's own
+files.
 
     python main.py --mode=report --workdir=runs/eval
 
-Reads what `evaluate.run` left there and loads no weights but the tokenizer's. It can be run at any time, on whatever
-systems, timings and judgements there are.
+Reads what `evaluate.run` left there and loads no weights but the tokenizer's. It can be run at any time, on
+whatever systems, timings and judgements there are.
 """
 
 import dataclasses
@@ -46,8 +47,8 @@ class Run:
 
 
 def read_run(workdir: Path) -> Run:
-  """Reads a folder that `--mode=eval` made: what concerns the requests of the last call. Raises EvalError if there are
-  no responses."""
+  """Reads a folder that `--mode=eval` made: what concerns the requests of the last call. Raises EvalError if
+  there are no responses."""
   try:
     config = json.loads((workdir / "config.json").read_text())
   except (OSError, ValueError):
@@ -75,7 +76,9 @@ def read_run(workdir: Path) -> Run:
       judgements.setdefault(path.parent.name, {})[name] = rows
   # The judges of the last call first, in their order: the first one decides.
   named = [n.strip() for n in config["eval"]["judges"].split(",")]
-  first = [config["judge"]["model"].replace("/", "-") if n == "llm" else Path(n).name.split(".")[0] for n in named]
+  first = [
+    config["judge"]["model"].replace("/", "-") if n == "llm" else Path(n).name.split(".")[0] for n in named
+  ]
   place = lambda judge: next((i for i, n in enumerate(first) if judge == n or judge[:-7] == n), len(first))
   judgements = {j: judgements[j] for j in sorted(judgements, key=place)}
   return Run(config, responses, timed, judgements, baseline, about["machines"], about["versions"])
@@ -218,7 +221,11 @@ def table(summary: dict) -> list[list[str]]:
         [
           heading,
           *(
-            f"{_RATE(c[key])} ± {c[key + '_error']:.1f}" if key + "_error" in c else _RATE(c[key]) if key in c else "–"
+            f"{_RATE(c[key])} ± {c[key + '_error']:.1f}"
+            if key + "_error" in c
+            else _RATE(c[key])
+            if key in c
+            else "–"
             for c in cells
           ),
         ]
@@ -284,8 +291,11 @@ def draw(run: Run, summary: dict) -> dict[str, plots.Figure]:
   """The run's plots by name."""
   palette = plots.colours(run.systems)
   what = "wall-clock speedup" if by_clock(run) else "theoretical speedup"
-  # Against the baseline's answer, as the clock and the paper's theoretical speedup have it: a shorter answer is faster.
-  part, key = ("timed", "wall_clock_speedup") if by_clock(run) else ("responses", "theoretical_against_baseline")
+  # Against the baseline's answer, as the clock and the paper's theoretical speedup have it: a shorter answer
+  # is faster.
+  part, key = (
+    ("timed", "wall_clock_speedup") if by_clock(run) else ("responses", "theoretical_against_baseline")
+  )
   others = [n for n in run.systems if n != run.baseline and speedups(run, n)]
   figures = {}
   for judge in run.judgements:
@@ -294,7 +304,9 @@ def draw(run: Run, summary: dict) -> dict[str, plots.Figure]:
       rate = entry["quality"].get(judge, {})
       if key in entry.get(part, {}) and "win_rate" in rate:
         f = entry[part]
-        interval = (f["wall_clock_low"], f["wall_clock_high"]) if "wall_clock_low" in f and part == "timed" else None
+        interval = (
+          (f["wall_clock_low"], f["wall_clock_high"]) if "wall_clock_low" in f and part == "timed" else None
+        )
         points[name] = (f[key], rate["win_rate"], interval)
     if points:
       points[run.baseline] = (1.0, 50.0, None)
@@ -386,7 +398,8 @@ def show(summary: dict) -> None:
 
 
 def verdict(run: Run, summary: dict) -> list[tuple[str, float | None, float, bool]]:
-  """What `eval.min_quality` and `eval.min_speedup` ask of the first system: (what, reached, wanted, whether it is met).
+  """What `eval.min_quality` and `eval.min_speedup` ask of the first system: (what, reached, wanted, whether
+  it is met).
 
   What was not measured is not met.
   """
@@ -400,7 +413,13 @@ def verdict(run: Run, summary: dict) -> list[tuple[str, float | None, float, boo
     if not names
     else (
       (f"win rate of {names[0]}, % ({judge})", rate.get("win_rate"), e["min_quality"]),
-      (f"wall-clock speedup of {names[0]}", entry.get("timed", {}).get("wall_clock_speedup"), e["min_speedup"]),
+      (
+        f"wall-clock speedup of {names[0]}",
+        entry.get("timed", {}).get("wall_clock_speedup"),
+        e["min_speedup"],
+      ),
     )
   )
-  return [(what, value, wanted, value is not None and value >= wanted) for what, value, wanted in found if wanted]
+  return [
+    (what, value, wanted, value is not None and value >= wanted) for what, value, wanted in found if wanted
+  ]

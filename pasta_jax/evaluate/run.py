@@ -1,12 +1,13 @@
-"""`--mode=eval`: systems over the prompts of a benchmark, by the clock as well, judged, and reported. Resumable.
+"""`--mode=eval`: systems over the prompts of a benchmark, by the clock as well, judged, and reported.
+Resumable.
 
     workdir/responses/SYSTEM.jsonl    answers of all prompts, many at a time: for quality and theoretical figures
     workdir/timed/SYSTEM.jsonl        answers one at a time by the clock, systems interleaved prompt by prompt
     workdir/judgements/…              preferences (`evaluate.judge`)
     workdir/report.html, report.md, summary.json, figures/, alpaca_eval/      (`evaluate.report`)
 
-Every file of rows has its settings beside it; a run that was stopped goes on, and a system that is added later joins
-those that are there.
+Every file of rows has its settings beside it; a run that was stopped goes on, and a system that is added
+later joins those that are there.
 """
 
 import json
@@ -23,12 +24,26 @@ from pasta_jax.evaluate.prompts import EvalError, Request, conversation, read_pr
 from pasta_jax.evaluate.systems import System, entry_of, load_system
 from pasta_jax.progress import progress_bar
 
-_FREE = ("live", "compare", "requests", "parallel", "slots", "speed")  # fields of decode that no response depends on
-_PROMISES = ("guard", "max_depth", "max_threads", "max_topic", "promise_bias")  # that one without promises does not
+_FREE = (
+  "live",
+  "compare",
+  "requests",
+  "parallel",
+  "slots",
+  "speed",
+)  # fields of decode that no response depends on
+_PROMISES = (
+  "guard",
+  "max_depth",
+  "max_threads",
+  "max_topic",
+  "promise_bias",
+)  # that one without promises does not
 
 
 def evaluate(config, workdir: Path) -> dict:
-  """Runs `config.eval` in `workdir` and returns the summary that it writes there (`evaluate.report.summarise_run`)."""
+  """Runs `config.eval` in `workdir` and returns the summary that it writes there
+  (`evaluate.report.summarise_run`)."""
   e = config.eval
   names = list(dict.fromkeys(s.strip() for s in [*e.systems.split(","), e.baseline] if s.strip()))
   for name in names:
@@ -38,9 +53,14 @@ def evaluate(config, workdir: Path) -> dict:
       raise EvalError(f"eval.{field} must be 1 or more, not {e[field]}")
   requests, timed = _requests(e)
   judges = judging.judges_of(config)
-  for folder, with_clock in (("responses", False), *([("timed", True)] if timed else [])):  # before minutes of work
+  for folder, with_clock in (
+    ("responses", False),
+    *([("timed", True)] if timed else []),
+  ):  # before minutes of work
     for name in names:
-      Records(workdir / folder / f"{name}.jsonl", settings_of(config, name, timed=with_clock)).missing(requests)
+      Records(workdir / folder / f"{name}.jsonl", settings_of(config, name, timed=with_clock)).missing(
+        requests
+      )
   (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
   _note_run(workdir / "run.json", requests)
   answer(config, workdir, names, requests)
@@ -51,7 +71,8 @@ def evaluate(config, workdir: Path) -> dict:
 
 
 def _requests(e) -> tuple[list[Request], list[Request]]:
-  """(requests to answer, those of them to time): prompts that `timed_prompts` names, else the first; `timed` of them.
+  """(requests to answer, those of them to time): prompts that `timed_prompts` names, else the first; `timed`
+  of them.
 
   Where a limit and a file of prompts to time are given, the limit is taken from the latter.
   """
@@ -73,7 +94,8 @@ def _requests(e) -> tuple[list[Request], list[Request]]:
 
 
 def _note_run(path: Path, requests: list[Request]) -> None:
-  """Writes what the report is about: the requests of the last call, and every machine and version that took part."""
+  """Writes what the report is about: the requests of the last call, and every machine and version that took
+  part."""
   before = json.loads(path.read_text()) if path.exists() else {}
   now = {
     "requests": [r.id for r in requests],
@@ -119,7 +141,9 @@ def answer(config, workdir: Path, names: list[str], requests: list[Request]) -> 
   generators: dict[tuple[str, str], Generator] = {}
   for at, name in enumerate(names):
     later = {config.systems[n].adapter for n in names[at:]}
-    generators = {key: g for key, g in generators.items() if key[0] in later}  # a model for each adapter is much
+    generators = {
+      key: g for key, g in generators.items() if key[0] in later
+    }  # a model for each adapter is much
     records = Records(workdir / "responses" / f"{name}.jsonl", settings_of(config, name, timed=False))
     if not (todo := records.missing(requests)):
       continue
@@ -146,11 +170,12 @@ def answer(config, workdir: Path, names: list[str], requests: list[Request]) -> 
 def time_systems(config, workdir: Path, names: list[str], requests: list[Request]) -> None:
   """Answers the requests one at a time by the clock: every shape compiled before, systems interleaved.
 
-  Where one system has not answered a prompt, all answer it again: what is compared was measured side by side. The
-  order is drawn, so that a run that is stopped has timed a fair sample.
+  Where one system has not answered a prompt, all answer it again: what is compared was measured side by side.
+  The order is drawn, so that a run that is stopped has timed a fair sample.
   """
   records = {
-    name: Records(workdir / "timed" / f"{name}.jsonl", settings_of(config, name, timed=True)) for name in names
+    name: Records(workdir / "timed" / f"{name}.jsonl", settings_of(config, name, timed=True))
+    for name in names
   }
   missing = {r.id for name in names for r in records[name].missing(requests)}
   todo = [r for r in requests if r.id in missing]

@@ -1,8 +1,8 @@
 """Skeleton-of-Thought (Ning et al. 2023, arXiv 2307.15337): an outline first, then its points side by side.
 
-Nothing is trained: the model is prompted for a short outline, and each of its points is then written by a request of
-its own, all of them in one batch. The points do not see each other. Where no outline of two points or more comes back,
-the question is answered as it is, behind an outline that was written in vain.
+Nothing is trained: the model is prompted for a short outline, and each of its points is then written by a
+request of its own, all of them in one batch. The points do not see each other. Where no outline of two points
+or more comes back, the question is answered as it is, behind an outline that was written in vain.
 """
 
 import re
@@ -21,7 +21,12 @@ Question: {question}"""
 DEMONSTRATIONS = (  # without them a small model answers in place of planning
   (
     "How can I sleep better at night?",
-    ("Keep a regular schedule", "Make the bedroom dark", "Avoid coffee and screens", "Exercise during the day"),
+    (
+      "Keep a regular schedule",
+      "Make the bedroom dark",
+      "Avoid coffee and screens",
+      "Exercise during the day",
+    ),
   ),
   (
     "What are the advantages of public libraries?",
@@ -40,7 +45,8 @@ BATCHES = (2, 4, 8, 16)  # points at once, by the clock: each size is compiled o
 
 
 def parse_outline(text: str, most: int) -> list[str]:
-  """The points of a numbered outline, at most `most`, each once; what follows a gap in the numbers is left out."""
+  """The points of a numbered outline, at most `most`, each once; what follows a gap in the numbers is left
+  out."""
   points: list[str] = []
   for expected, (number, point) in enumerate(_ITEM.findall(text)[:most], 1):
     if int(number) != expected:
@@ -58,7 +64,9 @@ def _numbered(points: Sequence[str]) -> str:
 class Skeleton:
   """Answers conversations in two stages. `requests`: how many are answered at once; 1: by the clock."""
 
-  def __init__(self, generator: Generator, *, max_points: int, outline_tokens: int, point_tokens: int, requests: int):
+  def __init__(
+    self, generator: Generator, *, max_points: int, outline_tokens: int, point_tokens: int, requests: int
+  ):
     self.generator, self.requests, self._most = generator, requests, max_points
     self._outlines = generator.interpreter(False, max_new_tokens=outline_tokens)
     self._points = generator.interpreter(False, max_new_tokens=point_tokens)
@@ -82,7 +90,8 @@ class Skeleton:
     whole = iter(self._run(self._plain, [self.generator.encode(c) for c in plain]))
     seconds = time.perf_counter() - started
     return seconds, [
-      self._record(outline, p, [next(written) for _ in p] or [next(whole)]) for outline, p in zip(outlines, points)
+      self._record(outline, p, [next(written) for _ in p] or [next(whole)])
+      for outline, p in zip(outlines, points)
     ]
 
   def compiled(self) -> int:
@@ -99,7 +108,9 @@ class Skeleton:
       return []
     if self.requests == 1 and len(prompts) == 1:
       return [interpreter.run(prompts[0], self.generator.sampling)]
-    requests = self.requests if self.requests > 1 else next((b for b in BATCHES if b >= len(prompts)), BATCHES[-1])
+    requests = (
+      self.requests if self.requests > 1 else next((b for b in BATCHES if b >= len(prompts)), BATCHES[-1])
+    )
     key = (id(interpreter), requests)
     if key not in self._decoders:
       self._decoders[key] = BatchDecoder(interpreter, requests=requests, width=1)
@@ -130,7 +141,9 @@ class Skeleton:
     """The longest path is the outline's steps and those of the longest point behind it."""
     text = answers[0].text
     if points:
-      text = "\n".join(f"{n}. {point}: {a.text.strip()}" for n, (point, a) in enumerate(zip(points, answers), 1))
+      text = "\n".join(
+        f"{n}. {point}: {a.text.strip()}" for n, (point, a) in enumerate(zip(points, answers), 1)
+      )
     cut = any(a.finish_reason != "stop" for a in answers)
     reading = self.generator.vocabulary.tokenizer.encode(text)
     text_tokens = len(reading) + int(not cut)
@@ -176,7 +189,8 @@ class Skeleton:
     return saved
 
   def warm_up(self, lengths: Sequence[int], note: Callable[[str], None]) -> None:
-    """Compiles what outlines and plain answers need; the points' shapes follow from the outlines (`compiled`)."""
+    """Compiles what outlines and plain answers need; the points' shapes follow from the outlines
+    (`compiled`)."""
     extra_outline = self.extra_tokens()
     sampling = self.generator.sampling
     for length in lengths:

@@ -1,7 +1,8 @@
 """What is compared: an adapter and a way of decoding it, each behind the same two methods.
 
-`many` answers conversations side by side, for quality and theoretical figures; `one` answers a single one by the
-clock. Systems are named in a config's `systems`; none has code of its own but Skeleton-of-Thought, which asks twice.
+`many` answers conversations side by side, for quality and theoretical figures; `one` answers a single one by
+the clock. Systems are named in a config's `systems`; none has code of its own but Skeleton-of-Thought, which
+asks twice.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,7 +52,9 @@ class Threads:
     return describe(trace, self.generator.vocabulary) | {"trace": to_json(trace)}
 
   def many(self, conversations: Sequence[Conversation], done: Callable[[int, dict], None]) -> None:
-    decoder = BatchDecoder(self.generator.interpreter(self.parallel), requests=self._requests, width=self._width)
+    decoder = BatchDecoder(
+      self.generator.interpreter(self.parallel), requests=self._requests, width=self._width
+    )
     decoder.run(
       [self.tokens(c) for c in conversations],
       self.generator.sampling,
@@ -96,7 +99,9 @@ class TwoStage:
     self.generator, self._skeleton = skeleton.generator, skeleton
 
   def many(self, conversations: Sequence[Conversation], done: Callable[[int, dict], None]) -> None:
-    group = 4 * self._skeleton.requests  # what a kill may lose; fewer leave places empty at the end of each stage
+    group = (
+      4 * self._skeleton.requests
+    )  # what a kill may lose; fewer leave places empty at the end of each stage
     for first in range(0, len(conversations), group):
       for i, record in enumerate(self._skeleton.answer(conversations[first : first + group])):
         done(first + i, record)
@@ -105,7 +110,9 @@ class TwoStage:
     while True:
       before = self._skeleton.compiled()
       seconds, [record] = self._skeleton.timed_answer([conversation])
-      if self._skeleton.compiled() == before:  # outlines decide which shapes are needed: no compilation is timed
+      if (
+        self._skeleton.compiled() == before
+      ):  # outlines decide which shapes are needed: no compilation is timed
         return record | {"seconds": seconds}
 
   def tokens(self, conversation: Conversation) -> list[int]:
@@ -121,8 +128,8 @@ class TwoStage:
 def load_system(config, name: str, generators: dict[tuple[str, str], Generator], *, timed: bool) -> System:
   """The system that `config.systems` calls `name`, for `many` or, with `timed`, for `one`.
 
-  Models that were loaded before are taken from `generators` and added to it: by adapter and dtype. Raises EvalError
-  for an unknown name or way of decoding.
+  Models that were loaded before are taken from `generators` and added to it: by adapter and dtype. Raises
+  EvalError for an unknown name or way of decoding.
   """
   entry = entry_of(config, name)
   e = config.eval

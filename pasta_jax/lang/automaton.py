@@ -37,9 +37,9 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   action[:, SYNC] = JOIN
   action[:, [END, EOS]] = FINISH
   for s, well in {
-      TEXT: [ORDINARY, DIGITS, OPEN, END, SYNC, EOS],
-      TOPIC: [ORDINARY, DIGITS, MIDDLE, CLOSE],
-      NUMBER: [DIGITS, CLOSE],
+    TEXT: [ORDINARY, DIGITS, OPEN, END, SYNC, EOS],
+    TOPIC: [ORDINARY, DIGITS, MIDDLE, CLOSE],
+    NUMBER: [DIGITS, CLOSE],
   }.items():
     ill[s, well] = False
   return state, action, ill

@@ -24,7 +24,9 @@ def clocks(thread: Thread, sync: int, start: int = 1) -> tuple[list[np.ndarray],
   waiting: list[int] = []
   clock = start
   for i, token in enumerate(thread.tokens):
-    if token == sync and waiting and i + 1 < len(thread.tokens):  # cut off behind it, it was written, not read back
+    if (
+      token == sync and waiting and i + 1 < len(thread.tokens)
+    ):  # cut off behind it, it was written, not read back
       # A chunk's last token, written at step w, is in the cache after step w + 1; the sync is read back then.
       clock, waiting = max(clock, *(w + 1 for w in waiting)), []
     own[i] = clock
@@ -65,9 +67,9 @@ def cost(thread: Thread, table: TokenTable) -> Cost:
   finished = bool(thread.tokens) and thread.tokens[-1] in table.tags.eos
   flat = np.concatenate(all_clocks) if all_clocks else np.zeros(0, np.int32)
   return Cost(
-      text_tokens=text + int(finished),
-      total_tokens=thread.total_tokens,
-      longest_path=int(flat.max(initial=0)),
-      n_promises=len(threads) - 1,
-      peak_parallelism=int(np.bincount(flat).max(initial=0)) if len(flat) else 0,
+    text_tokens=text + int(finished),
+    total_tokens=thread.total_tokens,
+    longest_path=int(flat.max(initial=0)),
+    n_promises=len(threads) - 1,
+    peak_parallelism=int(np.bincount(flat).max(initial=0)) if len(flat) else 0,
   )

@@ -100,9 +100,12 @@ class Layout:
 def is_visible(q, k, hidden_k):
   """Section 3's rule for query indices `q` and key indices `k` of one example; broadcasts.
 
-  `hidden_k` is [..., levels, 2] for the keys, its leading axes broadcasting with q and k. Serves NumPy and JAX.
+  `hidden_k` is [..., levels, 2] for the keys, its leading axes broadcasting with q and k. Serves NumPy and
+  JAX.
   """
-  return outside(q, k, [(hidden_k[..., level, 0], hidden_k[..., level, 1]) for level in range(hidden_k.shape[-2])])
+  return outside(
+    q, k, [(hidden_k[..., level, 0], hidden_k[..., level, 1]) for level in range(hidden_k.shape[-2])]
+  )
 
 
 def outside(q, k, intervals):
@@ -139,8 +142,9 @@ class _Walk:
     waiting: list[_Open] = []
     for i, token in enumerate(thread.tokens):
       if token == self.sync:
-        position = self.rule.at_sync(position, max((w.furthest for w in waiting), default=0),
-                                     sum(w.own for w in waiting))
+        position = self.rule.at_sync(
+          position, max((w.furthest for w in waiting), default=0), sum(w.own for w in waiting)
+        )
         self._join(waiting, self.at)
         waiting = []
       at, self.at = self.at, self.at + 1

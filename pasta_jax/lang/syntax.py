@@ -25,7 +25,7 @@ MAX_DEPTH = 64  # of nested chunks in text that is parsed
 # The possessive run, tried at its first backslash only, keeps a long run of them linear.
 _TAG = re.compile(r"(?<!\\)(\\*+)(" + "|".join(re.escape(t) for t in (OPEN, ASYNC, END, SYNC)) + ")")
 _TOPIC = re.compile(r'((?:[^"\\]|\\.)*)"(?: tokens="([^"]*)")?/>', re.DOTALL)
-_ESCAPE = re.compile(r'\\(.)', re.DOTALL)
+_ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
 class PastaSyntaxError(ValueError):

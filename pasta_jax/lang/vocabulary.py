@@ -48,11 +48,14 @@ class Vocabulary:
 
   def encode(self, program: Iterable[Node], rule: PositionRule, *, finished: bool = True) -> Thread:
     """The main thread of a program; promises get the number that `rule` writes for their true length."""
-    thread = self._encode_thread(normalise(program), rule, head=(), tail=(self.tags.eos[0],) if finished else ())
+    thread = self._encode_thread(
+      normalise(program), rule, head=(), tail=(self.tags.eos[0],) if finished else ()
+    )
     return thread
 
-  def _encode_thread(self, nodes: Program, rule: PositionRule, head: tuple[int, ...],
-                     tail: tuple[int, ...]) -> Thread:
+  def _encode_thread(
+    self, nodes: Program, rule: PositionRule, head: tuple[int, ...], tail: tuple[int, ...]
+  ) -> Thread:
     tokens = list(head)
     forks: list[Fork] = []
     for node in nodes:

@@ -1,4 +1,5 @@
-"""An adapter as arrays: its file, and weights with it merged. `lora` puts it on a model to be trained further."""
+"""An adapter as arrays: its file, and weights with it merged. `lora` puts it on a model to be trained
+further."""
 
 import dataclasses
 import json
@@ -33,8 +34,14 @@ class Adapter(NamedTuple):
 
 def signature(config: ModelConfig) -> dict[str, int]:
   """What an adapter must agree on with the model that it is put on."""
-  return {"layers": config.n_layers, "d_model": config.d_model, "d_ff": config.d_ff, "heads": config.n_heads,
-          "kv_heads": config.n_kv_heads, "vocabulary": config.vocab_size}
+  return {
+    "layers": config.n_layers,
+    "d_model": config.d_model,
+    "d_ff": config.d_ff,
+    "heads": config.n_heads,
+    "kv_heads": config.n_kv_heads,
+    "vocabulary": config.vocab_size,
+  }
 
 
 def write_adapter(path: Path, adapter: Adapter, config: ModelConfig) -> None:
@@ -56,7 +63,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def weights_of(path: Path) -> Path | None:
-  """The folder beside an adapter's file with the weights that it belongs to, where these were trained too; else None.
+  """The folder beside an adapter's file with the weights that it belongs to, where these were trained too;
+  else None.
 
   Raises AdapterError, one line, if the file cannot be read or the folder is gone.
   """
@@ -65,7 +73,9 @@ def weights_of(path: Path) -> Path | None:
     return None
   folder = path.parent / name
   if not folder.is_dir():
-    raise AdapterError(f"{path} belongs to the weights in {folder}, which is not there: keep both in one folder")
+    raise AdapterError(
+      f"{path} belongs to the weights in {folder}, which is not there: keep both in one folder"
+    )
   return folder
 
 
@@ -86,7 +96,8 @@ def _header(path: Path) -> tuple[dict[str, str], list[str]]:
 
 
 def read_adapter(path: Path, config: ModelConfig) -> Adapter:
-  """A file's adapter, float32. Raises AdapterError, one line, if it cannot be read or does not fit the model."""
+  """A file's adapter, float32. Raises AdapterError, one line, if it cannot be read or does not fit the
+  model."""
   metadata = read_metadata(path)
   try:
     with safe_open(path, "numpy") as file:
@@ -102,21 +113,28 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
   for key, value in signature(config).items():
     if theirs.get(key) != value:
       raise AdapterError(
-          f"{path} was made for another model: its {key} is {theirs.get(key)}, this one's {value}")
+        f"{path} was made for another model: its {key} is {theirs.get(key)}, this one's {value}"
+      )
 
   tags = arrays.pop("embed.tags", None)
   head_tags = None if config.tie_embeddings else arrays.pop("head.tags", None)
   if tags is not None and (at := tuple(theirs.get("tags", ()))) != config.tag_ids:
-    there, here = (f"rows {', '.join(map(str, i))}" if i else "rows of their own" for i in (at, config.tag_ids))
-    raise AdapterError(f"{path} has its tags in {there} of the vocabulary, this model in {here}: train it anew")
+    there, here = (
+      f"rows {', '.join(map(str, i))}" if i else "rows of their own" for i in (at, config.tag_ids)
+    )
+    raise AdapterError(
+      f"{path} has its tags in {there} of the vocabulary, this model in {here}: train it anew"
+    )
   if tags is not None and (tags.ndim != 2 or tags.shape[1] != config.d_model):
     raise AdapterError(f"{path}: embed.tags is {tags.shape}, not rows of {config.d_model}")
   if not config.tie_embeddings and (None if tags is None else tags.shape[::-1]) != (
-      None if head_tags is None else head_tags.shape):
+    None if head_tags is None else head_tags.shape
+  ):
     raise AdapterError(f"{path}: embed.tags and head.tags do not fit together, or one is missing")
   factors = {}
-  for kernel, (n_in, n_out) in ((k, s) for k, s in param_shapes(config).items()
-                                if k.startswith("layers.") and k.endswith(".kernel")):
+  for kernel, (n_in, n_out) in (
+    (k, s) for k, s in param_shapes(config).items() if k.startswith("layers.") and k.endswith(".kernel")
+  ):
     name = kernel.removesuffix(".kernel")
     a, b = arrays.pop(f"{name}.lora_a", None), arrays.pop(f"{name}.lora_b", None)
     if (a is None) != (b is None):
@@ -136,20 +154,25 @@ def merged_kernel(kernel: Any, factors: tuple[Any, Any] | None, scale: float) ->
 
 
 class Merged(Mapping[str, np.ndarray]):
-  """Parameters with an adapter in them: updates added, tags among the vocabulary's rows, where `config.tag_ids` says.
+  """Parameters with an adapter in them: updates added, tags among the vocabulary's rows, where
+  `config.tag_ids` says.
 
-  Nothing is held: each array is made when it is asked for. With `untied` a tied head is one of its own, stored [D, V].
+  Nothing is held: each array is made when it is asked for. With `untied` a tied head is one of its own,
+  stored [D, V].
   """
 
-  def __init__(self, config: ModelConfig, params: Mapping[str, Any], adapter: Adapter | None, *, untied: bool = False):
+  def __init__(
+    self, config: ModelConfig, params: Mapping[str, Any], adapter: Adapter | None, *, untied: bool = False
+  ):
     self._params, self._adapter, self._rows = params, adapter, config.vocab_size
     self._tied = config.tie_embeddings
     ids, size = config.tag_ids, config.vocab_size
     if adapter is not None and adapter.tags is not None and not ids:
       size += len(adapter.tags)
       ids = tuple(range(config.vocab_size, size))
-    self.config = dataclasses.replace(config, vocab_size=size, tag_ids=ids,
-                                      tie_embeddings=config.tie_embeddings and not untied)
+    self.config = dataclasses.replace(
+      config, vocab_size=size, tag_ids=ids, tie_embeddings=config.tie_embeddings and not untied
+    )
     self._shapes = param_shapes(self.config)
 
   def __iter__(self) -> Iterator[str]:

@@ -1,7 +1,8 @@
-"""What may be seen, and attention over whole rows in plain JAX: the reference for every kernel, and what CPUs run.
+"""What may be seen, and attention over whole rows in plain JAX: the reference for every kernel, and what CPUs
+run.
 
-Training has rows whose keys say which queries they are hidden from (`chunked_attention`); the kernels of `model.flash`
-do the same on TPU and GPU.
+Training has rows whose keys say which queries they are hidden from (`chunked_attention`); the kernels of
+`model.flash` do the same on TPU and GPU.
 """
 
 from collections.abc import Callable
@@ -24,7 +25,8 @@ def within(queries: jax.Array, keys: jax.Array, window) -> jax.Array:
 
 
 def nearby(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array | None:
-  """[..., q, k] boolean from positions [..., q] and [..., k]: what a local layer may see; None without a window.
+  """[..., q, k] boolean from positions [..., q] and [..., k]: what a local layer may see; None without a
+  window.
 
   Positions count, not places in a row or a pool: they jump at promises, and so does the window.
   """
@@ -41,8 +43,14 @@ def causal_mask(length: int) -> jax.Array:
   return jnp.tril(jnp.ones((1, length, length), jnp.bool_))
 
 
-def dense_attention(mask: jax.Array, dtype: Any = jnp.float32, block: int = 128, *, near: jax.Array | None = None,
-                    softcap: float = 0.0) -> Attend:
+def dense_attention(
+  mask: jax.Array,
+  dtype: Any = jnp.float32,
+  block: int = 128,
+  *,
+  near: jax.Array | None = None,
+  softcap: float = 0.0,
+) -> Attend:
   """`attend` over whole rows at once: `mask` is boolean [B, T, T], True where query t sees key s, and never
   True for s > t; local layers see those that are `near` too (`nearby`)."""
   if mask.dtype != jnp.bool_:
@@ -55,28 +63,36 @@ def dense_attention(mask: jax.Array, dtype: Any = jnp.float32, block: int = 128,
   return _in_blocks(seen, dtype, block, softcap)
 
 
-def chunked_attention(hidden: jax.Array, positions: jax.Array, config: ModelConfig, dtype: Any,
-                      block: int = 128) -> Attend:
-  """`attend` over rows whose keys are hidden from the query indices `hidden` [B, T, L, 2] (`layout.is_visible`), and in
-  local layers from `positions` [B, T] beyond the window. No T x T array is made: what a block of queries sees is found
-  when it is needed."""
+def chunked_attention(
+  hidden: jax.Array, positions: jax.Array, config: ModelConfig, dtype: Any, block: int = 128
+) -> Attend:
+  """`attend` over rows whose keys are hidden from the query indices `hidden` [B, T, L, 2]
+  (`layout.is_visible`), and in local layers from `positions` [B, T] beyond the window. No T x T array is
+  made: what a block of queries sees is found when it is needed."""
+
   def seen(start, size: int, stop: int, local: Local) -> jax.Array:
     at = start + jnp.arange(size)
     visible = is_visible(at[:, None], jnp.arange(stop)[None, :], hidden[:, None, :stop])
-    near = nearby(jax.lax.dynamic_slice_in_dim(positions, start, size, axis=1), positions[:, :stop], config.window)
+    near = nearby(
+      jax.lax.dynamic_slice_in_dim(positions, start, size, axis=1), positions[:, :stop], config.window
+    )
     return seen_by(visible, near, local)
 
   return _in_blocks(seen, dtype, block, config.attention_softcap)
 
 
-def _in_blocks(seen: Callable[[Any, int, int, Local], jax.Array], dtype: Any, block: int, softcap: float) -> Attend:
-  """Queries go in blocks of `block`, each against the keys up to its own end, or, in long rows, up to the end of its
-  eighth of the row: later keys are masked for all of them, so nearly half of the work falls away.
+def _in_blocks(
+  seen: Callable[[Any, int, int, Local], jax.Array], dtype: Any, block: int, softcap: float
+) -> Attend:
+  """Queries go in blocks of `block`, each against the keys up to its own end, or, in long rows, up to the end
+  of its eighth of the row: later keys are masked for all of them, so nearly half of the work falls away.
   `seen(start, size, stop, local)` is the mask [B, size, stop] of the queries from `start` on.
 
-  Products take operands in `dtype` and accumulate in float32. Sums of weights come from the same product as the context
-  (a column of ones beside the values): XLA's CPU row sums are slow. Collects each layer's keys and values [B, T, K, H].
+  Products take operands in `dtype` and accumulate in float32. Sums of weights come from the same product as
+  the context (a column of ones beside the values): XLA's CPU row sums are slow. Collects each layer's keys
+  and values [B, T, K, H].
   """
+
   def attend(cache, q, k, v, local=False):
     del cache
     length, width = q.shape[1], q.shape[-1]
@@ -89,7 +105,9 @@ def _in_blocks(seen: Callable[[Any, int, int, Local], jax.Array], dtype: Any, bl
       """[B, K, G, size, H+] of the queries from `start` on, which see no key from `stop` on."""
       own = jax.lax.dynamic_slice_in_dim(q_, start, size, axis=3)
       rows, heads, groups, *_ = own.shape
-      scores = matmul(own.reshape(rows, heads, groups * size, width), k).reshape(rows, heads, groups, size, -1)
+      scores = matmul(own.reshape(rows, heads, groups * size, width), k).reshape(
+        rows, heads, groups, size, -1
+      )
       mask = seen(start, size, stop, local)
       scores = soft_cap(scores, softcap) + jnp.where(mask, 0.0, NEGATIVE)[:, None, None]
       peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
@@ -104,8 +122,10 @@ def _in_blocks(seen: Callable[[Any, int, int, Local], jax.Array], dtype: Any, bl
       one = jax.checkpoint(run, static_argnums=(1, 2))
       whole = (stop - start) // block if many > block else 0
       if whole:
-        each = jax.lax.map(lambda at, stop=stop, keys=keys, values=values, one=one: one(at, block, stop, keys, values),
-                           start + block * jnp.arange(whole))  # [blocks, B, K, G, block, H+]
+        each = jax.lax.map(
+          lambda at, stop=stop, keys=keys, values=values, one=one: one(at, block, stop, keys, values),
+          start + block * jnp.arange(whole),
+        )  # [blocks, B, K, G, block, H+]
         found.append(jnp.moveaxis(each, 0, 3).reshape(*q_.shape[:3], whole * block, -1))
         at = start + whole * block
       if at < stop:

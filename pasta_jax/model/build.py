@@ -1,4 +1,5 @@
-"""Decoders from weights: flat named arrays in, NNX modules out, and the forms that training and decoding use."""
+"""Decoders from weights: flat named arrays in, NNX modules out, and the forms that training and decoding
+use."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,13 +21,20 @@ def abstract(config: ModelConfig, dtype: Any, *, stacked: bool = False) -> Decod
   return nnx.eval_shape(lambda: stack(make()) if stacked else make())
 
 
-def from_params(config: ModelConfig, params: Mapping[str, Any], dtype: Any = jnp.float32, *, stacked: bool = False,
-                put: Callable[[str, np.ndarray], jax.Array] = lambda name, x: jax.device_put(x)) -> Decoder:
+def from_params(
+  config: ModelConfig,
+  params: Mapping[str, Any],
+  dtype: Any = jnp.float32,
+  *,
+  stacked: bool = False,
+  put: Callable[[str, np.ndarray], jax.Array] = lambda name, x: jax.device_put(x),
+) -> Decoder:
   """A decoder that holds `params`, named as `checkpoint.Checkpoint` names them ("layers.0.attn.q.kernel").
 
-  Matrices are cast to `dtype`, norm scales and biases stay float32. Parameters that are read when they are asked for
-  are read one by one, straight into that type. `stacked`: in the form of `stack`. `put(name, array)` brings an array to
-  where it is to lie, before the next one is read; the default leaves it where host and device are one.
+  Matrices are cast to `dtype`, norm scales and biases stay float32. Parameters that are read when they are
+  asked for are read one by one, straight into that type. `stacked`: in the form of `stack`. `put(name,
+  array)` brings an array to where it is to lie, before the next one is read; the default leaves it where host
+  and device are one.
 
   Raises ValueError naming the first parameter that is missing, left over or of the wrong shape.
   """
@@ -83,8 +91,11 @@ def _with_layers(model: Decoder, layers: Any) -> Decoder:
 
 def linears(model: Decoder) -> dict[str, Linear]:
   """The linear modules inside the layers, by path ("layers.0.attn.q"); one entry each where stacked."""
-  return {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)
-          if isinstance(module, Linear) and path[0] == "layers"}
+  return {
+    ".".join(map(str, path)): module
+    for path, module in nnx.iter_modules(model)
+    if isinstance(module, Linear) and path[0] == "layers"
+  }
 
 
 def adapter_of(model: Decoder) -> Adapter:
@@ -95,10 +106,14 @@ def adapter_of(model: Decoder) -> Adapter:
   return Adapter(
     scale=next((m.lora_scale for m in found.values()), 1.0),
     factors={name: (m.lora_a[...], m.lora_b[...]) for name, m in found.items()},  # type: ignore[index]
-    tags=value(model.embed.tags), head_tags=value(model.head_tags))
+    tags=value(model.embed.tags),
+    head_tags=value(model.head_tags),
+  )
 
 
-def for_decoding(config: ModelConfig, params: Mapping[str, Any], adapter: Adapter | None, dtype: Any) -> Decoder:
+def for_decoding(
+  config: ModelConfig, params: Mapping[str, Any], adapter: Adapter | None, dtype: Any
+) -> Decoder:
   """The form that decodes fastest: updates merged, tags in the tables, head untied and stored as [D, V].
 
   A separate head costs V x D weights of memory; a matrix product with the embedding's transpose would cost
@@ -109,7 +124,8 @@ def for_decoding(config: ModelConfig, params: Mapping[str, Any], adapter: Adapte
 
 
 def to_params(model: Decoder, *, updates: bool = True) -> dict[str, jax.Array]:
-  """The inverse of `from_params`, low-rank updates merged, or left out; tag rows that are kept apart are left out."""
+  """The inverse of `from_params`, low-rank updates merged, or left out; tag rows that are kept apart are left
+  out."""
   if not isinstance(model.layers, nnx.List):
     model = unstack(model)
   adapter = adapter_of(model) if updates else None

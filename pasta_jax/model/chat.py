@@ -1,4 +1,5 @@
-"""Chat templates: code that comes with weights and writes a conversation down, run as Hugging Face runs it."""
+"""Chat templates: code that comes with weights and writes a conversation down, run as Hugging Face runs
+it."""
 
 import datetime
 import functools
@@ -27,7 +28,8 @@ _ASKED, _ANSWERED = "Is this asked?", "This-is-what-was-answered"
 
 
 def template_in(entry: Any) -> str:
-  """The template of a tokenizer_config.json, which writes one as a string, and several as records with "name".
+  """The template of a tokenizer_config.json, which writes one as a string, and several as records with
+  "name".
 
   Raises ValueError for an entry of any other form.
   """
@@ -69,8 +71,9 @@ def shielded(messages: Sequence[Mapping[str, str]], controls: str) -> tuple[list
   return out, mark
 
 
-def render(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str], *,
-           to_answer: bool = True) -> str:
+def render(
+  template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str], *, to_answer: bool = True
+) -> str:
   """The conversation as text.
 
   Args:
@@ -81,14 +84,16 @@ def render(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping
     ValueError: the template refuses the conversation, or fails.
   """
   try:
-    return _compile(template).render(messages=messages, tools=None, documents=None, add_generation_prompt=to_answer,
-                                     **tokens)
+    return _compile(template).render(
+      messages=messages, tools=None, documents=None, add_generation_prompt=to_answer, **tokens
+    )
   except Exception as error:  # foreign code may fail in any way
     raise ValueError(f"chat template: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def end_of_turn(template: str, tokens: Mapping[str, str], controls: str) -> str | None:
-  """The control token that a template puts behind an assistant's text; None if it puts none, or cannot say."""
+  """The control token that a template puts behind an assistant's text; None if it puts none, or cannot
+  say."""
   asked = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}]
   try:
     text = render(template, asked, tokens, to_answer=False)
@@ -119,10 +124,17 @@ def _compile(template: str) -> jinja2.Template:
   def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
-  def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-             separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
+  def tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+  ) -> str:
     # Jinja's own escapes HTML
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+      value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
   environment = ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]

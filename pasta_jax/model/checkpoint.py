@@ -26,9 +26,10 @@ DEFAULT_MODEL, TINY = "smollm2-135m-instruct", "tiny"
 class Checkpoint:
   """A pretrained decoder on the host.
 
-  `params` holds the names and shapes of `weights.param_shapes(config)`, float32; those of a file are read from it, anew
-  each time, when they are asked for (`weights.StoredParams`). RoPE in Hugging Face's convention: dimension i rotates
-  with i + H/2. `pasta` is an adapter's metadata where one was merged into the weights (`export`), else empty.
+  `params` holds the names and shapes of `weights.param_shapes(config)`, float32; those of a file are read
+  from it, anew each time, when they are asked for (`weights.StoredParams`). RoPE in Hugging Face's
+  convention: dimension i rotates with i + H/2. `pasta` is an adapter's metadata where one was merged into the
+  weights (`export`), else empty.
   """
 
   name: str
@@ -71,19 +72,27 @@ def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -
     return _checkpoint(name, again, *load_hf_folder(path, progress))
   if path.is_file():
     return _checkpoint(name, again, *load_gguf(path, progress), {})
-  raise WeightsError(f"{source}: neither a GGUF file, nor the folder of a model or a training run, nor one of "
-                     f"{', '.join(RELEASES)}")
+  raise WeightsError(
+    f"{source}: neither a GGUF file, nor the folder of a model or a training run, nor one of "
+    f"{', '.join(RELEASES)}"
+  )
 
 
-def _checkpoint(name: str, source: str, config: ModelConfig, params: Mapping[str, np.ndarray], tokenizer: Tokenizer,
-                pasta: dict[str, str]) -> Checkpoint:
+def _checkpoint(
+  name: str,
+  source: str,
+  config: ModelConfig,
+  params: Mapping[str, np.ndarray],
+  tokenizer: Tokenizer,
+  pasta: dict[str, str],
+) -> Checkpoint:
   config = dataclasses.replace(config, tag_ids=tag_rows_for(tokenizer, config.vocab_size))
   return Checkpoint(name, config, params, tokenizer, pasta, source)
 
 
 def tag_rows_for(tokenizer: Tokenizer, rows: int) -> tuple[int, ...]:
-  """Which of the vocabulary's rows the tags take: those that the tokenizer holds for them, else rows that no token has;
-  () where there are too few: the tags are then added."""
+  """Which of the vocabulary's rows the tags take: those that the tokenizer holds for them, else rows that no
+  token has; () where there are too few: the tags are then added."""
   if tokenizer.tag_ids:
     return tokenizer.tag_ids
   first = tokenizer.vocab_size

@@ -7,8 +7,8 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """Longer contexts than the frequencies were trained for: all of them slower (`kind` "linear"), or only the slow ones,
-  with a ramp between (`kind` "llama3", whose further fields say where it begins and ends)."""
+  """Longer contexts than the frequencies were trained for: all of them slower (`kind` "linear"), or only the
+  slow ones, with a ramp between (`kind` "llama3", whose further fields say where it begins and ends)."""
 
   kind: str
   factor: float
@@ -32,7 +32,8 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Architecture of a decoder with RMSNorm, RoPE, grouped queries and a gated feed-forward: Llama and its relatives.
+  """Architecture of a decoder with RMSNorm, RoPE, grouped queries and a gated feed-forward: Llama and its
+  relatives.
 
   Letters used for array shapes all over the project: B batch, T tokens of a row, P entries of the
   key-value pool, D model width, N query heads, K key-value heads, G = N // K queries per
@@ -60,10 +61,14 @@ class ModelConfig:
   query_scale: float = 0.0  # of queries; 0: H ** -0.5
   attention_softcap: float = 0.0  # scores go through cap * tanh(score / cap) (Gemma 2); 0: they do not
   logit_softcap: float = 0.0  # the same for logits
-  window: int = 0  # local layers see keys less than so many *positions* before the query; 0: no layer is local
+  window: int = (
+    0  # local layers see keys less than so many *positions* before the query; 0: no layer is local
+  )
   local_layers: tuple[bool, ...] = ()  # which are; (): all, where there is a window
   local_rope_theta: float = 0.0  # of local layers, without scaling; 0: as the others (Gemma 3)
-  tag_ids: tuple[int, ...] = ()  # rows of the vocabulary that PASTA's six tags take; (): six more, behind the others
+  tag_ids: tuple[
+    int, ...
+  ] = ()  # rows of the vocabulary that PASTA's six tags take; (): six more, behind the others
 
   def __post_init__(self):
     if self.n_heads % self.n_kv_heads:

@@ -1,4 +1,5 @@
-"""A decoder-only transformer (Llama and its relatives) as Flax NNX modules. It knows tokens and positions, no threads.
+"""A decoder-only transformer (Llama and its relatives) as Flax NNX modules. It knows tokens and positions, no
+threads.
 
 Every module works on any leading axes: training calls the decoder on [B, T], the interpreter on one token
 under `jax.vmap`. What a query may see is the caller's affair: the decoder hands each layer's queries, keys
@@ -28,7 +29,9 @@ Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, Local], tuple[jax.Array
 REMAT = {
   "none": None,  # finds everything
   "full": jax.checkpoint_policies.nothing_saveable,  # nothing but the layer's input
-  "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # the kernels' results too (`flash`)
+  "attention": jax.checkpoint_policies.save_only_these_names(
+    "attention"
+  ),  # the kernels' results too (`flash`)
   "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # all products with weights
 }
 
@@ -45,8 +48,8 @@ DTYPES = ("float32", "bfloat16")
 
 
 def exact_products(dtype: str, backend: str = "") -> None:
-  """Makes float32 products float32 on TPU and newer GPUs (`backend`, or this machine's), which round their operands
-  otherwise.
+  """Makes float32 products float32 on TPU and newer GPUs (`backend`, or this machine's), which round their
+  operands otherwise.
 
   A setting of the whole process; float32 is chosen for exactness, bfloat16 for speed.
   """
@@ -82,10 +85,11 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nnx.Module):
-  """x @ kernel, plus a bias, and a low-rank update where `lora.add_lora` has put one. Accumulates in float32."""
+  """x @ kernel, plus a bias, and a low-rank update where `lora.add_lora` has put one. Accumulates in
+  float32."""
 
   def __init__(self, n_in: int, n_out: int, *, rngs: nnx.Rngs, dtype: Any, bias: bool = False):
-    scale = n_in ** -0.5
+    scale = n_in**-0.5
     self.kernel = nnx.Param((jax.random.normal(rngs.params(), (n_in, n_out)) * scale).astype(dtype))
     self.bias: nnx.Param | None = nnx.data(nnx.Param(jnp.zeros((n_out,), jnp.float32)) if bias else None)
     self.lora_a: LoraParam | None = nnx.data(None)  # [in, r]
@@ -157,7 +161,7 @@ class Attention(nnx.Module):
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, angles), rotate(k, angles)
-    q = q.reshape(*lead, c.n_kv_heads, c.n_groups, c.head_dim) * (c.query_scale or c.head_dim ** -0.5)
+    q = q.reshape(*lead, c.n_kv_heads, c.n_groups, c.head_dim) * (c.query_scale or c.head_dim**-0.5)
     context, collected = attend(cache, q, k, v, local)
     return self.o(context.reshape(*lead, c.n_heads * c.head_dim)), collected
 
@@ -177,8 +181,8 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-  """Pre-norm residual block, with norms behind its parts too where the config has them; the residual stream is float32
-  whatever the weights are."""
+  """Pre-norm residual block, with norms behind its parts too where the config has them; the residual stream
+  is float32 whatever the weights are."""
 
   def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
     self.attn_norm = RMSNorm(c.d_model, c)
@@ -196,7 +200,8 @@ class Layer(nnx.Module):
 
 
 def with_tags(logits: jax.Array, tags: jax.Array, ids: Sequence[int]) -> jax.Array:
-  """A vocabulary's logits [..., V] with the tags' [..., 6] at `ids`, or behind it all where none are given."""
+  """A vocabulary's logits [..., V] with the tags' [..., 6] at `ids`, or behind it all where none are
+  given."""
   return logits.at[..., np.asarray(ids)].set(tags) if ids else jnp.concatenate([logits, tags], axis=-1)
 
 
@@ -207,11 +212,11 @@ class Embedder(nnx.Module):
   """
 
   def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
-    table = jax.random.normal(rngs.params(), (c.vocab_size, c.d_model)) * c.d_model ** -0.5
+    table = jax.random.normal(rngs.params(), (c.vocab_size, c.d_model)) * c.d_model**-0.5
     self.embedding = nnx.Param(table.astype(dtype))
     self.tags: TagParam | None = nnx.data(None)  # [6, D] float32
     self.tag_ids = c.tag_ids
-    self.scale = c.d_model ** 0.5 if c.scale_embeddings else 1.0
+    self.scale = c.d_model**0.5 if c.scale_embeddings else 1.0
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """[...] -> [..., D] float32."""
@@ -242,11 +247,18 @@ class Decoder(nnx.Module):
     self.layers = nnx.List([Layer(config, rngs=rngs, dtype=dtype) for _ in range(config.n_layers)])
     self.final_norm = RMSNorm(config.d_model, config)
     self.head: Linear | None = nnx.data(
-        None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, rngs=rngs, dtype=dtype))
+      None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, rngs=rngs, dtype=dtype)
+    )
     self.head_tags: TagParam | None = nnx.data(None)  # [D, 6] float32, for an untied head
 
-  def __call__(self, tokens: jax.Array, positions: jax.Array, attend: Attend,
-               caches: Sequence[Any] | Any = None, remat: str = "none") -> tuple[jax.Array, Any]:
+  def __call__(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+    caches: Sequence[Any] | Any = None,
+    remat: str = "none",
+  ) -> tuple[jax.Array, Any]:
     """Hidden states behind the final norm, [..., D] float32, and per layer what `attend` collected.
 
     `tokens` and `positions` are integers [...]. `caches` holds one entry a layer (or is None): a list for a

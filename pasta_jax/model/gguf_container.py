@@ -1,7 +1,8 @@
 """GGUF's container: metadata and tensors of a file, or of all the parts that a large model is split into.
 
-It is parsed here, not with `gguf.GGUFReader`: that one makes a few NumPy arrays for every string of a vocabulary (2 s
-for 100,000 strings), and on a truncated file fails wherever it happens to. De-quantisation is the `gguf` package's.
+It is parsed here, not with `gguf.GGUFReader`: that one makes a few NumPy arrays for every string of a
+vocabulary (2 s for 100,000 strings), and on a truncated file fails wherever it happens to. De-quantisation is
+the `gguf` package's.
 """
 
 import re
@@ -53,13 +54,15 @@ def model_in(folder: Path) -> Path | None:
     # Without its number, a part's name still says of how many: two ways to split a model are two models.
     models.setdefault(_PART.sub(r"\g<model>-of-\g<count>", path.name), path)
   if len(models) > 1:
-    raise WeightsError(f"{folder}: holds several models; name one: {', '.join(p.name for p in models.values())}")
+    raise WeightsError(
+      f"{folder}: holds several models; name one: {', '.join(p.name for p in models.values())}"
+    )
   return next(iter(models.values()), None)
 
 
 def read_container(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-  """Metadata and tensors of a model (GGUF version 2 or 3, little-endian): of its file, or of all of its parts, if
-  `path` is any one of them. Only the first part has metadata of the model.
+  """Metadata and tensors of a model (GGUF version 2 or 3, little-endian): of its file, or of all of its
+  parts, if `path` is any one of them. Only the first part has metadata of the model.
 
   Raises:
     WeightsError: not a GGUF file, or one that ends too early; a part is missing, or of another model.
@@ -69,7 +72,9 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]
     return fields, tensors
   found = _PART.fullmatch(path.name)
   if not found or (count := int(found["count"])) != parts:
-    raise WeightsError(f"{path}: one of {parts} parts, which are found only if they are named as llama.cpp names them")
+    raise WeightsError(
+      f"{path}: one of {parts} parts, which are found only if they are named as llama.cpp names them"
+    )
   total = fields.get("split.tensors.count")
   fields, tensors = {}, {}
   for number in range(1, count + 1):

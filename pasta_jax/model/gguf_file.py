@@ -44,7 +44,8 @@ _FAMILIES = {family.removesuffix("_text"): family for family in FAMILIES if fami
 _COUNTS = (
   "embedding_length", "block_count", "attention.head_count", "attention.head_count_kv", "attention.key_length",
   "feed_forward_length", "context_length")  # fmt: skip
-# What Llama 3's files divide the frequencies of RoPE by, [H/2]; they name neither this kind of scaling nor its numbers.
+# What Llama 3's files divide the frequencies of RoPE by, [H/2]; they name neither this kind of scaling nor
+# its numbers.
 _ROPE_FACTORS = "rope_freqs.weight"
 # Of Gemma 2, whose first files do not say these.
 _GEMMA2 = {"attention.sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
@@ -53,8 +54,8 @@ _WITH_BOS = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
 def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, StoredParams, Tokenizer]:
-  """Architecture, parameters (see `weights.param_shapes`) and tokenizer of a GGUF file, or of a model in parts, if
-  `path` is any of them.
+  """Architecture, parameters (see `weights.param_shapes`) and tokenizer of a GGUF file, or of a model in
+  parts, if `path` is any of them.
 
   Raises:
     WeightsError: not GGUF, truncated, an architecture that is not known, or tensors that do not fit it.
@@ -75,7 +76,9 @@ def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, StoredParams, To
       every = np.arange(tensor.shape[0])[:, None]
       chosen = _unpermute(every, config.n_heads if ".q." in ours else config.n_kv_heads)[rows, 0]
     numbers = values(tensor, chosen)
-    return numbers - np.float32(config.norm_offset) if ours.endswith(".scale") else numbers  # stored as they are used
+    return (
+      numbers - np.float32(config.norm_offset) if ours.endswith(".scale") else numbers
+    )  # stored as they are used
 
   stored = {name: tensor.shape for name, tensor in tensors.items()}
   params = collect(config, path, lambda name: rename(name, _NAMES, "blk."), stored, read, progress)
@@ -109,8 +112,14 @@ def _config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, StoredT
     raise WeightsError(f"{path}: {arch}.expert_count = {experts} is not supported")
 
   try:
-    d_model, n_heads, n_layers = given["embedding_length"], given["attention.head_count"], given["block_count"]
-    if (last := f"blk.{n_layers - 1}.attn_norm.weight") not in tensors:  # before millions of layers are described
+    d_model, n_heads, n_layers = (
+      given["embedding_length"],
+      given["attention.head_count"],
+      given["block_count"],
+    )
+    if (
+      last := f"blk.{n_layers - 1}.attn_norm.weight"
+    ) not in tensors:  # before millions of layers are described
       raise WeightsError(f"{path}: tensor {last} is missing")
     head_dim = given.get("attention.key_length", d_model // n_heads)
     if (rotated := given.get("rope.dimension_count", head_dim)) != head_dim:
@@ -155,8 +164,10 @@ def _attention(family: str, given: Mapping[str, Any], head_dim: int) -> dict[str
   return {
     "window": given["attention.sliding_window"],
     "local_layers": (
-      tuple(map(bool, pattern)) if isinstance(pattern, list) else local_layers(family, n_layers, pattern)),
-    "query_scale": (given["embedding_length"] // given["attention.head_count"] if largest else head_dim) ** -0.5,
+      tuple(map(bool, pattern)) if isinstance(pattern, list) else local_layers(family, n_layers, pattern)
+    ),
+    "query_scale": (given["embedding_length"] // given["attention.head_count"] if largest else head_dim)
+    ** -0.5,
     "attention_softcap": given.get("attn_logit_softcapping", 0.0),
     "logit_softcap": given.get("final_logit_softcapping", 0.0),
     "local_rope_theta": given.get("rope.freq_base_swa", 10_000.0) if family == "gemma3_text" else 0.0,
@@ -164,8 +175,8 @@ def _attention(family: str, given: Mapping[str, Any], head_dim: int) -> dict[str
 
 
 def _rope_scaling(given: Mapping[str, Any]) -> RopeScaling | None:
-  """Raises ValueError for a kind that is not supported, KeyError if its factor is missing. The oldest files have a
-  factor alone, of "linear"."""
+  """Raises ValueError for a kind that is not supported, KeyError if its factor is missing. The oldest files
+  have a factor alone, of "linear"."""
   factor = given.get("rope.scaling.factor", given.get("rope.scale_linear", 0.0))
   kind = given.get("rope.scaling.type", "linear" if factor else "none")
   if kind not in ("none", "linear"):
@@ -178,7 +189,8 @@ def _rope_scaling(given: Mapping[str, Any]) -> RopeScaling | None:
 def _with_rope_factors(path: Path, config: ModelConfig, factors: np.ndarray) -> ModelConfig:
   """A model with Llama 3's scaling of RoPE, such that it divides the frequencies by `factors`.
 
-  The slowest frequencies are divided by the whole factor; the bounds between which it fades are those of every Llama 3.
+  The slowest frequencies are divided by the whole factor; the bounds between which it fades are those of
+  every Llama 3.
 
   Raises:
     WeightsError: no such scaling divides by these factors, or the model has another one already.
@@ -187,18 +199,23 @@ def _with_rope_factors(path: Path, config: ModelConfig, factors: np.ndarray) -> 
     scaled = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", _written(factors.max())))
     if np.allclose(config.rope_frequencies() / scaled.rope_frequencies(), factors, rtol=1e-4, atol=0):
       return scaled
-  raise WeightsError(f"{path}: tensor {_ROPE_FACTORS} holds factors of RoPE that are not Llama 3's: not supported")
+  raise WeightsError(
+    f"{path}: tensor {_ROPE_FACTORS} holds factors of RoPE that are not Llama 3's: not supported"
+  )
 
 
 def _written(stored: Any) -> float:
-  """The number that was stored as float32: 1e-5 comes back as 9.999999747e-06 without the detour over its text."""
+  """The number that was stored as float32: 1e-5 comes back as 9.999999747e-06 without the detour over its
+  text."""
   return float(str(np.float32(stored)))
 
 
 def _tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
   given = _under("tokenizer.ggml.", fields)
   if (model := given.get("model")) not in ("gpt2", "llama"):
-    raise WeightsError(f"{path}: tokenizer {model!r} is not supported, only 'gpt2' (bytes) and 'llama' (pieces)")
+    raise WeightsError(
+      f"{path}: tokenizer {model!r} is not supported, only 'gpt2' (bytes) and 'llama' (pieces)"
+    )
   try:
     kind: dict[str, Any]
     if model == "llama":

@@ -1,4 +1,5 @@
-"""config.json of Hugging Face's folders: the architecture that one describes, and how ours is described in one."""
+"""config.json of Hugging Face's folders: the architecture that one describes, and how ours is described in
+one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,16 +12,36 @@ from pasta_jax.model.tokenizer import Tokenizer
 from pasta_jax.model.weights import WeightsError, read_json
 
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
-# Of each family, whatever its config.json calls it: Gemma's first files said "gelu", and meant the approximation.
+# Of each family, whatever its config.json calls it: Gemma's first files said "gelu", and meant the
+# approximation.
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu"}
-_COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-           "intermediate_size", "max_position_embeddings")
-# What is taken for a key that is left out, as transformers does. (One that is there and null is not left out.)
-_LLAMA: dict[str, Any] = dict(rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=False, hidden_act="silu",
-                              max_position_embeddings=2048)
+_COUNTS = (
+  "vocab_size",
+  "hidden_size",
+  "num_hidden_layers",
+  "num_attention_heads",
+  "num_key_value_heads",
+  "head_dim",
+  "intermediate_size",
+  "max_position_embeddings",
+)
+# What is taken for a key that is left out, as transformers does. (One that is there and null is not left
+# out.)
+_LLAMA: dict[str, Any] = dict(
+  rms_norm_eps=1e-6,
+  rope_theta=1e4,
+  tie_word_embeddings=False,
+  hidden_act="silu",
+  max_position_embeddings=2048,
+)
 _QWEN = _LLAMA | dict(max_position_embeddings=32_768, num_key_value_heads=32, max_window_layers=28)
-_GEMMA = _LLAMA | dict(hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True, max_position_embeddings=8192,
-                       num_key_value_heads=16, head_dim=256)
+_GEMMA = _LLAMA | dict(
+  hidden_act="gelu_pytorch_tanh",
+  tie_word_embeddings=True,
+  max_position_embeddings=8192,
+  num_key_value_heads=16,
+  head_dim=256,
+)
 _GEMMA2 = _GEMMA | dict(num_key_value_heads=4, sliding_window=4096, query_pre_attn_scalar=256)
 _USUAL: dict[str, dict[str, Any]] = {
   "llama": _LLAMA,
@@ -29,16 +50,25 @@ _USUAL: dict[str, dict[str, Any]] = {
   "qwen3": _QWEN | dict(head_dim=128),
   "gemma": _GEMMA,
   "gemma2": _GEMMA2 | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
-  "gemma3_text": _GEMMA2 | dict(vocab_size=262_208, num_attention_heads=8, max_position_embeddings=131_072,
-                                rope_theta=1e6, rope_local_base_freq=1e4),
+  "gemma3_text": _GEMMA2
+  | dict(
+    vocab_size=262_208,
+    num_attention_heads=8,
+    max_position_embeddings=131_072,
+    rope_theta=1e6,
+    rope_local_base_freq=1e4,
+  ),
 }
 # Models that see images, and the family of their text part.
 _WITH_IMAGES = {"gemma3": "gemma3_text"}
 
 
 def sees_images(raw: Mapping[str, Any]) -> bool:
-  """Whether a config.json is that of a model whose text part is one of several; its tensors have other names."""
-  return raw.get("model_type") in tuple(_WITH_IMAGES)  # which compares: a damaged file may have what has no hash
+  """Whether a config.json is that of a model whose text part is one of several; its tensors have other
+  names."""
+  return raw.get("model_type") in tuple(
+    _WITH_IMAGES
+  )  # which compares: a damaged file may have what has no hash
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -70,10 +100,13 @@ def describe(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _config(raw: dict[str, Any]) -> ModelConfig:
-  """Raises KeyError for what is missing, ValueError for what is not supported, other errors for what is damaged."""
+  """Raises KeyError for what is missing, ValueError for what is not supported, other errors for what is
+  damaged."""
   if quantised := raw.get("quantization_config"):
-    raise ValueError(f"weights quantised by {quantised.get('quant_method')!r} are not supported, only float32, "
-                     "float16 and bfloat16, and GGUF files")
+    raise ValueError(
+      f"weights quantised by {quantised.get('quant_method')!r} are not supported, only float32, "
+      "float16 and bfloat16, and GGUF files"
+    )
   if sees_images(raw):
     raw = raw["text_config"] | {"model_type": _WITH_IMAGES[raw["model_type"]]}
   kind = str(raw.get("model_type"))
@@ -142,15 +175,18 @@ def _described_attention(config: ModelConfig) -> dict[str, Any]:
   if config.local_layers and not config.post_norms:
     out |= {"use_sliding_window": True, "max_window_layers": config.local_layers.index(True)}
   if config.post_norms:
-    out["query_pre_attn_scalar"] = round((config.query_scale or config.head_dim ** -0.5) ** -2)  # a whole number
+    out["query_pre_attn_scalar"] = round(
+      (config.query_scale or config.head_dim**-0.5) ** -2
+    )  # a whole number
     out["attn_logit_softcapping"] = config.attention_softcap or None
     out["final_logit_softcapping"] = config.logit_softcap or None
   return out
 
 
 def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
-  """transformers 5 writes rope_parameters, of each kind of layer where kinds differ; before, rope_theta stood alone and
-  rope_scaling beside it. Who adds rope_scaling to a file by hand means it to hold, also where there is both."""
+  """transformers 5 writes rope_parameters, of each kind of layer where kinds differ; before, rope_theta stood
+  alone and rope_scaling beside it. Who adds rope_scaling to a file by hand means it to hold, also where there
+  is both."""
   given = raw.get("rope_parameters") or {}
   nested = _GLOBAL in given or _LOCAL in given
   whole = given.get(_GLOBAL) or {} if nested else given
@@ -179,8 +215,13 @@ def _rope_scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
   scaling = RopeScaling(kind, 1.0)  # refuses a kind before what it lacks is missed
   if kind == "linear":
     return dataclasses.replace(scaling, factor=float(rope["factor"]))
-  return RopeScaling(kind, float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
-                     int(rope.get("original_max_position_embeddings", context)))
+  return RopeScaling(
+    kind,
+    float(rope["factor"]),
+    float(rope["low_freq_factor"]),
+    float(rope["high_freq_factor"]),
+    int(rope.get("original_max_position_embeddings", context)),
+  )
 
 
 def _described_rope(config: ModelConfig) -> dict[str, Any]:
@@ -189,8 +230,11 @@ def _described_rope(config: ModelConfig) -> dict[str, Any]:
   if s := config.rope_scaling:
     out = {"rope_type": s.kind, "factor": s.factor}
     if s.kind == "llama3":
-      out |= {"low_freq_factor": s.low_freq_factor, "high_freq_factor": s.high_freq_factor,
-              "original_max_position_embeddings": s.original_max_position}
+      out |= {
+        "low_freq_factor": s.low_freq_factor,
+        "high_freq_factor": s.high_freq_factor,
+        "original_max_position_embeddings": s.original_max_position,
+      }
   parameters: dict[str, Any] = out | {"rope_theta": config.rope_theta}
   described = {"rope_theta": config.rope_theta} | ({"rope_scaling": out} if config.rope_scaling else {})
   if local := config.local_rope_theta:

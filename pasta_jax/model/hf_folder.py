@@ -43,17 +43,24 @@ _NAMES_WITH_POST_NORMS = _NAMES | {
   "mlp_norm.scale": "pre_feedforward_layernorm.weight",
   "mlp_post_norm.scale": "post_feedforward_layernorm.weight",
 }
-# Of models that see images: what their text part's names begin with, and what these begin with in a folder of its own.
-_TEXT_PART = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.": "",
-              "lm_head.": "lm_head."}
+# Of models that see images: what their text part's names begin with, and what these begin with in a folder of
+# its own.
+_TEXT_PART = {
+  "language_model.model.": "model.",
+  "model.language_model.": "model.",
+  "language_model.": "",
+  "lm_head.": "lm_head.",
+}
 # Numbers that are weights as they stand; others stand for weights, by a scale that is somewhere else.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def load_hf_folder(folder: Path,
-                   progress: bool) -> tuple[ModelConfig, StoredParams, Tokenizer, dict[str, str]]:
-  """Architecture, parameters (see `weights.param_shapes`), tokenizer, and what `save_hf_folder` got as `pasta`.
+def load_hf_folder(
+  folder: Path, progress: bool
+) -> tuple[ModelConfig, StoredParams, Tokenizer, dict[str, str]]:
+  """Architecture, parameters (see `weights.param_shapes`), tokenizer, and what `save_hf_folder` got as
+  `pasta`.
 
   Raises:
     WeightsError: a file is missing or damaged, an architecture or a feature that the decoder lacks (other kinds of
@@ -86,14 +93,21 @@ def load_hf_folder(folder: Path,
   return config, params, tokenizer, _pasta(folder / "config.json", tokenizer)
 
 
-def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, ArrayLike], tokenizer: Tokenizer, *,
-                   dtype: str = "float32", pasta: Mapping[str, str] | None = None,
-                   file_bytes: int = 4 << 30) -> list[Path]:
-  """Writes a model so that `load_hf_folder` and `transformers` read it; returns the files of its tensors, which hold
-  about `file_bytes` each at most, and of which one is in memory at a time.
+def save_hf_folder(
+  folder: Path,
+  config: ModelConfig,
+  params: Mapping[str, ArrayLike],
+  tokenizer: Tokenizer,
+  *,
+  dtype: str = "float32",
+  pasta: Mapping[str, str] | None = None,
+  file_bytes: int = 4 << 30,
+) -> list[Path]:
+  """Writes a model so that `load_hf_folder` and `transformers` read it; returns the files of its tensors,
+  which hold about `file_bytes` each at most, and of which one is in memory at a time.
 
-  `pasta` is for weights with PASTA's tags among the rows of the vocabulary, at `config.tag_ids`: the metadata of their
-  adapter, which goes into config.json; the tokenizer then knows the tags.
+  `pasta` is for weights with PASTA's tags among the rows of the vocabulary, at `config.tag_ids`: the metadata
+  of their adapter, which goes into config.json; the tokenizer then knows the tags.
 
   The folder is made under another name first: it is there whole or not at all. One that stood there before
   is replaced.
@@ -110,8 +124,11 @@ def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, Array
       size = 0
     parts[-1].append(name)
     size += bytes_
-  files = [_SINGLE] if len(parts) == 1 else [f"model-{i:05}-of-{len(parts):05}.safetensors"
-                                             for i in range(1, len(parts) + 1)]
+  files = (
+    [_SINGLE]
+    if len(parts) == 1
+    else [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+  )
   for file, names in zip(files, parts):
     tensors = {}
     for name in names:
@@ -121,7 +138,9 @@ def save_hf_folder(folder: Path, config: ModelConfig, params: Mapping[str, Array
   if len(files) > 1:
     where = {hf_name(config, name): file for file, names in zip(files, parts) for name in names}
     total = sum((temporary / file).stat().st_size for file in files)
-    (temporary / _INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2))
+    (temporary / _INDEX).write_text(
+      json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
+    )
   described = describe(config, tokenizer) | {"dtype": dtype} | ({"pasta": dict(pasta)} if pasta else {})
   (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
   tokenizer.save(temporary, config.tag_ids if pasta else ())
@@ -157,8 +176,8 @@ def _of_text(name: str) -> str | None:
 
 
 def _tied(config: ModelConfig, stored: dict[str, Any]) -> ModelConfig:
-  """`config`, after what is stored twice was taken out of `stored`. A head that was trained apart from the embeddings
-  is not tied, whatever config.json says (transformers 5 does the same)."""
+  """`config`, after what is stored twice was taken out of `stored`. A head that was trained apart from the
+  embeddings is not tied, whatever config.json says (transformers 5 does the same)."""
   embedding, head = _NAMES["embed.embedding"], _NAMES["head.kernel"]
   if not config.tie_embeddings or head not in stored:
     return config

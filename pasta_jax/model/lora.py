@@ -1,4 +1,5 @@
-"""PASTA's adapters on models: low-rank updates and tag rows, added for training, saved as one file, put back."""
+"""PASTA's adapters on models: low-rank updates and tag rows, added for training, saved as one file, put
+back."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +21,14 @@ def add_lora(model: Decoder, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
   """
   for module in linears(model).values():
     *lead, n_in, n_out = module.kernel.shape
-    module.lora_a = LoraParam(jax.random.normal(rngs.params(), (*lead, n_in, rank)) * n_in ** -0.5)
+    module.lora_a = LoraParam(jax.random.normal(rngs.params(), (*lead, n_in, rank)) * n_in**-0.5)
     module.lora_b = LoraParam(jnp.zeros((*lead, rank, n_out)))
     module.lora_scale = alpha / rank
 
 
 def add_tags(model: Decoder, rows: np.ndarray, head_rows: np.ndarray | None = None) -> None:
-  """Gives PASTA's tags rows [6, D] of the vocabulary (`config.tag_ids`), apart from the base's, in place; an untied
-  head gets the same, or others."""
+  """Gives PASTA's tags rows [6, D] of the vocabulary (`config.tag_ids`), apart from the base's, in place; an
+  untied head gets the same, or others."""
   model.embed.tags = TagParam(jnp.asarray(rows, jnp.float32))
   if model.head is not None:
     model.head_tags = TagParam(jnp.asarray(rows if head_rows is None else head_rows, jnp.float32).T)
@@ -60,7 +61,9 @@ def put(adapter: Adapter, model: Decoder) -> None:
     names = [f"layers.{i}.{rest}" for i in range(model.config.n_layers)] if stacked else [name]
     if found := [adapter.factors[n] for n in names if n in adapter.factors]:
       if len(found) < len(names):
-        raise ValueError(f"{rest} has updates in {len(found)} of {len(names)} layers only: they cannot be stacked")
+        raise ValueError(
+          f"{rest} has updates in {len(found)} of {len(names)} layers only: they cannot be stacked"
+        )
       pair = [jnp.stack(f) if stacked else jnp.asarray(f[0]) for f in zip(*found)]
       module.lora_a, module.lora_b = map(LoraParam, pair)
       module.lora_scale = adapter.scale

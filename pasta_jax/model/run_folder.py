@@ -20,11 +20,13 @@ def is_run(folder: Path) -> bool:
   return (folder / "checkpoints").is_dir() and not (folder / "tokenizer.json").exists()
 
 
-def load_run(folder: Path, load: Callable[[str], Any]) -> tuple[Any, ModelConfig, Mapping[str, Any], dict[str, str]]:
+def load_run(
+  folder: Path, load: Callable[[str], Any]
+) -> tuple[Any, ModelConfig, Mapping[str, Any], dict[str, str]]:
   """(the `checkpoint.Checkpoint` that the run began with, architecture, parameters, adapter's metadata).
 
-  `load` is `load_checkpoint`, for the weights that the run began with. Raises WeightsError, one line, if no checkpoint
-  can be read, or those weights are others now.
+  `load` is `load_checkpoint`, for the weights that the run began with. Raises WeightsError, one line, if no
+  checkpoint can be read, or those weights are others now.
   """
   steps = [int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
   if not steps:
@@ -51,7 +53,11 @@ def _trained(state: Path) -> dict[str, np.ndarray]:
   """Trained arrays by name, layers stacked; nothing else of the state is read."""
   with ocp.PyTreeCheckpointer() as reader:
     described = reader.metadata(state).item_metadata.tree
-    wanted = {name: jax.ShapeDtypeStruct(m.shape, m.dtype) for name, m in described.items() if name.startswith(TRAINED)}
+    wanted = {
+      name: jax.ShapeDtypeStruct(m.shape, m.dtype)
+      for name, m in described.items()
+      if name.startswith(TRAINED)
+    }
     how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     read = reader.restore(state, args=ocp.args.PyTreeRestore(wanted, restore_args=how, partial_restore=True))
   return {name.removeprefix(TRAINED).removesuffix(".value"): np.asarray(x) for name, x in read.items()}
@@ -64,8 +70,10 @@ class _Trained(Mapping[str, np.ndarray]):
     self._shapes, self._arrays = param_shapes(config), arrays
     for name, shape in self._shapes.items():
       if self[name].shape != shape:
-        raise WeightsError(f"{place}: {name} is {list(self[name].shape)}, the weights that the run began with have "
-                           f"{list(shape)} now")
+        raise WeightsError(
+          f"{place}: {name} is {list(self[name].shape)}, the weights that the run began with have "
+          f"{list(shape)} now"
+        )
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._shapes)

@@ -11,7 +11,8 @@ _BPE = 2  # of the kinds of models that SentencePiece trains
 
 
 class Pieces(NamedTuple):
-  """A vocabulary by id, and where conversations have blanks before their texts (`tokenizer_forms.PREFIXES`)."""
+  """A vocabulary by id, and where conversations have blanks before their texts
+  (`tokenizer_forms.PREFIXES`)."""
 
   tokens: list[str]
   kinds: list[int]
@@ -19,10 +20,11 @@ class Pieces(NamedTuple):
   prefix: str
 
 
-def read_pieces(folder: Path, config: Mapping[str, Any], named: Collection[str], needed: Collection[str],
-                rows: int | None) -> Pieces:
-  """The vocabulary of a folder's tokenizer.model, and of `added_tokens_decoder` in its tokenizer_config.json (`config`)
-  or its added_tokens.json.
+def read_pieces(
+  folder: Path, config: Mapping[str, Any], named: Collection[str], needed: Collection[str], rows: int | None
+) -> Pieces:
+  """The vocabulary of a folder's tokenizer.model, and of `added_tokens_decoder` in its tokenizer_config.json
+  (`config`) or its added_tokens.json.
 
   Args:
     named: texts of tokens that have names, and are control tokens.
@@ -56,7 +58,9 @@ def read_pieces(folder: Path, config: Mapping[str, Any], named: Collection[str],
     raise ValueError("two tokens have the same text")
   # As with Hugging Face: files that do not say are legacy.
   before = model.normalizer_spec.add_dummy_prefix and config.get("add_prefix_space") is not False
-  return Pieces(tokens, kinds, scores, ("first" if config.get("legacy") is False else "every") if before else "")
+  return Pieces(
+    tokens, kinds, scores, ("first" if config.get("legacy") is False else "every") if before else ""
+  )
 
 
 def _read(path: Path) -> Any:
@@ -76,8 +80,12 @@ def _read(path: Path) -> Any:
     raise ValueError("not one of SentencePiece's files")
   if trained.model_type != _BPE or not trained.byte_fallback:
     raise ValueError("not a BPE tokenizer of pieces with bytes to fall back on")
-  if normal.precompiled_charsmap or normal.remove_extra_whitespaces or not normal.escape_whitespaces or (
-      trained.treat_whitespace_as_suffix):
+  if (
+    normal.precompiled_charsmap
+    or normal.remove_extra_whitespaces
+    or not normal.escape_whitespaces
+    or (trained.treat_whitespace_as_suffix)
+  ):
     raise ValueError("its normaliser changes more of a text than its blanks, which is not supported")
   return model
 

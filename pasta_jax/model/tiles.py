@@ -1,11 +1,12 @@
 """Attention in square tiles: which of them anything is seen in, and what happens in one.
 
-What a query may see is given by key: a key is seen from its own index on, but for the intervals of query indices that
-it is hidden from (`lang.layout`); local layers also ask for near positions. So a row of T tokens needs T x levels
-numbers, not a T x T mask. Nothing here knows Pallas: `model.flash` drives the steps on TPU and GPU.
+What a query may see is given by key: a key is seen from its own index on, but for the intervals of query
+indices that it is hidden from (`lang.layout`); local layers also ask for near positions. So a row of T tokens
+needs T x levels numbers, not a T x T mask. Nothing here knows Pallas: `model.flash` drives the steps on TPU
+and GPU.
 
-Scores lie with keys down and queries across: a query's maximum, sum and cotangent are then rows, and a key's intervals
-columns, which is how both are stored.
+Scores lie with keys down and queries across: a query's maximum, sum and cotangent are then rows, and a key's
+intervals columns, which is how both are stored.
 """
 
 from collections.abc import Sequence
@@ -25,8 +26,9 @@ FAR = 2**30  # beyond all indices and positions
 def tile_kinds(hidden: jax.Array, positions: jax.Array, window: int, size: int) -> jax.Array:
   """[B, n, n] integers of EMPTY, PARTIAL, FULL for query tile i and key tile j of `size` tokens each.
 
-  `hidden` is [B, T, L, 2], `positions` [B, T]; T is a multiple of `size`; `window` 0: none. A tile that several
-  intervals of a key hide together may be called PARTIAL though it is empty; one that is called EMPTY or FULL is.
+  `hidden` is [B, T, L, 2], `positions` [B, T]; T is a multiple of `size`; `window` 0: none. A tile that
+  several intervals of a key hide together may be called PARTIAL though it is empty; one that is called EMPTY
+  or FULL is.
   """
   rows, length = positions.shape
   n = length // size
@@ -79,7 +81,9 @@ class Queries(NamedTuple):
 
 def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
   """Product of two matrices over the named axes, accumulated in float32."""
-  return jax.lax.dot_general(x, y, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(
+    x, y, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32
+  )
 
 
 def tile_scores(q: jax.Array, k: jax.Array, queries: Queries, keys: Keys, full, window, softcap: float):
@@ -98,16 +102,24 @@ def tile_scores(q: jax.Array, k: jax.Array, queries: Queries, keys: Keys, full, 
 
 def forward_start(q: int, width: int):
   """Maximum [1, q], sum [1, q] and context [H, q] of scores before any tile."""
-  return jnp.full((1, q), NEGATIVE, jnp.float32), jnp.zeros((1, q), jnp.float32), jnp.zeros((width, q), jnp.float32)
+  return (
+    jnp.full((1, q), NEGATIVE, jnp.float32),
+    jnp.zeros((1, q), jnp.float32),
+    jnp.zeros((width, q), jnp.float32),
+  )
 
 
 def forward_step(carry, scores: jax.Array, v_t: jax.Array):
-  """One tile more: the softmax so far is scaled to the new maximum (Milakov and Gimelshein 2018). v_t is [H, k]."""
+  """One tile more: the softmax so far is scaled to the new maximum (Milakov and Gimelshein 2018). v_t is [H,
+  k]."""
   peak, total, context = carry
   new = jnp.maximum(peak, jnp.max(scores, axis=0, keepdims=True))
   weights, shrink = jnp.exp(scores - new), jnp.exp(peak - new)
-  return new, total * shrink + jnp.sum(weights, axis=0, keepdims=True), context * shrink + dot(
-    v_t, weights.astype(v_t.dtype))
+  return (
+    new,
+    total * shrink + jnp.sum(weights, axis=0, keepdims=True),
+    context * shrink + dot(v_t, weights.astype(v_t.dtype)),
+  )
 
 
 def forward_end(carry):
@@ -116,10 +128,17 @@ def forward_end(carry):
   return context / total, peak + jnp.log(total)
 
 
-def backward(scores: jax.Array, raw: jax.Array, v: jax.Array, d_context: jax.Array, lse: jax.Array, delta: jax.Array,
-             softcap: float) -> tuple[jax.Array, jax.Array]:
-  """(weights, cotangent of q k), both [k, q], of a tile. v [k, H], d_context [q, H]; `delta` [1, q] is the sum of
-  context x d_context (Dao 2023)."""
+def backward(
+  scores: jax.Array,
+  raw: jax.Array,
+  v: jax.Array,
+  d_context: jax.Array,
+  lse: jax.Array,
+  delta: jax.Array,
+  softcap: float,
+) -> tuple[jax.Array, jax.Array]:
+  """(weights, cotangent of q k), both [k, q], of a tile. v [k, H], d_context [q, H]; `delta` [1, q] is the
+  sum of context x d_context (Dao 2023)."""
   weights = jnp.exp(scores - lse)
   d_scores = weights * (dot(v, d_context, (1, 1)) - delta)
   if softcap:

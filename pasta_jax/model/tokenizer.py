@@ -1,8 +1,9 @@
 """Text to tokens and back, exactly, with control tokens kept out of the hands of whoever wrote the text.
 
-Two kinds of BPE are supported: byte-level (Llama 3, SmolLM2, Qwen), and SentencePiece's with bytes to fall back on
-(Gemma, Llama 2). In both each ordinary token is a run of bytes, so the bytes of a text's tokens, put together, are the
-text. Llama 2 puts a blank before every text: here conversations have these blanks, and a text encoded by itself not.
+Two kinds of BPE are supported: byte-level (Llama 3, SmolLM2, Qwen), and SentencePiece's with bytes to fall
+back on (Gemma, Llama 2). In both each ordinary token is a run of bytes, so the bytes of a text's tokens, put
+together, are the text. Llama 2 puts a blank before every text: here conversations have these blanks, and a
+text encoded by itself not.
 """
 
 import contextlib
@@ -40,9 +41,20 @@ class Tokenizer:
     chat_template: Jinja source, "" for a base model (but Gemma's, whose turn marks say enough).
   """
 
-  def __init__(self, backend: tokenizers.Tokenizer, eos_id: int, bos_id: int | None, chat_template: str, *,
-               eot_id: int | None = None, end_ids: Iterable[int] = (), named: Mapping[str, int] | None = None,
-               pieces: bool = False, prefix: str = "", stored: Mapping[str, Any] | None = None):
+  def __init__(
+    self,
+    backend: tokenizers.Tokenizer,
+    eos_id: int,
+    bos_id: int | None,
+    chat_template: str,
+    *,
+    eot_id: int | None = None,
+    end_ids: Iterable[int] = (),
+    named: Mapping[str, int] | None = None,
+    pieces: bool = False,
+    prefix: str = "",
+    stored: Mapping[str, Any] | None = None,
+  ):
     """Takes over `backend` and changes its settings.
 
     Args:
@@ -66,12 +78,16 @@ class Tokenizer:
     texts = forms.texts_for_tags(vocab)
     self.tag_ids, self.knows_tags = tuple(vocab[text] for text in texts), texts == list(TOKEN_TEXTS)
     self.special_ids = frozenset(index for index, token in added.items() if token.special)
-    # Added tokens are texts as they are; but Gemma's files call runs of blanks that, in the writing of pieces.
+    # Added tokens are texts as they are; but Gemma's files call runs of blanks that, in the writing of
+    # pieces.
     as_they_are = self.special_ids if pieces else added.keys()
     self._bytes = [b""] * (max(vocab.values(), default=-1) + 1)
     for token, index in vocab.items():
-      self._bytes[index] = token.encode() if index in as_they_are else (
-        forms.bytes_of_piece if pieces else forms.bytes_of_word)(token)
+      self._bytes[index] = (
+        token.encode()
+        if index in as_they_are
+        else (forms.bytes_of_piece if pieces else forms.bytes_of_word)(token)
+      )
     # A text may hold the very character that pieces write for a blank: it is spelled out in bytes.
     self._blank = [vocab.get(f"<0x{byte:02X}>", -1) for byte in forms.BLANK.encode()] if pieces else []
     if min(self._blank, default=0) < 0:
@@ -114,11 +130,12 @@ class Tokenizer:
     pre: str = "",
     scores: Sequence[float] | None = None,
   ) -> "Tokenizer":
-    """From GGUF metadata: of a "gpt2" tokenizer `merges`, pairs such as "h e", best first, and its pre-tokenizer;
-    of SentencePiece's ("llama") the pieces' `scores`, and whether conversations have blanks before their texts.
+    """From GGUF metadata: of a "gpt2" tokenizer `merges`, pairs such as "h e", best first, and its
+    pre-tokenizer; of SentencePiece's ("llama") the pieces' `scores`, and whether conversations have blanks
+    before their texts.
 
-    `eos_id` ends a text and `eot_id` a turn; one of them must be there. `add_bos`: other engines are to put `bos_id`
-    before texts (`save`).
+    `eos_id` ends a text and `eot_id` a turn; one of them must be there. `add_bos`: other engines are to put
+    `bos_id` before texts (`save`).
 
     Raises:
       ValueError: an unknown pre-tokenizer, or lists that contradict each other.
@@ -136,18 +153,31 @@ class Tokenizer:
       backend = forms.backend_of_pieces(tokens, kinds, scores)
     if add_bos and bos_id is not None and 0 <= bos_id < len(tokens):
       backend.post_processor = forms.beginning_with(tokens[bos_id], bos_id)
-    # Files name any token for padding, "!" say; transformers would make a control token of what it is told of.
-    named = {name: index for name, index in (("pad_token", pad_id), ("unk_token", unk_id))
-             if index is not None and 0 <= index < len(kinds) and kinds[index] == forms.CONTROL}
+    # Files name any token for padding, "!" say; transformers would make a control token of what it is told
+    # of.
+    named = {
+      name: index
+      for name, index in (("pad_token", pad_id), ("unk_token", unk_id))
+      if index is not None and 0 <= index < len(kinds) and kinds[index] == forms.CONTROL
+    }
     where = "every" if prefix else ""
-    return cls(backend, ends, bos_id, chat_template, eot_id=eot_id, named=named, pieces=scores is not None,
-               prefix=where, stored=forms.PREFIXES[where])
+    return cls(
+      backend,
+      ends,
+      bos_id,
+      chat_template,
+      eot_id=eot_id,
+      named=named,
+      pieces=scores is not None,
+      prefix=where,
+      stored=forms.PREFIXES[where],
+    )
 
   @classmethod
   def from_folder(cls, folder: Path, rows: int | None = None) -> "Tokenizer":
-    """From a folder in Hugging Face's format: its tokenizer.json, else SentencePiece's tokenizer.model; with what
-    tokenizer_config.json, special_tokens_map.json and generation_config.json say of its tokens. A `chat_template.jinja`
-    takes precedence over the config's.
+    """From a folder in Hugging Face's format: its tokenizer.json, else SentencePiece's tokenizer.model; with
+    what tokenizer_config.json, special_tokens_map.json and generation_config.json say of its tokens. A
+    `chat_template.jinja` takes precedence over the config's.
 
     If a byte-level `tokenizer.json` has a normaliser, texts are exact up to that normaliser only.
 
@@ -160,15 +190,21 @@ class Tokenizer:
     """
     config, texts, source = _described(folder)
     ends = [texts[name] for name in ("eos_token", "bos_token") if name in texts]
-    path = next((path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).exists()), None)
+    path = next(
+      (path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).exists()), None
+    )
     if path is None:
-      raise WeightsError(f"{folder / 'tokenizer.json'}: cannot be read (there is neither this nor a tokenizer.model)")
+      raise WeightsError(
+        f"{folder / 'tokenizer.json'}: cannot be read (there is neither this nor a tokenizer.model)"
+      )
     with _faults_in(path):
       if path.suffix == ".json":
         backend, more = _of_json(read_json(path), rows, ends)
       else:
         backend, more = _of_pieces(folder, config, texts, rows)
-      named = {name: index for name, text in texts.items() if (index := backend.token_to_id(text)) is not None}
+      named = {
+        name: index for name, text in texts.items() if (index := backend.token_to_id(text)) is not None
+      }
       if "eos_token" not in named:
         raise WeightsError(f"{source}: eos_token {texts.get('eos_token')!r} is not a token of the vocabulary")
     beside = folder / "chat_template.jinja"
@@ -176,12 +212,14 @@ class Tokenizer:
       template = read_text(beside) if beside.exists() else chat.template_in(config.get("chat_template"))
     end_ids = _generation_ends(folder / "generation_config.json")
     with _faults_in(path):
-      return cls(backend, named["eos_token"], named.get("bos_token"), template, named=named, end_ids=end_ids, **more)
+      return cls(
+        backend, named["eos_token"], named.get("bos_token"), template, named=named, end_ids=end_ids, **more
+      )
 
   def save(self, folder: Path, tag_ids: Sequence[int] = ()) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and generation_config.json, which `from_folder` and Hugging Face
-    read, into an existing folder; with the tags, if their ids are given, as entries of the vocabulary
-    (`pasta_jax.lang.syntax.TOKEN_TEXTS`)."""
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json, which `from_folder` and
+    Hugging Face read, into an existing folder; with the tags, if their ids are given, as entries of the
+    vocabulary (`pasta_jax.lang.syntax.TOKEN_TEXTS`)."""
     parts = json.loads(self._backend.to_str()) | self._stored
     if tag_ids:
       forms.name_tags(parts, dict(zip(tag_ids, TOKEN_TEXTS)), self.vocab_size)
@@ -211,7 +249,9 @@ class Tokenizer:
       lost = next(char for char in text if set(char.encode()) & set(self._absent))
       raise ValueError(f"the vocabulary has no token for the character U+{ord(lost):04X}")
     if self._blank and forms.BLANK in text:
-      first, *rest = (self._backend.encode(part, add_special_tokens=False).ids for part in text.split(forms.BLANK))
+      first, *rest = (
+        self._backend.encode(part, add_special_tokens=False).ids for part in text.split(forms.BLANK)
+      )
       return first + [token for part in rest for token in (*self._blank, *part)]
     return self._backend.encode(text, add_special_tokens=False).ids
 
@@ -302,8 +342,8 @@ def _faults_in(path: Path) -> Iterator[None]:
 def _described(folder: Path) -> tuple[dict[str, Any], dict[str, str], Path]:
   """tokenizer_config.json, the texts of tokens by their names, and the file to name if these are wrong.
 
-  Names stand there or in special_tokens_map.json, which counts first if the other does not describe its tokens: so does
-  transformers. The config may be missing if the map names the end of a text.
+  Names stand there or in special_tokens_map.json, which counts first if the other does not describe its
+  tokens: so does transformers. The config may be missing if the map names the end of a text.
   """
   path, beside = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
   further = read_json(beside) if beside.exists() else {}
@@ -321,12 +361,15 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, str], Path]:
   return config, texts, source
 
 
-def _of_json(parts: Mapping[str, Any], rows: int | None,
-             ends: Sequence[str]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+def _of_json(
+  parts: Mapping[str, Any], rows: int | None, ends: Sequence[str]
+) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
   """tokenizer.json as what `Tokenizer` takes. Raises ValueError if it is of another kind."""
   model, prefix = parts.get("model") or {}, ""
   stored = {key: parts.get(key) for key in ("normalizer", "pre_tokenizer")}
-  byte_level = [part for part in forms.components(parts.get("pre_tokenizer")) if part.get("type") == "ByteLevel"]
+  byte_level = [
+    part for part in forms.components(parts.get("pre_tokenizer")) if part.get("type") == "ByteLevel"
+  ]
   pieces = bool(not byte_level and model.get("byte_fallback"))
   if model.get("type") != "BPE" or not (byte_level or pieces):
     raise ValueError("not a BPE tokenizer of bytes, or of pieces with bytes to fall back on")
@@ -342,8 +385,9 @@ def _of_json(parts: Mapping[str, Any], rows: int | None,
   return backend, {"pieces": pieces, "prefix": prefix, "stored": stored}
 
 
-def _of_pieces(folder: Path, config: Mapping[str, Any], texts: Mapping[str, str],
-               rows: int | None) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+def _of_pieces(
+  folder: Path, config: Mapping[str, Any], texts: Mapping[str, str], rows: int | None
+) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
   """tokenizer.model as what `Tokenizer` takes. Raises ValueError if it is of another kind."""
   bos, eos = texts.get("bos_token"), texts.get("eos_token")
   ends = [text for text in (bos, eos) if text is not None]

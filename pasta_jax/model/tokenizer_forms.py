@@ -1,4 +1,5 @@
-"""Forms that tokenizers are stored in: Hugging Face's tokenizer.json, and lists of tokens (GGUF, SentencePiece)."""
+"""Forms that tokenizers are stored in: Hugging Face's tokenizer.json, and lists of tokens (GGUF,
+SentencePiece)."""
 
 import functools
 import re
@@ -15,42 +16,58 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
 BLANK = "\u2581"  # what SentencePiece writes for a blank
 # Some files call these user-defined, like words that are to stay whole. ("</s>" is not among them: in Gemma's
 # vocabulary it is HTML. Where it ends a text, it is named.)
-_TURN_MARKS = ("<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>")
-# Entries that vocabularies hold for others to use: Gemma's, Llama 3's, Mistral's, and what fills Qwen's GGUF files up.
+_TURN_MARKS = (
+  "<start_of_turn>",
+  "<end_of_turn>",
+  "<|im_start|>",
+  "<|im_end|>",
+  "<|eot_id|>",
+  "<|endoftext|>",
+)
+# Entries that vocabularies hold for others to use: Gemma's, Llama 3's, Mistral's, and what fills Qwen's GGUF
+# files up.
 _RESERVED = (r"<unused(\d+)>", r"<\|reserved_special_token_(\d+)\|>", r"\[control_(\d+)\]", r"\[PAD(\d+)\]")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's tokens for single bytes
-# How byte-level vocabularies cut a text before they merge, by GGUF's names: Llama 3's and Qwen's differ in digits,
-# Mistral's (since Nemo) knows capitals and no English endings.
-_CUTS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+# How byte-level vocabularies cut a text before they merge, by GGUF's names: Llama 3's and Qwen's differ in
+# digits, Mistral's (since Nemo) knows capitals and no English endings.
+_CUTS = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+  r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CUT_AS = {
   "llama-bpe": _CUTS.format(digits=r"\p{N}{1,3}"),
   "qwen2": _CUTS.format(digits=r"\p{N}"),
   "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
-            r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+  r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 _ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
-_WHOLE_WORDS = ("llama-bpe", "tekken")  # in which a word that is an entry is one token, whatever the merges say
+_WHOLE_WORDS = (
+  "llama-bpe",
+  "tekken",
+)  # in which a word that is an entry is one token, whatever the merges say
 
 
 # --- lists of tokens ---
 
 
 def kinds_of(tokens: Sequence[str], kinds: Sequence[int], named: Collection[int]) -> list[int]:
-  """Kinds as they are meant. Control tokens are, whatever a file says: those that are `named` as the end of a text or
-  turn, the marks of turns, the unknown token, which no text yields, and the entries of the tags."""
+  """Kinds as they are meant. Control tokens are, whatever a file says: those that are `named` as the end of a
+  text or turn, the marks of turns, the unknown token, which no text yields, and the entries of the tags."""
   tags = frozenset(texts_for_tags({token: index for index, token in enumerate(tokens)}))
   return [
-    CONTROL if (kind == UNKNOWN or index in named or token in tags or kind == USER_DEFINED and token in _TURN_MARKS)
+    CONTROL
+    if (kind == UNKNOWN or index in named or token in tags or kind == USER_DEFINED and token in _TURN_MARKS)
     else kind
     for index, (token, kind) in enumerate(zip(tokens, kinds))
   ]
 
 
-def backend_of_bytes(tokens: Sequence[str], kinds: Sequence[int], merges: Iterable[str],
-                     pre: str) -> tokenizers.Tokenizer:
-  """A byte-level BPE: `merges` are pairs such as "h e", best first; `pre` is GGUF's name of the pre-tokenizer.
+def backend_of_bytes(
+  tokens: Sequence[str], kinds: Sequence[int], merges: Iterable[str], pre: str
+) -> tokenizers.Tokenizer:
+  """A byte-level BPE: `merges` are pairs such as "h e", best first; `pre` is GGUF's name of the
+  pre-tokenizer.
 
   Raises ValueError for one that is not known, or merges that do not fit the tokens.
   """
@@ -63,27 +80,36 @@ def backend_of_bytes(tokens: Sequence[str], kinds: Sequence[int], merges: Iterab
   return backend
 
 
-def backend_of_pieces(tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float]) -> tokenizers.Tokenizer:
+def backend_of_pieces(
+  tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float]
+) -> tokenizers.Tokenizer:
   """SentencePiece's BPE, without a blank before texts. Raises ValueError if the lists make no vocabulary."""
   # What stays whole is looked for in the text as it is, before its blanks are marked.
-  tokens = [token.replace(BLANK, " ") if kind == USER_DEFINED else token for token, kind in zip(tokens, kinds)]
+  tokens = [
+    token.replace(BLANK, " ") if kind == USER_DEFINED else token for token, kind in zip(tokens, kinds)
+  ]
   vocab = {token: index for index, token in enumerate(tokens)}
   backend = _backend(vocab, merges_of_pieces(vocab, scores, kinds), byte_fallback=True, fuse_unk=True)
   backend.normalizer = normalizers.Replace(" ", BLANK)
-  backend.decoder = decoders.Sequence([decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()])
+  backend.decoder = decoders.Sequence(
+    [decoders.Replace(BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+  )
   _add(backend, tokens, kinds)
   return backend
 
 
 def beginning_with(token: str, index: int) -> processors.PostProcessor:
   """What puts a token before every text, where it is asked for: `Tokenizer.encode` never does."""
-  return processors.TemplateProcessing(single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 {token}:1 $B:1",
-                                       special_tokens=[(token, index)])
+  return processors.TemplateProcessing(
+    single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 {token}:1 $B:1", special_tokens=[(token, index)]
+  )
 
 
-def merges_of_pieces(vocab: Mapping[str, int], scores: Sequence[float],
-                     kinds: Sequence[int]) -> list[tuple[str, str]]:
-  """The pairs that SentencePiece merges, best first: any two pieces that make up a third, by the third's score."""
+def merges_of_pieces(
+  vocab: Mapping[str, int], scores: Sequence[float], kinds: Sequence[int]
+) -> list[tuple[str, str]]:
+  """The pairs that SentencePiece merges, best first: any two pieces that make up a third, by the third's
+  score."""
   found = []
   for piece, index in vocab.items():
     if kinds[index] == NORMAL:
@@ -105,11 +131,18 @@ def _cutter(pre: str) -> pre_tokenizers.PreTokenizer:
   """The pre-tokenizer that GGUF calls `pre`. Raises ValueError for one that is not known."""
   if pre == "smollm":
     return pre_tokenizers.Sequence(
-      [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+      [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
   if (name := _ALIASES.get(pre, pre)) not in _CUT_AS:
-    raise ValueError(f"pre-tokenizer {pre!r} is not supported, only {', '.join(map(repr, ('smollm', *_CUT_AS)))}")
-  return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_CUT_AS[name]), "isolated"),
-                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    raise ValueError(
+      f"pre-tokenizer {pre!r} is not supported, only {', '.join(map(repr, ('smollm', *_CUT_AS)))}"
+    )
+  return pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(Regex(_CUT_AS[name]), "isolated"),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
 
 
 def _add(backend: tokenizers.Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> None:
@@ -125,28 +158,43 @@ def _add(backend: tokenizers.Tokenizer, tokens: Sequence[str], kinds: Sequence[i
 _BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
 _PREFIXED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": BLANK}, _BLANKS]}
 # And what takes that one away from a text that is read.
-_STRIPPED = {"type": "Sequence", "decoders": [
-  {"type": "Replace", "pattern": {"String": BLANK}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-  {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+_STRIPPED = {
+  "type": "Sequence",
+  "decoders": [
+    {"type": "Replace", "pattern": {"String": BLANK}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+  ],
+}
 # The parts that put a blank before texts, by where they do (`without_prefix`).
 PREFIXES: dict[str, dict[str, Any]] = {
   "": {},
   "every": {"normalizer": _PREFIXED, "decoder": _STRIPPED},
-  "first": {"normalizer": None, "decoder": _STRIPPED, "pre_tokenizer": {
-    "type": "Metaspace", "replacement": BLANK, "prepend_scheme": "first", "split": False}},
+  "first": {
+    "normalizer": None,
+    "decoder": _STRIPPED,
+    "pre_tokenizer": {"type": "Metaspace", "replacement": BLANK, "prepend_scheme": "first", "split": False},
+  },
 }
 
 
 def without_prefix(parts: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-  """tokenizer.json of pieces, such that it puts no blank before a text, and where it did: "" nowhere, "every" text
-  between control tokens has one, or every one that does not "begin" with a blank, or the "first" one of these.
+  """tokenizer.json of pieces, such that it puts no blank before a text, and where it did: "" nowhere, "every"
+  text between control tokens has one, or every one that does not "begin" with a blank, or the "first" one of
+  these.
 
   Raises ValueError if it changes more of a text than its blanks.
   """
   normaliser, cutter = parts.get("normalizer"), parts.get("pre_tokenizer") or {}
   if cutter.get("type") == "Metaspace" and cutter.get("replacement") == BLANK and normaliser is None:
     scheme = cutter.get("prepend_scheme") or ("always" if cutter.get("add_prefix_space", True) else "never")
-    whole = {"type": "Metaspace", "replacement": BLANK, "prepend_scheme": "never", "split": cutter.get("split", True)}
+    whole = {
+      "type": "Metaspace",
+      "replacement": BLANK,
+      "prepend_scheme": "never",
+      "split": cutter.get("split", True),
+    }
     return {**parts, "pre_tokenizer": whole}, {"never": "", "always": "begin", "first": "first"}[scheme]
   if normaliser == _BLANKS:
     return dict(parts), ""
@@ -169,15 +217,25 @@ def texts_for_tags(vocab: Mapping[str, int]) -> list[str]:
 
 def _added(index: int, content: str, special: bool) -> dict[str, Any]:
   """An entry of tokenizer.json's "added_tokens"."""
-  return {"id": index, "content": content, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-          "special": special}
+  return {
+    "id": index,
+    "content": content,
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": special,
+  }
 
 
-def prepared(parts: Mapping[str, Any], rows: int | None, named: Collection[str], *, pieces: bool) -> dict[str, Any]:
+def prepared(
+  parts: Mapping[str, Any], rows: int | None, named: Collection[str], *, pieces: bool
+) -> dict[str, Any]:
   """tokenizer.json as it is used here.
 
-  The entries of the tags and those `named` as the begin and end of texts become control tokens, so that no text yields
-  them. Added tokens that have no row among `rows` embeddings are left out: they are for more than text, images say.
+  The entries of the tags and those `named` as the begin and end of texts become control tokens, so that no
+  text yields them. Added tokens that have no row among `rows` embeddings are left out: they are for more than
+  text, images say.
 
   Raises ValueError if one that has no row is an ordinary entry, or named.
   """
@@ -191,13 +249,19 @@ def prepared(parts: Mapping[str, Any], rows: int | None, named: Collection[str],
       raise too_few(rows, size)
     added = {text: entry for text, entry in added.items() if text not in gone}
   if pieces:  # a byte's token is not its name, should a text hold that
-    added = {text: entry for text, entry in added.items()
-             if entry.get("special") or text not in vocab or not _BYTE.fullmatch(text)}
+    added = {
+      text: entry
+      for text, entry in added.items()
+      if entry.get("special") or text not in vocab or not _BYTE.fullmatch(text)
+    }
   known = {**vocab, **{text: entry["id"] for text, entry in added.items()}}
   for text in (*texts_for_tags(known), *(text for text in named if text in known)):
     added[text] = {**added.get(text, _added(known[text], text, True)), "special": True}
-  return {**parts, "model": {**parts["model"], "vocab": vocab},
-          "added_tokens": sorted(added.values(), key=lambda entry: entry["id"])}
+  return {
+    **parts,
+    "model": {**parts["model"], "vocab": vocab},
+    "added_tokens": sorted(added.values(), key=lambda entry: entry["id"]),
+  }
 
 
 def too_few(rows: int, tokens: int) -> ValueError:
@@ -206,9 +270,11 @@ def too_few(rows: int, tokens: int) -> ValueError:
 
 
 def name_tags(parts: dict[str, Any], texts: Mapping[int, str], size: int) -> None:
-  """Puts the tags into tokenizer.json, in place. Rows between the vocabulary and them get names too: ids have no gaps.
+  """Puts the tags into tokenizer.json, in place. Rows between the vocabulary and them get names too: ids have
+  no gaps.
 
-  They are no control tokens there: other engines leave those out of a text, but not a promise's topic and number.
+  They are no control tokens there: other engines leave those out of a text, but not a promise's topic and
+  number.
   """
   added = {entry["id"]: entry for entry in parts["added_tokens"]}
   for index in range(size, max(texts) + 1):

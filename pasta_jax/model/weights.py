@@ -1,8 +1,8 @@
 """What every weight reader shares: the error, the list of parameters, and one checked way to read them.
 
-A reader (`gguf_file.py`, `hf_folder.py`) says how its file names each parameter and hands over what the
-file holds; `collect` compares that with the architecture before a single number is converted, so a
-damaged or foreign file is refused in one line instead of failing somewhere inside the model. The numbers are read when
+A reader (`gguf_file.py`, `hf_folder.py`) says how its file names each parameter and hands over what the file
+holds; `collect` compares that with the architecture before a single number is converted, so a damaged or
+foreign file is refused in one line instead of failing somewhere inside the model. The numbers are read when
 they are asked for, straight into the type and the place where they are wanted: a model is in memory once.
 """
 
@@ -70,10 +70,16 @@ _BLOCK = 1 << 22  # numbers that are converted at a time
 
 
 class StoredParams(Mapping[str, np.ndarray]):
-  """Parameters in a file, named and shaped as in `param_shapes`: each is read when it is asked for, float32."""
+  """Parameters in a file, named and shaped as in `param_shapes`: each is read when it is asked for,
+  float32."""
 
-  def __init__(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str, slice], np.ndarray], label: str,
-               progress: bool):
+  def __init__(
+    self,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str, slice], np.ndarray],
+    label: str,
+    progress: bool,
+  ):
     """`read`: (our name, rows) → these rows of the tensor as stored (kernels [out, in]), any float type."""
     self._shapes, self._read = shapes, read
     self.label, self.progress = label, progress  # for whoever reads them all
@@ -108,7 +114,8 @@ def read_into(params: Mapping[str, Any], name: str, out: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def reading(params: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
-  """A bar on stderr while all parameters are read from a file, if that is a terminal; call it once for each."""
+  """A bar on stderr while all parameters are read from a file, if that is a terminal; call it once for
+  each."""
   if not getattr(params, "progress", False) or not sys.stderr.isatty():
     yield lambda: None
     return
@@ -118,7 +125,8 @@ def reading(params: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-  """An array that XLA's CPU backend takes over without copying it: its memory begins at a multiple of 64 bytes."""
+  """An array that XLA's CPU backend takes over without copying it: its memory begins at a multiple of 64
+  bytes."""
   dtype = np.dtype(dtype)
   size = math.prod(shape) * dtype.itemsize
   memory = np.empty(size + 64, np.uint8)
@@ -158,7 +166,9 @@ def collect(
     more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
     raise WeightsError(f"{where}: tensor {extra[0]}{more} is not part of this architecture")
 
-  return StoredParams(shapes, lambda ours, rows: read(ours, names[ours], rows), f"Reading {where.name}", progress)
+  return StoredParams(
+    shapes, lambda ours, rows: read(ours, names[ours], rows), f"Reading {where.name}", progress
+  )
 
 
 def stderr_console() -> Console:

@@ -1,1 +1,2 @@
-"""Stage two: answers sampled from the policy, scored for speed and quality, and learned from in pairs (PASTA.md 6)."""
+"""Stage two: answers sampled from the policy, scored for speed and quality, and learned from in pairs
+(PASTA.md 6)."""

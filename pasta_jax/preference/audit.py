@@ -1,5 +1,5 @@
-"""Sampled answers under the trainer's forward pass: does it agree with the decode loop, how far did policies go, and
-what did they learn?"""
+"""Sampled answers under the trainer's forward pass: does it agree with the decode loop, how far did policies
+go, and what did they learn?"""
 
 import json
 from collections.abc import Sequence
@@ -20,11 +20,22 @@ from pasta_jax.train.loss import token_log_likelihood
 from pasta_jax.train.state import compute_model, make_model
 
 T = TypeVar("T")
-KINDS = ("text", "digits", "promise", "number", "close", "async", "end", "sync", "eos")  # in `automaton`'s order
+KINDS = (
+  "text",
+  "digits",
+  "promise",
+  "number",
+  "close",
+  "async",
+  "end",
+  "sync",
+  "eos",
+)  # in `automaton`'s order
 
 
-def token_log_likelihoods(config, checkpoint: Checkpoint, adapter: Path,
-                          samples: Sequence[dict]) -> list[tuple[np.ndarray, np.ndarray]]:
+def token_log_likelihoods(
+  config, checkpoint: Checkpoint, adapter: Path, samples: Sequence[dict]
+) -> list[tuple[np.ndarray, np.ndarray]]:
   """(targets, the trainer's log p of each) of sampled answers under the policy `adapter`, in
   `preference.sample_dtype`."""
   vocabulary = checkpoint.vocabulary
@@ -32,8 +43,11 @@ def token_log_likelihoods(config, checkpoint: Checkpoint, adapter: Path,
   exact_products(c.dtype)
   graph, trainable, frozen = make_model(checkpoint, vocabulary, c, adapter=adapter)
   rule = PositionRule(**json.loads(read_metadata(adapter)["positions"]))
-  run = jax.jit(lambda trainable, frozen, batch: token_log_likelihood(
-    compute_model(graph, trainable, frozen, c.dtype), batch)[0])
+  run = jax.jit(
+    lambda trainable, frozen, batch: token_log_likelihood(
+      compute_model(graph, trainable, frozen, c.dtype), batch
+    )[0]
+  )
   out = []
   for s in samples:
     laid = laid_out(s, vocabulary, rule)
@@ -45,16 +59,19 @@ def token_log_likelihoods(config, checkpoint: Checkpoint, adapter: Path,
 
 def log_likelihoods(config, checkpoint: Checkpoint, adapter: Path, samples: Sequence[dict]) -> np.ndarray:
   """[n] their sums, an answer each."""
-  return np.array([log_p.sum(dtype=np.float64)
-                   for _, log_p in token_log_likelihoods(config, checkpoint, adapter, samples)])
+  return np.array(
+    [log_p.sum(dtype=np.float64) for _, log_p in token_log_likelihoods(config, checkpoint, adapter, samples)]
+  )
 
 
-def gains(config, before: tuple[Checkpoint, Path], after: tuple[Checkpoint, Path],
-          pairs: Sequence[tuple[dict, dict]]) -> dict[str, dict[str, dict[str, float]]]:
-  """Of the `best` and the `worst` of pairs, by kind of token: how many an answer has (`tokens`), and how much likelier
-  they became, nats a token (`gain`).
+def gains(
+  config, before: tuple[Checkpoint, Path], after: tuple[Checkpoint, Path], pairs: Sequence[tuple[dict, dict]]
+) -> dict[str, dict[str, dict[str, float]]]:
+  """Of the `best` and the `worst` of pairs, by kind of token: how many an answer has (`tokens`), and how much
+  likelier they became, nats a token (`gain`).
 
-  Where text loses in best and worst answers alike and tags win, a policy has learned length, and nothing about them.
+  Where text loses in best and worst answers alike and tags win, a policy has learned length, and nothing
+  about them.
   """
   classes = before[0].vocabulary.table.classes
   answers = [answer for pair in pairs for answer in pair]
@@ -63,8 +80,11 @@ def gains(config, before: tuple[Checkpoint, Path], after: tuple[Checkpoint, Path
   def side(start: int) -> dict[str, dict[str, float]]:
     kinds = np.concatenate([classes[targets] for targets, _ in old[start::2]])
     gain = np.concatenate([n - o for (_, o), (_, n) in zip(old[start::2], new[start::2])])
-    return {name: {"tokens": float((kinds == k).sum() / len(pairs)), "gain": float(gain[kinds == k].mean())}
-            for k, name in enumerate(KINDS) if (kinds == k).any()}
+    return {
+      name: {"tokens": float((kinds == k).sum() / len(pairs)), "gain": float(gain[kinds == k].mean())}
+      for k, name in enumerate(KINDS)
+      if (kinds == k).any()
+    }
 
   return {"best": side(0), "worst": side(1)}
 
@@ -77,14 +97,17 @@ def some(samples: Sequence[T], n: int) -> list[T]:
 def compare(config, checkpoint: Checkpoint, adapter: Path, samples: Sequence[dict]) -> dict[str, float]:
   """Differences between the samples' own log p and the trainer's, a token: `mean` and `worst`, in nats."""
   tokens = np.array([max(s["total_tokens"], 1) for s in samples])
-  differences = np.abs(log_likelihoods(config, checkpoint, adapter, samples) - [s["log_p"] for s in samples]) / tokens
+  differences = (
+    np.abs(log_likelihoods(config, checkpoint, adapter, samples) - [s["log_p"] for s in samples]) / tokens
+  )
   return {"samples": len(samples), "mean": float(differences.mean()), "worst": float(differences.max())}
 
 
 def divergence(config, checkpoint: Checkpoint, start: Path, samples: Sequence[dict]) -> float:
   """Nats a token by which the policy that wrote the samples finds them likelier than `start` does.
 
-  At temperature 1 without penalties, bans and bias this estimates the Kullback-Leibler divergence from the start.
+  At temperature 1 without penalties, bans and bias this estimates the Kullback-Leibler divergence from the
+  start.
   """
   gain = np.array([s["log_p"] for s in samples]) - log_likelihoods(config, checkpoint, start, samples)
   return float(gain.sum() / max(sum(s["total_tokens"] for s in samples), 1))

@@ -2,8 +2,8 @@
 
     python -m pasta_jax.preference.front EVALUATION_FOLDER… OUT.svg
 
-Folders of --mode=eval whose systems are named as stage two names them: "start" and "POLICY_roundN". (--mode=preference
-draws the same figure of its own evaluation.)
+Folders of --mode=eval whose systems are named as stage two names them: "start" and "POLICY_roundN".
+(--mode=preference draws the same figure of its own evaluation.)
 """
 
 import json
@@ -20,8 +20,10 @@ import matplotlib.figure
 from pasta_jax.evaluate.plots import COLOURS
 
 _ROUND = re.compile(r"(?P<policy>.+)_round(?P<number>\d+)")
-MEASURES = {"theoretical_speedup": "theoretical speedup",
-            "theoretical_against_baseline": "baseline's tokens over the longest path"}
+MEASURES = {
+  "theoretical_speedup": "theoretical speedup",
+  "theoretical_against_baseline": "baseline's tokens over the longest path",
+}
 
 
 class Point(NamedTuple):
@@ -52,8 +54,9 @@ def points(folders: Iterable[Path]) -> list[Point]:
         continue
       speed = tuple(entry["responses"].get(key, math.nan) for key in MEASURES)
       policy, number = (match["policy"], int(match["number"])) if match else ("start", 0)
-      found[name] = Point(policy, number, speed, judged["win_rate"],
-                          judged.get("win_rate_error", 0.0))  # a single answer has none
+      found[name] = Point(
+        policy, number, speed, judged["win_rate"], judged.get("win_rate_error", 0.0)
+      )  # a single answer has none
   return list(found.values()) if any(p.number for p in found.values()) else []
 
 
@@ -67,20 +70,43 @@ def draw(found: list[Point]) -> matplotlib.figure.Figure:
       for policy, colour in zip(policies, COLOURS):
         path = sorted((p for p in found if p.policy == policy), key=lambda p: p.number)
         line = ([start] if start else []) + path
-        axes.plot([p.speed[k] for p in line], [p.quality for p in line], color=colour, linewidth=1.2, alpha=0.6)
-        axes.errorbar([p.speed[k] for p in path], [p.quality for p in path], [p.error for p in path], fmt="o",
-                      color=colour, elinewidth=0.8, markersize=6, label=policy.replace("_", " "))
+        axes.plot(
+          [p.speed[k] for p in line], [p.quality for p in line], color=colour, linewidth=1.2, alpha=0.6
+        )
+        axes.errorbar(
+          [p.speed[k] for p in path],
+          [p.quality for p in path],
+          [p.error for p in path],
+          fmt="o",
+          color=colour,
+          elinewidth=0.8,
+          markersize=6,
+          label=policy.replace("_", " "),
+        )
         for p in path:
-          axes.annotate(str(p.number), (p.speed[k], p.quality), textcoords="offset points", xytext=(7, 4), color=colour)
+          axes.annotate(
+            str(p.number), (p.speed[k], p.quality), textcoords="offset points", xytext=(7, 4), color=colour
+          )
       if start:
-        axes.errorbar([start.speed[k]], [start.quality], [start.error], fmt="s", color="#667085", elinewidth=0.8,
-                      label="start")
+        axes.errorbar(
+          [start.speed[k]],
+          [start.quality],
+          [start.error],
+          fmt="s",
+          color="#667085",
+          elinewidth=0.8,
+          label="start",
+        )
       axes.set_xlabel(f"{label} (times)")
       axes.spines[["top", "right"]].set_visible(False)
       axes.margins(0.12)
     figure.axes[0].set_ylabel("win rate against the baseline, %")
-    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
-    figure.axes[0].set_title("numbers: rounds; bars: standard errors", loc="left", fontsize=8, color="#667085")
+    figure.legend(
+      *figure.axes[1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8
+    )
+    figure.axes[0].set_title(
+      "numbers: rounds; bars: standard errors", loc="left", fontsize=8, color="#667085"
+    )
   return figure
 
 

@@ -1,4 +1,5 @@
-"""From samples to pairs: judged against the baseline's answers, scored, chosen, counted, laid out for training."""
+"""From samples to pairs: judged against the baseline's answers, scored, chosen, counted, laid out for
+training."""
 
 import collections
 import json
@@ -21,7 +22,8 @@ Samples = Mapping[str, Sequence[dict]]  # of each prompt, by its id
 
 
 def judged(judge: Judge, samples: Samples, baseline: Mapping[str, dict], folder: Path) -> dict[str, float]:
-  """Quality of each sample, by its id: the judge's preference for it over the baseline's answer. Kept in `folder`."""
+  """Quality of each sample, by its id: the judge's preference for it over the baseline's answer. Kept in
+  `folder`."""
   asked = [
     Pair(s["id"], _answer(s), _answer(baseline[of]), "samples") for of, rows in samples.items() for s in rows
   ]
@@ -32,17 +34,30 @@ def _answer(row: dict) -> Answer:
   return Answer([{"role": "user", "content": row["prompt"]}], row["text"], row["finish_reason"] == "stop")
 
 
-def scored(samples: Samples, baseline: Mapping[str, dict], quality: Mapping[str, float], how: str,
-           cost: StepCost | None, *, prompts: Mapping[str, Sequence[int]], length: int) -> dict[str, list[dict]]:
+def scored(
+  samples: Samples,
+  baseline: Mapping[str, dict],
+  quality: Mapping[str, float],
+  how: str,
+  cost: StepCost | None,
+  *,
+  prompts: Mapping[str, Sequence[int]],
+  length: int,
+) -> dict[str, list[dict]]:
   """The samples with `speedup`, `quality` and `faults`.
 
-  Left out are those that no judge could judge, and those that are longer than `length` tokens behind their prompt's
-  tokens in `prompts`: no training row holds them.
+  Left out are those that no judge could judge, and those that are longer than `length` tokens behind their
+  prompt's tokens in `prompts`: no training row holds them.
   """
   speedup = cost.speedup if cost else SPEEDUPS[how]
   return {
     of: [
-      {**s, "speedup": speedup(s, baseline[of]), "quality": quality[s["id"]], "faults": faults(s, baseline[of])}
+      {
+        **s,
+        "speedup": speedup(s, baseline[of]),
+        "quality": quality[s["id"]],
+        "faults": faults(s, baseline[of]),
+      }
       for s in rows
       if s["id"] in quality and len(prompts[of]) + s["total_tokens"] <= length
     ]
@@ -50,7 +65,9 @@ def scored(samples: Samples, baseline: Mapping[str, dict], quality: Mapping[str,
   }
 
 
-def choose_pairs(samples: Samples, weight: float, *, guards: bool) -> tuple[list[tuple[dict, dict]], dict[str, int]]:
+def choose_pairs(
+  samples: Samples, weight: float, *, guards: bool
+) -> tuple[list[tuple[dict, dict]], dict[str, int]]:
   """((best, worst) of each prompt that gives a pair, how many prompts give none for which reason)."""
   pairs: list[tuple[dict, dict]] = []
   reasons: collections.Counter[str] = collections.Counter()
@@ -63,22 +80,31 @@ def choose_pairs(samples: Samples, weight: float, *, guards: bool) -> tuple[list
   return pairs, dict(reasons)
 
 
-def lay_out(pairs: Sequence[tuple[dict, dict]], vocabulary: Vocabulary, rule: PositionRule,
-            prompts: Mapping[str, Sequence[int]]) -> list[PreferencePair]:
-  """Pairs for training. `prompts` are the tokens of each prompt as the policy is to read them; a sample's own prompt
-  may lack the wanted speed."""
+def lay_out(
+  pairs: Sequence[tuple[dict, dict]],
+  vocabulary: Vocabulary,
+  rule: PositionRule,
+  prompts: Mapping[str, Sequence[int]],
+) -> list[PreferencePair]:
+  """Pairs for training. `prompts` are the tokens of each prompt as the policy is to read them; a sample's own
+  prompt may lack the wanted speed."""
   lay = lambda s: laid_out(s, vocabulary, rule, prompts[s["of"]])
   return [PreferencePair(lay(best), lay(worst)) for best, worst in pairs]
 
 
-def laid_out(sample: dict, vocabulary: Vocabulary, rule: PositionRule, prompt: Sequence[int] | None = None) -> Layout:
+def laid_out(
+  sample: dict, vocabulary: Vocabulary, rule: PositionRule, prompt: Sequence[int] | None = None
+) -> Layout:
   """A sample's answer behind its own prompt, or behind another one."""
   trace = from_json(sample["trace"], vocabulary, rule)
   return layout(trace.thread, rule, vocabulary.table, trace.prompt.tolist() if prompt is None else prompt)
 
 
-def figures(samples: Samples, pairs: Sequence[tuple[dict, dict]], reasons: Mapping[str, int], drawn: int) -> dict:
-  """What a round's report says of its samples and pairs; `drawn` samples were there before some were left out."""
+def figures(
+  samples: Samples, pairs: Sequence[tuple[dict, dict]], reasons: Mapping[str, int], drawn: int
+) -> dict:
+  """What a round's report says of its samples and pairs; `drawn` samples were there before some were left
+  out."""
   rows = [s for of in samples.values() for s in of]
   found = collections.Counter(f for s in rows for f in s["faults"])
   n = max(len(rows), 1)
@@ -92,7 +118,8 @@ def figures(samples: Samples, pairs: Sequence[tuple[dict, dict]], reasons: Mappi
       "quality": float(np.mean([s["quality"] for s in chosen])),
       "promises": float(np.mean([s["promises"] for s in chosen])),
       "text_tokens": float(np.mean([s["text_tokens"] for s in chosen])),
-      "tag_overhead": 1 - sum(s["text_tokens"] for s in chosen) / max(sum(s["total_tokens"] for s in chosen), 1),
+      "tag_overhead": 1
+      - sum(s["text_tokens"] for s in chosen) / max(sum(s["total_tokens"] for s in chosen), 1),
     }
 
   return {
@@ -113,8 +140,13 @@ def write_pairs(path: Path, pairs: Sequence[tuple[dict, dict]], weight: float) -
   """The pairs with where they come from; texts are left in the samples' file."""
   fields = ("id", "speedup", "quality", "longest_path", "text_tokens", "promises", "faults", "text")
   rows = [
-    {"id": b["of"], "prompt": b["prompt"], "weight": "inf" if math.isinf(weight) else weight,
-     "best": {f: b[f] for f in fields}, "worst": {f: w[f] for f in fields}}
+    {
+      "id": b["of"],
+      "prompt": b["prompt"],
+      "weight": "inf" if math.isinf(weight) else weight,
+      "best": {f: b[f] for f in fields},
+      "worst": {f: w[f] for f in fields},
+    }
     for b, w in pairs
   ]
   temporary = path.with_name(path.name + ".tmp")

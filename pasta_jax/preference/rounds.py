@@ -1,4 +1,5 @@
-"""`--mode=preference`: rounds of sampling, judging, choosing pairs, training and evaluating, as one resumable job.
+"""`--mode=preference`: rounds of sampling, judging, choosing pairs, training and evaluating, as one resumable
+job.
 
     workdir/baseline.jsonl                     the baseline's answers to the training prompts
     workdir/start/samples.jsonl, judgements/   samples of the policy that training starts from: of every first round
@@ -10,9 +11,9 @@
     workdir/front.svg, front.png               where the rounds lead (`front`)
     workdir/eval/                              all policies on the prompts of `config.eval` (`evaluate.run`)
 
-A policy is trained for one weight of quality, or, `conditioned`, for all of them: its prompts then say which speed is
-wanted. Every stage keeps what it made and goes on where it stopped; `preference.stages` runs some of them, so that they
-can run on different machines, with the folder carried between these.
+A policy is trained for one weight of quality, or, `conditioned`, for all of them: its prompts then say which
+speed is wanted. Every stage keeps what it made and goes on where it stopped; `preference.stages` runs some of
+them, so that they can run on different machines, with the folder carried between these.
 """
 
 import dataclasses
@@ -58,14 +59,17 @@ class Policy:
 
 
 def policies(config) -> list[Policy]:
-  """The policies that `config.preference` asks for: one a weight, or one for all. Raises ValueError, one line."""
+  """The policies that `config.preference` asks for: one a weight, or one for all. Raises ValueError, one
+  line."""
   c = config.preference
   try:
     weights = [float(w) for w in str(c.weights).split(",") if w.strip()]
   except ValueError:
     weights = []
   if not weights or min(weights) < 0 or len(set(weights)) < len(weights) or any(map(math.isnan, weights)):
-    raise ValueError(f"preference.weights={c.weights!r}: give weights of quality, each once, such as 1,2,4,8,inf")
+    raise ValueError(
+      f"preference.weights={c.weights!r}: give weights of quality, each once, such as 1,2,4,8,inf"
+    )
   if c.conditioned:
     return [Policy("conditioned", tuple(weights), True)]
   return [Policy(f"weight_{w:g}", (w,), False) for w in weights]
@@ -82,8 +86,10 @@ def _check(config) -> tuple[list[str], StepCost | None]:
     if c[field] < least:
       raise ValueError(f"preference.{field} must be {least} or more, not {c[field]}")
   if sampling.share_of(c.share) and stages != ["sample"]:
-    raise ValueError(f"preference.share={c.share!r} is for samples: give --config.preference.stages=sample too, and "
-                     "the other stages without a share")
+    raise ValueError(
+      f"preference.share={c.share!r} is for samples: give --config.preference.stages=sample too, and "
+      "the other stages without a share"
+    )
   check_settings(c)
   if "train" in stages:
     mesh_for(config)
@@ -98,8 +104,10 @@ def _check(config) -> tuple[list[str], StepCost | None]:
   try:
     return stages, StepCost(**json.loads(Path(c.cost).read_text()))
   except (OSError, ValueError, TypeError) as error:
-    raise ValueError("preference.score=clock needs preference.cost=FILE, which the benchmark writes with --cost=FILE "
-                     f"({error})") from None
+    raise ValueError(
+      "preference.score=clock needs preference.cost=FILE, which the benchmark writes with --cost=FILE "
+      f"({error})"
+    ) from None
 
 
 class _Job:
@@ -114,8 +122,9 @@ class _Job:
       raise ValueError("preference optimisation needs a judge: --config.eval.judges=local")
     self.judge = judges[0]
     c, e = config.preference, config.eval
-    self.requests: list[Request] = [r for r in read_prompts(c.prompts, limit=c.limit, part="preference")
-                                    if not r.earlier]
+    self.requests: list[Request] = [
+      r for r in read_prompts(c.prompts, limit=c.limit, part="preference") if not r.earlier
+    ]
     if "eval" in self.stages:
       known = {r.prompt for r in self.requests}
       held_out = read_prompts(e.prompts, limit=e.limit, categories=e.categories)
@@ -201,8 +210,9 @@ def _round(job: _Job, policy: Policy, number: int) -> None:
   found: list[_Judged] = []
   for weight in policy.weights:
     where, speed = job.samples(policy, number, weight)
-    samples = sampling.draw(config, str(before), job.requests, where / "samples.jsonl", speed,
-                            may_draw="sample" in job.stages)
+    samples = sampling.draw(
+      config, str(before), job.requests, where / "samples.jsonl", speed, may_draw="sample" in job.stages
+    )
     if c.audit and not c.share:
       _audit(job, where / "audit.json", before, number, [s for rows in samples.values() for s in rows])
     if set(job.stages) & {"judge", "train"}:
@@ -235,18 +245,30 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], fo
     prompts = {r.id: vocabulary.tokenizer.chat_prompt([say(r.prompt)]) for r in job.requests}
     rows = pairs.scored(samples, baseline, quality, c.score, job.cost, prompts=prompts, length=c.length)
     chosen, reasons = pairs.choose_pairs(rows, weight, guards=c.guards)
-    pairs.write_pairs(folder / (f"pairs_{weight:g}.jsonl" if policy.conditioned else "pairs.jsonl"), chosen, weight)
+    pairs.write_pairs(
+      folder / (f"pairs_{weight:g}.jsonl" if policy.conditioned else "pairs.jsonl"), chosen, weight
+    )
     report["by weight"][f"{weight:g}"] = pairs.figures(rows, chosen, reasons, sum(map(len, samples.values())))
     laid += pairs.lay_out(chosen, vocabulary, rule, prompts)
     picked += chosen
   if not laid:
     why = {w: f["without a pair"] for w, f in report["by weight"].items()}
-    raise ValueError(f"round {number} of {policy.name} found no pair to train on; prompts without, by weight: {why}")
+    raise ValueError(
+      f"round {number} of {policy.name} found no pair to train on; prompts without, by weight: {why}"
+    )
   notes = {"weights": ", ".join(f"{w:g}" for w in policy.weights), "round": str(number)}
   if policy.conditioned:
     notes["speeds"] = json.dumps(sorted(policy.speed(w) for w in policy.weights))
-  train_on_pairs(config, folder / "train", laid, checkpoint=checkpoint, vocabulary=vocabulary, rule=rule,
-                 adapter=before, notes=notes)
+  train_on_pairs(
+    config,
+    folder / "train",
+    laid,
+    checkpoint=checkpoint,
+    vocabulary=vocabulary,
+    rule=rule,
+    adapter=before,
+    notes=notes,
+  )
   report["training"] = last_scalars(folder / "train", share=0.25)  # one step holds few pairs
   if c.audit:
     report["learned"] = _learned(job, before, job.adapter(policy, number), picked)
@@ -254,16 +276,21 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], fo
 
 
 def _audit(job: _Job, path: Path, policy: Path, number: int, samples: list[dict]) -> None:
-  """Once for each file of samples: decode loop against trainer, and, behind round 1, how far the policy has gone."""
+  """Once for each file of samples: decode loop against trainer, and, behind round 1, how far the policy has
+  gone."""
   if path.is_file():
     return
   few = audit.some(samples, job.config.preference.audit)
   found: dict = audit.compare(job.config, job.checkpoint(policy), policy, few)
-  print(f"audit of {found['samples']} samples: between decode loop and trainer, log p a token differs by "
-        f"{found['mean']:.2g} on average, {found['worst']:.2g} at most")
+  print(
+    f"audit of {found['samples']} samples: between decode loop and trainer, log p a token differs by "
+    f"{found['mean']:.2g} on average, {found['worst']:.2g} at most"
+  )
   if number > 1:
     found["from_start"] = audit.divergence(job.config, job.checkpoint(job.start), job.start, few)
-    print(f"the policy finds its samples likelier than the start does by {found['from_start']:.3f} nats a token")
+    print(
+      f"the policy finds its samples likelier than the start does by {found['from_start']:.3f} nats a token"
+    )
   _write_json(path, found)
 
 
@@ -312,22 +339,38 @@ def show(workdir: Path) -> None:
       which = [report["policy"], f"round {report['round']}"]
       if len(report["by weight"]) > 1:
         which.append(f"weight {weight}")
-      of = lambda key, f=f: "\n".join(f"{f[side].get(key, math.nan):.2f}" for side in ("samples", "best", "worst"))
-      table.add_row("\n".join(which), "all\nbest\nworst", of("speedup"), of("quality"), str(f["pairs"]),
-                    f"{100 * f['share with faults']:.0f} %", f"{report['training']['margin']:.1f}",
-                    f"{100 * report['training']['accuracy']:.0f} %")
-      found = ", ".join(f"{fault} {100 * share:.0f} %" for fault, share in f["faults of samples, share"].items())
+      of = lambda key, f=f: "\n".join(
+        f"{f[side].get(key, math.nan):.2f}" for side in ("samples", "best", "worst")
+      )
+      table.add_row(
+        "\n".join(which),
+        "all\nbest\nworst",
+        of("speedup"),
+        of("quality"),
+        str(f["pairs"]),
+        f"{100 * f['share with faults']:.0f} %",
+        f"{report['training']['margin']:.1f}",
+        f"{100 * report['training']['accuracy']:.0f} %",
+      )
+      found = ", ".join(
+        f"{fault} {100 * share:.0f} %" for fault, share in f["faults of samples, share"].items()
+      )
       faults.append(f"{', '.join(which)}: {found or 'none'}")
     if of_kinds := report.get("learned"):
-      words = (f"{kind} {' / '.join(_gain(of_kinds[side].get(kind)) for side in ('best', 'worst'))}"
-               for kind in audit.KINDS if any(kind in of_kinds[side] for side in ("best", "worst")))
+      words = (
+        f"{kind} {' / '.join(_gain(of_kinds[side].get(kind)) for side in ('best', 'worst'))}"
+        for kind in audit.KINDS
+        if any(kind in of_kinds[side] for side in ("best", "worst"))
+      )
       learned.append(f"{report['policy']}, round {report['round']}: {', '.join(words)}")
   if table.row_count:
     console = rich.console.Console(highlight=False)
     console.print(table)
     console.print("Faults of samples, a share of all of them each:", *faults, sep="\n")
     if learned:
-      console.print("How much likelier tokens became in best / worst answers, nats a token:", *learned, sep="\n")
+      console.print(
+        "How much likelier tokens became in best / worst answers, nats a token:", *learned, sep="\n"
+      )
 
 
 def _gain(kind: dict | None) -> str:

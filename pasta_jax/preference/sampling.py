@@ -1,4 +1,5 @@
-"""Answers sampled from a policy, several a prompt, and the baseline's: rows that a resumed run does not draw again."""
+"""Answers sampled from a policy, several a prompt, and the baseline's: rows that a resumed run does not draw
+again."""
 
 import dataclasses
 import time
@@ -22,13 +23,14 @@ from pasta_jax.progress import progress_bar
 
 
 def seed_of(seed: int, policy: str | None, speed: int, sample: str) -> int:
-  """The seed of a sample, by its id: the same on every machine, whatever is sampled beside it; another one for
-  another policy, so that rounds do not draw the same noise."""
+  """The seed of a sample, by its id: the same on every machine, whatever is sampled beside it; another one
+  for another policy, so that rounds do not draw the same noise."""
   return zlib.crc32(f"{seed}/{policy}/{speed}/{sample}".encode())
 
 
 def sample_record(trace: Trace, vocabulary: Vocabulary) -> dict:
-  """`describe`, what `score` needs besides, the trace, and the decode loop's log p of the tokens that it chose."""
+  """`describe`, what `score` needs besides, the trace, and the decode loop's log p of the tokens that it
+  chose."""
   return {
     **describe(trace, vocabulary),
     **chunk_facts(trace, vocabulary),
@@ -68,13 +70,14 @@ def _records(path: Path, settings: dict, share: tuple[int, int] | None) -> tuple
   return records, rows
 
 
-def draw(config, adapter: str, requests: Sequence[Request], path: Path, speed: int = -1, *,
-         may_draw: bool = True) -> dict[str, list[dict]]:
+def draw(
+  config, adapter: str, requests: Sequence[Request], path: Path, speed: int = -1, *, may_draw: bool = True
+) -> dict[str, list[dict]]:
   """`config.preference.samples` samples of each request from the policy `adapter`, by the request's id.
 
   They are decoded as `config.decode` says, but for the temperature. Rows stand in `path` as they end, or, of
-  `preference.share` only those, in a file beside it; those that are there are not drawn again. Raises ValueError if
-  some are missing and `may_draw` does not hold.
+  `preference.share` only those, in a file beside it; those that are there are not drawn again. Raises
+  ValueError if some are missing and `may_draw` does not hold.
   """
   c = config.preference
   digest = adapter_digest(adapter)
@@ -93,8 +96,10 @@ def draw(config, adapter: str, requests: Sequence[Request], path: Path, speed: i
   wanted = [dataclasses.replace(r, id=f"{r.id}#{k}") for r in requests for k in range(c.samples)]
   todo = missing(path, rows, wanted)
   if todo and not may_draw:
-    raise ValueError(f"{path} lacks {len(todo)} of {len(wanted)} samples: run the sample stage first "
-                     "(--config.preference.stages=sample)")
+    raise ValueError(
+      f"{path} lacks {len(todo)} of {len(wanted)} samples: run the sample stage first "
+      "(--config.preference.stages=sample)"
+    )
   if todo:
     generator = Generator(config, adapter=adapter, dtype=c.sample_dtype)
     decoder = BatchDecoder(generator.interpreter(True), requests=c.requests, width=c.width)
@@ -106,8 +111,12 @@ def draw(config, adapter: str, requests: Sequence[Request], path: Path, speed: i
     def done(i: int, trace: Trace) -> None:
       nonlocal tokens
       tokens += trace.cost.total_tokens
-      rows[todo[i].id] = {"id": todo[i].id, "of": todo[i].id.rpartition("#")[0], "prompt": todo[i].prompt,
-                          **sample_record(trace, generator.vocabulary)}
+      rows[todo[i].id] = {
+        "id": todo[i].id,
+        "of": todo[i].id.rpartition("#")[0],
+        "prompt": todo[i].prompt,
+        **sample_record(trace, generator.vocabulary),
+      }
       records.add(rows[todo[i].id])
       bar.update(task, advance=1, note=f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
 
@@ -120,7 +129,8 @@ def draw(config, adapter: str, requests: Sequence[Request], path: Path, speed: i
 
 
 def answers_of_baseline(config, requests: Sequence[Request], path: Path) -> dict[str, dict]:
-  """The baseline system's answers (`config.eval.baseline`) by id: what quality and speed are measured against."""
+  """The baseline system's answers (`config.eval.baseline`) by id: what quality and speed are measured
+  against."""
   name = config.eval.baseline
   share = share_of(config.preference.share)
   records, rows = _records(path, settings_of(config, name, timed=False), share)

@@ -1,7 +1,7 @@
 """What a sampled answer is worth, what is wrong with it, and which two of a prompt's samples make a pair.
 
-Samples are records of `decode.record.describe` with `chunks` (`chunk_facts`), a judge's `quality` in [0, 1], and a
-`speedup`. Pure functions, no model.
+Samples are records of `decode.record.describe` with `chunks` (`chunk_facts`), a judge's `quality` in [0, 1],
+and a `speedup`. Pure functions, no model.
 """
 
 import collections
@@ -30,7 +30,8 @@ def _harmonic(sample: dict, baseline: dict) -> float:
 
 
 def _delivered(sample: dict, baseline: dict) -> float:
-  """The theoretical speedup of the text that is there, up to the baseline's length: saying less is not speed."""
+  """The theoretical speedup of the text that is there, up to the baseline's length: saying less is not
+  speed."""
   return min(sample["theoretical_speedup"], theoretical_against(sample, baseline))
 
 
@@ -47,8 +48,8 @@ SPEEDUPS: dict[str, Callable[[dict, dict], float]] = {
 class StepCost:
   """Seconds of a decode step on a device: `base + row * branches + entry * pool entries in use`.
 
-  Fitted by `evaluate.benchmark` (`--cost=FILE`); predicts wall clock, where tags, narrow steps and a growing pool
-  cost something, from when each token of an answer was written.
+  Fitted by `evaluate.benchmark` (`--cost=FILE`); predicts wall clock, where tags, narrow steps and a growing
+  pool cost something, from when each token of an answer was written.
   """
 
   base: float
@@ -65,19 +66,22 @@ class StepCost:
     return total
 
   def speedup(self, sample: dict, baseline: dict) -> float:
-    """Predicted seconds of the sample's text, up to the baseline's length, one token at a time, over its own."""
+    """Predicted seconds of the sample's text, up to the baseline's length, one token at a time, over its
+    own."""
     prompt = sample["prompt_tokens"]
     sequential = self.seconds(range(min(sample["text_tokens"], baseline["text_tokens"])), prompt)
     return sequential / max(self.seconds(sample["rounds"], prompt), 1e-9)
 
 
 def score(speedup: float, quality: float, weight: float) -> tuple[float, float]:
-  """speedup + weight x quality, as a key to sort by; with an infinite weight quality decides and speed breaks ties."""
+  """speedup + weight x quality, as a key to sort by; with an infinite weight quality decides and speed breaks
+  ties."""
   return (quality, speedup) if math.isinf(weight) else (speedup + weight * quality, 0.0)
 
 
 def chunk_facts(trace: Trace, vocabulary: Vocabulary) -> dict:
-  """What `faults` asks of the chunks: how many are empty, and how many copy another one or the main thread."""
+  """What `faults` asks of the chunks: how many are empty, and how many copy another one or the main
+  thread."""
   texts = []
   for t in trace.threads:
     reading = read(Thread(tuple(t.tokens.tolist())), vocabulary.table, is_main=t.number == 0)
@@ -120,10 +124,11 @@ class Choice:
 def choose(samples: Sequence[dict], weight: float, *, guards: bool = True) -> Choice:
   """The pair of a prompt's samples, which have `speedup`, `quality`, `faults` and `text`.
 
-  `samples` may be fewer than were drawn: without those that were not judged, or that no training row holds. With
-  `guards` any answer with faults ranks below all without: the best has none, and the worst is the worst of those that
-  have some, if there are any, so that what breaks an answer is unlearned even where it is fast. No pair where
-  all samples are the same, where none is without faults, and where best and worst score the same.
+  `samples` may be fewer than were drawn: without those that were not judged, or that no training row holds.
+  With `guards` any answer with faults ranks below all without: the best has none, and the worst is the worst
+  of those that have some, if there are any, so that what breaks an answer is unlearned even where it is fast.
+  No pair where all samples are the same, where none is without faults, and where best and worst score the
+  same.
   """
   if len(samples) < 2:
     return Choice(reason="not judged, or too long")

@@ -1,6 +1,8 @@
-"""Training steps compiled for TPUs that are not here: does a config fit a slice, and what does it ask of a chip?
+"""Training steps compiled for TPUs that are not here: does a config fit a slice, and what does it ask of a
+chip?
 
-The compiler is that of the package `libtpu` (`pip install -e ".[tpu]"`), which needs no TPU. Weights are not read.
+The compiler is that of the package `libtpu` (`pip install -e ".[tpu]"`), which needs no TPU. Weights are not
+read.
 """
 
 import dataclasses
@@ -32,8 +34,14 @@ from pasta_jax.train.state import TrainState, make_optimiser, split
 
 STAGES = ("train", "preference")
 # libtpu asks no metadata server for a machine that it is not on, and processes need not wait for each other.
-_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LOG_DIR": "disabled",
-                "TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+_ENVIRONMENT = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_LOG_DIR": "disabled",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+}
 
 
 @dataclasses.dataclass
@@ -54,8 +62,8 @@ class Compiled:
 def compile_steps(config) -> list[Compiled]:
   """Compiles the steps of `config.compile.stages` for `config.compile.topology`, and prints a table.
 
-  Raises ValueError, one line, if the compiler is not installed, does not know the topology, or finds that a step does
-  not fit the chips' memory.
+  Raises ValueError, one line, if the compiler is not installed, does not know the topology, or finds that a
+  step does not fit the chips' memory.
   """
   stages = [s.strip() for s in config.compile.stages.split(",")]
   if unknown := [s for s in stages if s not in STAGES]:
@@ -69,18 +77,23 @@ def compile_steps(config) -> list[Compiled]:
       raise ValueError(f"{stage}.attention=gpu is not for TPUs: leave it at auto")
   model = model_config(config.model.source)
   devices = topology(config.compile.topology)
-  mesh = Mesh(np.array(devices).reshape(mesh_shape(config.mesh, len(devices))), AXES,
-              axis_types=(AxisType.Auto,) * len(AXES))
+  mesh = Mesh(
+    np.array(devices).reshape(mesh_shape(config.mesh, len(devices))),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+  )
   found = [_compile(config, stage, model, mesh) for stage in stages]
   table = Table(f"{config.compile.topology}, {mesh.size} x {devices[0].device_kind}", *stages)
   for name, show in (
-    ("parameters trained", lambda f: f"{f.parameters / 1e6:,.1f} M"), ("tokens a step", lambda f: f"{f.tokens:,}"),
+    ("parameters trained", lambda f: f"{f.parameters / 1e6:,.1f} M"),
+    ("tokens a step", lambda f: f"{f.tokens:,}"),
     ("memory of a chip", lambda f: f"{f.memory / 2**30:.1f} GiB"),
     ("  parameters, moments, batch", lambda f: f"{f.state / 2**30:.2f} GiB"),
     ("  beside them, at most", lambda f: f"{f.temporary / 2**30:.2f} GiB"),
     ("FLOPs of the model, a step", lambda f: f"{f.flops / 1e12:,.1f} T"),
     ("  at the chips' peak", lambda f: f"{f.seconds * 1e3:,.1f} ms"),
-    ("compiled in", lambda f: f"{f.compiling:.0f} s")):
+    ("compiled in", lambda f: f"{f.compiling:.0f} s"),
+  ):
     table.add_row(name, *map(show, found))
   rich.print(table)
   return found
@@ -92,7 +105,9 @@ def model_config(source: str) -> ModelConfig:
   if path.suffix != ".json":
     return load_checkpoint(source).config
   config = read_config(path)
-  return dataclasses.replace(config, tag_ids=tuple(range(len(TAG_TEXTS))))  # which rows they are costs nothing
+  return dataclasses.replace(
+    config, tag_ids=tuple(range(len(TAG_TEXTS)))
+  )  # which rows they are costs nothing
 
 
 def topology(name: str) -> list[jax.Device]:
@@ -100,13 +115,17 @@ def topology(name: str) -> list[jax.Device]:
   for key, value in _ENVIRONMENT.items():
     os.environ.setdefault(key, value)
   from jax.experimental import topologies
+
   one = re.fullmatch(r"[^:]+:1x1(x1)?", name)
   try:
-    return topologies.get_topology_desc(platform="tpu", topology_name=name,
-                                        **({"chips_per_host_bounds": [1, 1, 1]} if one else {})).devices
+    return topologies.get_topology_desc(
+      platform="tpu", topology_name=name, **({"chips_per_host_bounds": [1, 1, 1]} if one else {})
+    ).devices
   except Exception as error:  # its own kinds are many: a missing package, an unknown name
-    raise ValueError(f"compile.topology={name!r} is not to be had ({' '.join(str(error).split())[:160]}): names are "
-                     f"like v5e:4x8, v5p:2x2x4, v6e:4x4, and the package libtpu is needed") from None
+    raise ValueError(
+      f"compile.topology={name!r} is not to be had ({' '.join(str(error).split())[:160]}): names are "
+      f"like v5e:4x8, v5p:2x2x4, v6e:4x4, and the package libtpu is needed"
+    ) from None
 
 
 def abstract_model(config: ModelConfig, c, *, tags: bool) -> tuple[Any, Any, Any]:
@@ -130,23 +149,34 @@ def abstract_step(config, stage: str, model: ModelConfig, mesh) -> tuple[Any, tu
   tags = stage == "preference" or c.annotation != "none"
   graph, trainable, frozen = abstract_model(model, c, tags=tags)
   optimiser, _ = make_optimiser(c, 100)
-  state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable,  # type: ignore[arg-type]
-                     jax.eval_shape(optimiser.init, trainable))
-  placed = lambda tree: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree,
-                                     shardings(mesh, tree))
-  update = (sft.make_update(graph, optimiser, c)[0] if stage == "train" else
-            preference.make_pair_update(graph, optimiser, c, c.beta or default_beta(c.loss, c.samples)))
+  state = TrainState(
+    jax.ShapeDtypeStruct((), jnp.int32),
+    trainable,  # type: ignore[arg-type]
+    jax.eval_shape(optimiser.init, trainable),
+  )
+  placed = lambda tree: jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings(mesh, tree)
+  )
+  update = (
+    sft.make_update(graph, optimiser, c)[0]
+    if stage == "train"
+    else preference.make_pair_update(graph, optimiser, c, c.beta or default_beta(c.loss, c.samples))
+  )
   return update, (placed(state), placed(frozen), _batches(c, mesh, stage == "preference"))
 
 
 def _batches(c, mesh, of_pairs: bool) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes of a step's batches (`data.packing`, `data.pairs`)."""
   rows, length = c.batch_size, c.length
-  fields: dict[str, tuple[int, ...]] = {name: (rows, length) for name in ("tokens", "positions", "targets", "segments")}
+  fields: dict[str, tuple[int, ...]] = {
+    name: (rows, length) for name in ("tokens", "positions", "targets", "segments")
+  }
   fields |= {"hidden": (rows, length, 1, 2)} | ({"answers": (rows, length)} if of_pairs else {})
   divided, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, ROWS), ()))
-  out = {name: jax.ShapeDtypeStruct((c.accumulate, *shape), jnp.int32, sharding=divided)
-         for name, shape in fields.items()}
+  out = {
+    name: jax.ShapeDtypeStruct((c.accumulate, *shape), jnp.int32, sharding=divided)
+    for name, shape in fields.items()
+  }
   for name, shape in {"reference": (2 * rows, 2), "weight": (2 * rows,)}.items() if of_pairs else ():
     out[name] = jax.ShapeDtypeStruct((c.accumulate, *shape), jnp.float32, sharding=whole)
   return out
@@ -167,13 +197,21 @@ def _compile(config, stage: str, model: ModelConfig, mesh: Mesh) -> Compiled:
       raise
     found = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error))
     lack = f"a chip would need {found[1]} of its {found[2]}" if found else " ".join(str(error).split())[:200]
-    raise ValueError(f"{stage} does not fit {config.compile.topology}: {lack}; fewer rows or tokens, more chips, or "
-                     f"another mesh or remat may do") from None
+    raise ValueError(
+      f"{stage} does not fit {config.compile.topology}: {lack}; fewer rows or tokens, more chips, or "
+      f"another mesh or remat may do"
+    ) from None
   memory, kind = compiled.memory_analysis(), mesh.devices.flat[0].device_kind
   flops = c.accumulate * step_flops(model, c.batch_size, c.length, full=c.lora_rank == 0)
   limits = chip(kind)
   return Compiled(
-    stage=stage, parameters=sum(x.size for x in jax.tree.leaves(arguments[0].trainable)),
-    tokens=c.accumulate * c.batch_size * c.length, state=memory.argument_size_in_bytes,
-    temporary=memory.temp_size_in_bytes, memory=limits.memory if limits else float("nan"), flops=flops,
-    seconds=flops / mesh.size / limits.peak if limits else float("nan"), compiling=time.perf_counter() - started)
+    stage=stage,
+    parameters=sum(x.size for x in jax.tree.leaves(arguments[0].trainable)),
+    tokens=c.accumulate * c.batch_size * c.length,
+    state=memory.argument_size_in_bytes,
+    temporary=memory.temp_size_in_bytes,
+    memory=limits.memory if limits else float("nan"),
+    flops=flops,
+    seconds=flops / mesh.size / limits.peak if limits else float("nan"),
+    compiling=time.perf_counter() - started,
+  )

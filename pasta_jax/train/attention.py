@@ -1,10 +1,10 @@
 """What tokens of packed rows see, by one of several programs that compute the same.
 
-    chunked    plain JAX in blocks of queries
-    tpu, gpu   the kernels of `model.flash`
-    auto       the TPU's kernels there, chunked elsewhere: the GPU's have been interpreted and lowered, not yet run
-    interpret  the TPU's kernels step by step in plain JAX: slow, to try them anywhere
-    dense      the whole T x T mask: the reference
+chunked    plain JAX in blocks of queries
+tpu, gpu   the kernels of `model.flash`
+auto       the TPU's kernels there, chunked elsewhere: the GPU's have been interpreted and lowered, not yet run
+interpret  the TPU's kernels step by step in plain JAX: slow, to try them anywhere
+dense      the whole T x T mask: the reference
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,8 @@ KINDS = ("auto", "chunked", "tpu", "gpu", "interpret", "dense")
 
 
 def check_how(config, name: str) -> None:
-  """Raises ValueError, one line, for `dtype`, `remat` and `attention` of a config's section (`name`) that are none."""
+  """Raises ValueError, one line, for `dtype`, `remat` and `attention` of a config's section (`name`) that are
+  none."""
   for field, choices in (("dtype", DTYPES), ("remat", REMAT), ("attention", KINDS)):
     if config[field] not in choices:
       raise ValueError(f"{name}.{field} must be one of {', '.join(choices)}, not {config[field]!r}")
@@ -36,12 +37,15 @@ def check_machine(config, name: str) -> None:
   """Raises ValueError, one line, if this machine cannot run a section's `attention`."""
   here = jax.default_backend()
   if config.attention in ("tpu", "gpu") and config.attention != here:
-    raise ValueError(f"{name}.attention={config.attention} cannot run on this machine's {here}: leave it at auto")
+    raise ValueError(
+      f"{name}.attention={config.attention} cannot run on this machine's {here}: leave it at auto"
+    )
 
 
 def hidden_intervals(batch: Batch) -> jax.Array:
-  """[B, T, L + 1, 2]: the query indices that each key is hidden from. The last one says that what stands behind an
-  example, in the same row, does not see it (`layout.is_visible` does the rest); padding sees nothing but itself."""
+  """[B, T, L + 1, 2]: the query indices that each key is hidden from. The last one says that what stands
+  behind an example, in the same row, does not see it (`layout.is_visible` does the rest); padding sees
+  nothing but itself."""
   segments = batch["segments"]
   rows, length = segments.shape
   at = jnp.arange(length, dtype=jnp.int32)
@@ -81,8 +85,8 @@ def make_attend(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
 
 
 def _by_kernel(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
-  """The partitioner cannot divide a kernel: each device runs it on its rows and heads; where there are too few heads of
-  keys, on its heads of queries."""
+  """The partitioner cannot divide a kernel: each device runs it on its rows and heads; where there are too
+  few heads of keys, on its heads of queries."""
   platform = "gpu" if kind == "gpu" else "tpu"
   size = flash.tile_size(platform, batch["tokens"].shape[1], config.head_dim)
   settings = flash.Settings(platform, size, config.attention_softcap, config.window > 0, kind == "interpret")
@@ -96,8 +100,12 @@ def _by_kernel(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
       fits = [divides("tensor", n) for n in q.shape[2:4]]
       ours = PartitionSpec(ROWS, None, *(("tensor",) if fits[0] else (None, "tensor") if fits[1] else ()))
       theirs = PartitionSpec(ROWS, None, "tensor" if fits[0] else None)
-      divided = jax.shard_map(run, in_specs=(ours, theirs, theirs, PartitionSpec(), PartitionSpec(ROWS)),
-                              out_specs=ours, check_vma=False)
+      divided = jax.shard_map(
+        run,
+        in_specs=(ours, theirs, theirs, PartitionSpec(), PartitionSpec(ROWS)),
+        out_specs=ours,
+        check_vma=False,
+      )
       return divided(q, k, v, local, tables), None
     return run(q, k, v, local, tables), None
 

@@ -1,9 +1,9 @@
 """What training costs here: `python -m pasta_jax.train.benchmark`.
 
-Attention, forward and backward, by row length: the whole T x T mask against the program that trains on this machine
-(`train.attention`), for plain causal rows, for one long answer of 16 chunks, and for real examples packed into a row.
-Then whole training steps: tokens a second, and their share of what the chip can do (MFU). Medians; what is compared is
-measured in turns.
+Attention, forward and backward, by row length: the whole T x T mask against the program that trains on this
+machine (`train.attention`), for plain causal rows, for one long answer of 16 chunks, and for real examples
+packed into a row. Then whole training steps: tokens a second, and their share of what the chip can do (MFU).
+Medians; what is compared is measured in turns.
 """
 
 import json
@@ -38,11 +38,11 @@ from pasta_jax.train.state import first_state, make_model, make_optimiser
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "configs/smollm2_135m.py", "its model, and how `train` trains it")
 flags.DEFINE_string("data", "data/seed.jsonl", "annotated rows that are packed")
-flags.DEFINE_list("lengths", ["2048", "8192"], "tokens of a row in the measurements of attention; \"\": none")
+flags.DEFINE_list("lengths", ["2048", "8192"], 'tokens of a row in the measurements of attention; "": none')
 flags.DEFINE_integer("dense_up_to", 8192, "longest row for which the whole mask is tried")
 flags.DEFINE_list("kinds", ["auto"], "programs for attention (train.attention) beside the dense one")
 flags.DEFINE_string("dtype", "bfloat16", "of attention's products")
-flags.DEFINE_list("steps", ["full float32", "full bfloat16", "lora bfloat16"], "training steps; \"\": none")
+flags.DEFINE_list("steps", ["full float32", "full bfloat16", "lora bfloat16"], 'training steps; "": none')
 flags.DEFINE_integer("rows", 4, "of a training step")
 flags.DEFINE_integer("length", 512, "tokens of a row of a training step")
 flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")
@@ -72,8 +72,9 @@ def answer_row(length: int) -> Batch:
 
 def packed_row(vocabulary: Vocabulary, length: int) -> Batch:
   """Examples of `--data`, again and again until the row is full."""
-  found = examples(read_jsonl(FLAGS.data), vocabulary, PositionRule(), annotation="plan",
-                   max_length=length).examples
+  found = examples(
+    read_jsonl(FLAGS.data), vocabulary, PositionRule(), annotation="plan", max_length=length
+  ).examples
   found = found * (1 + length // sum(map(len, found)))
   levels = max(e.hidden.shape[1] for e in found)
   return pack_row([found[i] for i in fill_rows([len(e) for e in found], length)[0]], length, levels)
@@ -123,8 +124,11 @@ def measure_attention(checkpoint: Checkpoint) -> list[dict[str, Any]]:
   """Figures by length, program and mask."""
   found = []
   for length in map(int, FLAGS.lengths):
-    rows = {"causal": causal_row(length), "one answer": answer_row(length),
-            "packed": packed_row(checkpoint.vocabulary, length)}
+    rows = {
+      "causal": causal_row(length),
+      "one answer": answer_row(length),
+      "packed": packed_row(checkpoint.vocabulary, length),
+    }
     cases = [(kind, mask) for kind in FLAGS.kinds for mask in rows]
     cases = ([("dense", "causal")] if length <= FLAGS.dense_up_to else []) + cases
     timers = {case: attention_timer(case[0], rows[case[1]], checkpoint.config) for case in cases}
@@ -133,9 +137,16 @@ def measure_attention(checkpoint: Checkpoint) -> list[dict[str, Any]]:
       for case, (measure, _) in timers.items():
         seconds[case].append(measure())
     for kind, mask in cases:
-      found.append({"length": length, "kind": kind, "mask": mask, "seconds": statistics.median(seconds[kind, mask]),
-                    "temporary": timers[kind, mask][1],
-                    "tiles_on_tpu": visited(rows[mask], flash.tile_size("tpu", length, checkpoint.config.head_dim))})
+      found.append(
+        {
+          "length": length,
+          "kind": kind,
+          "mask": mask,
+          "seconds": statistics.median(seconds[kind, mask]),
+          "temporary": timers[kind, mask][1],
+          "tiles_on_tpu": visited(rows[mask], flash.tile_size("tpu", length, checkpoint.config.head_dim)),
+        }
+      )
   return found
 
 
@@ -162,9 +173,14 @@ def measure_step(checkpoint: Checkpoint, what: str) -> dict[str, Any]:
   median = statistics.median(seconds[1:])
   limits = chip(jax.devices()[0].device_kind)
   flops = step_flops(checkpoint.config, c.batch_size, c.length, full=kind == "full")
-  return {"step": what, "seconds": median, "tokens_per_second": c.batch_size * c.length / median,
-          "temporary": _temporary(step), "flops_per_second": flops / median,
-          "mfu": flops / median / limits.peak if limits else None}
+  return {
+    "step": what,
+    "seconds": median,
+    "tokens_per_second": c.batch_size * c.length / median,
+    "temporary": _temporary(step),
+    "flops_per_second": flops / median,
+    "mfu": flops / median / limits.peak if limits else None,
+  }
 
 
 def main(argv: list[str]) -> None:
@@ -172,21 +188,47 @@ def main(argv: list[str]) -> None:
   checkpoint = load_checkpoint(FLAGS.config.model.source)
   attention = measure_attention(checkpoint)
   if attention:
-    table = Table("tokens", "program", "mask", "ms", "to causal", "MiB", "tiles on TPU",
-                  title=f"attention of a layer, {FLAGS.dtype}, forward and backward, {jax.devices()[0].device_kind}")
+    table = Table(
+      "tokens",
+      "program",
+      "mask",
+      "ms",
+      "to causal",
+      "MiB",
+      "tiles on TPU",
+      title=f"attention of a layer, {FLAGS.dtype}, forward and backward, {jax.devices()[0].device_kind}",
+    )
     causal: dict[tuple[int, str], float] = {}
     for f in attention:
       base = causal.setdefault((f["length"], f["kind"]), f["seconds"])
-      table.add_row(f"{f['length']:,}", f["kind"], f["mask"], f"{1e3 * f['seconds']:.1f}", f"{f['seconds'] / base:.2f}",
-                    f"{f['temporary'] / 2**20:,.0f}", f"{100 * f['tiles_on_tpu']:.0f} %")
+      table.add_row(
+        f"{f['length']:,}",
+        f["kind"],
+        f["mask"],
+        f"{1e3 * f['seconds']:.1f}",
+        f"{f['seconds'] / base:.2f}",
+        f"{f['temporary'] / 2**20:,.0f}",
+        f"{100 * f['tiles_on_tpu']:.0f} %",
+      )
     rich.print(table)
   steps = [measure_step(checkpoint, what) for what in FLAGS.steps]
   if steps:
-    table = Table("step", "tokens/s", "TFLOP/s of the model", "MFU", "temporary, MiB",
-                  title=f"{FLAGS.rows} rows of {FLAGS.length} tokens, {jax.devices()[0].device_kind}")
+    table = Table(
+      "step",
+      "tokens/s",
+      "TFLOP/s of the model",
+      "MFU",
+      "temporary, MiB",
+      title=f"{FLAGS.rows} rows of {FLAGS.length} tokens, {jax.devices()[0].device_kind}",
+    )
     for s in steps:
-      table.add_row(s["step"], f"{s['tokens_per_second']:,.0f}", f"{s['flops_per_second'] / 1e12:.3f}",
-                    "" if s["mfu"] is None else f"{100 * s['mfu']:.0f} %", f"{s['temporary'] / 2**20:,.0f}")
+      table.add_row(
+        s["step"],
+        f"{s['tokens_per_second']:,.0f}",
+        f"{s['flops_per_second'] / 1e12:.3f}",
+        "" if s["mfu"] is None else f"{100 * s['mfu']:.0f} %",
+        f"{s['temporary'] / 2**20:,.0f}",
+      )
     rich.print(table)
   if FLAGS.json:
     Path(FLAGS.json).write_text(json.dumps({"attention": attention, "steps": steps}, indent=2))

@@ -1,4 +1,5 @@
-"""FLOPs of a training step, and what chips can do: together, model FLOPs utilisation (Chowdhery et al. 2022)."""
+"""FLOPs of a training step, and what chips can do: together, model FLOPs utilisation (Chowdhery et al.
+2022)."""
 
 from typing import NamedTuple
 
@@ -26,7 +27,8 @@ def chip(kind: str) -> Chip | None:
 
 
 def matmul_parameters(c: ModelConfig) -> int:
-  """Parameters that every token is multiplied with: the layers' matrices and the head, not the embedding's rows."""
+  """Parameters that every token is multiplied with: the layers' matrices and the head, not the embedding's
+  rows."""
   attention = c.d_model * c.head_dim * 2 * (c.n_heads + c.n_kv_heads)
   return c.n_layers * (attention + 3 * c.d_model * c.d_ff) + c.d_model * c.vocab_size
 
@@ -34,10 +36,13 @@ def matmul_parameters(c: ModelConfig) -> int:
 def step_flops(c: ModelConfig, rows: int, length: int, *, full: bool) -> float:
   """FLOPs that a step on `rows` rows of `length` tokens needs: forward and backward, nothing computed again.
 
-  Low-rank training (`full` False) needs no gradient of the weights. Attention is that of rows which are one plain text
-  each, inside of windows: several examples in a row, and chunks that do not see each other, need less of it.
+  Low-rank training (`full` False) needs no gradient of the weights. Attention is that of rows which are one
+  plain text each, inside of windows: several examples in a row, and chunks that do not see each other, need
+  less of it.
   """
   passes = 3 if full else 2
-  seen = sum(min(length / 2, c.window) if c.is_local(i) else length / 2 for i in range(c.n_layers))  # keys of a query
+  seen = sum(
+    min(length / 2, c.window) if c.is_local(i) else length / 2 for i in range(c.n_layers)
+  )  # keys of a query
   attention = 2 * c.n_heads * c.head_dim * seen  # scores and context, multiplications a token
   return 2.0 * rows * length * (passes * matmul_parameters(c) + 3 * attention)

@@ -1,7 +1,7 @@
 """The loop that every kind of training runs: resume, step, check, note, save; SIGTERM saves and stops.
 
-Resuming: the step is read from the newest checkpoint, and what a step does is a function of seed and step, so a run
-that was killed goes on bit for bit as if it had not been.
+Resuming: the step is read from the newest checkpoint, and what a step does is a function of seed and step, so
+a run that was killed goes on bit for bit as if it had not been.
 """
 
 import contextlib
@@ -27,15 +27,25 @@ class Stopped(Exception):
   """SIGTERM came; the state was saved, and the same command goes on from there."""
 
 
-def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: Step, feed: Feed, *,
-              checkpoint_every: int, about: dict[str, Any]) -> TrainState:
-  """Runs `one_step(step, state, batch)` up to step `total` with the batches of `feed`; returns the last state.
+def run_steps(
+  config,
+  workdir: Path,
+  state: TrainState,
+  total: int,
+  one_step: Step,
+  feed: Feed,
+  *,
+  checkpoint_every: int,
+  about: dict[str, Any],
+) -> TrainState:
+  """Runs `one_step(step, state, batch)` up to step `total` with the batches of `feed`; returns the last
+  state.
 
-  Leaves checkpoints (with `about`, see `state.about`), `metrics.jsonl`, `tensorboard/` and `config.json` in `workdir`.
-  The scalars need `loss` and `gradient_norm`.
+  Leaves checkpoints (with `about`, see `state.about`), `metrics.jsonl`, `tensorboard/` and `config.json` in
+  `workdir`. The scalars need `loss` and `gradient_norm`.
 
-  Raises Stopped where SIGTERM came to one of the processes before the last step, FloatingPointError when one of the two
-  is not finite, and ValueError, one line, when an earlier run in `workdir` cannot be gone on with.
+  Raises Stopped where SIGTERM came to one of the processes before the last step, FloatingPointError when one
+  of the two is not finite, and ValueError, one line, when an earlier run in `workdir` cannot be gone on with.
   """
   if total < 1:
     raise ValueError(f"{total} training steps were asked for: one at least is needed")
@@ -69,15 +79,20 @@ def run_steps(config, workdir: Path, state: TrainState, total: int, one_step: St
         for name in ("loss", "gradient_norm"):  # a finite loss with another gradient spoils the state as well
           if not math.isfinite(scalars[name]):
             raise FloatingPointError(
-                f"{name} is {scalars[name]} at step {step + 1}; the newest checkpoint is kept")
+              f"{name} is {scalars[name]} at step {step + 1}; the newest checkpoint is kept"
+            )
         if writer is not None:
           writer.write(step + 1, scalars)
         bar.update(task, completed=step + 1, note=f"loss {scalars['loss']:.3f}")
         last = step + 1 == total
-        stopping = processes.any_of(bool(stop))  # once: a signal that comes during the save gets a save of its own
+        stopping = processes.any_of(
+          bool(stop)
+        )  # once: a signal that comes during the save gets a save of its own
         checkpoints.save(state, feed.state(), force=last or stopping)
         if stopping and not last:
-          raise Stopped(f"stopped by SIGTERM behind step {step + 1} of {total}; the same command goes on from there")
+          raise Stopped(
+            f"stopped by SIGTERM behind step {step + 1} of {total}; the same command goes on from there"
+          )
   finally:
     with contextlib.ExitStack() as closing:  # each of them, whatever the others say
       closing.callback(signal.signal, signal.SIGTERM, previous)

@@ -16,13 +16,14 @@ def hidden_states(model: Decoder, batch: Batch, *, remat: str, attention: str) -
   return pin_rows(hidden)
 
 
-def token_log_likelihood(model: Decoder, batch: Batch, *, chunk: int = 1024, remat: str = "none",
-                         attention: str = "auto") -> tuple[jax.Array, jax.Array]:
-  """(log p of each target [B, T], whether it is the model's first choice [B, T]); zero where none is. `remat` is one of
-  `decoder.REMAT`, `attention` of `attention.KINDS`.
+def token_log_likelihood(
+  model: Decoder, batch: Batch, *, chunk: int = 1024, remat: str = "none", attention: str = "auto"
+) -> tuple[jax.Array, jax.Array]:
+  """(log p of each target [B, T], whether it is the model's first choice [B, T]); zero where none is. `remat`
+  is one of `decoder.REMAT`, `attention` of `attention.KINDS`.
 
-  The vocabulary's logits are formed for about `chunk` tokens at a time, as many of each row, and recomputed in the
-  backward pass, so that memory stays at chunk x V.
+  The vocabulary's logits are formed for about `chunk` tokens at a time, as many of each row, and recomputed
+  in the backward pass, so that memory stays at chunk x V.
   """
   hidden, targets = hidden_states(model, batch, remat=remat, attention=attention), batch["targets"]
   rows, length = targets.shape
@@ -39,14 +40,17 @@ def token_log_likelihood(model: Decoder, batch: Batch, *, chunk: int = 1024, rem
     learned = targets != NO_TARGET
     return jnp.where(learned, log_p, 0.0), learned & (chosen >= jnp.max(logits, axis=-1))
 
-  split = lambda x: x.reshape(rows, -1, columns, *x.shape[2:]).swapaxes(0, 1)  # [B, T, …] -> [T / columns, B, …]
+  split = lambda x: x.reshape(rows, -1, columns, *x.shape[2:]).swapaxes(
+    0, 1
+  )  # [B, T, …] -> [T / columns, B, …]
   found = jax.lax.map(lambda xs: score(*xs), (split(hidden), split(targets)))
   log_p, correct = (x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in found)
   return log_p, correct
 
 
-def sft_loss(model: Decoder, batch: Batch, *, chunk: int = 1024, remat: str = "none",
-             attention: str = "auto") -> tuple[jax.Array, dict[str, jax.Array]]:
+def sft_loss(
+  model: Decoder, batch: Batch, *, chunk: int = 1024, remat: str = "none", attention: str = "auto"
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum of the targets' negative log-likelihood, and sums for metrics: `loss`, `tokens`, `correct`.
 
   Sums, not means: gradients of several batches add up, and one division by Σ tokens gives what the big

@@ -35,25 +35,47 @@ from pasta_jax.train.update import make_step
 
 def make_pair_update(graph, optimiser: optax.GradientTransformation, config, beta: float):
   """`update.make_step` over batches of `data.pairs`."""
-  loss = partial(preference_loss, loss=config.loss, alpha=config.alpha, beta=beta, per_token=config.per_token,
-                 chunk=config.loss_chunk, remat=config.remat, attention=config.attention)
+  loss = partial(
+    preference_loss,
+    loss=config.loss,
+    alpha=config.alpha,
+    beta=beta,
+    per_token=config.per_token,
+    chunk=config.loss_chunk,
+    remat=config.remat,
+    attention=config.attention,
+  )
 
   def one(trainable, frozen, batch):
     return loss(compute_model(graph, trainable, frozen, config.dtype), batch)
 
   def means(sums, pairs):
     return {name: sums[name] / pairs for name in ("loss", "margin", "accuracy", "chosen", "rejected")} | {
-        "lost": sums["lost"] / jnp.maximum(sums["tokens"], 1)}
+      "lost": sums["lost"] / jnp.maximum(sums["tokens"], 1)
+    }
 
   return make_step(one, optimiser, over="pairs", means=means)
 
 
-def answer_likelihoods(graph, trainable, frozen, config, mesh: Mesh, batches: PairBatches,
-                       done: Callable[[int, tuple[float, float]], None]) -> None:
-  """`done(i, (log p of the chosen, of the rejected answer))` of each pair by the trainer's own forward pass."""
-  run = jax.jit(lambda trainable, frozen, batch: answer_log_likelihood(
-      compute_model(graph, trainable, frozen, config.dtype), batch, chunk=config.loss_chunk,
-      attention=config.attention))
+def answer_likelihoods(
+  graph,
+  trainable,
+  frozen,
+  config,
+  mesh: Mesh,
+  batches: PairBatches,
+  done: Callable[[int, tuple[float, float]], None],
+) -> None:
+  """`done(i, (log p of the chosen, of the rejected answer))` of each pair by the trainer's own forward
+  pass."""
+  run = jax.jit(
+    lambda trainable, frozen, batch: answer_log_likelihood(
+      compute_model(graph, trainable, frozen, config.dtype),
+      batch,
+      chunk=config.loss_chunk,
+      attention=config.attention,
+    )
+  )
   for step, members in enumerate(batches.epoch(0)):
     found = np.asarray(run(trainable, frozen, place_batch(mesh, batches(step))))
     for i, (chosen, rejected) in zip(members, found):
@@ -67,34 +89,49 @@ def _reference_key(pair: PreferencePair) -> str:
 
 
 def check_settings(c) -> None:
-  """Raises ValueError, one line, for what training on pairs cannot use of `config.preference`, on any machine."""
+  """Raises ValueError, one line, for what training on pairs cannot use of `config.preference`, on any
+  machine."""
   if c.loss not in LOSSES:
     raise ValueError(f"preference.loss must be one of {', '.join(LOSSES)}, not {c.loss!r}")
   check_how(c, "preference")
   if not 0 <= c.alpha <= 1 or c.beta < 0:
-    raise ValueError(f"preference.alpha must be in [0, 1] and preference.beta 0 or more, not {c.alpha} and {c.beta}")
-  check_counts(c, "preference", dict(batch_size=2, accumulate=1, length=1, loss_chunk=1, checkpoint_every=1, steps=0,
-                                     lora_rank=0))
+    raise ValueError(
+      f"preference.alpha must be in [0, 1] and preference.beta 0 or more, not {c.alpha} and {c.beta}"
+    )
+  check_counts(
+    c,
+    "preference",
+    dict(batch_size=2, accumulate=1, length=1, loss_chunk=1, checkpoint_every=1, steps=0, lora_rank=0),
+  )
   if not c.steps and c.epochs <= 0:
     raise ValueError("preference.epochs must be above 0, or preference.steps say how many steps")
 
 
 def mesh_for(config) -> Mesh:
-  """The devices that train. Raises ValueError, one line, if they do not fit `config.mesh`, the batch's rows and the
-  program for attention."""
+  """The devices that train. Raises ValueError, one line, if they do not fit `config.mesh`, the batch's rows
+  and the program for attention."""
   check_machine(config.preference, "preference")
   mesh = make_mesh(config.mesh)
   check_rows(mesh, config.preference.batch_size, "preference.batch_size")
   return mesh
 
 
-def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair], *, checkpoint: Checkpoint,
-                   vocabulary: Vocabulary, rule: PositionRule, adapter: Path, notes: dict[str, str]) -> None:
+def train_on_pairs(
+  config,
+  workdir: str | Path,
+  pairs: Sequence[PreferencePair],
+  *,
+  checkpoint: Checkpoint,
+  vocabulary: Vocabulary,
+  rule: PositionRule,
+  adapter: Path,
+  notes: dict[str, str],
+) -> None:
   """Trains `config.preference` on pairs, from the policy that `adapter` is.
 
-  That policy is the reference too: its log p of every pair is computed once and kept in `reference.jsonl`. `notes` go
-  into the new adapter's header. Leaves what SFT leaves. Raises ValueError, one line, for settings or folders
-  that cannot be used.
+  That policy is the reference too: its log p of every pair is computed once and kept in `reference.jsonl`.
+  `notes` go into the new adapter's header. Leaves what SFT leaves. Raises ValueError, one line, for settings
+  or folders that cannot be used.
   """
   c = config.preference
   check_settings(c)
@@ -106,8 +143,10 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
   levels = max(e.hidden.shape[1] for p in pairs for e in (p.chosen, p.rejected))
   shape = dict(rows=c.batch_size, length=c.length, levels=levels, seed=c.seed)
 
-  records = Records(workdir / "reference.jsonl", {"reference": hashlib.sha256(adapter.read_bytes()).hexdigest(),
-                                                  "dtype": c.dtype})
+  records = Records(
+    workdir / "reference.jsonl",
+    {"reference": hashlib.sha256(adapter.read_bytes()).hexdigest(), "dtype": c.dtype},
+  )
   keys = [_reference_key(p) for p in pairs]
   todo = [i for i, key in enumerate(keys) if key not in records.rows]
   if todo:
@@ -118,7 +157,9 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
       bar.advance(task)
 
     with bar, jax.set_mesh(mesh):
-      answer_likelihoods(graph, trainable, frozen, c, mesh, PairBatches([pairs[i] for i in todo], **shape), note)
+      answer_likelihoods(
+        graph, trainable, frozen, c, mesh, PairBatches([pairs[i] for i in todo], **shape), note
+      )
   pairs = [dataclasses.replace(p, reference=tuple(records.rows[k]["log_p"])) for p, k in zip(pairs, keys)]
 
   batches = PairBatches(pairs, **shape)
@@ -134,16 +175,31 @@ def train_on_pairs(config, workdir: str | Path, pairs: Sequence[PreferencePair],
     state, metrics = update(state, frozen, place_batch(mesh, batch))
     scalars = {k: float(v) for k, v in metrics.items()}
     seconds = time.perf_counter() - started
-    return state, scalars | {"learning_rate": float(schedule(step)), "epoch": (step + 1) / per_epoch,
-                             "pairs_per_second": scalars["pairs"] / seconds}
+    return state, scalars | {
+      "learning_rate": float(schedule(step)),
+      "epoch": (step + 1) / per_epoch,
+      "pairs_per_second": scalars["pairs"] / seconds,
+    }
 
   state = first_state(mesh, trainable, optimiser)
   metadata = {"preference": json.dumps(recipe(c)), **positions_of(rule), **notes}
   with jax.set_mesh(mesh):
-    feed = Feed(batches, steps=total, accumulate=c.accumulate,
-                identity=digest([e for p in pairs for e in (p.chosen, p.rejected)]))
-    state = run_steps(config, workdir, state, total, one_step, feed, checkpoint_every=c.checkpoint_every,
-                      about=about(checkpoint, nnx.merge(graph, trainable, frozen), metadata))
+    feed = Feed(
+      batches,
+      steps=total,
+      accumulate=c.accumulate,
+      identity=digest([e for p in pairs for e in (p.chosen, p.rejected)]),
+    )
+    state = run_steps(
+      config,
+      workdir,
+      state,
+      total,
+      one_step,
+      feed,
+      checkpoint_every=c.checkpoint_every,
+      about=about(checkpoint, nnx.merge(graph, trainable, frozen), metadata),
+    )
   model = compute_model(graph, state.trainable, frozen, jnp.float32)
   export(workdir, model, checkpoint.tokenizer, full=c.lora_rank == 0, metadata=metadata)
 

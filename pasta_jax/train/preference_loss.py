@@ -6,9 +6,9 @@ With Δ = log p(y⁺)/p(y⁻) − log p_ref(y⁺)/p_ref(y⁻), every log p summe
     ipo      (Δ − 1/(2β))²                          Azar et al. 2023, arXiv 2310.12036
     dpo      −log σ(β Δ)                            Rafailov et al. 2023, arXiv 2305.18290
 
-Fast answers are short, so the rejected one is mostly the longer one, and the cheapest way to a large Δ is to make every
-token of text a little less likely: the sum over the longer answer falls by more. What is taken from text goes to tags.
-`per_token` closes this way out: with n targets an answer and m the mean of both,
+Fast answers are short, so the rejected one is mostly the longer one, and the cheapest way to a large Δ is to
+make every token of text a little less likely: the sum over the longer answer falls by more. What is taken
+from text goes to tags. `per_token` closes this way out: with n targets an answer and m the mean of both,
 
     Δ = m (log p(y⁺)/p_ref(y⁺) / n⁺ − log p(y⁻)/p_ref(y⁻) / n⁻)
 
@@ -28,9 +28,9 @@ _DPO_BETA = 0.1
 def default_beta(loss: str, samples: int) -> float:
   """β where none is given.
 
-  The policy that answers as the best of n samples of the reference does has E Δ = (n − 1) H(n−1) between the best
-  and the worst of n, H being harmonic numbers (from the order statistics of n uniform ranks; Gui et al. 2024,
-  section 4, whose β is half of this one, as theirs stands in 1/(2β)). BoNBoN and IPO aim there.
+  The policy that answers as the best of n samples of the reference does has E Δ = (n − 1) H(n−1) between the
+  best and the worst of n, H being harmonic numbers (from the order statistics of n uniform ranks; Gui et al.
+  2024, section 4, whose β is half of this one, as theirs stands in 1/(2β)). BoNBoN and IPO aim there.
   """
   if loss == "dpo":
     return _DPO_BETA
@@ -45,18 +45,19 @@ def _by_answer(x: jax.Array, batch: Batch) -> jax.Array:
 
 
 def answer_log_likelihood(model: Decoder, batch: Batch, **how) -> jax.Array:
-  """[P, 2] log p of the chosen and the rejected answer of each pair, summed over their targets; 0 where no pair is.
-  `how` is `token_log_likelihood`'s chunk, remat and attention."""
+  """[P, 2] log p of the chosen and the rejected answer of each pair, summed over their targets; 0 where no
+  pair is. `how` is `token_log_likelihood`'s chunk, remat and attention."""
   log_p, _ = token_log_likelihood(model, batch, **how)
   return _by_answer(log_p, batch)
 
 
-def preference_loss(model: Decoder, batch: Batch, *, loss: str, alpha: float, beta: float, per_token: bool = False,
-                    **how) -> tuple[jax.Array, dict[str, jax.Array]]:
+def preference_loss(
+  model: Decoder, batch: Batch, *, loss: str, alpha: float, beta: float, per_token: bool = False, **how
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum of the pairs' losses, and sums for metrics (divide by `pairs`, token ones by `tokens`).
 
-  `margin` is Δ, `accuracy` counts Δ > 0, `chosen` and `rejected` are log p, `lost` is log p_ref − log p of both
-  answers together: how much less likely they became.
+  `margin` is Δ, `accuracy` counts Δ > 0, `chosen` and `rejected` are log p, `lost` is log p_ref − log p of
+  both answers together: how much less likely they became.
   """
   log_p = answer_log_likelihood(model, batch, **how)
   weight = batch["weight"]
@@ -75,6 +76,13 @@ def preference_loss(model: Decoder, batch: Batch, *, loss: str, alpha: float, be
   total = jnp.sum(weight * losses)
   over = lambda x: jnp.sum(weight * x)
   tokens = jnp.sum(weight[:, None] * lengths)
-  return total, {"loss": total, "pairs": weight.sum(), "margin": over(margin), "accuracy": over(margin > 0),
-                 "chosen": over(log_p[:, 0]), "rejected": over(log_p[:, 1]), "lost": -over(gain.sum(axis=1)),
-                 "tokens": tokens}
+  return total, {
+    "loss": total,
+    "pairs": weight.sum(),
+    "margin": over(margin),
+    "accuracy": over(margin > 0),
+    "chosen": over(log_p[:, 0]),
+    "rejected": over(log_p[:, 1]),
+    "lost": -over(gain.sum(axis=1)),
+    "tokens": tokens,
+  }

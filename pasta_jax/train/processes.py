@@ -1,7 +1,8 @@
-"""Training by several processes, one a host: they start together, hold pieces of the same arrays, and write once.
+"""Training by several processes, one a host: they start together, hold pieces of the same arrays, and write
+once.
 
-Every process runs the same program over the same data files, in a folder that all of them see. What is divided is the
-mesh's affair (`train.sharding`).
+Every process runs the same program over the same data files, in a folder that all of them see. What is
+divided is the mesh's affair (`train.sharding`).
 """
 
 from typing import Any
@@ -13,14 +14,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def start(coordinator: str, count: int, index: int) -> None:
-  """Joins the other processes, before JAX is used. Nothing is needed on Cloud TPU, under SLURM or Open MPI; elsewhere
-  the first process's address ("host:port"), how many there are, and which one this is, from 0.
+  """Joins the other processes, before JAX is used. Nothing is needed on Cloud TPU, under SLURM or Open MPI;
+  elsewhere the first process's address ("host:port"), how many there are, and which one this is, from 0.
 
   Raises ValueError, one line, if they do not find each other.
   """
   given = [bool(coordinator), count > 0, index >= 0]
   if any(given) and not all(given):
-    raise ValueError("--coordinator, --processes and --process go together; leave all three out on Cloud TPU and SLURM")
+    raise ValueError(
+      "--coordinator, --processes and --process go together; leave all three out on Cloud TPU and SLURM"
+    )
   if count and index >= count:
     raise ValueError(f"--process={index} is none of 0 to {count - 1}")
   try:
@@ -29,7 +32,9 @@ def start(coordinator: str, count: int, index: int) -> None:
     else:
       jax.distributed.initialize()
   except (RuntimeError, ValueError) as error:
-    raise ValueError(f"the processes did not find each other ({' '.join(str(error).split())[:300]})") from None
+    raise ValueError(
+      f"the processes did not find each other ({' '.join(str(error).split())[:300]})"
+    ) from None
 
 
 def is_first() -> bool:
@@ -45,7 +50,8 @@ def any_of(flag: bool) -> bool:
 
 
 def to_host(tree: Any, mesh: Mesh) -> Any:
-  """Whole arrays on every host, one after another, of arrays that lie on the mesh; as they are in a single process."""
+  """Whole arrays on every host, one after another, of arrays that lie on the mesh; as they are in a single
+  process."""
   if jax.process_count() == 1:
     return tree
   whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))

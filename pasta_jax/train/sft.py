@@ -53,17 +53,31 @@ def make_update(graph, optimiser: optax.GradientTransformation, config):
 def check_settings(c) -> None:
   """Raises ValueError, one line, for what SFT cannot use of `config.train`, on any machine."""
   check_how(c, "train")
-  check_counts(c, "train", dict(batch_size=1, accumulate=1, length=1, loss_chunk=1, validate_every=1,
-                                checkpoint_every=1, workers=0, steps=0, lora_rank=0))
+  check_counts(
+    c,
+    "train",
+    dict(
+      batch_size=1,
+      accumulate=1,
+      length=1,
+      loss_chunk=1,
+      validate_every=1,
+      checkpoint_every=1,
+      workers=0,
+      steps=0,
+      lora_rank=0,
+    ),
+  )
 
 
 def train(config, workdir: str | Path | None) -> dict[str, float]:
-  """Runs `config.train` to its last step in `workdir`; returns the metrics of that step, in the first process.
+  """Runs `config.train` to its last step in `workdir`; returns the metrics of that step, in the first
+  process.
 
-  Leaves checkpoints, `metrics.jsonl`, `tensorboard/`, `config.json` and, at the end, `adapter.safetensors` there;
-  after full training `model/` too (a Hugging Face folder, which the adapter names and finds). SIGTERM saves and raises
-  `loop.Stopped`. Raises FloatingPointError when loss or gradient is not finite, and ValueError, one line, when folder,
-  data, model or an earlier run in `workdir` cannot be used; the folder is
+  Leaves checkpoints, `metrics.jsonl`, `tensorboard/`, `config.json` and, at the end, `adapter.safetensors`
+  there; after full training `model/` too (a Hugging Face folder, which the adapter names and finds). SIGTERM
+  saves and raises `loop.Stopped`. Raises FloatingPointError when loss or gradient is not finite, and
+  ValueError, one line, when folder, data, model or an earlier run in `workdir` cannot be used; the folder is
   then as it was.
   """
   c = config.train
@@ -77,12 +91,20 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   checkpoint = load_checkpoint(config.model.source)
   vocabulary = checkpoint.vocabulary
   rule = PositionRule(config.positions.strategy, config.positions.fixed)
-  load = partial(examples, vocabulary=vocabulary, rule=rule, annotation=c.annotation, max_length=c.length,
-                 workers=c.workers)
+  load = partial(
+    examples,
+    vocabulary=vocabulary,
+    rule=rule,
+    annotation=c.annotation,
+    max_length=c.length,
+    workers=c.workers,
+  )
   selection = load(rows, min_speedup=c.min_speedup, plain_share=c.plain_share)
   data, held_out = selection.examples, load(held_out_rows).examples
-  left_out = (f"left out: {selection.too_long} longer than {c.length} tokens, {selection.too_slow} with a "
-              f"speedup below {c.min_speedup}, {selection.too_plain} beyond the share of plain ones")
+  left_out = (
+    f"left out: {selection.too_long} longer than {c.length} tokens, {selection.too_slow} with a "
+    f"speedup below {c.min_speedup}, {selection.too_plain} beyond the share of plain ones"
+  )
   if not data:
     raise ValueError(f"no example of train.data={c.data!r} is left to train on ({left_out})")
   levels = max(e.hidden.shape[1] for e in data + held_out)
@@ -91,8 +113,9 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   validation = single_batches(held_out, **shape) if held_out else []
   per_epoch = batches.steps_in_epoch(0) / c.accumulate
   total = c.steps or math.ceil(c.epochs * per_epoch)
-  print(f"{len(data)} examples ({left_out}), {len(held_out)} held out; "
-        f"{total} steps, {per_epoch:.0f} an epoch")
+  print(
+    f"{len(data)} examples ({left_out}), {len(held_out)} held out; {total} steps, {per_epoch:.0f} an epoch"
+  )
 
   graph, trainable, frozen = make_model(checkpoint, vocabulary, c, tags=c.annotation != "none", mesh=mesh)
   optimiser, schedule = make_optimiser(c, total)
@@ -107,8 +130,11 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
     state, metrics = update(state, frozen, place_batch(mesh, batch, (share, c.batch_size)))
     scalars = {k: float(v) for k, v in metrics.items()}
     seconds = time.perf_counter() - started
-    scalars |= {"learning_rate": float(schedule(step)), "epoch": (step + 1) / per_epoch,
-                "tokens_per_second": c.accumulate * c.batch_size * c.length / seconds}
+    scalars |= {
+      "learning_rate": float(schedule(step)),
+      "epoch": (step + 1) / per_epoch,
+      "tokens_per_second": c.accumulate * c.batch_size * c.length / seconds,
+    }
     if peak:
       scalars["mfu"] = flops / seconds / peak
     if validation and (step + 1 == total or (step + 1) % c.validate_every == 0):
@@ -120,14 +146,29 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
 
   metadata = {"train": _recipe(config)} | (positions_of(rule) if c.annotation != "none" else {})
   with jax.set_mesh(mesh):
-    feed = Feed(lambda i: batches(i, share).as_dict(), steps=total, accumulate=c.accumulate, identity=digest(data))
-    state = run_steps(config, workdir, state, total, one_step, feed, checkpoint_every=c.checkpoint_every,
-                      about=about(checkpoint, nnx.merge(graph, trainable, frozen), metadata))
+    feed = Feed(
+      lambda i: batches(i, share).as_dict(), steps=total, accumulate=c.accumulate, identity=digest(data)
+    )
+    state = run_steps(
+      config,
+      workdir,
+      state,
+      total,
+      one_step,
+      feed,
+      checkpoint_every=c.checkpoint_every,
+      about=about(checkpoint, nnx.merge(graph, trainable, frozen), metadata),
+    )
     trainable, frozen = processes.to_host((state.trainable, frozen), mesh)
   if not processes.is_first():
     return {}
-  export(workdir, compute_model(graph, trainable, frozen, jnp.float32), checkpoint.tokenizer, full=c.lora_rank == 0,
-         metadata=metadata)
+  export(
+    workdir,
+    compute_model(graph, trainable, frozen, jnp.float32),
+    checkpoint.tokenizer,
+    full=c.lora_rank == 0,
+    metadata=metadata,
+  )
   return last_scalars(workdir)
 
 
@@ -136,9 +177,11 @@ def positions_of(rule: PositionRule) -> dict[str, str]:
   return {"positions": json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})}
 
 
-def export(workdir: Path, model: Decoder, tokenizer: Tokenizer, *, full: bool, metadata: dict[str, str]) -> None:
-  """What decoding loads: `adapter.safetensors` with updates and tag rows; of full training, where it only names its
-  weights and holds the tags, `model/` too."""
+def export(
+  workdir: Path, model: Decoder, tokenizer: Tokenizer, *, full: bool, metadata: dict[str, str]
+) -> None:
+  """What decoding loads: `adapter.safetensors` with updates and tag rows; of full training, where it only
+  names its weights and holds the tags, `model/` too."""
   if full:
     of_weights = hashlib.sha256()
     for weights in save_hf_folder(workdir / "model", model.config, to_params(model), tokenizer):
@@ -149,7 +192,8 @@ def export(workdir: Path, model: Decoder, tokenizer: Tokenizer, *, full: bool, m
 
 
 def _recipe(config) -> str:
-  """The settings of training for an adapter's header; of files the names only: it goes where their folders are not."""
+  """The settings of training for an adapter's header; of files the names only: it goes where their folders
+  are not."""
   recipe = json.loads(config.to_json_best_effort())["train"]
   for field in ("data", "validation"):
     recipe[field] = ",".join(Path(entry).name for entry in recipe[field].split(",") if entry)

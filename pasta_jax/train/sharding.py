@@ -1,11 +1,12 @@
-"""Where a training run's arrays live: a mesh of devices, one table of rules; XLA's partitioner (GSPMD) does the rest.
+"""Where a training run's arrays live: a mesh of devices, one table of rules; XLA's partitioner (GSPMD) does
+the rest.
 
     data    rows of a batch, parameters repeated
     fsdp    rows of a batch too, and parameters and the optimiser's moments in pieces (Zhao et al. 2023)
     tensor  heads and feed-forward columns (Shoeybi et al. 2019), and the vocabulary
 
-Functions that are traced find the mesh in `jax.set_mesh`; without one, or with one of a single device, they change
-nothing, so losses and updates are the same code on one device and on many.
+Functions that are traced find the mesh in `jax.set_mesh`; without one, or with one of a single device, they
+change nothing, so losses and updates are the same code on one device and on many.
 """
 
 import math
@@ -20,8 +21,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that divide a batch
 
-# Name of an array → axes of its last two dimensions. What no rule names (norm scales, tag rows, counters) is on every
-# device. An optimiser's moments bear the name of their parameter.
+# Name of an array → axes of its last two dimensions. What no rule names (norm scales, tag rows, counters) is
+# on every device. An optimiser's moments bear the name of their parameter.
 _Axes = str | tuple[str, ...] | None
 _RULES: tuple[tuple[str, tuple[_Axes, _Axes]], ...] = (
   (r"embed\.embedding", (("tensor", "fsdp"), None)),  # rows alone: tokens then fetch whole ones
@@ -50,7 +51,9 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
   shape = [int(sizes[axis]) for axis in AXES]
   given = math.prod(n for n in shape if n != -1)
   if shape.count(-1) > 1 or min(n for n in (*shape, 1) if n != -1) < 1:
-    raise ValueError(f"mesh={dict(zip(AXES, shape))}: sizes are 1 or more; one may be -1, for all devices left")
+    raise ValueError(
+      f"mesh={dict(zip(AXES, shape))}: sizes are 1 or more; one may be -1, for all devices left"
+    )
   if devices % given if -1 in shape else devices != given:
     wanted = f"a multiple of {given}" if -1 in shape else str(given)
     raise ValueError(f"mesh={dict(zip(AXES, shape))} needs {wanted} devices, not the {devices} here")
@@ -58,11 +61,14 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
 
 
 def check_rows(mesh: Mesh, rows: int, name: str) -> None:
-  """Raises ValueError, one line, if a batch of so many rows (the setting `name`) cannot be divided over the mesh."""
+  """Raises ValueError, one line, if a batch of so many rows (the setting `name`) cannot be divided over the
+  mesh."""
   parts = math.prod(mesh.shape[axis] for axis in ROWS)
   if rows % parts:
-    raise ValueError(f"{name}={rows} rows cannot be divided over {parts} devices (mesh.data x mesh.fsdp): "
-                     f"choose a multiple of {parts}")
+    raise ValueError(
+      f"{name}={rows} rows cannot be divided over {parts} devices (mesh.data x mesh.fsdp): "
+      f"choose a multiple of {parts}"
+    )
 
 
 def spec(name: str, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
@@ -82,7 +88,8 @@ def _fitting(axes: Sequence[_Axes], shape: Sequence[int], sizes: Mapping[str, in
 def shardings(mesh: Mesh, tree: Any) -> Any:
   """A NamedSharding for each array of parameters or of a whole `TrainState`, by its name and shape."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: NamedSharding(mesh, spec(_name(path), leaf.shape, mesh.shape)), tree)
+    lambda path, leaf: NamedSharding(mesh, spec(_name(path), leaf.shape, mesh.shape)), tree
+  )
 
 
 def place(mesh: Mesh, tree: Any) -> Any:
@@ -91,10 +98,11 @@ def place(mesh: Mesh, tree: Any) -> Any:
 
 
 def place_array(mesh: Mesh, name: str, x: Any) -> jax.Array:
-  """An array on the mesh, or itself if it lies there. Of several processes each has it whole, and keeps its pieces.
+  """An array on the mesh, or itself if it lies there. Of several processes each has it whole, and keeps its
+  pieces.
 
-  What has the same place by another name is put there too: a jitted step would otherwise be compiled once for what
-  it is given first, and again for what it gives back.
+  What has the same place by another name is put there too: a jitted step would otherwise be compiled once for
+  what it is given first, and again for what it gives back.
   """
   where = NamedSharding(mesh, spec(name, x.shape, mesh.shape))
   if isinstance(x, jax.Array) and (not x.is_fully_addressable or x.committed and x.sharding == where):
@@ -110,7 +118,8 @@ def pin(tree: Any) -> Any:
   if mesh.size <= 1:
     return tree
   return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: jax.lax.with_sharding_constraint(leaf, spec(_name(path), leaf.shape, mesh.shape)), tree)
+    lambda path, leaf: jax.lax.with_sharding_constraint(leaf, spec(_name(path), leaf.shape, mesh.shape)), tree
+  )
 
 
 def pin_rows(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -129,18 +138,23 @@ def divides(axis: str, n: int) -> bool:
 def local_rows(mesh: Mesh, n: int) -> list[int]:
   """Which of the `n` rows of a batch this process's devices hold."""
   parts = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((n,))
-  return sorted({row for part, in parts.values() for row in range(*part.indices(n))})  # type: ignore[misc]
+  return sorted({row for (part,) in parts.values() for row in range(*part.indices(n))})  # type: ignore[misc]
 
 
-def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], share: tuple[Sequence[int], int] | None = None,
-                ) -> dict[str, jax.Array]:
-  """A batch ([B, …], or several [A, B, …]) on the mesh. `share` are the rows that `batch` has of a larger one and how
-  many that has (`local_rows`); without it, every process has the whole batch, and keeps its rows."""
+def place_batch(
+  mesh: Mesh,
+  batch: Mapping[str, np.ndarray],
+  share: tuple[Sequence[int], int] | None = None,
+) -> dict[str, jax.Array]:
+  """A batch ([B, …], or several [A, B, …]) on the mesh. `share` are the rows that `batch` has of a larger one
+  and how many that has (`local_rows`); without it, every process has the whole batch, and keeps its rows."""
   axis = batch["tokens"].ndim - 2
 
   def put(name: str, x: np.ndarray) -> jax.Array:
     if name in _OF_PAIRS:
-      return jax.make_array_from_callback(x.shape, NamedSharding(mesh, PartitionSpec()), lambda index: x[index])
+      return jax.make_array_from_callback(
+        x.shape, NamedSharding(mesh, PartitionSpec()), lambda index: x[index]
+      )
     rows, n = share or (range(x.shape[axis]), x.shape[axis])
     place = {row: at for at, row in enumerate(rows)}
 

@@ -21,8 +21,14 @@ from pasta_jax.train.sharding import place, place_array, shardings
 Params = Any  # a pytree of arrays
 
 # Words whose mean embedding a tag row starts from, in the order of `syntax.TAG_TEXTS`.
-TAG_WORDS = (" promise topic about", " number of tokens length", " done next then", " begin start part",
-             " end of this part", " wait now all together")
+TAG_WORDS = (
+  " promise topic about",
+  " number of tokens length",
+  " done next then",
+  " begin start part",
+  " end of this part",
+  " wait now all together",
+)
 
 
 class TrainState(NamedTuple):
@@ -40,7 +46,8 @@ def tag_rows(embedding: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 
 
 def first_tags(checkpoint: Checkpoint, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-  """Rows [6, D] that the tags start from, of the embedding and of the head: their own, where the weights know PASTA."""
+  """Rows [6, D] that the tags start from, of the embedding and of the head: their own, where the weights know
+  PASTA."""
   embedding = checkpoint.params["embed.embedding"]
   if not checkpoint.pasta:
     return (tag_rows(embedding, vocabulary),) * 2
@@ -49,15 +56,22 @@ def first_tags(checkpoint: Checkpoint, vocabulary: Vocabulary) -> tuple[np.ndarr
   return embedding[ids], head[ids]
 
 
-def make_model(checkpoint: Checkpoint, vocabulary: Vocabulary, config, *, tags: bool = True,
-               adapter: Path | None = None, mesh: Mesh | None = None) -> tuple[Any, Params, Params]:
+def make_model(
+  checkpoint: Checkpoint,
+  vocabulary: Vocabulary,
+  config,
+  *,
+  tags: bool = True,
+  adapter: Path | None = None,
+  mesh: Mesh | None = None,
+) -> tuple[Any, Params, Params]:
   """(graph, trainable, frozen) of the model to train, layers stacked.
 
   `config.lora_rank` 0 trains every parameter. Trainable parameters are float32; frozen ones are stored in
-  `config.dtype`. `graph` turns both back into a Decoder with `nnx.merge`. With an `adapter` training goes on from
-  its tag rows and its updates, whose rank stays, or which are merged where every parameter is trained; else new ones
-  begin at no effect, `tags` or no tags. On a `mesh` each array is divided when it has been read: the host holds one at
-  a time.
+  `config.dtype`. `graph` turns both back into a Decoder with `nnx.merge`. With an `adapter` training goes on
+  from its tag rows and its updates, whose rank stays, or which are merged where every parameter is trained;
+  else new ones begin at no effect, `tags` or no tags. On a `mesh` each array is divided when it has been
+  read: the host holds one at a time.
   """
   full = config.lora_rank == 0
   dtype = jnp.dtype(jnp.float32 if full else config.dtype)
@@ -97,6 +111,7 @@ def compute_model(graph, trainable: Params, frozen: Params, dtype: Any) -> Decod
 
   Norm scales and biases stay float32, as in the frozen form.
   """
+
   def cast(path, leaf):
     small = any("norm" in str(p) or "bias" in str(p) for p in path)
     return leaf if small or leaf.ndim < 2 else leaf.astype(dtype)
@@ -110,8 +125,10 @@ def make_optimiser(config, total_steps: int) -> tuple[optax.GradientTransformati
   rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
   fall = optax.linear_schedule(config.learning_rate, 0.0, total_steps - warmup)
   schedule = optax.join_schedules([rise, fall], [warmup])
-  optimiser = optax.chain(optax.clip_by_global_norm(config.clip),
-                          optax.adamw(schedule, b1=0.9, b2=config.adam_b2, weight_decay=config.weight_decay))
+  optimiser = optax.chain(
+    optax.clip_by_global_norm(config.clip),
+    optax.adamw(schedule, b1=0.9, b2=config.adam_b2, weight_decay=config.weight_decay),
+  )
   return optimiser, schedule
 
 
@@ -124,15 +141,21 @@ class Checkpoints:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every)
     self._path = (workdir / "checkpoints").resolve()
     # With a handler named here, shapes can be read before anything is restored.
-    handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler(),
-                "about": ocp.JsonCheckpointHandler()}
+    handlers = {
+      "state": ocp.StandardCheckpointHandler(),
+      "data": ocp.JsonCheckpointHandler(),
+      "about": ocp.JsonCheckpointHandler(),
+    }
     self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)
 
   def save(self, state: TrainState, data: dict[str, Any], *, force: bool = False) -> None:
-    """Saves if the step is due (or `force`), and `data`, the input pipeline's state, beside it. The state's buffers may
-    be donated as soon as this returns."""
-    items = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), data=ocp.args.JsonSave(data),
-                               about=ocp.args.JsonSave(self._about))
+    """Saves if the step is due (or `force`), and `data`, the input pipeline's state, beside it. The state's
+    buffers may be donated as soon as this returns."""
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(_plain(state)),
+      data=ocp.args.JsonSave(data),
+      about=ocp.args.JsonSave(self._about),
+    )
     self._manager.save(int(state.step), args=items, force=force)
 
   def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -145,17 +168,22 @@ class Checkpoints:
       return None
     wanted = _plain(like)
     if not all((self._path / str(step) / item).is_dir() for item in ("state", "data")):
-      raise ValueError(f"{self._path / str(step)} is of an earlier version of this program: choose another --workdir")
+      raise ValueError(
+        f"{self._path / str(step)} is of an earlier version of this program: choose another --workdir"
+      )
     stored = {name: array.shape for name, array in self._manager.item_metadata(step).state.tree.items()}
     for name in sorted(wanted.keys() | stored.keys()):
       here = wanted[name].shape if name in wanted else None
       if stored.get(name) != here:
         there, here = (("absent" if s is None else f"{list(s)}") for s in (stored.get(name), here))
-        raise ValueError(f"{self._path} belongs to a run with another model or configuration: {name} is "
-                         f"{there} there, {here} here; choose another --workdir, or the settings of that run")
+        raise ValueError(
+          f"{self._path} belongs to a run with another model or configuration: {name} is "
+          f"{there} there, {here} here; choose another --workdir, or the settings of that run"
+        )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
-    saved = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract),
-                                                                data=ocp.args.JsonRestore()))
+    saved = self._manager.restore(
+      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+    )
     # By name: a dict's leaves come sorted, the state's in the order of its fields.
     return jax.tree.unflatten(jax.tree.structure(like), [saved.state[name] for name in wanted]), saved.data
 
@@ -166,13 +194,14 @@ class Checkpoints:
 
 
 def about(checkpoint: Checkpoint, model: Decoder, metadata: dict[str, str]) -> dict[str, Any]:
-  """What `Checkpoints` keeps beside the state of a run that began with `checkpoint`; `metadata` are its adapter's."""
+  """What `Checkpoints` keeps beside the state of a run that began with `checkpoint`; `metadata` are its
+  adapter's."""
   scales = [module.lora_scale for module in build.linears(model).values() if module.lora_a is not None]
   return {"source": checkpoint.source, "scale": scales[0] if scales else 1.0, "metadata": metadata}
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
-  """The state's leaves under stable names, which `model.run_folder` knows: checkpoints do not depend on classes of
-  optax or NNX."""
+  """The state's leaves under stable names, which `model.run_folder` knows: checkpoints do not depend on
+  classes of optax or NNX."""
   leaves = jax.tree_util.tree_leaves_with_path(state)
   return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -14,13 +14,18 @@ Sums = dict[str, jax.Array]
 Loss = Callable[[Params, Params, dict[str, jax.Array]], tuple[jax.Array, Sums]]  # (trainable, frozen, batch)
 
 
-def make_step(loss: Loss, optimiser: optax.GradientTransformation, *, over: str,
-              means: Callable[[Sums, jax.Array], dict[str, jax.Array]]):
+def make_step(
+  loss: Loss,
+  optimiser: optax.GradientTransformation,
+  *,
+  over: str,
+  means: Callable[[Sums, jax.Array], dict[str, jax.Array]],
+):
   """The jitted step: (state, frozen, batches) -> (state, metrics).
 
-  `batches` has leaves [A, …]: the losses of A batches are summed and divided by all that their `over` counts, which
-  is what one batch of them all would give. `means(sums, count)` makes metrics of the sums. The state's buffers are
-  reused; on a mesh (`jax.set_mesh`) its arrays stay where `sharding` puts them.
+  `batches` has leaves [A, …]: the losses of A batches are summed and divided by all that their `over` counts,
+  which is what one batch of them all would give. `means(sums, count)` makes metrics of the sums. The state's
+  buffers are reused; on a mesh (`jax.set_mesh`) its arrays stay where `sharding` puts them.
   """
 
   @partial(jax.jit, donate_argnums=0)
@@ -37,6 +42,8 @@ def make_step(loss: Loss, optimiser: optax.GradientTransformation, *, over: str,
     gradient = jax.tree.map(lambda g: g / count, gradient)
     updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.trainable)
     metrics = means(sums, count) | {over: sums[over], "gradient_norm": optax.global_norm(gradient)}
-    return pin(TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), optimiser_state)), metrics
+    return pin(
+      TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), optimiser_state)
+    ), metrics
 
   return step
