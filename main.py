@@ -52,14 +52,14 @@ def run() -> None:
   """One call a mode. Errors that a user can mend are ValueErrors and OSErrors of one line."""
   import jax
 
-  from pasta_jax.decode.generate import use_compilation_cache
-  from pasta_jax.model.download import cache_folder
-  from pasta_jax.train import processes
+  from pasta_jax.decode.generator import use_compilation_cache
+  from pasta_jax.train import distributed
+  from pasta_jax.weights.download import cache_folder
 
   if FLAGS.distributed:
     if FLAGS.mode != "train":
       raise ValueError(f"--distributed is for --mode=train, not {FLAGS.mode}")
-    processes.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+    distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
   if FLAGS.mode == "compile":
     from pasta_jax.train.ahead import compile_steps
 
@@ -85,17 +85,17 @@ def run() -> None:
 
     evaluate(FLAGS.config, Path(FLAGS.workdir))
   elif FLAGS.mode == "report":
-    from pasta_jax.evaluate import report
+    from pasta_jax.evaluate.report import report
 
     report.write(Path(FLAGS.workdir))
   elif FLAGS.mode == "annotate":
-    from pasta_jax.annotate.run import annotate
+    from pasta_jax.data.annotate.run import annotate
 
     annotate(FLAGS.config, Path(FLAGS.workdir))
   elif FLAGS.mode == "build":
     from pasta_jax.data.build import build
-    from pasta_jax.evaluate.prompts import read_prompts
-    from pasta_jax.model.checkpoint import load_checkpoint
+    from pasta_jax.data.prompts import read_prompts
+    from pasta_jax.weights.checkpoint import load_checkpoint
 
     avoid = FLAGS.config.dataset.avoid
     build(
@@ -105,9 +105,9 @@ def run() -> None:
       [r.prompt for r in read_prompts(avoid, part="dataset")] if avoid else [],
     )
   elif FLAGS.mode == "export":
-    from pasta_jax.decode.generate import adapter_path, source_of
-    from pasta_jax.model.checkpoint import load_checkpoint
-    from pasta_jax.model.export import export
+    from pasta_jax.decode.generator import adapter_path, source_of
+    from pasta_jax.weights.checkpoint import load_checkpoint
+    from pasta_jax.weights.export import export
 
     adapter = FLAGS.config.model.adapter
     said = export(

@@ -17,10 +17,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
-from pasta_jax.model.decoder import exact_products  # noqa: E402
+from pasta_jax.model.transformer import set_matmul_precision  # noqa: E402
+from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint  # noqa: E402
 
-exact_products("float32")
+set_matmul_precision("float32")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,15 +11,15 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parents[i]) for i in (0, 1)]  # as a script
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
 
-from pasta_jax.model import build  # noqa: E402
-from pasta_jax.model.adapter import read_adapter  # noqa: E402
-from pasta_jax.model.checkpoint import load_checkpoint  # noqa: E402
+from pasta_jax.weights import build  # noqa: E402
+from pasta_jax.weights.adapter import read_adapter  # noqa: E402
+from pasta_jax.weights.checkpoint import load_checkpoint  # noqa: E402
 
 
 def own_memory() -> int:

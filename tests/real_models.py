@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[:0] = [str(Path(__file__).parents[i]) for i in (0, 1)]  # as a script
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -19,10 +19,10 @@ import transformers  # noqa: E402
 
 from configs.smollm2_135m import get_config  # noqa: E402
 from pasta_jax.data.examples import read_jsonl  # noqa: E402
-from pasta_jax.decode.batch import BatchDecoder  # noqa: E402
-from pasta_jax.decode.generate import Generator  # noqa: E402
-from pasta_jax.model.checkpoint import load_checkpoint  # noqa: E402
-from pasta_jax.model.export import export  # noqa: E402
+from pasta_jax.decode.generator import Model  # noqa: E402
+from pasta_jax.decode.scheduler import Scheduler  # noqa: E402
+from pasta_jax.weights.checkpoint import load_checkpoint  # noqa: E402
+from pasta_jax.weights.export import export  # noqa: E402
 
 PROMPTS, TOKENS = 20, 64
 ROOT = Path(__file__).parent.parent
@@ -36,9 +36,9 @@ def main(source: str) -> None:
   config.decode.update(
     dtype="float32", repetition_penalty=1.0, no_repeat=0, promise_bias=0.0, max_new_tokens=TOKENS
   )
-  generator = Generator(config, adapter="")
+  generator = Model(config, adapter="")
   encoded = [generator.encode(p) for p in prompts]
-  traces = BatchDecoder(generator.interpreter(False), requests=10, width=1).run(encoded, generator.sampling)
+  traces = Scheduler(generator.interpreter(False), requests=10, width=1).run(encoded, generator.sampling)
   with tempfile.TemporaryDirectory() as folder:
     export(Path(folder) / "model", load_checkpoint(source), None, form="merged", dtype="float32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()

@@ -26,8 +26,8 @@ import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 
 from configs import tiny  # noqa: E402
-from pasta_jax.progress import progress_bar  # noqa: E402
 from pasta_jax.train import loop, sft  # noqa: E402
+from pasta_jax.utils.progress import progress_bar  # noqa: E402
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("kills", 50, "how often the run is killed")
@@ -37,7 +37,7 @@ NOT_COMPARED = ("tokens_per_second", "data_wait")
 
 def train(workdir: Path, steps: int, done) -> None:
   """The run, which counts its steps in `done`. No JAX array was made before it, so that it may be a fork."""
-  from pasta_jax.decode.generate import use_compilation_cache
+  from pasta_jax.decode.generator import use_compilation_cache
 
   use_compilation_cache(workdir.parent / "compiled")
   config = tiny.get_config()

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 from absl import flags
-from folders import trained_config
+from helpers.folders import trained_config
 from ml_collections import config_flags
 
 from configs.ablations import positions, preference
 from pasta_jax.data.examples import DataError
 from pasta_jax.decode import command
-from pasta_jax.decode.generate import DecodeError, Generator
+from pasta_jax.decode.generator import DecodeError, Model
 from pasta_jax.lang.layout import STRATEGIES
-from pasta_jax.model.adapter import AdapterError
+from pasta_jax.weights.adapter import AdapterError
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,15 +57,15 @@ def test_decode_a_file_gives_what_single_prompts_give(trained, tmp_path):
   command.decode_file(config, str(folder / "prompts.jsonl"), str(tmp_path / "out.jsonl"))
   rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
   assert [r["id"] for r in rows] == ["0", "1", "2"]
-  generator = Generator(config)
-  assert [r["text"] for r in rows] == [generator.respond(r["prompt"]).text for r in rows]
+  generator = Model(config)
+  assert [r["text"] for r in rows] == [generator.generate(r["prompt"]).text for r in rows]
 
 
 def test_no_promises_without_tags(trained):
   config, _ = trained
   with pytest.raises(DecodeError, match="no PASTA tags"):
-    Generator(config, adapter="").respond("Plan a trip.")
-  assert Generator(config, adapter="").respond("Plan a trip.", parallel=False).trace.cost.n_promises == 0
+    Model(config, adapter="").generate("Plan a trip.")
+  assert Model(config, adapter="").generate("Plan a trip.", parallel=False).trace.cost.n_promises == 0
 
 
 def test_wrong_input_is_one_clear_error(trained, tmp_path):
@@ -73,7 +73,7 @@ def test_wrong_input_is_one_clear_error(trained, tmp_path):
   with pytest.raises(DecodeError, match="the prompt is empty"):
     command.decode_prompt(config, "  \n")
   with pytest.raises(DecodeError, match="the prompt has .* tokens, the pool has room"):
-    Generator(config).respond("word " * 2000)
+    Model(config).generate("word " * 2000)
   with pytest.raises(DecodeError, match="there is no folder"):
     command.decode_file(config, str(folder / "prompts.jsonl"), str(tmp_path / "none" / "out.jsonl"))
   with pytest.raises(DecodeError, match="cannot be written"):
@@ -94,7 +94,7 @@ def test_wrong_input_is_one_clear_error(trained, tmp_path):
   with pytest.raises(DataError, match="no such data file"):
     command.decode_file(config, str(tmp_path / "none.jsonl"), None)
   with pytest.raises(AdapterError, match="no adapter file"):
-    Generator(config, adapter=str(tmp_path / "none.safetensors"))
+    Model(config, adapter=str(tmp_path / "none.safetensors"))
 
 
 def parsed(words: list[str], monkeypatch) -> flags.FlagValues:
@@ -162,7 +162,7 @@ def test_a_stopped_training_has_an_exit_code_of_its_own(monkeypatch, tmp_path, c
 
   monkeypatch.setattr(sft, "train", stopped)
   monkeypatch.setenv("PASTA_CACHE", str(tmp_path))
-  monkeypatch.setattr("pasta_jax.decode.generate.use_compilation_cache", lambda folder: None)
+  monkeypatch.setattr("pasta_jax.decode.generator.use_compilation_cache", lambda folder: None)
   main.parse(["main.py", "--mode=train", f"--workdir={tmp_path}"])
   with pytest.raises(SystemExit) as left:
     main.main(["main.py"])

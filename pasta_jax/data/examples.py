@@ -204,11 +204,11 @@ def examples(
   plain: list[Layout] = []
   too_long = too_slow = 0
   from pasta_jax.data.pipeline import (
-    in_workers,
+    parallel_map,
   )  # here: grain takes a second to import, and decoding needs none of it
 
   lay_out = _LayOut(vocabulary, rule, annotation, max_length, min_speedup)
-  for found in in_workers(lay_out, rows, workers):
+  for found in parallel_map(lay_out, rows, workers):
     if isinstance(found, str):
       raise DataError(found)
     too_long += found is _Left.TOO_LONG

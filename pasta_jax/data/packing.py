@@ -14,15 +14,15 @@ from pasta_jax.lang.layout import NO_TARGET, Layout
 class Batch:
   """Rows for the trainer; every leaf int32. B rows of T tokens, L nesting levels.
 
-  `segments` is 0 for padding and counts examples from 1 within a row; `hidden` intervals are indices into
+  `segment_ids` is 0 for padding and counts examples from 1 within a row; `masked_intervals` intervals are indices into
   the row. A query at q sees a key at k iff `layout.is_visible` says so and their segments are equal.
   """
 
   tokens: np.ndarray  # [B, T]
   positions: np.ndarray  # [B, T]
-  hidden: np.ndarray  # [B, T, L, 2]
+  masked_intervals: np.ndarray  # [B, T, L, 2]
   targets: np.ndarray  # [B, T], NO_TARGET where nothing is learned
-  segments: np.ndarray  # [B, T]
+  segment_ids: np.ndarray  # [B, T]
 
   def as_dict(self) -> dict[str, np.ndarray]:
     return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -33,20 +33,20 @@ def pack_row(examples: Sequence[Layout], length: int, levels: int) -> Batch:
   row = Batch(
     tokens=np.zeros((1, length), np.int32),
     positions=np.zeros((1, length), np.int32),
-    hidden=np.zeros((1, length, levels, 2), np.int32),
+    masked_intervals=np.zeros((1, length, levels, 2), np.int32),
     targets=np.full((1, length), NO_TARGET, np.int32),
-    segments=np.zeros((1, length), np.int32),
+    segment_ids=np.zeros((1, length), np.int32),
   )
   at = 0
   for number, e in enumerate(examples, 1):
     where = slice(at, at + len(e))
     row.tokens[0, where], row.positions[0, where], row.targets[0, where] = e.tokens, e.positions, e.targets
-    own = e.hidden.shape[1]
-    if own > levels and e.hidden[:, levels:].any():
+    own = e.masked_intervals.shape[1]
+    if own > levels and e.masked_intervals[:, levels:].any():
       raise ValueError(f"an example nests chunks {own} deep, the batch holds {levels} levels")
-    filled = e.hidden[:, :levels]
-    row.hidden[0, where, : filled.shape[1]] = filled + at * (filled[..., 1:] > 0)
-    row.segments[0, where] = number
+    filled = e.masked_intervals[:, :levels]
+    row.masked_intervals[0, where, : filled.shape[1]] = filled + at * (filled[..., 1:] > 0)
+    row.segment_ids[0, where] = number
     at += len(e)
   return row
 

@@ -87,7 +87,7 @@ class PairBatches:
     answers = np.full((self.rows, self.length), 4 * self.rows, np.int32)
     for r, filled in enumerate(content):
       for segment, (answer, _) in enumerate(filled, 1):
-        answers[r, packed.segments[r] == segment] = answer
+        answers[r, packed.segment_ids[r] == segment] = answer
     reference = np.zeros((2 * self.rows, 2), np.float32)
     weight = np.zeros(2 * self.rows, np.float32)
     for p, pair in enumerate(pairs):

@@ -23,7 +23,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_workers(f: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
+def parallel_map(f: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
   """f of each item, in order; by so many processes (`f` is pickled once for each), or by this one where it is
   0."""
   if not workers:
@@ -47,21 +47,21 @@ def _work(item):
   return _prepared[0](item)
 
 
-def digest(examples: Sequence[Layout]) -> str:
+def fingerprint(examples: Sequence[Layout]) -> str:
   """Changes with any token, position, target or interval of the examples, and with their order."""
   found = hashlib.sha256()
   for e in examples:
-    found.update(f"{e.hidden.shape}".encode())
-    for array in (e.tokens, e.positions, e.targets, e.hidden):
+    found.update(f"{e.masked_intervals.shape}".encode())
+    for array in (e.tokens, e.positions, e.targets, e.masked_intervals):
       found.update(array.tobytes())
   return found.hexdigest()[:16]
 
 
-class Feed:
+class DataIterator:
   """The batches of a run's steps, one after another, each of `accumulate` batches stacked [A, B, …].
 
   `batches(i)` is the i-th one, or what this process needs of it; two threads make a few ahead. `identity`
-  tells the data from others (`digest`).
+  tells the data from others (`fingerprint`).
   """
 
   def __init__(self, batches: Callable[[int], Batch], *, steps: int, accumulate: int, identity: str):

@@ -181,7 +181,7 @@ def _token(laid: Layout, i: int, start: int, vocabulary: Vocabulary) -> str:
   style = f"background: hsl({hue} 80% 55% / .16); border-color: hsl({hue} 70% 50% / .6)" if thread else ""
   jumps = i > start and laid.positions[i] != laid.positions[i - 1] + 1
   says = "none" if target == NO_TARGET else repr(vocabulary.label(target))
-  hidden = ", ".join(f"{a}–{b}" for a, b in laid.hidden[i].tolist() if b > a) or "from none"
+  hidden = ", ".join(f"{a}–{b}" for a, b in laid.masked_intervals[i].tolist() if b > a) or "from none"
   title = f"thread {thread}, index {i}, position {laid.positions[i]}; target {says}; hidden {hidden}"
   kind = "t" + (" tag" if is_tag else "") + (" unlearned" if target == NO_TARGET else "")
   mark = f"<sup>{laid.positions[i]}</sup>" if jumps or i == start else ""

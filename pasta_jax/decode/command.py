@@ -10,12 +10,12 @@ from pathlib import Path
 from rich.console import Console
 
 from pasta_jax.data.examples import read_jsonl
-from pasta_jax.decode.batch import BatchDecoder
-from pasta_jax.decode.generate import DecodeError, Generator, Response
-from pasta_jax.decode.live import LiveView, figures_table
-from pasta_jax.decode.record import describe
-from pasta_jax.decode.timeline import timeline_html, timeline_svg
-from pasta_jax.progress import progress_bar
+from pasta_jax.decode.generator import DecodeError, Model, Response
+from pasta_jax.decode.record import to_record
+from pasta_jax.decode.scheduler import Scheduler
+from pasta_jax.decode.views.live import LiveView, figures_table
+from pasta_jax.decode.views.timeline import timeline_html, timeline_svg
+from pasta_jax.utils.progress import progress_bar
 
 
 def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Response:
@@ -31,7 +31,7 @@ def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Respon
       raise DecodeError(f"--timeline={timeline}: the name must end in .html or .svg")
     _check_writable("timeline", timeline)
   d = config.decode
-  generator = Generator(config)
+  generator = Model(config)
   tokens = generator.encode(prompt, generator.speed)
   modes = [d.parallel] + ([False] if d.compare and d.parallel else [])
   _compile(generator, len(tokens), modes)
@@ -47,17 +47,17 @@ def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Respon
         view.update(trace, at - started - drawing)
         drawing += time.perf_counter() - at
 
-      response = generator.respond(prompt, parallel=d.parallel, speed=generator.speed, watch=watch, every=8)
+      response = generator.generate(prompt, parallel=d.parallel, speed=generator.speed, watch=watch, every=8)
     response = dataclasses.replace(response, seconds=response.seconds - drawing)  # drawing is no decoding
   else:
-    response = generator.respond(prompt, parallel=d.parallel, speed=generator.speed)
+    response = generator.generate(prompt, parallel=d.parallel, speed=generator.speed)
   print(response.text, flush=True)
   speedup = None
   console = Console(stderr=not terminal)
   if len(modes) > 1:
     with console.status("the same weights, one token at a time …"):
-      baseline = generator.respond(prompt, parallel=False, speed=generator.speed)
-    shown = lambda r: describe(r.trace, generator.vocabulary)["text_tokens"]
+      baseline = generator.generate(prompt, parallel=False, speed=generator.speed)
+    shown = lambda r: to_record(r.trace, generator.vocabulary)["text_tokens"]
     speedup = baseline.seconds / max(shown(baseline), 1) * shown(response) / response.seconds
   console.print(figures_table(response.trace, response.seconds, speedup))
   if timeline is not None:
@@ -77,13 +77,13 @@ def _check_writable(flag: str, name: str) -> Path:
   return path
 
 
-def _compile(generator: Generator, prompt_length: int, modes: list[bool]) -> None:
+def _compile(generator: Model, prompt_length: int, modes: list[bool]) -> None:
   """Compiles what the prompt may need, with a bar: the first run takes a while, later ones find it cached."""
   bar, task = progress_bar("compiling (cached for later runs)", 1)
   with bar:
     for parallel in modes:
       note = lambda done, total: bar.update(task, completed=done, total=total)
-      generator.interpreter(parallel).warm_up(prompt_length, generator.sampling, note=note)
+      generator.interpreter(parallel).precompile(prompt_length, generator.sampling, note=note)
 
 
 def decode_file(config, prompts_file: str, output: str | None) -> None:
@@ -100,14 +100,14 @@ def decode_file(config, prompts_file: str, output: str | None) -> None:
   if not rows:
     raise DecodeError(f"{prompts_file} holds no prompt")
   d = config.decode
-  generator = Generator(config)
+  generator = Model(config)
   prompts = []
   for number, row in enumerate(rows, 1):
     try:
       prompts.append(generator.encode(row["prompt"], generator.speed))
     except DecodeError as error:
       raise DecodeError(f"{prompts_file}, row {number}: {error}") from None
-  decoder = BatchDecoder(
+  decoder = Scheduler(
     generator.interpreter(d.parallel),
     requests=min(d.requests, len(rows)),
     width=min(d.slots, 4) if d.parallel else 1,
@@ -116,7 +116,7 @@ def decode_file(config, prompts_file: str, output: str | None) -> None:
   with bar:
     traces = decoder.run(prompts, generator.sampling, done=lambda i, trace: bar.advance(task))
   lines = [
-    json.dumps({**row, **describe(trace, generator.vocabulary)}, ensure_ascii=False) + "\n"
+    json.dumps({**row, **to_record(trace, generator.vocabulary)}, ensure_ascii=False) + "\n"
     for row, trace in zip(rows, traces)
   ]
   if target is None:

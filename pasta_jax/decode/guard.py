@@ -2,7 +2,7 @@
 
 Unguarded, every token may come and has a meaning (`lang.automaton`); guarded, ill-formed ones cannot.
 Ordinary text is never touched. But for the limits on the whole response (threads, tokens left) and the topics
-that `Switches.no_repeat` compares, the guard reads only what the branch can see, so it keeps exactness.
+that `StepFeatures.no_repeat` compares, the guard reads only what the branch can see, so it keeps exactness.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pasta_jax.decode.config import Limits, Switches
+from pasta_jax.decode.settings import Limits, StepFeatures
 from pasta_jax.lang import automaton as A
 
 
@@ -26,19 +26,19 @@ class View(NamedTuple):
   may_sync: jax.Array  # bool: there is a chunk to join
 
 
-def allowed(view: View, limits: Limits, switches: Switches) -> jax.Array:
+def allowed(view: View, limits: Limits, features: StepFeatures) -> jax.Array:
   """[N_CLASSES] bool. At least one class is always allowed."""
   well_formed = jnp.asarray(A.WELL_FORMED)[view.state]
-  if not switches.guard:
+  if not features.guard:
     well_formed = jnp.ones_like(well_formed)
-  if not switches.promises:
+  if not features.promises:
     return well_formed.at[jnp.array([A.OPEN, A.MIDDLE, A.CLOSE, A.ASYNC, A.END, A.SYNC])].set(False)
-  if not switches.guard:
+  if not features.guard:
     return well_formed
   in_text, in_topic, in_number = (view.state == s for s in (A.TEXT, A.TOPIC, A.NUMBER))
   full = view.topic_length >= limits.max_topic
   topic_done = view.topic_length > 0
-  numbered = switches.rule.numbered
+  numbered = features.rule.numbered
   rules = {
     A.ORDINARY: ~(in_topic & full),
     A.DIGITS: jnp.where(in_number, view.number < 100, ~(in_topic & full)),

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pasta_jax.decode.config import Limits, SamplingConfig, Switches
 from pasta_jax.decode.sampling import Sampling, as_arrays
+from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 from pasta_jax.decode.state import UNFINISHED, State, grow, initial, summary
 from pasta_jax.decode.step import Tables, step
 from pasta_jax.decode.trace import Trace, read_trace
 from pasta_jax.lang import automaton
 from pasta_jax.lang.vocabulary import Vocabulary
-from pasta_jax.model.attention import causal_mask, dense_attention, nearby
-from pasta_jax.model.decoder import Decoder
+from pasta_jax.model.attention import causal_mask, dense_attention, sliding_window_mask
+from pasta_jax.model.transformer import Transformer
 
 PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -52,13 +52,13 @@ def penalised_tokens(vocabulary: Vocabulary) -> np.ndarray:
   return penalised
 
 
-def switched(switches: Switches, sampling: SamplingConfig) -> Switches:
+def specialise(features: StepFeatures, sampling: SamplingConfig) -> StepFeatures:
   """The switches with only those parts of sampling compiled in that the numbers ask for."""
   return dataclasses.replace(
-    switches,
+    features,
     greedy=sampling.temperature == 0,
-    sorts=sampling.top_k > 0 or sampling.top_p < 1,
-    penalises=sampling.repetition_penalty != 1,
+    use_top_k_p=sampling.top_k > 0 or sampling.top_p < 1,
+    use_repetition_penalty=sampling.repetition_penalty != 1,
   )
 
 
@@ -66,17 +66,17 @@ def switched(switches: Switches, sampling: SamplingConfig) -> Switches:
 class Interpreter:
   """Decodes requests with one model. Compiled segments are kept for as long as it lives.
 
-  `model` is in the form of `build.for_decoding`. `limits` and `switches` are compiled in.
+  `model` is in the form of `build.for_decoding`. `limits` and `features` are compiled in.
   """
 
-  model: Decoder
+  model: Transformer
   vocabulary: Vocabulary
   limits: Limits = Limits()
-  switches: Switches = Switches()
+  features: StepFeatures = StepFeatures()
 
   def __post_init__(self):
     rows = self.model.config.vocab_size
-    if rows < self.vocabulary.size and self.switches.promises:
+    if rows < self.vocabulary.size and self.features.promises:
       raise DecodeError(
         f"the model has {rows} vocabulary rows and no tags: load a PASTA adapter, or decode without promises"
       )
@@ -106,7 +106,7 @@ class Interpreter:
       causal_mask(size),
       model.dtype,
       softcap=model.config.attention_softcap,
-      near=nearby(positions, positions, model.config.window),
+      near=sliding_window_mask(positions, positions, model.config.window),
     )
     _, cached = model(prompt[None], positions, attend)
     dtype = model.dtype
@@ -118,12 +118,19 @@ class Interpreter:
       seed,
       max_threads=self.limits.max_threads,
       capacity=capacity,
-      logits=model.config.vocab_size if self.switches.capture else 0,
-      recent=max(self.switches.no_repeat - 1, 0),
+      logits=model.config.vocab_size if self.features.return_logits else 0,
+      recent=max(self.features.no_repeat - 1, 0),
     )
 
   def _segment_pure(
-    self, params: Any, state: State, sampling: Sampling, steps: jax.Array, *, width: int, switches: Switches
+    self,
+    params: Any,
+    state: State,
+    sampling: Sampling,
+    steps: jax.Array,
+    *,
+    width: int,
+    features: StepFeatures,
   ) -> tuple[State, dict[str, jax.Array]]:
     model = nnx.merge(self.graph, params)
     capacity = state.log.token.shape[0]
@@ -138,7 +145,7 @@ class Interpreter:
     def body(carry):
       state, left = carry
       return step(
-        model, state, self.tables, sampling, width=width, limits=self.limits, switches=switches
+        model, state, self.tables, sampling, width=width, limits=self.limits, features=features
       ), left - 1
 
     state, _ = jax.lax.while_loop(goes_on, body, (state, steps))
@@ -176,7 +183,7 @@ class Interpreter:
     """How many programs have been compiled so far."""
     return sum(f._cache_size() for f in (self._prefill, self._segment, self._grow))
 
-  def warm_up(
+  def precompile(
     self,
     prompt_length: int,
     sampling: SamplingConfig = SamplingConfig(),
@@ -187,7 +194,7 @@ class Interpreter:
 
     `note(done, total)` is told of progress.
     """
-    switches, numbers = switched(self.switches, sampling), as_arrays(sampling)
+    features, numbers = specialise(self.features, sampling), as_arrays(sampling)
     state = self.start([1] * min(prompt_length, self.limits.buckets[-1] - self.limits.widths[-1]))
     most = prompt_length + self.limits.max_new_tokens + self.limits.widths[-1]
     sizes = [c for c in self._capacities() if c >= state.log.token.shape[0]]
@@ -197,7 +204,7 @@ class Interpreter:
       note(done, len(shapes))
       if size > state.log.token.shape[0]:
         state = self._grow(state, capacity=size)
-      state, _ = self._segment(self.params, state, numbers, np.int32(0), width=width, switches=switches)
+      state, _ = self._segment(self.params, state, numbers, np.int32(0), width=width, features=features)
     note(len(shapes), len(shapes))
 
   def run(
@@ -213,7 +220,7 @@ class Interpreter:
     `watch` is called with the trace so far at least every `every` steps, and at the end.
     """
     state = self.start(prompt, sampling.seed)
-    switches, numbers = switched(self.switches, sampling), as_arrays(sampling)
+    features, numbers = specialise(self.features, sampling), as_arrays(sampling)
     runnable, used, finish = 1, len(prompt) - 1, UNFINISHED
     while finish == UNFINISHED:
       width = next((w for w in self.limits.widths if w >= runnable), self.limits.widths[-1])
@@ -221,10 +228,10 @@ class Interpreter:
       if used + width > size:
         state = self._grow(state, capacity=next(c for c in self._capacities() if c > size))
       state, scalars = self._segment(
-        self.params, state, numbers, np.int32(every if watch else 1 << 30), width=width, switches=switches
+        self.params, state, numbers, np.int32(every if watch else 1 << 30), width=width, features=features
       )
       scalars = jax.device_get(scalars)
       runnable, used, finish = (int(scalars[k]) for k in ("runnable", "used", "finish"))
       if watch:
-        watch(read_trace(state, self.vocabulary, self.switches.rule))
-    return read_trace(state, self.vocabulary, self.switches.rule)
+        watch(read_trace(state, self.vocabulary, self.features.rule))
+    return read_trace(state, self.vocabulary, self.features.rule)

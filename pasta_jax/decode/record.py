@@ -20,7 +20,7 @@ def loops(tokens: Sequence[int], length: int = LOOP_LENGTH, times: int = LOOP_TI
   return False
 
 
-def describe(trace: Trace, vocabulary: Vocabulary) -> dict:
+def to_record(trace: Trace, vocabulary: Vocabulary) -> dict:
   """The record of one response, ready for JSON.
 
   `text_tokens` counts what the reader sees, tokenised as plain text, with the token that ends the response:

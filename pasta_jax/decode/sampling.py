@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pasta_jax.decode.config import SamplingConfig, Switches
-from pasta_jax.model.attention import NEGATIVE
+from pasta_jax.decode.settings import SamplingConfig, StepFeatures
+from pasta_jax.model.attention import MASK_VALUE
 
 
 class Sampling(NamedTuple):
@@ -50,26 +50,26 @@ def gram_hash(recent: jax.Array) -> jax.Array:
 
 def ban(scores: jax.Array, tokens: jax.Array, which: jax.Array) -> jax.Array:
   """Scores with those of `tokens` for which `which` holds put out of reach."""
-  return scores.at[jnp.where(which, tokens, scores.shape[0])].set(NEGATIVE, mode="drop")
+  return scores.at[jnp.where(which, tokens, scores.shape[0])].set(MASK_VALUE, mode="drop")
 
 
-def draw(logits: jax.Array, key: jax.Array, sampling: Sampling, switches: Switches) -> jax.Array:
+def draw(logits: jax.Array, key: jax.Array, sampling: Sampling, features: StepFeatures) -> jax.Array:
   """The next token. `key` is the thread's, folded with the token's index in its thread.
 
   A Gumbel number for every token, a quarter of a step for many requests on CPU, and worth it: one uniform
   number against cumulative probabilities changes its answer wherever rounding moves one of V boundaries
   across it, and then what is sampled depends on the requests beside it.
   """
-  if switches.greedy:
+  if features.greedy:
     return jnp.argmax(logits).astype(jnp.int32)
   logits = logits / jnp.maximum(sampling.temperature, 1e-6)
-  if switches.sorts:
+  if features.use_top_k_p:
     order = jnp.sort(logits, descending=True)
     rank_limit = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[0])
     kept = jnp.arange(logits.shape[0]) < rank_limit
-    weights = jax.nn.softmax(jnp.where(kept, order, NEGATIVE))
+    weights = jax.nn.softmax(jnp.where(kept, order, MASK_VALUE))
     kept &= jnp.cumsum(weights) - weights < sampling.top_p  # the likeliest token always stays
-    logits = jnp.where(logits < jnp.min(jnp.where(kept, order, jnp.inf)), NEGATIVE, logits)
+    logits = jnp.where(logits < jnp.min(jnp.where(kept, order, jnp.inf)), MASK_VALUE, logits)
   floor = jnp.max(logits) + jnp.log(jnp.maximum(sampling.min_p, 1e-30))
-  logits = jnp.where(logits < floor, NEGATIVE, logits)
+  logits = jnp.where(logits < floor, MASK_VALUE, logits)
   return jax.random.categorical(key, logits).astype(jnp.int32)

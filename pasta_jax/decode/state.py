@@ -46,7 +46,7 @@ class Log(NamedTuple):
     jax.Array
   )  # [P] uint32, hash of the thread's last tokens up to this one (`sampling.gram_hash`); 0: too few
   log_p: jax.Array  # [P] float32, the model's log-probability of the token chosen behind this entry
-  logits: jax.Array  # [P, V] float32 where `Switches.capture`, else [P, 0]
+  logits: jax.Array  # [P, V] float32 where `StepFeatures.return_logits`, else [P, 0]
 
 
 class Threads(NamedTuple):
@@ -74,7 +74,7 @@ class Threads(NamedTuple):
   kept_last: jax.Array  # [M] int32, that token; -1 for an empty topic
   recent: (
     jax.Array
-  )  # [M, n] int32, own tokens read last, oldest first; -1: none (n: `Switches.no_repeat` - 1, or 0)
+  )  # [M, n] int32, own tokens read last, oldest first; -1: none (n: `StepFeatures.no_repeat` - 1, or 0)
   fork_entry: jax.Array  # [M] int32, pool entry of its promise's last token
   fork_index: jax.Array  # [M] int32, index of that token in the parent's own tokens
   length: jax.Array  # [M] int32, own tokens read back

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.decode import guard
-from pasta_jax.decode.config import Limits, Switches
 from pasta_jax.decode.sampling import Sampling, ban, draw, gram_hash, penalise
+from pasta_jax.decode.settings import Limits, StepFeatures
 from pasta_jax.decode.state import (
   DONE,
   FREE,
@@ -26,8 +26,8 @@ from pasta_jax.decode.state import (
   earlier,
 )
 from pasta_jax.lang import automaton as A
-from pasta_jax.model.attention import NEGATIVE, nearby, seen_by
-from pasta_jax.model.decoder import Decoder, soft_cap
+from pasta_jax.model.attention import MASK_VALUE, seen_by, sliding_window_mask
+from pasta_jax.model.transformer import Transformer, soft_cap
 
 
 class Tables(NamedTuple):
@@ -61,7 +61,7 @@ def pool_attention(visible: jax.Array, near: jax.Array | None, softcap: float):
     keys, values = cache  # [K, H, P], [K, P, H]
     q, k, v = q.astype(keys.dtype), k.astype(keys.dtype), v.astype(values.dtype)
     scores = jnp.einsum("kgh,khp->kgp", q, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen, soft_cap(scores, softcap), NEGATIVE)
+    scores = jnp.where(seen, soft_cap(scores, softcap), MASK_VALUE)
     own = soft_cap(jnp.einsum("kgh,kh->kg", q, k, preferred_element_type=jnp.float32), softcap)
     peak = jnp.maximum(jnp.max(scores, axis=-1), own)
     weights, own_weight = jnp.exp(scores - peak[..., None]), jnp.exp(own - peak)
@@ -76,29 +76,29 @@ def pool_attention(visible: jax.Array, near: jax.Array | None, softcap: float):
 
 
 def branch_step(
-  model: Decoder,
+  model: Transformer,
   state: State,
   branch: Branch,
   tables: Tables,
   sampling: Sampling,
   limits: Limits,
-  switches: Switches,
+  features: StepFeatures,
 ):
   """One branch's token through the model: (keys and values per layer, next token, its log p, logits [V])."""
   caches = list(zip(state.pool.keys, state.pool.values))
-  near = nearby(branch.position[None], state.log.position, model.config.window)
+  near = sliding_window_mask(branch.position[None], state.log.position, model.config.window)
   attend = pool_attention(branch.visible, None if near is None else near[0], model.config.attention_softcap)
   hidden, new = model(branch.token, branch.position, attend, caches)
   logits = model.logits(hidden)
   scores = logits
-  if switches.penalises:
+  if features.use_repetition_penalty:
     # The token that is being read has no entry yet, but must not be said twice in a row either.
     tokens = jnp.append(state.log.token, branch.token)
     written = (
       jnp.append(branch.visible & (state.log.thread >= 0), branch.view.index >= 0) & tables.penalised[tokens]
     )
     scores = penalise(scores, tokens, written & (branch.view.state == A.TEXT), sampling.repetition_penalty)
-  if switches.no_repeat:
+  if features.no_repeat:
     # What followed the same tokens before may not follow them again; tags are left alone. All threads count:
     # chunks that do not see each other say the same thing too.
     again = (
@@ -106,29 +106,29 @@ def branch_step(
     )
     kinds = tables.classes[state.log.chosen]
     scores = ban(scores, state.log.chosen, again & ((kinds == A.ORDINARY) | (kinds == A.DIGITS)))
-  if switches.promises:
+  if features.promises:
     scores = scores.at[tables.open_tag].add(sampling.promise_bias)
-  allowed = guard.allowed(branch.view, limits, switches)[tables.classes]
-  if switches.guard:
+  allowed = guard.allowed(branch.view, limits, features)[tables.classes]
+  if features.guard:
     allowed &= ~guard.absurd(branch.view, tables.value, tables.scale)
     # No topic twice: the token that would complete one that was promised may not come.
     scores = ban(scores, state.threads.kept_last, branch.taken & (branch.view.state == A.TOPIC))
-  scores = jnp.where(allowed, scores, NEGATIVE)
+  scores = jnp.where(allowed, scores, MASK_VALUE)
   key = jax.random.fold_in(jax.random.wrap_key_data(branch.key), branch.view.index + 1)
-  token = draw(scores, key, sampling, switches)
+  token = draw(scores, key, sampling, features)
   log_p = logits[token] - jax.nn.logsumexp(logits)
   return new, token, log_p, logits
 
 
 def step(
-  model: Decoder,
+  model: Transformer,
   state: State,
   tables: Tables,
   sampling: Sampling,
   *,
   width: int,
   limits: Limits,
-  switches: Switches,
+  features: StepFeatures,
 ) -> State:
   """Gives the next `width` threads of the round their turn; a finished request is left as it is.
 
@@ -172,7 +172,7 @@ def step(
   entry = state.used + jnp.arange(width)
   rows = t.visible[at]
   known = rows[:, t.fork_entry]  # [W, M]: this thread's promise
-  if switches.no_repeat:  # those of threads that it does not see too, as with runs of tokens (`branch_step`)
+  if features.no_repeat:  # those of threads that it does not see too, as with runs of tokens (`branch_step`)
     known |= earlier(state)[t.fork_entry]
   taken = (
     known & (jnp.arange(m) > 0) & (t.status != FREE) & (t.kept_last >= 0) & (t.kept_before == topic[:, None])
@@ -194,7 +194,7 @@ def step(
   )
   branch = Branch(token, t.position[at], rows, t.key[at], view, taken, gram_hash(recent))
   new, chosen, log_p, logits = jax.vmap(
-    lambda b: branch_step(model, state, b, tables, sampling, limits, switches)
+    lambda b: branch_step(model, state, b, tables, sampling, limits, features)
   )(branch)
 
   # Into the pool and the log, side by side. What is written is made to depend on the tokens chosen (ids are
@@ -222,7 +222,7 @@ def step(
     gram=note(state.log.gram, branch.gram),
     log_p=note(state.log.log_p, log_p),
   )
-  if switches.capture:
+  if features.return_logits:
     log = log._replace(logits=put(state.log.logits, logits, (state.used, zero)))
 
   # The threads that had their turn.
@@ -230,7 +230,7 @@ def step(
   next_action = jnp.asarray(A.ACTION)[after, next_kind]
   is_over = is_main & (next_kind == A.EOS)  # the main thread's last token need not be read back
   status = jnp.where(ends | is_over, DONE, jnp.where(next_action == A.JOIN, WAITING, RUNNING))
-  gap = jnp.where(forks, switches.rule.gap(declared), 0)
+  gap = jnp.where(forks, features.rule.gap(declared), 0)
   seen = rows | ((entry[:, None] == jnp.arange(rows.shape[1])) & live[:, None])
   own = jnp.where(live, lane, m)
   set_own = lambda field, x: field.at[own].set(x.astype(field.dtype), mode="drop")
@@ -292,10 +292,10 @@ def step(
     steps=state.steps + (served > 0),
     n_threads=state.n_threads + forks.sum(),
   )
-  return end_of_round(state, limits, switches)
+  return end_of_round(state, limits, features)
 
 
-def end_of_round(state: State, limits: Limits, switches: Switches) -> State:
+def end_of_round(state: State, limits: Limits, features: StepFeatures) -> State:
   """When every thread had its turn: adoptions, joins, limits, and the next round."""
   t = state.threads
   m = t.status.shape[0]
@@ -320,7 +320,7 @@ def end_of_round(state: State, limits: Limits, switches: Switches) -> State:
   visible = jax.lax.cond(joined.any(), merge, lambda v: v, t.visible)
   furthest = jnp.max(jnp.where(joins, t.position[None, :], 0), axis=1)
   n_joined = jnp.sum(jnp.where(joins, t.length[None, :], 0), axis=1)
-  position = jnp.where(ready, switches.rule.at_sync(t.position, furthest, n_joined), t.position)
+  position = jnp.where(ready, features.rule.at_sync(t.position, furthest, n_joined), t.position)
   status = jnp.where(ready, RUNNING, t.status)
   t = t._replace(
     owner=jnp.where(joined, -1, owner),

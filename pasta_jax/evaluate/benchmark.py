@@ -24,17 +24,17 @@ import rich.table
 from absl import app, flags
 from flax import nnx
 
-from pasta_jax.decode.batch import BatchDecoder
-from pasta_jax.decode.config import Limits, SamplingConfig, Switches
-from pasta_jax.decode.interpreter import Interpreter, switched
+from pasta_jax.decode.interpreter import Interpreter, specialise
 from pasta_jax.decode.sampling import as_arrays
+from pasta_jax.decode.scheduler import Scheduler
+from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 from pasta_jax.decode.state import RUNNING, State, grow
 from pasta_jax.lang.automaton import ORDINARY
 from pasta_jax.lang.vocabulary import Vocabulary
-from pasta_jax.model import build
-from pasta_jax.model.adapter import Adapter
-from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
-from pasta_jax.model.hf_folder import save_hf_folder
+from pasta_jax.weights import build
+from pasta_jax.weights.adapter import Adapter
+from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
+from pasta_jax.weights.hf_folder import save_hf_folder
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "smollm2-135m-instruct", "name, GGUF file or Hugging Face folder")
@@ -103,16 +103,16 @@ def step_timer(
     _model(checkpoint, dtype),
     vocabulary,
     limits,
-    Switches(promises=not sequential, guard=not sequential, no_repeat=NO_REPEAT),
+    StepFeatures(promises=not sequential, guard=not sequential, no_repeat=NO_REPEAT),
   )
-  switches, numbers = switched(it.switches, SAMPLING), as_arrays(SAMPLING)
+  features, numbers = specialise(it.features, SAMPLING), as_arrays(SAMPLING)
   start = busy_state(it, branches, capacity)
 
   def measure() -> float:
     state = jax.block_until_ready(jax.tree.map(jnp.copy, start))
     steps = min(FLAGS.steps, capacity // 2 // width - 1)
     started = time.perf_counter()
-    after, _ = it._segment(it.params, state, numbers, np.int32(steps), width=width, switches=switches)
+    after, _ = it._segment(it.params, state, numbers, np.int32(steps), width=width, features=features)
     done = int(after.steps)
     return (time.perf_counter() - started) / max(done, 1)
 
@@ -127,15 +127,15 @@ def batch_timer(
   model = _model(checkpoint, dtype)
   width = 1
   limits = Limits(max_new_tokens=FLAGS.steps, max_threads=1, widths=(width,), buckets=(256, capacity))
-  it = Interpreter(model, vocabulary, limits, Switches(promises=False, guard=False, no_repeat=NO_REPEAT))
-  switches, numbers = switched(it.switches, SAMPLING), as_arrays(SAMPLING)
-  decoder = BatchDecoder(it, requests=requests, width=width)
+  it = Interpreter(model, vocabulary, limits, StepFeatures(promises=False, guard=False, no_repeat=NO_REPEAT))
+  features, numbers = specialise(it.features, SAMPLING), as_arrays(SAMPLING)
+  decoder = Scheduler(it, requests=requests, width=width)
   one = busy_state(it, 1, capacity)
 
   def measure() -> float:
     states = jax.block_until_ready(jax.tree.map(lambda x: jnp.stack([x] * requests), one))
     started = time.perf_counter()
-    after, finish = decoder._segment(it.params, states, numbers, np.int32(requests), switches=switches)
+    after, finish = decoder._segment(it.params, states, numbers, np.int32(requests), features=features)
     jax.block_until_ready(finish)
     return (time.perf_counter() - started) / int(after.steps.max())
 
@@ -203,7 +203,7 @@ def llama_cpp_timer() -> Callable[[], float] | None:
     import llama_cpp
   except ImportError:
     return None
-  from pasta_jax.model.download import named_weights
+  from pasta_jax.weights.download import named_weights
 
   model = llama_cpp.Llama(
     str(named_weights("smollm2-135m-instruct")), n_ctx=MAIN_POOL, logits_all=False, verbose=False

@@ -16,13 +16,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from pasta_jax.data.records import Records
-from pasta_jax.decode.generate import DecodeError, Generator, adapter_digest
+from pasta_jax.data.prompts import EvalError, Request, conversation, read_prompts
+from pasta_jax.decode.generator import DecodeError, Model, adapter_digest
 from pasta_jax.decode.interpreter import padded_length
-from pasta_jax.evaluate import judging, report
-from pasta_jax.evaluate.prompts import EvalError, Request, conversation, read_prompts
-from pasta_jax.evaluate.systems import System, entry_of, load_system
-from pasta_jax.progress import progress_bar
+from pasta_jax.evaluate.judges import judging
+from pasta_jax.evaluate.report import report
+from pasta_jax.evaluate.systems.registry import System, entry_of, load_system
+from pasta_jax.utils.progress import progress_bar
+from pasta_jax.utils.records import Records
 
 _FREE = (
   "live",
@@ -138,7 +139,7 @@ def _row(request: Request, name: str, record: dict) -> dict:
 
 def answer(config, workdir: Path, names: list[str], requests: list[Request]) -> None:
   """Answers all requests with each system, many at a time; later turns behind the earlier ones."""
-  generators: dict[tuple[str, str], Generator] = {}
+  generators: dict[tuple[str, str], Model] = {}
   for at, name in enumerate(names):
     later = {config.systems[n].adapter for n in names[at:]}
     generators = {
@@ -182,13 +183,13 @@ def time_systems(config, workdir: Path, names: list[str], requests: list[Request
   if not todo:
     return
   todo = [todo[i] for i in np.random.default_rng(0).permutation(len(todo))]
-  generators: dict[tuple[str, str], Generator] = {}
+  generators: dict[tuple[str, str], Model] = {}
   systems: dict[str, System] = {name: load_system(config, name, generators, timed=True) for name in names}
   bar, task = progress_bar("compiling", len(systems))
   with bar:
     for system in systems.values():
       lengths = sorted({padded_length(len(system.tokens(conversation(r, {})))) for r in todo})
-      system.warm_up(lengths, lambda text: bar.update(task, note=text))
+      system.precompile(lengths, lambda text: bar.update(task, note=text))
       bar.advance(task)
   repeats = config.eval.repeats or (1 if jax.default_backend() == "cpu" else 2)
   bar, task = progress_bar("by the clock", len(requests), len(requests) - len(todo))

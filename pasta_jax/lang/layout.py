@@ -88,7 +88,7 @@ class Layout:
 
   tokens: np.ndarray  # [T]
   positions: np.ndarray  # [T]
-  hidden: np.ndarray  # [T, levels, 2]
+  masked_intervals: np.ndarray  # [T, levels, 2]
   targets: np.ndarray  # [T], NO_TARGET where nothing is learned
   threads: np.ndarray  # [T] 0 for the main thread, chunks numbered in order of their promises
   index: np.ndarray  # [T] index in the thread's own tokens; prompt tokens are negative
@@ -97,14 +97,14 @@ class Layout:
     return len(self.tokens)
 
 
-def is_visible(q, k, hidden_k):
+def is_visible(q, k, intervals_k):
   """Section 3's rule for query indices `q` and key indices `k` of one example; broadcasts.
 
-  `hidden_k` is [..., levels, 2] for the keys, its leading axes broadcasting with q and k. Serves NumPy and
+  `intervals_k` is [..., levels, 2] for the keys, its leading axes broadcasting with q and k. Serves NumPy and
   JAX.
   """
   return outside(
-    q, k, [(hidden_k[..., level, 0], hidden_k[..., level, 1]) for level in range(hidden_k.shape[-2])]
+    q, k, [(intervals_k[..., level, 0], intervals_k[..., level, 1]) for level in range(intervals_k.shape[-2])]
   )
 
 
@@ -125,7 +125,7 @@ class _Walk:
     self.end = prompt + total
     self.positions = np.zeros(self.end, np.int32)
     self.positions[:prompt] = np.arange(prompt)
-    self.hidden = np.zeros((self.end, max(levels, 1), 2), np.int32)
+    self.masked_intervals = np.zeros((self.end, max(levels, 1), 2), np.int32)
     self.threads = np.zeros(self.end, np.int32)
     self.targets = np.full(self.end, NO_TARGET, np.int32)
     self.index = np.arange(-prompt, total, dtype=np.int32)
@@ -164,7 +164,7 @@ class _Walk:
 
   def _join(self, chunks: list["_Open"], at: int):
     for c in chunks:
-      self.hidden[c.start : c.stop, c.level] = (c.stop, at)
+      self.masked_intervals[c.start : c.stop, c.level] = (c.stop, at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +186,7 @@ def layout(thread: Thread, rule: PositionRule, table: TokenTable, prompt: Sequen
   walk_._join(waiting, walk_.end)
   own = [t.tokens[i] for t, i in serialise(thread)]
   tokens = np.asarray([*prompt, *own], np.int32)
-  return Layout(tokens, walk_.positions, walk_.hidden, walk_.targets, walk_.threads, walk_.index)
+  return Layout(tokens, walk_.positions, walk_.masked_intervals, walk_.targets, walk_.threads, walk_.index)
 
 
 def span(chunk: Thread, rule: PositionRule) -> int:

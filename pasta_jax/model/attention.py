@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from pasta_jax.lang.layout import is_visible
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import Attend, Local, matmul, soft_cap
+from pasta_jax.model.transformer import Attend, Local, matmul, soft_cap
 
-NEGATIVE = -1e30  # a masked score: finite, so that a row that sees nothing averages instead of giving NaN
+MASK_VALUE = -1e30  # a masked score: finite, so that a row that sees nothing averages instead of giving NaN
 _UNROLLED = 8  # so many shapes of blocks at most are compiled
 
 
@@ -24,7 +24,7 @@ def within(queries: jax.Array, keys: jax.Array, window) -> jax.Array:
   return queries - keys < window
 
 
-def nearby(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array | None:
+def sliding_window_mask(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array | None:
   """[..., q, k] boolean from positions [..., q] and [..., k]: what a local layer may see; None without a
   window.
 
@@ -52,7 +52,7 @@ def dense_attention(
   softcap: float = 0.0,
 ) -> Attend:
   """`attend` over whole rows at once: `mask` is boolean [B, T, T], True where query t sees key s, and never
-  True for s > t; local layers see those that are `near` too (`nearby`)."""
+  True for s > t; local layers see those that are `near` too (`sliding_window_mask`)."""
   if mask.dtype != jnp.bool_:
     raise TypeError(f"a mask must be boolean (True = may attend), not {mask.dtype}")
 
@@ -64,16 +64,16 @@ def dense_attention(
 
 
 def chunked_attention(
-  hidden: jax.Array, positions: jax.Array, config: ModelConfig, dtype: Any, block: int = 128
+  masked_intervals: jax.Array, positions: jax.Array, config: ModelConfig, dtype: Any, block: int = 128
 ) -> Attend:
-  """`attend` over rows whose keys are hidden from the query indices `hidden` [B, T, L, 2]
+  """`attend` over rows whose keys are hidden from the query indices `masked_intervals` [B, T, L, 2]
   (`layout.is_visible`), and in local layers from `positions` [B, T] beyond the window. No T x T array is
   made: what a block of queries sees is found when it is needed."""
 
   def seen(start, size: int, stop: int, local: Local) -> jax.Array:
     at = start + jnp.arange(size)
-    visible = is_visible(at[:, None], jnp.arange(stop)[None, :], hidden[:, None, :stop])
-    near = nearby(
+    visible = is_visible(at[:, None], jnp.arange(stop)[None, :], masked_intervals[:, None, :stop])
+    near = sliding_window_mask(
       jax.lax.dynamic_slice_in_dim(positions, start, size, axis=1), positions[:, :stop], config.window
     )
     return seen_by(visible, near, local)
@@ -109,7 +109,7 @@ def _in_blocks(
         rows, heads, groups, size, -1
       )
       mask = seen(start, size, stop, local)
-      scores = soft_cap(scores, softcap) + jnp.where(mask, 0.0, NEGATIVE)[:, None, None]
+      scores = soft_cap(scores, softcap) + jnp.where(mask, 0.0, MASK_VALUE)[:, None, None]
       peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
       weights = jnp.exp(scores - peak).astype(dtype)
       return matmul(weights.reshape(rows, heads, groups * size, -1), v).reshape(*own.shape[:-1], -1)

@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pasta_jax.model import tiles
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import Local
+from pasta_jax.model.transformer import Local
 
 _LANES = 128
 
@@ -62,17 +62,19 @@ def tile_size(platform: str, length: int, width: int) -> int:
   return next((size for size in (_LANES, 2 * _LANES) if length <= 8 * size), 4 * _LANES)
 
 
-def make_tables(hidden: jax.Array, positions: jax.Array, window: int, size: int) -> Tables:
-  """Tables of rows with `hidden` [B, T, L, 2] and `positions` [B, T], T filled up to whole tiles: no query
+def make_tables(masked_intervals: jax.Array, positions: jax.Array, window: int, size: int) -> Tables:
+  """Tables of rows with `masked_intervals` [B, T, L, 2] and `positions` [B, T], T filled up to whole tiles: no query
   sees what is added."""
   rows, length = positions.shape
   padding = -length % size
-  hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0), (0, 0)))
+  masked_intervals = jnp.pad(masked_intervals, ((0, 0), (0, padding), (0, 0), (0, 0)))
   positions = jnp.pad(positions, ((0, 0), (0, padding)))
-  columns = hidden.reshape(rows, 1, length + padding, -1)
+  columns = masked_intervals.reshape(rows, 1, length + padding, -1)
   if window:
     columns = jnp.concatenate([columns, positions[:, None, :, None]], axis=-1)
-  kinds = tuple(tiles.tile_kinds(hidden, positions, w, size) for w in ((0, window) if window else (0,)))
+  kinds = tuple(
+    tiles.tile_kinds(masked_intervals, positions, w, size) for w in ((0, window) if window else (0,))
+  )
   by_query = tuple(tiles.schedule(k) for k in kinds)
   by_key = tuple(tiles.schedule(k.swapaxes(1, 2)) for k in kinds)
   return Tables(columns, positions[:, None, None], (by_query[0], by_query[-1]), (by_key[0], by_key[-1]))

@@ -16,24 +16,24 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.lang.layout import outside
-from pasta_jax.model.attention import NEGATIVE, within
-from pasta_jax.model.decoder import soft_cap
+from pasta_jax.model.attention import MASK_VALUE, within
+from pasta_jax.model.transformer import soft_cap
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 FAR = 2**30  # beyond all indices and positions
 
 
-def tile_kinds(hidden: jax.Array, positions: jax.Array, window: int, size: int) -> jax.Array:
+def tile_kinds(masked_intervals: jax.Array, positions: jax.Array, window: int, size: int) -> jax.Array:
   """[B, n, n] integers of EMPTY, PARTIAL, FULL for query tile i and key tile j of `size` tokens each.
 
-  `hidden` is [B, T, L, 2], `positions` [B, T]; T is a multiple of `size`; `window` 0: none. A tile that
+  `masked_intervals` is [B, T, L, 2], `positions` [B, T]; T is a multiple of `size`; `window` 0: none. A tile that
   several intervals of a key hide together may be called PARTIAL though it is empty; one that is called EMPTY
   or FULL is.
   """
   rows, length = positions.shape
   n = length // size
   first = jnp.arange(n) * size  # of each query tile; [n] beside keys [B, T, 1, L]
-  start, stop = hidden[..., None, :, 0], hidden[..., None, :, 1]
+  start, stop = masked_intervals[..., None, :, 0], masked_intervals[..., None, :, 1]
   first_, behind_ = first[:, None], first[:, None] + size
   key = jnp.arange(length)[:, None, None]
   covered = jnp.any((start <= jnp.maximum(first_, key)) & (behind_ <= stop), axis=-1)  # [B, T, n]
@@ -95,7 +95,7 @@ def tile_scores(q: jax.Array, k: jax.Array, queries: Queries, keys: Keys, full, 
     seen = outside(at, keys.start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0), keys.intervals)
     if queries.position is not None and keys.position is not None:
       seen = seen & within(queries.position, keys.position, window)
-    return jnp.where(seen, scores, NEGATIVE)
+    return jnp.where(seen, scores, MASK_VALUE)
 
   return jax.lax.cond(full, lambda s: s, masked, scores), scores
 
@@ -103,7 +103,7 @@ def tile_scores(q: jax.Array, k: jax.Array, queries: Queries, keys: Keys, full, 
 def forward_start(q: int, width: int):
   """Maximum [1, q], sum [1, q] and context [H, q] of scores before any tile."""
   return (
-    jnp.full((1, q), NEGATIVE, jnp.float32),
+    jnp.full((1, q), MASK_VALUE, jnp.float32),
     jnp.zeros((1, q), jnp.float32),
     jnp.zeros((width, q), jnp.float32),
   )

@@ -12,12 +12,12 @@ import numpy as np
 
 from pasta_jax.data.packing import pack_row
 from pasta_jax.lang.layout import NO_TARGET, PositionRule
-from pasta_jax.model.adapter import read_metadata
-from pasta_jax.model.checkpoint import Checkpoint
-from pasta_jax.model.decoder import exact_products
-from pasta_jax.preference.pairs import laid_out
-from pasta_jax.train.loss import token_log_likelihood
+from pasta_jax.model.transformer import set_matmul_precision
+from pasta_jax.preference.selection import laid_out
+from pasta_jax.train.losses import token_log_likelihood
 from pasta_jax.train.state import compute_model, make_model
+from pasta_jax.weights.adapter import read_metadata
+from pasta_jax.weights.checkpoint import Checkpoint
 
 T = TypeVar("T")
 KINDS = (
@@ -40,7 +40,7 @@ def token_log_likelihoods(
   `preference.sample_dtype`."""
   vocabulary = checkpoint.vocabulary
   c = ml_collections.ConfigDict(config.preference.to_dict() | {"dtype": config.preference.sample_dtype})
-  exact_products(c.dtype)
+  set_matmul_precision(c.dtype)
   graph, trainable, frozen = make_model(checkpoint, vocabulary, c, adapter=adapter)
   rule = PositionRule(**json.loads(read_metadata(adapter)["positions"]))
   run = jax.jit(
@@ -51,7 +51,7 @@ def token_log_likelihoods(
   out = []
   for s in samples:
     laid = laid_out(s, vocabulary, rule)
-    row = pack_row([laid], 1 << (len(laid) - 1).bit_length(), laid.hidden.shape[1])
+    row = pack_row([laid], 1 << (len(laid) - 1).bit_length(), laid.masked_intervals.shape[1])
     learned = row.targets[0] != NO_TARGET
     out.append((row.targets[0][learned], np.asarray(run(trainable, frozen, row.as_dict()))[0][learned]))
   return out

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import matplotlib
 import matplotlib.figure
 
-from pasta_jax.evaluate.plots import COLOURS
+from pasta_jax.evaluate.report.plots import COLOURS
 
 _ROUND = re.compile(r"(?P<policy>.+)_round(?P<number>\d+)")
 MEASURES = {

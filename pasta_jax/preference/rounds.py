@@ -28,19 +28,19 @@ import rich.console
 import rich.table
 
 from pasta_jax.data.pairs import PreferencePair
-from pasta_jax.data.records import agree
-from pasta_jax.decode.generate import adapter_path, source_of, with_speed
-from pasta_jax.evaluate.judging import judges_of
-from pasta_jax.evaluate.prompts import Request, read_prompts
+from pasta_jax.data.prompts import Request, read_prompts
+from pasta_jax.decode.generator import adapter_path, source_of, with_speed
+from pasta_jax.evaluate.judges.judging import judges_of
 from pasta_jax.evaluate.run import evaluate
 from pasta_jax.lang.layout import PositionRule
-from pasta_jax.model.adapter import has_tags, read_metadata
-from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
-from pasta_jax.model.decoder import DTYPES
-from pasta_jax.preference import audit, front, pairs, sampling
+from pasta_jax.model.transformer import DTYPES
+from pasta_jax.preference import audit, front, rollout, selection
 from pasta_jax.preference.score import SPEEDUPS, StepCost
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.preference import check_settings, mesh_for, recipe, train_on_pairs
+from pasta_jax.utils.records import agree
+from pasta_jax.weights.adapter import has_tags, read_metadata
+from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
 
 STAGES = ("sample", "judge", "train", "eval")
 
@@ -85,7 +85,7 @@ def _check(config) -> tuple[list[str], StepCost | None]:
   for field, least in (("rounds", 1), ("samples", 2), ("requests", 1), ("width", 1), ("audit", 0)):
     if c[field] < least:
       raise ValueError(f"preference.{field} must be {least} or more, not {c[field]}")
-  if sampling.share_of(c.share) and stages != ["sample"]:
+  if rollout.share_of(c.share) and stages != ["sample"]:
     raise ValueError(
       f"preference.share={c.share!r} is for samples: give --config.preference.stages=sample too, and "
       "the other stages without a share"
@@ -206,17 +206,17 @@ def _round(job: _Job, policy: Policy, number: int) -> None:
     return
   folder.mkdir(parents=True, exist_ok=True)
   agree(folder, folder / "settings.json", job.settings(policy, number))
-  baseline = sampling.answers_of_baseline(config, job.requests, job.workdir / "baseline.jsonl")
+  baseline = rollout.answers_of_baseline(config, job.requests, job.workdir / "baseline.jsonl")
   found: list[_Judged] = []
   for weight in policy.weights:
     where, speed = job.samples(policy, number, weight)
-    samples = sampling.draw(
+    samples = rollout.draw(
       config, str(before), job.requests, where / "samples.jsonl", speed, may_draw="sample" in job.stages
     )
     if c.audit and not c.share:
       _audit(job, where / "audit.json", before, number, [s for rows in samples.values() for s in rows])
     if set(job.stages) & {"judge", "train"}:
-      quality = pairs.judged(job.judge, samples, baseline, where / "judgements" / job.judge.name)
+      quality = selection.judged(job.judge, samples, baseline, where / "judgements" / job.judge.name)
       found.append(_Judged(weight, samples, quality))
   if "train" in job.stages:
     _train(job, policy, number, baseline, found)
@@ -243,13 +243,15 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], fo
   for weight, samples, quality in found:
     say = lambda prompt, weight=weight: with_speed({"role": "user", "content": prompt}, policy.speed(weight))
     prompts = {r.id: vocabulary.tokenizer.chat_prompt([say(r.prompt)]) for r in job.requests}
-    rows = pairs.scored(samples, baseline, quality, c.score, job.cost, prompts=prompts, length=c.length)
-    chosen, reasons = pairs.choose_pairs(rows, weight, guards=c.guards)
-    pairs.write_pairs(
+    rows = selection.scored(samples, baseline, quality, c.score, job.cost, prompts=prompts, length=c.length)
+    chosen, reasons = selection.choose_pairs(rows, weight, guards=c.guards)
+    selection.write_pairs(
       folder / (f"pairs_{weight:g}.jsonl" if policy.conditioned else "pairs.jsonl"), chosen, weight
     )
-    report["by weight"][f"{weight:g}"] = pairs.figures(rows, chosen, reasons, sum(map(len, samples.values())))
-    laid += pairs.lay_out(chosen, vocabulary, rule, prompts)
+    report["by weight"][f"{weight:g}"] = selection.figures(
+      rows, chosen, reasons, sum(map(len, samples.values()))
+    )
+    laid += selection.lay_out(chosen, vocabulary, rule, prompts)
     picked += chosen
   if not laid:
     why = {w: f["without a pair"] for w, f in report["by weight"].items()}

@@ -1,6 +1,6 @@
 """What a sampled answer is worth, what is wrong with it, and which two of a prompt's samples make a pair.
 
-Samples are records of `decode.record.describe` with `chunks` (`chunk_facts`), a judge's `quality` in [0, 1],
+Samples are records of `decode.record.to_record` with `chunks` (`chunk_facts`), a judge's `quality` in [0, 1],
 and a `speedup`. Pure functions, no model.
 """
 
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from pasta_jax.decode.trace import Trace
-from pasta_jax.evaluate.measures import theoretical_against
+from pasta_jax.evaluate.metrics.measures import theoretical_against
 from pasta_jax.lang.thread import Thread, read
 from pasta_jax.lang.vocabulary import Vocabulary
 

@@ -21,16 +21,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
 
 from pasta_jax.lang.syntax import TAG_TEXTS
-from pasta_jax.model import build, lora
-from pasta_jax.model.checkpoint import load_checkpoint
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import Decoder, exact_products
-from pasta_jax.model.hf_config import read_config
+from pasta_jax.model.transformer import Transformer, set_matmul_precision
 from pasta_jax.train import preference, sft
 from pasta_jax.train.flops import chip, step_flops
 from pasta_jax.train.preference_loss import default_beta
 from pasta_jax.train.sharding import AXES, ROWS, check_rows, mesh_shape, shardings
-from pasta_jax.train.state import TrainState, make_optimiser, split
+from pasta_jax.train.state import TrainState, make_optimizer, split
+from pasta_jax.weights import build, lora
+from pasta_jax.weights.checkpoint import load_checkpoint
+from pasta_jax.weights.hf_config import read_config
 
 STAGES = ("train", "preference")
 # libtpu asks no metadata server for a machine that it is not on, and processes need not wait for each other.
@@ -132,8 +132,10 @@ def abstract_model(config: ModelConfig, c, *, tags: bool) -> tuple[Any, Any, Any
   """`state.make_model` in shapes alone."""
   full = c.lora_rank == 0
 
-  def make() -> Decoder:
-    model = build.stack(Decoder(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32 if full else c.dtype)))
+  def make() -> Transformer:
+    model = build.stack(
+      Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32 if full else c.dtype))
+    )
     if tags:
       lora.add_tags(model, jnp.zeros((len(TAG_TEXTS), config.d_model)))  # type: ignore[arg-type]
     if not full:
@@ -148,10 +150,10 @@ def abstract_step(config, stage: str, model: ModelConfig, mesh) -> tuple[Any, tu
   c = config.train if stage == "train" else config.preference
   tags = stage == "preference" or c.annotation != "none"
   graph, trainable, frozen = abstract_model(model, c, tags=tags)
-  optimiser, _ = make_optimiser(c, 100)
+  optimiser, _ = make_optimizer(c, 100)
   state = TrainState(
-    jax.ShapeDtypeStruct((), jnp.int32),
-    trainable,  # type: ignore[arg-type]
+    jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
+    trainable,
     jax.eval_shape(optimiser.init, trainable),
   )
   placed = lambda tree: jax.tree.map(
@@ -169,9 +171,9 @@ def _batches(c, mesh, of_pairs: bool) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes of a step's batches (`data.packing`, `data.pairs`)."""
   rows, length = c.batch_size, c.length
   fields: dict[str, tuple[int, ...]] = {
-    name: (rows, length) for name in ("tokens", "positions", "targets", "segments")
+    name: (rows, length) for name in ("tokens", "positions", "targets", "segment_ids")
   }
-  fields |= {"hidden": (rows, length, 1, 2)} | ({"answers": (rows, length)} if of_pairs else {})
+  fields |= {"masked_intervals": (rows, length, 1, 2)} | ({"answers": (rows, length)} if of_pairs else {})
   divided, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, ROWS), ()))
   out = {
     name: jax.ShapeDtypeStruct((c.accumulate, *shape), jnp.int32, sharding=divided)
@@ -185,7 +187,7 @@ def _batches(c, mesh, of_pairs: bool) -> dict[str, jax.ShapeDtypeStruct]:
 def _compile(config, stage: str, model: ModelConfig, mesh: Mesh) -> Compiled:
   c = config.train if stage == "train" else config.preference
   check_rows(mesh, c.batch_size, f"{stage}.batch_size")
-  exact_products(c.dtype, "tpu")
+  set_matmul_precision(c.dtype, "tpu")
   update, arguments = abstract_step(config, stage, model, mesh)
   started = time.perf_counter()
   with jax.set_mesh(mesh):

@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec
 
 from pasta_jax.lang.layout import is_visible
 from pasta_jax.model import flash, tiles
-from pasta_jax.model.attention import chunked_attention, dense_attention, nearby
+from pasta_jax.model.attention import chunked_attention, dense_attention, sliding_window_mask
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import DTYPES, REMAT, Attend
-from pasta_jax.train.sharding import ROWS, divides, pin_rows
+from pasta_jax.model.transformer import DTYPES, REMAT, Attend
+from pasta_jax.train.sharding import ROWS, constrain_rows, divides
 
 Batch = Mapping[str, jax.Array]  # the fields of data.packing.Batch
 KINDS = ("auto", "chunked", "tpu", "gpu", "interpret", "dense")
@@ -42,23 +42,23 @@ def check_machine(config, name: str) -> None:
     )
 
 
-def hidden_intervals(batch: Batch) -> jax.Array:
+def masked_intervals(batch: Batch) -> jax.Array:
   """[B, T, L + 1, 2]: the query indices that each key is hidden from. The last one says that what stands
   behind an example, in the same row, does not see it (`layout.is_visible` does the rest); padding sees
   nothing but itself."""
-  segments = batch["segments"]
-  rows, length = segments.shape
+  segment_ids = batch["segment_ids"]
+  rows, length = segment_ids.shape
   at = jnp.arange(length, dtype=jnp.int32)
-  last = jnp.concatenate([segments[:, 1:] != segments[:, :-1], jnp.ones((rows, 1), jnp.bool_)], axis=1)
-  behind = jax.lax.cummin(jnp.where(last | (segments == 0), at + 1, length), axis=1, reverse=True)
+  last = jnp.concatenate([segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones((rows, 1), jnp.bool_)], axis=1)
+  behind = jax.lax.cummin(jnp.where(last | (segment_ids == 0), at + 1, length), axis=1, reverse=True)
   rest = jnp.stack([behind, jnp.full_like(behind, tiles.FAR)], axis=-1)
-  return jnp.concatenate([batch["hidden"], rest[:, :, None]], axis=2)
+  return jnp.concatenate([batch["masked_intervals"], rest[:, :, None]], axis=2)
 
 
 def attention_mask(batch: Batch) -> jax.Array:
   """[B, T, T] boolean: whether the query sees the key."""
   at = jnp.arange(batch["tokens"].shape[1])
-  return is_visible(at[:, None], at[None, :], hidden_intervals(batch)[:, None])
+  return is_visible(at[:, None], at[None, :], masked_intervals(batch)[:, None])
 
 
 def make_attend(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
@@ -67,19 +67,19 @@ def make_attend(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
     kind = "tpu" if jax.default_backend() == "tpu" else "chunked"
   positions = batch["positions"]
   if kind == "dense":
-    near = nearby(positions, positions, config.window)
+    near = sliding_window_mask(positions, positions, config.window)
     attend = dense_attention(attention_mask(batch), dtype, near=near, softcap=config.attention_softcap)
   elif kind == "chunked":
-    attend = chunked_attention(hidden_intervals(batch), positions, config, dtype)
+    attend = chunked_attention(masked_intervals(batch), positions, config, dtype)
   elif kind in KINDS:
     attend = _by_kernel(kind, batch, config, dtype)
   else:
     raise ValueError(f"no program for attention is called {kind!r}, only {', '.join(KINDS)}")
 
   def pinned(cache, q, k, v, local):
-    q, k, v = (pin_rows(x, None, "tensor") for x in (q, k, v))
+    q, k, v = (constrain_rows(x, None, "tensor") for x in (q, k, v))
     context, _ = attend(cache, q, k, v, local)
-    return pin_rows(context, None, "tensor"), None
+    return constrain_rows(context, None, "tensor"), None
 
   return pinned
 
@@ -90,7 +90,7 @@ def _by_kernel(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
   platform = "gpu" if kind == "gpu" else "tpu"
   size = flash.tile_size(platform, batch["tokens"].shape[1], config.head_dim)
   settings = flash.Settings(platform, size, config.attention_softcap, config.window > 0, kind == "interpret")
-  tables = flash.make_tables(hidden_intervals(batch), batch["positions"], config.window, size)
+  tables = flash.make_tables(masked_intervals(batch), batch["positions"], config.window, size)
   run = partial(flash.attention, settings=settings, config=config)
 
   def attend(cache, q, k, v, local):

@@ -26,14 +26,14 @@ from pasta_jax.data.packing import Batch, fill_rows, pack_row
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import flash, tiles
-from pasta_jax.model.checkpoint import Checkpoint, load_checkpoint
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.decoder import exact_products
-from pasta_jax.train.attention import hidden_intervals, make_attend
+from pasta_jax.model.transformer import set_matmul_precision
+from pasta_jax.train.attention import make_attend, masked_intervals
 from pasta_jax.train.flops import chip, step_flops
 from pasta_jax.train.sft import make_update
-from pasta_jax.train.sharding import make_mesh, place_batch
-from pasta_jax.train.state import first_state, make_model, make_optimiser
+from pasta_jax.train.sharding import make_mesh, shard_put_batch
+from pasta_jax.train.state import init_train_state, make_model, make_optimizer
+from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
 
 FLAGS = flags.FLAGS
 config_flags.DEFINE_config_file("config", "configs/smollm2_135m.py", "its model, and how `train` trains it")
@@ -54,7 +54,7 @@ CHUNKS = 16  # of the long answer
 def causal_row(length: int) -> Batch:
   """One example without chunks."""
   row = pack_row([], length, 1)
-  row.segments[:] = 1
+  row.segment_ids[:] = 1
   row.positions[:] = np.arange(length)
   return row
 
@@ -66,7 +66,7 @@ def answer_row(length: int) -> Batch:
   size = (length - 2 * head) // CHUNKS
   for c in range(CHUNKS):
     start = head + c * size
-    row.hidden[0, start : start + size, 0] = start + size, head + CHUNKS * size
+    row.masked_intervals[0, start : start + size, 0] = start + size, head + CHUNKS * size
   return row
 
 
@@ -76,14 +76,14 @@ def packed_row(vocabulary: Vocabulary, length: int) -> Batch:
     read_jsonl(FLAGS.data), vocabulary, PositionRule(), annotation="plan", max_length=length
   ).examples
   found = found * (1 + length // sum(map(len, found)))
-  levels = max(e.hidden.shape[1] for e in found)
+  levels = max(e.masked_intervals.shape[1] for e in found)
   return pack_row([found[i] for i in fill_rows([len(e) for e in found], length)[0]], length, levels)
 
 
 def attention_timer(kind: str, row: Batch, config: ModelConfig) -> tuple[Callable[[], float], int]:
   """(seconds of a forward and backward pass over one row, bytes of temporary memory that it takes)."""
   dtype, length = jnp.dtype(FLAGS.dtype), row.tokens.shape[1]
-  exact_products(FLAGS.dtype)
+  set_matmul_precision(FLAGS.dtype)
   keys = jax.random.split(jax.random.key(0), 3)
   heads = (1, length, config.n_kv_heads)
   q = jax.random.normal(keys[0], (*heads, config.n_groups, config.head_dim), dtype)
@@ -114,7 +114,7 @@ def visited(row: Batch, size: int) -> float:
   """Tiles of `size` tokens in which anything is seen, as a share of those of a causal row."""
   batch = {name: jnp.asarray(x) for name, x in row.as_dict().items()}
   length = row.tokens.shape[1] // size * size
-  hidden = hidden_intervals(batch)[:, :length]
+  hidden = masked_intervals(batch)[:, :length]
   kinds = jax.jit(tiles.tile_kinds, static_argnums=(2, 3))(hidden, batch["positions"][:, :length], 0, size)
   n = length // size
   return float((kinds != tiles.EMPTY).sum()) / (n * (n + 1) / 2)
@@ -155,14 +155,16 @@ def measure_step(checkpoint: Checkpoint, what: str) -> dict[str, Any]:
   kind, dtype = what.split()
   c = FLAGS.config.train
   c.update(lora_rank=0 if kind == "full" else 16, dtype=dtype, batch_size=FLAGS.rows, length=FLAGS.length)
-  exact_products(dtype)
+  set_matmul_precision(dtype)
   mesh = make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
   graph, trainable, frozen = make_model(checkpoint, checkpoint.vocabulary, c, mesh=mesh)
-  optimiser, _ = make_optimiser(c, 100)
+  optimiser, _ = make_optimizer(c, 100)
   update, _ = make_update(graph, optimiser, c)
   row = packed_row(checkpoint.vocabulary, c.length).as_dict()
-  batch = place_batch(mesh, {name: np.stack([np.concatenate([x] * c.batch_size)]) for name, x in row.items()})
-  state = first_state(mesh, trainable, optimiser)
+  batch = shard_put_batch(
+    mesh, {name: np.stack([np.concatenate([x] * c.batch_size)]) for name, x in row.items()}
+  )
+  state = init_train_state(mesh, trainable, optimiser)
   step = update.lower(state, frozen, batch).compile()
   seconds = []
   for _ in range(FLAGS.rounds + 1):

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pasta_jax.data.pipeline import Batch, Feed
-from pasta_jax.progress import progress_bar
-from pasta_jax.train import processes
+from pasta_jax.data.pipeline import Batch, DataIterator
+from pasta_jax.train import distributed
 from pasta_jax.train.metrics import MetricWriter
 from pasta_jax.train.state import Checkpoints, TrainState
+from pasta_jax.utils.progress import progress_bar
 
 Step = Callable[[int, TrainState, Batch], tuple[TrainState, dict[str, float]]]
 
@@ -33,16 +33,16 @@ def run_steps(
   state: TrainState,
   total: int,
   one_step: Step,
-  feed: Feed,
+  feed: DataIterator,
   *,
   checkpoint_every: int,
-  about: dict[str, Any],
+  checkpoint_metadata: dict[str, Any],
 ) -> TrainState:
   """Runs `one_step(step, state, batch)` up to step `total` with the batches of `feed`; returns the last
   state.
 
-  Leaves checkpoints (with `about`, see `state.about`), `metrics.jsonl`, `tensorboard/` and `config.json` in
-  `workdir`. The scalars need `loss` and `gradient_norm`.
+  Leaves checkpoints (with `checkpoint_metadata`, see `state.checkpoint_metadata`), `metrics.jsonl`,
+  `tensorboard/` and `config.json` in `workdir`. The scalars need `loss` and `gradient_norm`.
 
   Raises Stopped where SIGTERM came to one of the processes before the last step, FloatingPointError when one
   of the two is not finite, and ValueError, one line, when an earlier run in `workdir` cannot be gone on with.
@@ -51,7 +51,7 @@ def run_steps(
     raise ValueError(f"{total} training steps were asked for: one at least is needed")
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir, checkpoint_every, about)
+    checkpoints = Checkpoints(workdir, checkpoint_every, checkpoint_metadata)
   except OSError as error:
     raise ValueError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from None
   stop: list[bool] = []
@@ -65,10 +65,10 @@ def run_steps(
       raise ValueError(f"{workdir} is at step {first} already, behind the {total} steps asked for")
     if data is not None:
       feed.restore(data)
-    if processes.is_first():
+    if distributed.is_first():
       _write_config(workdir / "config.json", config, first)
       writer = MetricWriter(workdir, first)
-    bar, task = progress_bar("training", total, first, visible=processes.is_first())
+    bar, task = progress_bar("training", total, first, visible=distributed.is_first())
     with bar:
       for step in range(first, total):
         started = time.perf_counter()
@@ -85,7 +85,7 @@ def run_steps(
           writer.write(step + 1, scalars)
         bar.update(task, completed=step + 1, note=f"loss {scalars['loss']:.3f}")
         last = step + 1 == total
-        stopping = processes.any_of(
+        stopping = distributed.any_of(
           bool(stop)
         )  # once: a signal that comes during the save gets a save of its own
         checkpoints.save(state, feed.state(), force=last or stopping)

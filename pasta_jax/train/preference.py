@@ -17,20 +17,27 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pasta_jax.data.pairs import PairBatches, PreferencePair
-from pasta_jax.data.pipeline import Batch, Feed, digest
-from pasta_jax.data.records import Records
+from pasta_jax.data.pipeline import Batch, DataIterator, fingerprint
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
-from pasta_jax.model.checkpoint import Checkpoint
-from pasta_jax.model.decoder import exact_products
-from pasta_jax.progress import progress_bar
+from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.train.attention import check_how, check_machine
 from pasta_jax.train.loop import check_counts, checked_workdir, run_steps
 from pasta_jax.train.preference_loss import LOSSES, answer_log_likelihood, default_beta, preference_loss
 from pasta_jax.train.sft import export, positions_of
-from pasta_jax.train.sharding import check_rows, make_mesh, place_batch
-from pasta_jax.train.state import TrainState, about, compute_model, first_state, make_model, make_optimiser
+from pasta_jax.train.sharding import check_rows, make_mesh, shard_put_batch
+from pasta_jax.train.state import (
+  TrainState,
+  checkpoint_metadata,
+  compute_model,
+  init_train_state,
+  make_model,
+  make_optimizer,
+)
 from pasta_jax.train.update import make_step
+from pasta_jax.utils.progress import progress_bar
+from pasta_jax.utils.records import Records
+from pasta_jax.weights.checkpoint import Checkpoint
 
 
 def make_pair_update(graph, optimiser: optax.GradientTransformation, config, beta: float):
@@ -77,7 +84,7 @@ def answer_likelihoods(
     )
   )
   for step, members in enumerate(batches.epoch(0)):
-    found = np.asarray(run(trainable, frozen, place_batch(mesh, batches(step))))
+    found = np.asarray(run(trainable, frozen, shard_put_batch(mesh, batches(step))))
     for i, (chosen, rejected) in zip(members, found):
       done(i, (float(chosen), float(rejected)))
 
@@ -136,11 +143,11 @@ def train_on_pairs(
   c = config.preference
   check_settings(c)
   mesh = mesh_for(config)
-  exact_products(c.dtype)
+  set_matmul_precision(c.dtype)
   workdir = checked_workdir(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
   graph, trainable, frozen = make_model(checkpoint, vocabulary, c, adapter=adapter, mesh=mesh)
-  levels = max(e.hidden.shape[1] for p in pairs for e in (p.chosen, p.rejected))
+  levels = max(e.masked_intervals.shape[1] for p in pairs for e in (p.chosen, p.rejected))
   shape = dict(rows=c.batch_size, length=c.length, levels=levels, seed=c.seed)
 
   records = Records(
@@ -167,12 +174,12 @@ def train_on_pairs(
   total = c.steps or math.ceil(c.epochs * per_epoch)
   beta = c.beta or default_beta(c.loss, c.samples)
   print(f"{len(pairs)} pairs; {total} steps, {per_epoch:.0f} an epoch; {c.loss}, beta {beta:.4f}")
-  optimiser, schedule = make_optimiser(c, total)
+  optimiser, schedule = make_optimizer(c, total)
   update = make_pair_update(graph, optimiser, c, beta)
 
   def one_step(step: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
     started = time.perf_counter()
-    state, metrics = update(state, frozen, place_batch(mesh, batch))
+    state, metrics = update(state, frozen, shard_put_batch(mesh, batch))
     scalars = {k: float(v) for k, v in metrics.items()}
     seconds = time.perf_counter() - started
     return state, scalars | {
@@ -181,14 +188,14 @@ def train_on_pairs(
       "pairs_per_second": scalars["pairs"] / seconds,
     }
 
-  state = first_state(mesh, trainable, optimiser)
+  state = init_train_state(mesh, trainable, optimiser)
   metadata = {"preference": json.dumps(recipe(c)), **positions_of(rule), **notes}
   with jax.set_mesh(mesh):
-    feed = Feed(
+    feed = DataIterator(
       batches,
       steps=total,
       accumulate=c.accumulate,
-      identity=digest([e for p in pairs for e in (p.chosen, p.rejected)]),
+      identity=fingerprint([e for p in pairs for e in (p.chosen, p.rejected)]),
     )
     state = run_steps(
       config,
@@ -198,7 +205,7 @@ def train_on_pairs(
       one_step,
       feed,
       checkpoint_every=c.checkpoint_every,
-      about=about(checkpoint, nnx.merge(graph, trainable, frozen), metadata),
+      checkpoint_metadata=checkpoint_metadata(checkpoint, nnx.merge(graph, trainable, frozen), metadata),
     )
   model = compute_model(graph, state.trainable, frozen, jnp.float32)
   export(workdir, model, checkpoint.tokenizer, full=c.lora_rank == 0, metadata=metadata)

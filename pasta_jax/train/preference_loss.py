@@ -18,8 +18,8 @@ which a shift of all tokens alike leaves as it is, and which is the sum where bo
 import jax
 import jax.numpy as jnp
 
-from pasta_jax.model.decoder import Decoder
-from pasta_jax.train.loss import Batch, token_log_likelihood
+from pasta_jax.model.transformer import Transformer
+from pasta_jax.train.losses import Batch, token_log_likelihood
 
 LOSSES = ("bonbon", "ipo", "dpo")
 _DPO_BETA = 0.1
@@ -44,7 +44,7 @@ def _by_answer(x: jax.Array, batch: Batch) -> jax.Array:
   return jax.ops.segment_sum(x.reshape(-1), batch["answers"].reshape(-1), n + 1)[:n].reshape(-1, 2)
 
 
-def answer_log_likelihood(model: Decoder, batch: Batch, **how) -> jax.Array:
+def answer_log_likelihood(model: Transformer, batch: Batch, **how) -> jax.Array:
   """[P, 2] log p of the chosen and the rejected answer of each pair, summed over their targets; 0 where no
   pair is. `how` is `token_log_likelihood`'s chunk, remat and attention."""
   log_p, _ = token_log_likelihood(model, batch, **how)
@@ -52,7 +52,7 @@ def answer_log_likelihood(model: Decoder, batch: Batch, **how) -> jax.Array:
 
 
 def preference_loss(
-  model: Decoder, batch: Batch, *, loss: str, alpha: float, beta: float, per_token: bool = False, **how
+  model: Transformer, batch: Batch, *, loss: str, alpha: float, beta: float, per_token: bool = False, **how
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum of the pairs' losses, and sums for metrics (divide by `pairs`, token ones by `tokens`).
 

@@ -17,23 +17,30 @@ from flax import nnx
 
 from pasta_jax.data.examples import examples, mix
 from pasta_jax.data.packing import PackedBatches, single_batches
-from pasta_jax.data.pipeline import Batch, Feed, digest
+from pasta_jax.data.pipeline import Batch, DataIterator, fingerprint
 from pasta_jax.lang.layout import PositionRule
-from pasta_jax.model import lora
-from pasta_jax.model.build import to_params
-from pasta_jax.model.checkpoint import load_checkpoint
-from pasta_jax.model.decoder import Decoder, exact_products
-from pasta_jax.model.hf_folder import save_hf_folder
-from pasta_jax.model.tokenizer import Tokenizer
-from pasta_jax.train import processes
+from pasta_jax.model.transformer import Transformer, set_matmul_precision
+from pasta_jax.train import distributed
 from pasta_jax.train.attention import check_how, check_machine
 from pasta_jax.train.flops import chip, step_flops
 from pasta_jax.train.loop import check_counts, checked_workdir, run_steps
-from pasta_jax.train.loss import sft_loss
+from pasta_jax.train.losses import sft_loss
 from pasta_jax.train.metrics import last_scalars
-from pasta_jax.train.sharding import check_rows, local_rows, make_mesh, place_batch
-from pasta_jax.train.state import TrainState, about, compute_model, first_state, make_model, make_optimiser
+from pasta_jax.train.sharding import check_rows, local_rows, make_mesh, shard_put_batch
+from pasta_jax.train.state import (
+  TrainState,
+  checkpoint_metadata,
+  compute_model,
+  init_train_state,
+  make_model,
+  make_optimizer,
+)
 from pasta_jax.train.update import make_step
+from pasta_jax.weights import lora
+from pasta_jax.weights.build import to_params
+from pasta_jax.weights.checkpoint import load_checkpoint
+from pasta_jax.weights.hf_folder import save_hf_folder
+from pasta_jax.weights.tokenizer import Tokenizer
 
 
 def make_update(graph, optimiser: optax.GradientTransformation, config):
@@ -83,7 +90,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   c = config.train
   check_settings(c)
   check_machine(c, "train")
-  exact_products(c.dtype)
+  set_matmul_precision(c.dtype)
   mesh = make_mesh(config.mesh)
   check_rows(mesh, c.batch_size, "train.batch_size")
   workdir = checked_workdir(workdir)  # before minutes of loading
@@ -107,7 +114,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   )
   if not data:
     raise ValueError(f"no example of train.data={c.data!r} is left to train on ({left_out})")
-  levels = max(e.hidden.shape[1] for e in data + held_out)
+  levels = max(e.masked_intervals.shape[1] for e in data + held_out)
   shape = dict(batch_size=c.batch_size, length=c.length, levels=levels)
   batches, share = PackedBatches(data, seed=c.seed, **shape), local_rows(mesh, c.batch_size)
   validation = single_batches(held_out, **shape) if held_out else []
@@ -118,8 +125,8 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   )
 
   graph, trainable, frozen = make_model(checkpoint, vocabulary, c, tags=c.annotation != "none", mesh=mesh)
-  optimiser, schedule = make_optimiser(c, total)
-  state = first_state(mesh, trainable, optimiser)
+  optimiser, schedule = make_optimizer(c, total)
+  state = init_train_state(mesh, trainable, optimiser)
   update, evaluate = make_update(graph, optimiser, c)
   flops = c.accumulate * step_flops(checkpoint.config, c.batch_size, c.length, full=c.lora_rank == 0)
   limits = chip(mesh.devices.flat[0].device_kind)
@@ -127,7 +134,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
 
   def one_step(step: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, float]]:
     started = time.perf_counter()
-    state, metrics = update(state, frozen, place_batch(mesh, batch, (share, c.batch_size)))
+    state, metrics = update(state, frozen, shard_put_batch(mesh, batch, (share, c.batch_size)))
     scalars = {k: float(v) for k, v in metrics.items()}
     seconds = time.perf_counter() - started
     scalars |= {
@@ -138,7 +145,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
     if peak:
       scalars["mfu"] = flops / seconds / peak
     if validation and (step + 1 == total or (step + 1) % c.validate_every == 0):
-      sums = [evaluate(state.trainable, frozen, place_batch(mesh, b.as_dict())) for b in validation]
+      sums = [evaluate(state.trainable, frozen, shard_put_batch(mesh, b.as_dict())) for b in validation]
       tokens = sum(float(s["tokens"]) for s in sums)
       scalars["validation_loss"] = sum(float(s["loss"]) for s in sums) / tokens
       scalars["validation_accuracy"] = sum(float(s["correct"]) for s in sums) / tokens
@@ -146,8 +153,8 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
 
   metadata = {"train": _recipe(config)} | (positions_of(rule) if c.annotation != "none" else {})
   with jax.set_mesh(mesh):
-    feed = Feed(
-      lambda i: batches(i, share).as_dict(), steps=total, accumulate=c.accumulate, identity=digest(data)
+    feed = DataIterator(
+      lambda i: batches(i, share).as_dict(), steps=total, accumulate=c.accumulate, identity=fingerprint(data)
     )
     state = run_steps(
       config,
@@ -157,10 +164,10 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
       one_step,
       feed,
       checkpoint_every=c.checkpoint_every,
-      about=about(checkpoint, nnx.merge(graph, trainable, frozen), metadata),
+      checkpoint_metadata=checkpoint_metadata(checkpoint, nnx.merge(graph, trainable, frozen), metadata),
     )
-    trainable, frozen = processes.to_host((state.trainable, frozen), mesh)
-  if not processes.is_first():
+    trainable, frozen = distributed.to_host((state.trainable, frozen), mesh)
+  if not distributed.is_first():
     return {}
   export(
     workdir,
@@ -178,7 +185,7 @@ def positions_of(rule: PositionRule) -> dict[str, str]:
 
 
 def export(
-  workdir: Path, model: Decoder, tokenizer: Tokenizer, *, full: bool, metadata: dict[str, str]
+  workdir: Path, model: Transformer, tokenizer: Tokenizer, *, full: bool, metadata: dict[str, str]
 ) -> None:
   """What decoding loads: `adapter.safetensors` with updates and tag rows; of full training, where it only
   names its weights and holds the tags, `model/` too."""

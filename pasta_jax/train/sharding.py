@@ -92,12 +92,12 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
   )
 
 
-def place(mesh: Mesh, tree: Any) -> Any:
-  """Parameters or a `TrainState` on the mesh (`place_array`)."""
-  return jax.tree_util.tree_map_with_path(lambda path, x: place_array(mesh, _name(path), x), tree)
+def shard_put(mesh: Mesh, tree: Any) -> Any:
+  """Parameters or a `TrainState` on the mesh (`shard_put_array`)."""
+  return jax.tree_util.tree_map_with_path(lambda path, x: shard_put_array(mesh, _name(path), x), tree)
 
 
-def place_array(mesh: Mesh, name: str, x: Any) -> jax.Array:
+def shard_put_array(mesh: Mesh, name: str, x: Any) -> jax.Array:
   """An array on the mesh, or itself if it lies there. Of several processes each has it whole, and keeps its
   pieces.
 
@@ -112,7 +112,7 @@ def place_array(mesh: Mesh, name: str, x: Any) -> jax.Array:
   return jax.make_array_from_callback(x.shape, where, lambda index: np.asarray(x)[index])
 
 
-def pin(tree: Any) -> Any:
+def constrain(tree: Any) -> Any:
   """The same for traced values: what a step gives back lies where it lay."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size <= 1:
@@ -122,7 +122,7 @@ def pin(tree: Any) -> Any:
   )
 
 
-def pin_rows(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain_rows(x: jax.Array, *axes: str | None) -> jax.Array:
   """A traced array [B, …] with its rows divided; `axes` are for the dimensions behind."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size <= 1:
@@ -141,7 +141,7 @@ def local_rows(mesh: Mesh, n: int) -> list[int]:
   return sorted({row for (part,) in parts.values() for row in range(*part.indices(n))})  # type: ignore[misc]
 
 
-def place_batch(
+def shard_put_batch(
   mesh: Mesh,
   batch: Mapping[str, np.ndarray],
   share: tuple[Sequence[int], int] | None = None,
@@ -156,11 +156,11 @@ def place_batch(
         x.shape, NamedSharding(mesh, PartitionSpec()), lambda index: x[index]
       )
     rows, n = share or (range(x.shape[axis]), x.shape[axis])
-    place = {row: at for at, row in enumerate(rows)}
+    shard_put = {row: at for at, row in enumerate(rows)}
 
     def part(index) -> np.ndarray:
       wanted = range(*index[axis].indices(n))
-      at = place[wanted[0]]  # the rows of a device follow one another
+      at = shard_put[wanted[0]]  # the rows of a device follow one another
       return x[(*index[:axis], slice(at, at + len(wanted)), *index[axis + 1 :])]
 
     divided = NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))

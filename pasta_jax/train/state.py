@@ -12,11 +12,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pasta_jax.lang.vocabulary import Vocabulary
-from pasta_jax.model import build, lora
-from pasta_jax.model.adapter import Merged, read_adapter
-from pasta_jax.model.checkpoint import Checkpoint
-from pasta_jax.model.decoder import Decoder, LoraParam, TagParam
-from pasta_jax.train.sharding import place, place_array, shardings
+from pasta_jax.model.transformer import LoraParam, TagParam, Transformer
+from pasta_jax.train.sharding import shard_put, shard_put_array, shardings
+from pasta_jax.weights import build, lora
+from pasta_jax.weights.adapter import Merged, read_adapter
+from pasta_jax.weights.checkpoint import Checkpoint
 
 Params = Any  # a pytree of arrays
 
@@ -79,7 +79,7 @@ def make_model(
   if merge is not None and full:
     params = Merged(checkpoint.config, params, merge._replace(tags=None, head_tags=None))
     merge = merge._replace(factors={})
-  how = {} if mesh is None else {"put": lambda name, x: jax.block_until_ready(place_array(mesh, name, x))}
+  how = {} if mesh is None else {"put": lambda name, x: jax.block_until_ready(shard_put_array(mesh, name, x))}
   model = build.from_params(checkpoint.config, params, dtype, stacked=True, **how)
   if merge is not None:
     lora.put(merge, model)
@@ -89,24 +89,26 @@ def make_model(
     lora.add_lora(model, config.lora_rank, config.lora_alpha, nnx.Rngs(config.seed))
   graph, trainable, frozen = split(model, full=full)
   if mesh is not None:
-    trainable, frozen = place(mesh, trainable), place(mesh, frozen)
+    trainable, frozen = shard_put(mesh, trainable), shard_put(mesh, frozen)
   return graph, trainable, frozen
 
 
-def first_state(mesh: Mesh, trainable: Params, optimiser: optax.GradientTransformation) -> TrainState:
+def init_train_state(mesh: Mesh, trainable: Params, optimiser: optax.GradientTransformation) -> TrainState:
   """The state before any step, `trainable` placed already; moments are made where they stay."""
   where = shardings(mesh, jax.eval_shape(optimiser.init, trainable))
   moments = jax.jit(optimiser.init, out_shardings=where)(trainable)
-  return TrainState(place_array(mesh, "step", np.zeros((), np.int32)), trainable, place(mesh, moments))
+  return TrainState(
+    shard_put_array(mesh, "step", np.zeros((), np.int32)), trainable, shard_put(mesh, moments)
+  )
 
 
-def split(model: Decoder, *, full: bool) -> tuple[Any, Params, Params]:
+def split(model: Transformer, *, full: bool) -> tuple[Any, Params, Params]:
   """(graph, trainable, frozen): every parameter is trained, or updates and tag rows alone."""
   chosen = nnx.Param if full else nnx.Any(nnx.OfType(LoraParam), nnx.OfType(TagParam))
   return nnx.split(model, chosen, ...)  # type: ignore[return-value]
 
 
-def compute_model(graph, trainable: Params, frozen: Params, dtype: Any) -> Decoder:
+def compute_model(graph, trainable: Params, frozen: Params, dtype: Any) -> Transformer:
   """The decoder to differentiate through: float32 master weights cast to the dtype of products.
 
   Norm scales and biases stay float32, as in the frozen form.
@@ -119,7 +121,7 @@ def compute_model(graph, trainable: Params, frozen: Params, dtype: Any) -> Decod
   return nnx.merge(graph, jax.tree_util.tree_map_with_path(cast, trainable), frozen)
 
 
-def make_optimiser(config, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+def make_optimizer(config, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
   """AdamW behind a clip of the global norm; the rate warms up, then falls linearly to zero."""
   warmup = max(1, int(config.warmup * total_steps))
   rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
@@ -135,9 +137,9 @@ def make_optimiser(config, total_steps: int) -> tuple[optax.GradientTransformati
 class Checkpoints:
   """Orbax checkpoints of a TrainState under `workdir/checkpoints`, written in the background."""
 
-  def __init__(self, workdir: Path, every: int, about: dict[str, Any], keep: int = 2):
-    """`about` is kept beside each state: what `model.run_folder` needs to make weights of it."""
-    self._about = about
+  def __init__(self, workdir: Path, every: int, checkpoint_metadata: dict[str, Any], keep: int = 2):
+    """`checkpoint_metadata` is kept beside each state: what `model.run_folder` needs to make weights of it."""
+    self._about = checkpoint_metadata
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every)
     self._path = (workdir / "checkpoints").resolve()
     # With a handler named here, shapes can be read before anything is restored.
@@ -154,7 +156,7 @@ class Checkpoints:
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(_plain(state)),
       data=ocp.args.JsonSave(data),
-      about=ocp.args.JsonSave(self._about),
+      checkpoint_metadata=ocp.args.JsonSave(self._about),
     )
     self._manager.save(int(state.step), args=items, force=force)
 
@@ -193,7 +195,9 @@ class Checkpoints:
     self._manager.close()
 
 
-def about(checkpoint: Checkpoint, model: Decoder, metadata: dict[str, str]) -> dict[str, Any]:
+def checkpoint_metadata(
+  checkpoint: Checkpoint, model: Transformer, metadata: dict[str, str]
+) -> dict[str, Any]:
   """What `Checkpoints` keeps beside the state of a run that began with `checkpoint`; `metadata` are its
   adapter's."""
   scales = [module.lora_scale for module in build.linears(model).values() if module.lora_a is not None]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pasta_jax.train.sharding import pin
+from pasta_jax.train.sharding import constrain
 from pasta_jax.train.state import Params, TrainState
 
 Sums = dict[str, jax.Array]
@@ -32,7 +32,7 @@ def make_step(
   def step(state: TrainState, frozen, batches):
     def add(sums, batch):
       (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.trainable, frozen, batch)
-      return jax.tree.map(jnp.add, sums, (pin(gradient), metrics)), None
+      return jax.tree.map(jnp.add, sums, (constrain(gradient), metrics)), None
 
     first = jax.tree.map(lambda x: x[0], batches)
     _, shapes = jax.eval_shape(loss, state.trainable, frozen, first)
@@ -42,7 +42,7 @@ def make_step(
     gradient = jax.tree.map(lambda g: g / count, gradient)
     updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.trainable)
     metrics = means(sums, count) | {over: sums[over], "gradient_norm": optax.global_norm(gradient)}
-    return pin(
+    return constrain(
       TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), optimiser_state)
     ), metrics
 

@@ -1,0 +1,117 @@
+"""Plans: what an annotator says about a response, in numbers of units, read strictly and turned into
+character spans.
+
+A plan is `{"chunks": [{"from": 2, "to": 4, "topic": "cost"}, …], "syncs": [6]}`: a chunk is units `from` to
+`to`, a sync stands before a unit. What they become is the form of annotated rows (`data.examples`).
+"""
+
+import json
+import re
+from collections.abc import Sequence
+
+from pasta_jax.data.annotate import units
+
+MAX_TOPIC = 60  # characters
+_FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+
+
+class PlanError(ValueError):
+  """A plan that cannot be used. `cause` is one of few, to be counted; the message tells the annotator what to
+  mend."""
+
+  def __init__(self, cause: str, message: str):
+    super().__init__(message)
+    self.cause = cause
+
+
+def read(answer: str, response: str) -> tuple[list[dict], list[int]]:
+  """Chunks (`start`, `end`, `topic`; outer ones first) and syncs (offsets) of an answer. Raises PlanError."""
+  fenced = _FENCE.fullmatch(answer)
+  try:
+    plan = json.loads(fenced[1] if fenced else answer)
+  except json.JSONDecodeError as error:
+    raise PlanError("not JSON", f"not JSON: {error.msg} at character {error.pos}") from None
+  if (
+    not isinstance(plan, dict)
+    or plan.keys() != {"chunks", "syncs"}
+    or not all(isinstance(x, list) for x in plan.values())
+  ):
+    raise PlanError("another form", 'expected {"chunks": […], "syncs": […]} and nothing else')
+  spans = units.split(response)
+  chunks = sorted((_chunk(c, len(spans)) for c in plan["chunks"]), key=lambda c: (c[0], -c[1]))
+  for i, (start, end, _) in enumerate(chunks):
+    for later, its_end, _ in chunks[i + 1 :]:
+      if later <= end < its_end or (start, end) == (later, its_end):
+        raise PlanError(
+          "chunks overlap",
+          f"chunks {start}-{end} and {later}-{its_end} overlap: one must end before "
+          "the other, or lie inside it",
+        )
+  if any(c[:2] == (1, len(spans)) for c in chunks):
+    raise PlanError(
+      "a chunk of everything", "a chunk holds the whole response: nothing is left to run beside it"
+    )
+  syncs = sorted({_unit(s, "a sync", len(spans)) for s in plan["syncs"]})
+  offsets = [{"start": spans[a - 1][0], "end": spans[b - 1][1], "topic": topic} for a, b, topic in chunks]
+  useful = useful_syncs(offsets, [spans[s - 1][0] for s in syncs])
+  for s in syncs:
+    if spans[s - 1][0] not in useful:
+      raise PlanError("a sync of nothing", f"the sync before unit {s} joins no chunk")
+  return offsets, useful
+
+
+def write(response: str, chunks: Sequence[dict], syncs: Sequence[int]) -> str:
+  """The inverse of `read`. Raises PlanError where a span begins or ends inside a unit."""
+  spans = units.split(response)
+  begins = {skip_blanks(response, start): n for n, (start, _) in enumerate(spans, 1)} | {
+    len(response): len(spans) + 1
+  }
+
+  def unit(offset: int) -> int:
+    if (at := begins.get(skip_blanks(response, offset))) is None:
+      raise PlanError("inside a unit", f"character {offset} is inside a unit")
+    return at
+
+  plan = {
+    "chunks": [{"from": unit(c["start"]), "to": unit(c["end"]) - 1, "topic": c["topic"]} for c in chunks],
+    "syncs": [unit(s) for s in syncs if skip_blanks(response, s) < len(response)],
+  }
+  return json.dumps(plan, ensure_ascii=False)
+
+
+def skip_blanks(text: str, at: int) -> int:
+  """The offset of what stands behind the blanks at `at`: a boundary is the same on either side of them."""
+  return at + len(text[at:]) - len(text[at:].lstrip())
+
+
+def _chunk(entry: object, count: int) -> tuple[int, int, str]:
+  """(first unit, last unit, topic), checked by itself."""
+  if not isinstance(entry, dict) or entry.keys() != {"from", "to", "topic"}:
+    raise PlanError("another form", 'a chunk has "from", "to" and "topic" and nothing else')
+  start, end = (_unit(entry[key], f'"{key}"', count) for key in ("from", "to"))
+  if start > end:
+    raise PlanError("another form", f"a chunk cannot run from {start} to {end}")
+  topic = entry["topic"]
+  if not isinstance(topic, str) or not topic.strip() or len(topic) > MAX_TOPIC or "\n" in topic:
+    raise PlanError("an unfit topic", f"a topic is a few words on one line, not {json.dumps(topic)[:80]}")
+  return start, end, topic.strip()
+
+
+def _unit(number: object, what: str, count: int) -> int:
+  if not isinstance(number, int) or isinstance(number, bool):
+    raise PlanError("another form", f"{what} must be the number of a unit, not {json.dumps(number)[:80]}")
+  if not 1 <= number <= count:
+    raise PlanError("no such unit", f"{what} = {number}: units are numbered from 1 to {count}")
+  return number
+
+
+def useful_syncs(chunks: Sequence[dict], syncs: Sequence[int]) -> list[int]:
+  """The syncs that join a chunk of their own thread that no earlier one joined."""
+  kept: list[int] = []
+  for s in sorted(set(syncs)):
+    thread = max((c["start"] for c in chunks if c["start"] < s < c["end"]), default=-1)
+    within = [c for c in chunks if c["end"] <= s and c["start"] > thread]
+    before = [k for k in kept if k > thread and not any(c["start"] < k < c["end"] for c in within)]
+    if any(c["start"] >= max(before, default=-1) for c in within):
+      kept.append(s)
+  return kept

@@ -1,0 +1,99 @@
+"""What an annotating model reads: the language, seven demonstrations, one response; and the question of the
+check."""
+
+from collections.abc import Sequence
+
+from pasta_jax.data.annotate import plan, units
+from pasta_jax.data.annotate.contexts import Context
+from pasta_jax.data.examples import DataError
+
+Messages = list[dict[str, str]]
+
+SYSTEM = """\
+You mark which parts of a finished answer could have been written at the same time, by writers who do not see each \
+other's text. The answer is given in numbered units, "[1]", "[2]" and so on. You never change its text: you reply with \
+the numbers of units.
+
+A chunk is a run of units that a writer of its own could have written, knowing only the request, the text before \
+the chunk that is not in another chunk, the topics of the other chunks, and a topic of one to four words for the \
+chunk itself. While chunks are written, the main writer goes on with the units behind them, without seeing them.
+
+A sync stands before a unit whose writer must have read the chunks before it: a conclusion that sums them up, a \
+comparison of them, a "therefore". Behind a sync the main writer sees all chunks before it. No sync is needed \
+where nothing refers to the chunks.
+
+Good chunks are the items of a list, sections, paragraphs about different aspects, the sides of a comparison, answers \
+to several questions: each of a sentence or more. Introductions, transitions and conclusions stay with the main \
+writer, and so do the headings and numbers that order the parts.
+No chunks: steps that use the results of earlier ones, a story, a proof, a calculation, a single line of argument, \
+code, anything in which a part says "this", "also" or "as above" of another part.
+If the text of a chunk is made of independent parts of its own, chunks may lie inside it.
+
+Reply with JSON and nothing else:
+{"chunks": [{"from": first unit, "to": last unit, "topic": "one to four words"}], "syncs": [unit, …]}
+If nothing is independent, reply {"chunks": [], "syncs": []}."""
+
+CHECK = """\
+An answer to a request is written by several writers at the same time. You are told what one of them can see, and \
+what they wrote. Places that others are writing are marked ⟦topic⟧: of those only the topic is known. Could this \
+writer have written the text from that alone? Say NO if it refers to, relies on or continues something that they \
+could not see, or repeats what another writer must have said. Reply with YES or NO and nothing else."""
+
+
+def question(prompt: str, response: str) -> str:
+  return (
+    f"The request:\n<request>\n{prompt}\n</request>\n\n"
+    f"The answer:\n<answer>\n{units.numbered(response)}\n</answer>"
+  )
+
+
+def demonstrations(rows: Sequence[dict]) -> Messages:
+  """Annotated rows as turns of a conversation. Raises DataError for one whose spans do not fit its units."""
+  messages: Messages = []
+  for row in rows:
+    try:
+      answer = plan.write(row["response"], row["chunks"], row["syncs"])
+      plan.read(answer, row["response"])
+    except (plan.PlanError, KeyError) as error:
+      raise DataError(f"row {row.get('id')} is no demonstration: {error}") from None
+    messages += [
+      {"role": "user", "content": question(row["prompt"], row["response"])},
+      {"role": "assistant", "content": answer},
+    ]
+  return messages
+
+
+def ask(row: dict, shown: Messages) -> Messages:
+  """The call that asks for a row's plan."""
+  return [
+    {"role": "system", "content": SYSTEM},
+    *shown,
+    {"role": "user", "content": question(row["prompt"], row["response"])},
+  ]
+
+
+def ask_again(messages: Messages, answer: str, fault: str) -> Messages:
+  """The call behind an answer that could not be used."""
+  return [
+    *messages,
+    {"role": "assistant", "content": answer},
+    {"role": "user", "content": f"That cannot be used: {fault}. Reply with the whole JSON again, mended."},
+  ]
+
+
+def ask_whether(row: dict, context: Context) -> Messages:
+  """The call that asks whether a piece is independent of what its writer cannot see."""
+  task = f'the part about "{context.topic}"' if context.topic is not None else "what follows"
+  others = ", ".join(f"⟦{topic}⟧" for topic in context.waiting) or "none"
+  text = (
+    f"The request:\n<request>\n{row['prompt']}\n</request>\n\nWhat the writer sees of the answer:\n<seen>\n"
+    f"{context.seen}\n</seen>\n\nWritten by others at the same time: {others}\n\nThe writer writes {task}:\n"
+    f"<text>\n{context.text}\n</text>\n\nCould they have written it from that alone? YES or NO."
+  )
+  return [{"role": "system", "content": CHECK}, {"role": "user", "content": text}]
+
+
+def says_yes(answer: str) -> bool | None:
+  """None where it says neither."""
+  word = answer.strip().strip("*.\"' ").upper()
+  return True if word.startswith("YES") else False if word.startswith("NO") else None

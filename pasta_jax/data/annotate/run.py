@@ -1,0 +1,247 @@
+"""Annotating a file of responses: by a language model, plan and check, or by form alone.
+
+workdir/annotated.jsonl   rows to train on (`data.examples`)
+workdir/rejected.jsonl    rows that could not be read or got no usable plan, each with its cause
+workdir/report.json       figures, causes, calls and what they cost
+workdir/calls.jsonl       every answer of the model: a run that is started again pays for none of them twice
+"""
+
+import collections
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import rich.console
+
+from pasta_jax.data import report as data_report
+from pasta_jax.data import structure
+from pasta_jax.data.annotate import check, measure, plan, prompts
+from pasta_jax.data.examples import DataError, read_jsonl
+from pasta_jax.data.prompts import read_prompts
+from pasta_jax.data.sources import decontaminate, read_instructions
+from pasta_jax.lang.layout import PositionRule
+from pasta_jax.utils.endpoint import Caller, Endpoint
+from pasta_jax.utils.progress import progress_bar
+from pasta_jax.utils.records import agree
+from pasta_jax.weights.checkpoint import load_checkpoint
+
+DEMONSTRATIONS = 7  # PASTA's number
+
+
+def annotate(config, workdir: Path) -> dict:
+  """Runs `config.annotate` in `workdir`; returns the report. Raises ValueError, one line, for what cannot be
+  used."""
+  c = config.annotate
+  if c.tries < 1 or c.limit < 0:
+    raise DataError("annotate.tries must be 1 or more, annotate.limit 0 (all) or more")
+  if not c.data:
+    raise DataError("name a file of instructions and responses: --config.annotate.data=FILE")
+  source = read_instructions(c.data)
+  if c.avoid:
+    decontaminate(source, [r.prompt for r in read_prompts(c.avoid, part="annotate")])
+  rows = source.rows
+  if c.limit and c.limit < len(rows):
+    rows = [rows[i * len(rows) // c.limit] for i in range(c.limit)]
+  other = read_jsonl(c.against) if c.against else []
+  by_model = _ByModel(c, workdir) if c.kind != "structure" else None  # before anything is written
+  vocabulary = load_checkpoint(config.model.source).vocabulary
+  workdir.mkdir(parents=True, exist_ok=True)
+  digest = hashlib.sha256(json.dumps([[r["prompt"], r["response"]] for r in rows]).encode()).hexdigest()[:16]
+  agree(
+    workdir,
+    workdir / "settings.json",
+    {
+      "annotator": c.kind if by_model is None else c.model,
+      "check": c.check,
+      "rows": len(rows),
+      "rows' digest": digest,
+    },
+  )
+  rejected = [{"id": name, "cause": cause} for cause, names in source.faults.items() for name in names]
+  if by_model is None:
+    done = [r | {"chunks": structure.annotate(r["response"]), "syncs": []} for r in rows]
+  else:
+    done, refused = by_model(rows)
+    rejected += refused
+  rule = PositionRule(config.positions.strategy, config.positions.fixed)
+  figures = lambda annotated: data_report.figures(data_report.facts(annotated, vocabulary, rule))
+  report: dict = {
+    "annotator": c.kind if by_model is None else c.model,
+    "figures": figures(done),
+    "rejected": dict(collections.Counter(r["cause"] for r in rejected)),
+    **(by_model.report if by_model else {}),
+  }
+  if c.against:
+    report["agreement"] = measure.agreement(done, other)
+    both = {d["response"] for d in done}
+    report["other's figures"] = figures([r for r in other if r["response"] in both])
+  for name, content in (("annotated", done), ("rejected", rejected)):
+    _write(workdir / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in content))
+  _write(workdir / "report.json", json.dumps(report, indent=2) + "\n")
+  _show(report, workdir)
+  return report
+
+
+class _ByModel:
+  """Plans from a model, asked again where they cannot be used, and checked."""
+
+  def __init__(self, c, workdir: Path):
+    endpoint = Endpoint(
+      model=c.model,
+      kind=c.kind,
+      url=c.url,
+      key_env=c.key_env,
+      max_tokens=c.max_tokens,
+      logprobs=False,
+      concurrency=c.concurrency,
+      retries=c.retries,
+      timeout=c.timeout,
+      per_minute=c.per_minute,
+      part="annotate",
+    )
+    endpoint.require_key()
+    self._shown = prompts.demonstrations(_spread(read_jsonl(c.demonstrations)))
+    self._config, self._endpoint, self._path = c, endpoint, workdir / "calls.jsonl"
+    self.report: dict = {}
+
+  def __call__(self, rows: Sequence[dict]) -> tuple[list[dict], list[dict]]:
+    """(annotated rows, rejected ones)."""
+    self._caller = Caller(self._endpoint, self._path)
+    self._tokens, self._dropped, self._synced = [0, 0], 0, 0
+    self._mended: collections.Counter[str] = collections.Counter()
+    plans, rejected = self._plans(rows)
+    if self._config.check:
+      self._check_chunks(plans)
+      self._check_texts(plans)
+    c = self._config
+    price = (self._tokens[0] * c.price_read + self._tokens[1] * c.price_written) / 1e6
+    self.report = {
+      "asked again because": dict(self._mended),
+      "check": {"chunks given up": self._dropped, "syncs placed": self._synced} if c.check else {},
+      "calls": {
+        "paid now": self._caller.paid,
+        "tokens read": self._tokens[0],
+        "tokens written": self._tokens[1],
+        "price": round(price, 4),
+      },
+    }
+    return [plans[r["id"]] for r in rows if r["id"] in plans], rejected
+
+  def _calls(
+    self, what: str, calls: Sequence[prompts.Messages], answered: Callable[[int, dict], None]
+  ) -> None:
+    bar, task = progress_bar(what, len(calls))
+
+    def done(i: int, answer: dict) -> None:
+      self._tokens = [n + m for n, m in zip(self._tokens, answer.get("tokens") or (0, 0))]
+      answered(i, answer)
+      bar.update(task, advance=1, note=f"{self._caller.paid} calls paid, {sum(self._tokens):,} tokens")
+
+    with bar:
+      self._caller.map(calls, done)
+
+  def _plans(self, rows: Sequence[dict]) -> tuple[dict[str, dict], list[dict]]:
+    """Annotated rows by id, and those without a usable plan after `tries` answers."""
+    plans: dict[str, dict] = {}
+    rejected: list[dict] = []
+    todo = [(r, prompts.ask(r, self._shown)) for r in rows]
+    for attempt in range(self._config.tries):
+      again: list[tuple[dict, prompts.Messages]] = []
+
+      def answered(
+        i: int, answer: dict, todo=todo, again=again, last=attempt + 1 == self._config.tries
+      ) -> None:
+        row, messages = todo[i]
+        if "refused" in answer:
+          rejected.append({"id": row["id"], "cause": "refused", "answer": answer["refused"]})
+          return
+        try:
+          chunks, syncs = plan.read(answer["text"], row["response"])
+          plans[row["id"]] = row | {"chunks": chunks, "syncs": syncs}
+        except plan.PlanError as error:
+          if last:
+            rejected.append({"id": row["id"], "cause": error.cause, "answer": answer["text"]})
+          else:
+            self._mended[error.cause] += 1
+            again.append((row, prompts.ask_again(messages, answer["text"], str(error))))
+
+      if todo:
+        self._calls(
+          "plans" if attempt == 0 else f"plans, answer {attempt + 1}", [m for _, m in todo], answered
+        )
+      todo = again
+    return plans, rejected
+
+  def _verdicts(self, what: str, asked: list[tuple[dict, check.Context]]) -> list[tuple[dict, check.Context]]:
+    """The pieces that the model does not call independent: where it says neither, they are not."""
+    failed: list[tuple[dict, check.Context]] = []
+
+    def answered(i: int, answer: dict) -> None:
+      if prompts.says_yes(answer["text"]) is not True:
+        failed.append(asked[i])
+
+    if asked:
+      self._calls(what, [prompts.ask_whether(row, context) for row, context in asked], answered)
+    return failed
+
+  def _check_chunks(self, plans: dict[str, dict]) -> None:
+    failed = self._verdicts("check of chunks", [(r, c) for r in plans.values() for c in check.of_chunks(r)])
+    by_row = collections.defaultdict(set)
+    for row, context in failed:
+      by_row[row["id"]].add(context.at)
+    for name, numbers in by_row.items():
+      plans[name] = check.without_chunks(plans[name], numbers)
+    self._dropped = len(failed)
+
+  def _check_texts(self, plans: dict[str, dict]) -> None:
+    failed = self._verdicts("check of joins", [(r, c) for r in plans.values() for c in check.of_texts(r)])
+    by_row = collections.defaultdict(list)
+    for row, context in failed:
+      by_row[row["id"]].append(context)
+    for name, texts in by_row.items():
+      before = len(plans[name]["syncs"])
+      plans[name] = check.with_syncs(plans[name], texts)
+      self._synced += len(plans[name]["syncs"]) - before
+
+
+def _spread(rows: Sequence[dict]) -> list[dict]:
+  """Demonstrations from annotated rows: of each kind (nested, with a sync, flat, sequential) some, in length
+  spread."""
+  if len(rows) <= DEMONSTRATIONS:
+    return list(rows)
+  nested = lambda r: any(
+    c["start"] <= d["start"] < d["end"] <= c["end"] for c in r["chunks"] for d in r["chunks"] if c is not d
+  )
+  kind = lambda r: (
+    "nested" if nested(r) else "synced" if r["syncs"] else "flat" if r["chunks"] else "sequential"
+  )
+  chosen: list[dict] = []
+  for name, count in (("flat", 2), ("synced", 2), ("sequential", 2), ("nested", 1)):
+    of_kind = sorted((r for r in rows if kind(r) == name), key=lambda r: (len(r["response"]), r["id"]))
+    chosen += [of_kind[(2 * i + 1) * len(of_kind) // (2 * count)] for i in range(min(count, len(of_kind)))]
+  return chosen
+
+
+def _write(path: Path, text: str) -> None:
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(text, encoding="utf-8")
+  temporary.replace(path)
+
+
+def _show(report: dict, workdir: Path) -> None:
+  console = rich.console.Console(highlight=False)
+  sides = {report["annotator"]: report["figures"]}
+  console.print(
+    data_report.table(sides | ({"against": report["other's figures"]} if "agreement" in report else {}))
+  )
+  if "agreement" in report:
+    a = report["agreement"]
+    console.print(
+      f"Boundaries of chunks: precision {a['precision']:.0%}, recall {a['recall']:.0%}; "
+      f"chunks or none: the same choice in {a['same_choice']:.0%} of {a['responses']}"
+    )
+  for title in ("rejected", "asked again because", "check", "calls"):
+    if found := report.get(title):
+      console.print(f"{title}: " + ", ".join(f"{name} {n:,}" for name, n in found.items()))
+  console.print(f"{workdir / 'annotated.jsonl'}")

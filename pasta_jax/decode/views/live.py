@@ -1,0 +1,383 @@
+"""The terminal: branches side by side while they are written, and a table of figures behind the answer."""
+
+import re
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Literal
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from pasta_jax.decode.trace import ThreadTrace, Trace
+from pasta_jax.decode.views.timeline import hue, pieces, printable
+from pasta_jax.lang.vocabulary import Vocabulary
+
+# Of middle lightness, so that they can be read on dark and on light terminals.
+HUES = (
+  "#4d8ef7",
+  "#e8752f",
+  "#21b07d",
+  "#d557a2",
+  "#bb982a",
+  "#8f79ec",
+  "#25aac4",
+  "#e2585e",
+  "#7cb034",
+  "#bd8a5c",
+)
+
+Mood = Literal["writing", "waiting", "done", "cut off"]
+MARKS: dict[Mood, str] = {"writing": "▸", "waiting": "◌", "done": "✓", "cut off": "✂"}
+
+_COLUMN = 32  # a chunk's panel is at least this wide, where the terminal is
+_TALLEST = 12  # lines of a chunk's panel, with its border
+_LOWEST = 3
+
+
+def colour(number: int) -> str:
+  """A chunk's colour in the terminal; the main thread has the terminal's own."""
+  return HUES[hue(number)] if number else "default"
+
+
+def mood(trace: Trace, number: int, vocabulary: Vocabulary) -> Mood:
+  """What a thread is doing: waiting is for a slot, or at a sync for chunks."""
+  t = trace.threads[number]
+  if t.finished:
+    return "done"
+  if trace.finish_reason != "unfinished":
+    return "cut off"
+  at_sync = t.length and t.tokens[-1] == vocabulary.tags.sync
+  not_started = t.length == 0 or (number > 0 and t.length == 1)
+  return "waiting" if at_sync or not_started else "writing"
+
+
+def _styled(trace: Trace, number: int, vocabulary: Vocabulary, cursor: bool) -> Text:
+  """A thread's own text; its promises are placeholders in the colours of their chunks.
+
+  Blank lines are left out.
+  """
+  out = Text(overflow="fold")
+  parts = pieces(trace, number, vocabulary)
+  for k, piece in enumerate(parts):
+    if piece.kind == "text":
+      # Lines are scarce: no empty ones, and placeholders that only blanks keep apart stand in one.
+      between = not piece.text.strip() and 0 < k < len(parts) - 1
+      out.append(" " if between else re.sub(r"\n\s*\n", "\n", piece.text).replace("\t", "  "))
+    elif piece.kind == "sync":
+      out.append("⟨sync⟩", style="dim")
+    else:
+      label = piece.text.replace("\n", " ")
+      if piece.declared is not None:
+        label += f" · {piece.declared}"
+      style = "dim" if piece.child is None else f"bold {colour(piece.child)}"
+      out.append(f"⟨{label}⟩" if piece.closed else f"⟨{label}", style=style)
+  while out.plain.endswith("\ufffd"):  # a character whose last bytes are still to come
+    out.right_crop(1)
+  if cursor:
+    out.append("▌", style=colour(number))
+  return out
+
+
+def _tail(text: Text, console: Console, width: int, lines: int) -> tuple[Text, int]:
+  """(the end of the text that fits, lines that the whole text takes)."""
+  wrapped = text.wrap(console, max(width, 1), overflow="fold")
+  kept = list(wrapped)[-lines:] if lines > 0 else []
+  if kept and len(wrapped) > lines:
+    first = kept[0]
+    first.rstrip()
+    if first.cell_len >= width:
+      first.right_crop(1)
+    kept[0] = Text.assemble(("…", "dim"), first)
+  return Text("\n", overflow="fold").join(kept), len(wrapped)
+
+
+class _Frame:
+  """One picture of a trace, laid out when it is drawn: for the terminal's size at that moment."""
+
+  def __init__(self, trace: Trace, vocabulary: Vocabulary, seconds: float):
+    self.trace, self.vocabulary, self.seconds = trace, vocabulary, seconds
+
+  def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    width = options.max_width
+    height = max((options.height or console.size.height) - 1, 1)  # the cursor's line stays free
+    trace = self.trace
+    rows: list[Text | Panel | Table] = []
+    left = height - 1  # the status line
+    moods = {t.number: mood(trace, t.number, self.vocabulary) for t in trace.threads}
+    if left >= _LOWEST and trace.threads:
+      chunks = [t for t in trace.threads if t.number]
+      columns = max(min(width // _COLUMN, len(chunks)), 1)
+      main_most = left if not chunks else max(min(left // 3, left - _LOWEST), _LOWEST)
+      main, used = self._main(console, width, main_most, moods[0])
+      rows.append(main)
+      left -= used
+      if chunks:
+        rows += self._chunks(console, chunks, moods, width, left, columns)
+    rows.append(self._status(moods, width))
+    yield Group(*rows)
+
+  def _main(self, console: Console, width: int, most: int, mood_: Mood) -> tuple[Panel, int]:
+    text = _styled(self.trace, 0, self.vocabulary, mood_ == "writing")
+    tail, lines = _tail(text, console, width - 4, most - 2)
+    height = min(max(lines, 1) + 2, most)
+    title = Text.assemble(
+      (MARKS[mood_] + " ", "bold"),
+      ("main thread", "bold"),
+      ("  waits for its chunks" if mood_ == "waiting" else "", "dim"),
+    )
+    title.truncate(max(width - 6, 1), overflow="ellipsis")
+    return Panel(
+      tail,
+      box=box.ROUNDED,
+      title=title,
+      title_align="left",
+      width=width,
+      height=height,
+      border_style="default" if mood_ == "writing" else "dim",
+    ), height
+
+  def _chunks(
+    self,
+    console: Console,
+    chunks: list[ThreadTrace],
+    moods: dict[int, Mood],
+    width: int,
+    left: int,
+    columns: int,
+  ) -> list[Table | Text]:
+    """Panels as far as they fit; finished chunks make room first, and are named on a line of their own."""
+    shown, summed_up = chunks, []
+    if -(-len(shown) // columns) * (_LOWEST + 1) > left:
+      room = max((left - 1) // (_LOWEST + 1), 0) * columns
+      # Who writes comes first, then who waits, then who finished last.
+      urgent = sorted(
+        chunks,
+        key=lambda t: (
+          {"writing": 0, "waiting": 1}.get(moods[t.number], 2),
+          -int(t.rounds[-1]) if t.length else 0,
+        ),
+      )
+      chosen = {t.number for t in urgent[:room]}
+      shown = [t for t in chunks if t.number in chosen]
+      summed_up = [t for t in chunks if t.number not in chosen]
+    out: list[Table | Text] = []
+    if summed_up and left > 0:
+      out.append(self._names(summed_up, moods, width))
+      left -= 1
+    if not shown:
+      return out
+    columns = min(columns, len(shown))
+    wide = [width // columns + (i < width % columns) for i in range(columns)]
+    most = min(left // -(-len(shown) // columns), _TALLEST)
+    texts = {
+      t.number: _styled(self.trace, t.number, self.vocabulary, moods[t.number] == "writing") for t in shown
+    }
+    needed = max(len(text.wrap(console, max(wide[-1] - 4, 1), overflow="fold")) for text in texts.values())
+    height = max(min(needed + 2, most), _LOWEST)
+    grid = Table.grid(padding=0)
+    for w in wide:
+      grid.add_column(width=w)
+    for start in range(0, len(shown), columns):
+      grid.add_row(
+        *(
+          self._panel(console, t, texts[t.number], moods[t.number], w, height)
+          for t, w in zip(shown[start : start + columns], wide)
+        )
+      )
+    return [grid, *out]
+
+  def _panel(
+    self, console: Console, thread: ThreadTrace, text: Text, mood_: Mood, width: int, height: int
+  ) -> Panel:
+    tint = colour(thread.number)
+    body, _ = _tail(text, console, width - 4, height - 2)
+    path = ".".join(str(i + 1) for i in thread.path) if len(thread.path) > 1 else ""
+    title = Text.assemble(
+      (f"{MARKS[mood_]} ", tint), (f"{path} " if path else "", "dim"), (_topic(thread), f"bold {tint}")
+    )
+    title.truncate(max(width - 6, 1), overflow="ellipsis")
+    if mood_ != "writing":
+      body.stylize("dim")
+    return Panel(
+      body,
+      box=box.ROUNDED,
+      title=title,
+      title_align="left",
+      subtitle=_progress(thread, min(12, width - 20)),
+      subtitle_align="right",
+      width=width,
+      height=height,
+      border_style=tint if mood_ == "writing" else f"dim {tint}",
+    )
+
+  def _names(self, threads: list[ThreadTrace], moods: dict[int, Mood], width: int) -> Text:
+    out = Text(" ", no_wrap=True, overflow="ellipsis")
+    for k, t in enumerate(threads):
+      entry = Text.assemble(
+        (f"{MARKS[moods[t.number]]} {_topic(t)}", colour(t.number)), (f" {t.length}  ", "dim")
+      )
+      rest = f"+ {len(threads) - k} more"
+      if out.cell_len + entry.cell_len + (len(rest) if k < len(threads) - 1 else 0) > width and k:
+        out.append(rest, style="dim")
+        break
+      out.append_text(entry)
+    out.truncate(width, overflow="ellipsis")
+    return out
+
+  def _status(self, moods: dict[int, Mood], width: int) -> Text:
+    trace = self.trace
+    tokens = sum(t.length for t in trace.threads)
+    live = sum(m == "writing" for m in moods.values())
+    rate = f"{tokens / self.seconds:.1f}" if self.seconds > 0 else "–"
+    out = Text(" ", no_wrap=True, overflow="ellipsis")
+    values = [
+      (f"{tokens}", "tokens"),
+      (f"{trace.steps}", "steps"),
+      (f"{live}", "live"),
+      (rate, "tokens/s"),
+      (f"{self.seconds:.1f}", "s"),
+    ]
+    for k, (value, unit) in enumerate(values):
+      entry = Text.assemble(("  ·  " if k else "", "dim"), (value, "bold"), (f" {unit}", "dim"))
+      if out.cell_len + entry.cell_len > width:
+        break
+      out.append_text(entry)
+    return out
+
+
+def _topic(thread: ThreadTrace) -> str:
+  return " ".join(printable(thread.topic).split()) or "untitled"
+
+
+def _progress(thread: ThreadTrace, width: int) -> Text:
+  """A bar of own tokens against the promise's number, and both as figures."""
+  tint = colour(thread.number)
+  if thread.declared is None:
+    return Text(f"{thread.length} tokens", style=tint)
+  share = min(thread.length / max(thread.declared, 1), 1.0)
+  width = max(width, 0)
+  done = round(share * width)
+  over = thread.length > thread.declared
+  bar = Text.assemble(("━" * done, tint), ("─" * (width - done), f"dim {tint}"), " " if width else "")
+  return bar + Text(f"{thread.length}/{thread.declared}", style=f"bold {tint}" if over else tint)
+
+
+class LiveView:
+  """Shows a response in the terminal while it is written; it vanishes when the block is left.
+
+      with LiveView(vocabulary) as view:
+        trace = interpreter.run(prompt, watch=view.update)
+
+  The main thread stands above, with placeholders for its promises; the chunks stand below, as many side by
+  side as the terminal is wide. It never takes more lines than the terminal has. Where the console is no
+  terminal, nothing is printed at all.
+  """
+
+  def __init__(
+    self,
+    vocabulary: Vocabulary,
+    console: Console | None = None,
+    *,
+    frames_per_second: float = 10,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    self.vocabulary = vocabulary
+    self.console = console or Console()
+    self._shortest = 1 / frames_per_second
+    self._clock = clock
+    self._start = clock()
+    self._drawn = float("-inf")
+    self._live: Live | None = None
+
+  def __enter__(self) -> "LiveView":
+    self._start = self._clock()
+    self._drawn = float("-inf")
+    if self.console.is_terminal and not self.console.is_dumb_terminal:
+      # Drawn when a trace comes, by no thread of its own: nothing moves in between.
+      self._live = Live(
+        console=self.console, auto_refresh=False, transient=True, screen=False, vertical_overflow="crop"
+      )
+      self._live.start()
+    return self
+
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+  ) -> None:
+    if self._live is not None:
+      self._live.stop()
+      self._live = None
+
+  def update(self, trace: Trace, elapsed_seconds: float | None = None) -> None:
+    """Draws the trace so far, unless one was drawn a moment ago; a finished one is always drawn.
+
+    Time counts from the block's start unless it is given.
+    """
+    if self._live is None:
+      return
+    now = self._clock()
+    if now - self._drawn < self._shortest and trace.finish_reason == "unfinished":
+      return
+    self._drawn = now
+    seconds = now - self._start if elapsed_seconds is None else elapsed_seconds
+    self._live.update(self.frame(trace, seconds), refresh=True)
+
+  def frame(self, trace: Trace, elapsed_seconds: float) -> _Frame:
+    """What `update` draws, as something that rich can print."""
+    return _Frame(trace, self.vocabulary, elapsed_seconds)
+
+
+def figures_table(trace: Trace, seconds: float | None = None, speedup: float | None = None) -> Table:
+  """The figures of a finished response, to be printed behind it.
+
+  `seconds` is the wall clock of the response; `speedup` what the same model needs one token at a time,
+  over that. Where one is None its row is left out.
+  """
+  c = trace.cost
+  table = Table(box=box.HORIZONTALS, border_style="dim", show_header=False, padding=(0, 1))
+  table.add_column(no_wrap=True)
+  table.add_column(justify="right", no_wrap=True, style="bold")
+  table.add_column(style="dim")
+
+  def row(name: str, value: str, note: str = "", style: str = "", last: bool = False) -> None:
+    table.add_row(name, Text(value, style=style), note, end_section=last)
+
+  row("Tokens", f"{c.total_tokens}", "tags, topics and numbers included")
+  row("Shown to the reader", f"{c.text_tokens}", _share(c.text_tokens, c.total_tokens))
+  row("Promises", f"{c.n_promises}", f"{trace.refused} refused" if trace.refused else "")
+  row("Peak parallelism", f"{c.peak_parallelism}", "threads that write at once", last=True)
+  row("Decode steps", f"{trace.steps}")
+  row("Longest path", f"{c.longest_path}", "steps, with a slot for every branch")
+  row(
+    "Theoretical speed-up",
+    f"{c.theoretical_speedup:.2f}×",
+    "shown tokens over longest path",
+    _verdict(c.theoretical_speedup),
+    last=seconds is None and speedup is None,
+  )
+  if seconds is not None:
+    rate = f"{c.total_tokens / seconds:.1f} tokens/s" if seconds > 0 else ""
+    row("Wall clock", f"{seconds:.2f} s", rate, last=speedup is None)
+  if speedup is not None:
+    row(
+      "Measured speed-up",
+      f"{speedup:.2f}×",
+      "against the same model, one token at a time",
+      _verdict(speedup),
+      last=True,
+    )
+  row("Finish reason", trace.finish_reason, "", "" if trace.finish_reason == "stop" else "yellow")
+  row("Ill-formed tags", f"{trace.ill_formed}", "", "yellow" if trace.ill_formed else "")
+  return table
+
+
+def _verdict(speedup: float) -> str:
+  return "green" if speedup > 1 else "yellow"
+
+
+def _share(part: int, whole: int) -> str:
+  return f"{100 * part / whole:.0f} %" if whole else ""

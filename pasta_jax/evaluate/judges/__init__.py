@@ -1,0 +1,1 @@
+"""Judges of answers: by likelihood, by a language model, from files."""

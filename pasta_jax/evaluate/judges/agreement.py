@@ -1,0 +1,114 @@
+"""How far judges agree with people: `python -m pasta_jax.evaluate.judges.agreement --data=a.jsonl,b.jsonl
+--workdir=…`.
+
+Rows have `prompt`, `chosen` and `rejected`, and may have a `category`. Each is judged with the chosen answer
+as the system's; the judge agrees where its preference is above one half, and half agrees at one half. Beside
+it stands what preferring the longer answer would give, and the judge's agreement on pairs where the shorter
+one was chosen.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import rich.console
+import rich.table
+from absl import app, flags
+from ml_collections import config_flags
+
+from pasta_jax.data.examples import read_jsonl
+from pasta_jax.data.prompts import EvalError
+from pasta_jax.evaluate.judges.judge import Answer, Pair
+from pasta_jax.evaluate.judges.judging import judge_pairs, judges_of
+
+
+def pairs_of_labels(path: str) -> tuple[list[Pair], list[str]]:
+  """(pairs with the chosen answer as the system's, their categories) of a file of labels."""
+  pairs, categories = [], []
+  for number, row in enumerate(read_jsonl(path)):
+    try:
+      said = [{"role": "user", "content": row["prompt"]}]
+      chosen, rejected = (Answer(said, row[k] + "") for k in ("chosen", "rejected"))
+    except (KeyError, TypeError):
+      raise EvalError(f"{path}: row {number + 1} needs texts under prompt, chosen and rejected") from None
+    pairs.append(Pair(str(row.get("id", number)), chosen, rejected, "chosen"))
+    categories.append(str(row.get("category") or "all"))
+  return pairs, categories
+
+
+def agreement(preferences: list[float]) -> tuple[float, float]:
+  """(share of agreement in per cent, its standard error) of preferences for the chosen answers."""
+  agree = np.array([(p > 0.5) + 0.5 * (p == 0.5) for p in preferences])
+  error = float(agree.std(ddof=1)) / math.sqrt(len(agree)) if len(agree) > 1 else math.nan
+  return 100 * float(agree.mean()), 100 * error
+
+
+def measure(config, workdir: Path, files: list[str]) -> list[dict]:
+  """A row for each judge of `config.eval.judges`, file and category; judgements are kept in `workdir`."""
+  rows = []
+  for judge in judges_of(config):
+    for path in files:
+      pairs, categories = pairs_of_labels(path)
+      rows_of = judge_pairs(
+        judge, pairs, workdir / "judgements" / judge.name / f"labels-{Path(path).stem}.jsonl"
+      )
+      judged = [(p, c, rows_of[p.id]["preference"]) for p, c in zip(pairs, categories) if p.id in rows_of]
+      groups = {"all": judged} | (
+        {c: [j for j in judged if j[1] == c] for c in sorted(set(categories))}
+        if len(set(categories)) > 1
+        else {}
+      )
+      for group, members in groups.items():
+        longer = [len(p.system.text) > len(p.baseline.text) for p, *_ in members]
+        shorter = [v for p, _, v in members if len(p.system.text) < len(p.baseline.text)]
+        share, error = agreement([v for *_, v in members])
+        rows.append(
+          {
+            "judge": judge.name,
+            "labels": Path(path).stem,
+            "category": group,
+            "pairs": len(members),
+            "agreement": share,
+            "error": error,
+            "longer": 100 * float(np.mean(longer)),
+            "on_shorter": agreement(shorter)[0] if shorter else math.nan,
+          }
+        )
+  return rows
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  values = flags.FLAGS
+  rows = measure(values.config, Path(values.workdir), [f for f in values.data.split(",") if f])
+  (Path(values.workdir) / "agreement.json").write_text(json.dumps(rows, indent=2) + "\n")
+  table = rich.table.Table(title="agreement with labels, %")
+  for name in (
+    "judge",
+    "labels",
+    "category",
+    "pairs",
+    "agreement",
+    "the longer one",
+    "where the shorter was chosen",
+  ):
+    table.add_column(name, justify="left" if name in ("judge", "labels", "category") else "right")
+  for r in rows:
+    table.add_row(
+      r["judge"],
+      r["labels"],
+      r["category"],
+      str(r["pairs"]),
+      f"{r['agreement']:.1f} ± {r['error']:.1f}",
+      f"{r['longer']:.1f}",
+      f"{r['on_shorter']:.1f}",
+    )
+  rich.console.Console().print(table)
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", "configs/smollm2_135m.py", "experiment", lock_config=True)
+  flags.DEFINE_string("data", None, "files of labelled pairs, comma-separated", required=True)
+  flags.DEFINE_string("workdir", None, "folder for the judgements", required=True)
+  app.run(main)

@@ -1,0 +1,313 @@
+"""A decoder-only transformer (Llama and its relatives) as Flax NNX modules. It knows tokens and positions, no
+threads.
+
+Every module works on any leading axes: training calls the decoder on [B, T], the interpreter on one token
+under `jax.vmap`. What a query may see is the caller's affair: the decoder hands each layer's queries, keys
+and values to `attend`, which answers with the attention's result.
+
+Letters in comments and einsums are those of `config.ModelConfig`.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pasta_jax.model.config import ModelConfig
+
+# (cache of this layer, queries [..., K, G, H], keys [..., K, H], values [..., K, H], whether the layer is local)
+#   -> (context [..., K, G, H], anything to collect per layer)
+Local = bool | jax.Array  # an array where layers are scanned over
+Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, Local], tuple[jax.Array, Any]]
+
+
+# What the backward pass finds of a layer, and what it computes again.
+REMAT = {
+  "none": None,  # finds everything
+  "full": jax.checkpoint_policies.nothing_saveable,  # nothing but the layer's input
+  "attention": jax.checkpoint_policies.save_only_these_names(
+    "attention"
+  ),  # the kernels' results too (`flash`)
+  "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # all products with weights
+}
+
+
+class LoraParam(nnx.Param):
+  """A factor of a low-rank update."""
+
+
+class TagParam(nnx.Param):
+  """Rows of the vocabulary that belong to PASTA's tags."""
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+def set_matmul_precision(dtype: str, backend: str = "") -> None:
+  """Makes float32 products float32 on TPU and newer GPUs (`backend`, or this machine's), which round their
+  operands otherwise.
+
+  A setting of the whole process; float32 is chosen for exactness, bfloat16 for speed.
+  """
+  if dtype == "float32" and (backend or jax.default_backend()) != "cpu":
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+  """[..., m, k] @ [..., k, n] -> float32, both operands of one dtype, leading axes equal or absent from y.
+
+  The cotangent is rounded to the operands' dtype before the two products of the backward pass: with bfloat16
+  weights XLA would otherwise promote them to float32 products, three times slower on CPU.
+  """
+  return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(x, y):
+  return matmul(x, y), (x, y)
+
+
+def _matmul_backward(operands, cotangent):
+  x, y = operands
+  cotangent = cotangent.astype(x.dtype)
+  x_bar = jnp.matmul(cotangent, jnp.swapaxes(y, -1, -2), preferred_element_type=jnp.float32).astype(x.dtype)
+  if y.ndim == 2:
+    x, cotangent = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+  y_bar = jnp.matmul(jnp.swapaxes(x, -1, -2), cotangent, preferred_element_type=jnp.float32).astype(y.dtype)
+  return x_bar, y_bar
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class Linear(nnx.Module):
+  """x @ kernel, plus a bias, and a low-rank update where `lora.add_lora` has put one. Accumulates in
+  float32."""
+
+  def __init__(self, n_in: int, n_out: int, *, rngs: nnx.Rngs, dtype: Any, bias: bool = False):
+    scale = n_in**-0.5
+    self.kernel = nnx.Param((jax.random.normal(rngs.params(), (n_in, n_out)) * scale).astype(dtype))
+    self.bias: nnx.Param | None = nnx.data(nnx.Param(jnp.zeros((n_out,), jnp.float32)) if bias else None)
+    self.lora_a: LoraParam | None = nnx.data(None)  # [in, r]
+    self.lora_b: LoraParam | None = nnx.data(None)  # [r, out]
+    self.lora_scale = 0.0
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[..., in] -> [..., out] float32."""
+    kernel = self.kernel[...]
+    x = x.astype(kernel.dtype)
+    y = matmul(x, kernel)
+    if self.bias is not None:
+      y = y + self.bias[...].astype(jnp.float32)
+    if self.lora_a is not None and self.lora_b is not None:
+      low = matmul(x, self.lora_a[...].astype(x.dtype))
+      y = y + self.lora_scale * matmul(low.astype(x.dtype), self.lora_b[...].astype(x.dtype))
+    return y
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square normalisation in float32."""
+
+  def __init__(self, width: int, c: ModelConfig):
+    self.scale = nnx.Param(jnp.full((width,), 1 - c.norm_offset, jnp.float32))
+    self.eps, self.offset = c.norm_eps, c.norm_offset
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[..., D] -> [..., D]."""
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean_square + self.eps) * (self.scale[...] + self.offset)
+
+
+def rope_angles(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines, [..., 1, H/2] each, for rotate-half RoPE at integer `positions` [...]."""
+  angle = positions[..., None, None].astype(jnp.float32) * frequencies
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def soft_cap(x: jax.Array, cap: float) -> jax.Array:
+  """x for small values, never beyond +-cap; 0: no cap."""
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Applies RoPE to [..., heads, H]."""
+  cos, sin = angles
+  first, second = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention around a caller's `attend`."""
+
+  def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
+    self.q = Linear(c.d_model, c.n_heads * c.head_dim, rngs=rngs, dtype=dtype, bias=c.qkv_bias)
+    self.k = Linear(c.d_model, c.n_kv_heads * c.head_dim, rngs=rngs, dtype=dtype, bias=c.qkv_bias)
+    self.v = Linear(c.d_model, c.n_kv_heads * c.head_dim, rngs=rngs, dtype=dtype, bias=c.qkv_bias)
+    self.o = Linear(c.n_heads * c.head_dim, c.d_model, rngs=rngs, dtype=dtype)
+    self.q_norm: RMSNorm | None = nnx.data(RMSNorm(c.head_dim, c) if c.qk_norm else None)
+    self.k_norm: RMSNorm | None = nnx.data(RMSNorm(c.head_dim, c) if c.qk_norm else None)
+    self.config = c
+
+  def __call__(self, x, angles, attend: Attend, cache, local: Local) -> tuple[jax.Array, Any]:
+    """[..., D] -> [..., D], and what `attend` collects."""
+    c, lead = self.config, x.shape[:-1]
+    q = self.q(x).reshape(*lead, c.n_heads, c.head_dim)
+    k = self.k(x).reshape(*lead, c.n_kv_heads, c.head_dim)
+    v = self.v(x).reshape(*lead, c.n_kv_heads, c.head_dim)
+    if self.q_norm is not None and self.k_norm is not None:
+      q, k = self.q_norm(q), self.k_norm(k)
+    q, k = rotate(q, angles), rotate(k, angles)
+    q = q.reshape(*lead, c.n_kv_heads, c.n_groups, c.head_dim) * (c.query_scale or c.head_dim**-0.5)
+    context, collected = attend(cache, q, k, v, local)
+    return self.o(context.reshape(*lead, c.n_heads * c.head_dim)), collected
+
+
+class Mlp(nnx.Module):
+  """Feed-forward with a gate: SwiGLU, or GeGLU (Shazeer 2020)."""
+
+  def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
+    self.gate = Linear(c.d_model, c.d_ff, rngs=rngs, dtype=dtype)
+    self.up = Linear(c.d_model, c.d_ff, rngs=rngs, dtype=dtype)
+    self.down = Linear(c.d_ff, c.d_model, rngs=rngs, dtype=dtype)
+    self.activation = c.activation
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    activation = jax.nn.silu if self.activation == "silu" else partial(jax.nn.gelu, approximate=True)
+    return self.down(activation(self.gate(x)) * self.up(x))
+
+
+class Layer(nnx.Module):
+  """Pre-norm residual block, with norms behind its parts too where the config has them; the residual stream
+  is float32 whatever the weights are."""
+
+  def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
+    self.attn_norm = RMSNorm(c.d_model, c)
+    self.attn = Attention(c, rngs=rngs, dtype=dtype)
+    self.mlp_norm = RMSNorm(c.d_model, c)
+    self.mlp = Mlp(c, rngs=rngs, dtype=dtype)
+    self.attn_post_norm: RMSNorm | None = nnx.data(RMSNorm(c.d_model, c) if c.post_norms else None)
+    self.mlp_post_norm: RMSNorm | None = nnx.data(RMSNorm(c.d_model, c) if c.post_norms else None)
+
+  def __call__(self, x, angles, attend: Attend, cache, local: Local) -> tuple[jax.Array, Any]:
+    update, collected = self.attn(self.attn_norm(x), angles, attend, cache, local)
+    x = x + (self.attn_post_norm(update) if self.attn_post_norm is not None else update)
+    update = self.mlp(self.mlp_norm(x))
+    return x + (self.mlp_post_norm(update) if self.mlp_post_norm is not None else update), collected
+
+
+def with_tags(logits: jax.Array, tags: jax.Array, ids: Sequence[int]) -> jax.Array:
+  """A vocabulary's logits [..., V] with the tags' [..., 6] at `ids`, or behind it all where none are
+  given."""
+  return logits.at[..., np.asarray(ids)].set(tags) if ids else jnp.concatenate([logits, tags], axis=-1)
+
+
+class Embedder(nnx.Module):
+  """Token rows, and PASTA's tag rows where they are kept apart for training.
+
+  Never put together in one table: a tag row's gradient would cost one of the whole vocabulary.
+  """
+
+  def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
+    table = jax.random.normal(rngs.params(), (c.vocab_size, c.d_model)) * c.d_model**-0.5
+    self.embedding = nnx.Param(table.astype(dtype))
+    self.tags: TagParam | None = nnx.data(None)  # [6, D] float32
+    self.tag_ids = c.tag_ids
+    self.scale = c.d_model**0.5 if c.scale_embeddings else 1.0
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """[...] -> [..., D] float32."""
+    table = self.embedding[...]
+    rows = table[tokens]
+    if self.tags is not None:
+      own = tokens[..., None] == np.asarray(self.tag_ids or len(table) + np.arange(len(self.tags[...])))
+      tags = self.tags[...].astype(table.dtype)[jnp.argmax(own, axis=-1)]
+      rows = jnp.where(jnp.any(own, axis=-1, keepdims=True), tags, rows)
+    return rows.astype(jnp.float32) * self.scale
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """[..., D] -> [..., V] float32, for a head that is tied to the rows."""
+    table = self.embedding[...]
+    hidden = hidden.astype(table.dtype)
+    logits = matmul(hidden, table.T)
+    if self.tags is None:
+      return logits
+    return with_tags(logits, matmul(hidden, self.tags[...].astype(table.dtype).T), self.tag_ids)
+
+
+class Transformer(nnx.Module):
+  """The whole model. `layers` is a list, or one Layer with a leading layer axis on every leaf (`stack`)."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+    self.config = config
+    self.embed = Embedder(config, rngs=rngs, dtype=dtype)
+    self.layers = nnx.List([Layer(config, rngs=rngs, dtype=dtype) for _ in range(config.n_layers)])
+    self.final_norm = RMSNorm(config.d_model, config)
+    self.head: Linear | None = nnx.data(
+      None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, rngs=rngs, dtype=dtype)
+    )
+    self.head_tags: TagParam | None = nnx.data(None)  # [D, 6] float32, for an untied head
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+    caches: Sequence[Any] | Any = None,
+    remat: str = "none",
+  ) -> tuple[jax.Array, Any]:
+    """Hidden states behind the final norm, [..., D] float32, and per layer what `attend` collected.
+
+    `tokens` and `positions` are integers [...]. `caches` holds one entry a layer (or is None): a list for a
+    list of layers, a pytree with a leading layer axis for stacked ones; what is collected comes back in the
+    same form. `remat` is one of `REMAT`.
+    """
+    x, c = self.embed(tokens), self.config
+    again = (lambda f: f) if remat == "none" else partial(jax.checkpoint, policy=REMAT[remat])
+    angles, local_angles = (rope_angles(positions, c.rope_frequencies(local)) for local in (False, True))
+    local = [c.is_local(i) for i in range(c.n_layers)]
+
+    def call(layer, x, cache, local):
+      own = angles
+      if c.local_rope_theta:
+        own = tuple(jnp.where(local, theirs, ours) for theirs, ours in zip(local_angles, angles))
+      return layer(x, own, attend, cache, local)
+
+    if isinstance(self.layers, nnx.List):
+      collected = []
+      for i, layer in enumerate(self.layers):
+        cache = None if caches is None else caches[i]
+        graph, state = nnx.split(layer)
+        run = lambda s, x, c, graph=graph, i=i: call(nnx.merge(graph, s), x, c, local[i])
+        x, out = again(run)(state, x, cache)
+        collected.append(out)
+      return self.final_norm(x), collected
+    graph, stacked = nnx.split(self.layers)
+
+    mixed = len(set(local)) > 1
+
+    def body(x, layer_and_cache):
+      state, cache, its_local = layer_and_cache
+      return call(nnx.merge(graph, state), x, cache, its_local if mixed else local[0])
+
+    x, collected = jax.lax.scan(again(body), x, (stacked, caches, jnp.asarray(local)))
+    return self.final_norm(x), collected
+
+  @property
+  def dtype(self) -> Any:
+    """What matrices are stored and multiplied in."""
+    return self.embed.embedding.dtype
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """[..., D] -> [..., V] float32."""
+    if self.head is not None:
+      logits = self.head(hidden)
+      if self.head_tags is not None:
+        tags = matmul(hidden.astype(self.dtype), self.head_tags[...].astype(self.dtype))
+        logits = with_tags(logits, tags, self.config.tag_ids)
+    else:
+      logits = self.embed.logits(hidden)
+    return soft_cap(logits, self.config.logit_softcap)

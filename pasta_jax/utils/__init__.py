@@ -1,0 +1,1 @@
+"""Shared helpers: files, JSON lines, records of a run, progress bars, the HTTP client."""

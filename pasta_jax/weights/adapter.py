@@ -1,0 +1,210 @@
+"""An adapter as arrays: its file, and weights with it merged. `lora` puts it on a model to be trained
+further."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pasta_jax.model.config import ModelConfig
+from pasta_jax.weights.arrays import aligned_empty, param_shapes, read_into
+
+FORMAT = "pasta-jax-adapter-1"
+
+
+class AdapterError(ValueError):
+  """An adapter that cannot be read, or that belongs to another model."""
+
+
+class Adapter(NamedTuple):
+  """Low-rank updates and tag rows, as arrays of NumPy or JAX."""
+
+  scale: float  # of updates: alpha / rank
+  factors: Mapping[str, tuple[Any, Any]]  # "layers.0.attn.q" -> ([in, r], [r, out])
+  tags: Any | None = None  # [6, D]
+  head_tags: Any | None = None  # [D, 6], where the head is not tied
+  metadata: Mapping[str, str] = {}
+
+
+def signature(config: ModelConfig) -> dict[str, int]:
+  """What an adapter must agree on with the model that it is put on."""
+  return {
+    "layers": config.n_layers,
+    "d_model": config.d_model,
+    "d_ff": config.d_ff,
+    "heads": config.n_heads,
+    "kv_heads": config.n_kv_heads,
+    "vocabulary": config.vocab_size,
+  }
+
+
+def write_adapter(path: Path, adapter: Adapter, config: ModelConfig) -> None:
+  """Writes one safetensors file, bfloat16; nothing half-written."""
+  arrays = {} if adapter.tags is None else {"embed.tags": adapter.tags}
+  arrays |= {} if adapter.head_tags is None else {"head.tags": adapter.head_tags}
+  for name, (a, b) in adapter.factors.items():
+    arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"] = a, b
+  belongs = signature(config) | ({"tags": config.tag_ids} if adapter.tags is not None else {})
+  header = {"format": FORMAT, "scale": repr(adapter.scale), "model": json.dumps(belongs), **adapter.metadata}
+  temporary = path.with_name(path.name + ".tmp")
+  save_file({k: np.asarray(v).astype(ml_dtypes.bfloat16) for k, v in arrays.items()}, temporary, header)
+  temporary.replace(path)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+  """The header of an adapter's file. Raises AdapterError, one line, if it cannot be read."""
+  return _header(path)[0]
+
+
+def weights_of(path: Path) -> Path | None:
+  """The folder beside an adapter's file with the weights that it belongs to, where these were trained too;
+  else None.
+
+  Raises AdapterError, one line, if the file cannot be read or the folder is gone.
+  """
+  name = read_metadata(path).get("base")
+  if name is None:
+    return None
+  folder = path.parent / name
+  if not folder.is_dir():
+    raise AdapterError(
+      f"{path} belongs to the weights in {folder}, which is not there: keep both in one folder"
+    )
+  return folder
+
+
+def has_tags(path: Path) -> bool:
+  """Whether an adapter's file holds tag rows: whether it is one of PASTA. Raises as `read_metadata`."""
+  return "embed.tags" in _header(path)[1]
+
+
+def _header(path: Path) -> tuple[dict[str, str], list[str]]:
+  """Metadata and names of arrays."""
+  if not path.is_file():
+    raise AdapterError(f"no adapter file at {path}")
+  try:
+    with safe_open(path, "numpy") as file:
+      return file.metadata() or {}, list(file.keys())
+  except (SafetensorError, OSError) as error:
+    raise AdapterError(f"{path} is no readable safetensors file: {error}") from None
+
+
+def read_adapter(path: Path, config: ModelConfig) -> Adapter:
+  """A file's adapter, float32. Raises AdapterError, one line, if it cannot be read or does not fit the
+  model."""
+  metadata = read_metadata(path)
+  try:
+    with safe_open(path, "numpy") as file:
+      arrays = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
+  except (SafetensorError, OSError) as error:
+    raise AdapterError(f"{path} is no readable safetensors file: {error}") from None
+  if metadata.get("format") != FORMAT:
+    raise AdapterError(f"{path} is no pasta-jax adapter (format {metadata.get('format')!r}, not {FORMAT!r})")
+  try:
+    theirs, scale = dict(json.loads(metadata["model"])), float(metadata["scale"])
+  except (KeyError, ValueError, TypeError):
+    raise AdapterError(f"{path}: its header names no model or no scale") from None
+  for key, value in signature(config).items():
+    if theirs.get(key) != value:
+      raise AdapterError(
+        f"{path} was made for another model: its {key} is {theirs.get(key)}, this one's {value}"
+      )
+
+  tags = arrays.pop("embed.tags", None)
+  head_tags = None if config.tie_embeddings else arrays.pop("head.tags", None)
+  if tags is not None and (at := tuple(theirs.get("tags", ()))) != config.tag_ids:
+    there, here = (
+      f"rows {', '.join(map(str, i))}" if i else "rows of their own" for i in (at, config.tag_ids)
+    )
+    raise AdapterError(
+      f"{path} has its tags in {there} of the vocabulary, this model in {here}: train it anew"
+    )
+  if tags is not None and (tags.ndim != 2 or tags.shape[1] != config.d_model):
+    raise AdapterError(f"{path}: embed.tags is {tags.shape}, not rows of {config.d_model}")
+  if not config.tie_embeddings and (None if tags is None else tags.shape[::-1]) != (
+    None if head_tags is None else head_tags.shape
+  ):
+    raise AdapterError(f"{path}: embed.tags and head.tags do not fit together, or one is missing")
+  factors = {}
+  for kernel, (n_in, n_out) in (
+    (k, s) for k, s in param_shapes(config).items() if k.startswith("layers.") and k.endswith(".kernel")
+  ):
+    name = kernel.removesuffix(".kernel")
+    a, b = arrays.pop(f"{name}.lora_a", None), arrays.pop(f"{name}.lora_b", None)
+    if (a is None) != (b is None):
+      raise AdapterError(f"{path} holds only one factor of {name}")
+    if a is not None and b is not None:
+      if a.ndim != 2 or a.shape[0] != n_in or b.shape != (a.shape[1], n_out):
+        raise AdapterError(f"{path}: factors of {name} are {a.shape} and {b.shape}, its kernel {n_in, n_out}")
+      factors[name] = a, b
+  if arrays:
+    raise AdapterError(f"{path} holds {min(arrays)}, which this model does not have")
+  return Adapter(scale, factors, tags, head_tags, metadata)
+
+
+def merged_kernel(kernel: Any, factors: tuple[Any, Any] | None, scale: float) -> Any:
+  """A kernel with its low-rank update added; leading layer axes pass through."""
+  return kernel if factors is None else kernel + scale * (factors[0] @ factors[1])
+
+
+class Merged(Mapping[str, np.ndarray]):
+  """Parameters with an adapter in them: updates added, tags among the vocabulary's rows, where
+  `config.tag_ids` says.
+
+  Nothing is held: each array is made when it is asked for. With `untied` a tied head is one of its own,
+  stored [D, V].
+  """
+
+  def __init__(
+    self, config: ModelConfig, params: Mapping[str, Any], adapter: Adapter | None, *, untied: bool = False
+  ):
+    self._params, self._adapter, self._rows = params, adapter, config.vocab_size
+    self._tied = config.tie_embeddings
+    ids, size = config.tag_ids, config.vocab_size
+    if adapter is not None and adapter.tags is not None and not ids:
+      size += len(adapter.tags)
+      ids = tuple(range(config.vocab_size, size))
+    self.config = dataclasses.replace(
+      config, vocab_size=size, tag_ids=ids, tie_embeddings=config.tie_embeddings and not untied
+    )
+    self._shapes = param_shapes(self.config)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._shapes)
+
+  def __len__(self) -> int:
+    return len(self._shapes)
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    out = aligned_empty(self._shapes[name], np.float32)
+    self.read_into(name, out)
+    return out
+
+  def read_into(self, name: str, out: np.ndarray) -> None:
+    """Fills `out`, of the parameter's shape and any float type."""
+    tags = head_tags = factors = None
+    if self._adapter is not None:
+      tags, head_tags = self._adapter.tags, self._adapter.head_tags
+      factors = self._adapter.factors.get(name.removesuffix(".kernel"))
+    ids = list(self.config.tag_ids)
+    if name == "embed.embedding" or name == "head.kernel" and self._tied:
+      rows = out if name == "embed.embedding" else out.T
+      read_into(self._params, "embed.embedding", rows[: self._rows])
+      if tags is not None:
+        rows[ids] = np.asarray(tags)
+    elif name == "head.kernel":
+      read_into(self._params, name, out[:, : self._rows])
+      if head_tags is not None:
+        out[:, ids] = np.asarray(head_tags)
+    elif factors is not None and self._adapter is not None:
+      kernel = np.asarray(self._params[name], np.float32)
+      a, b = (np.asarray(f, np.float32) for f in factors)
+      out[...] = merged_kernel(kernel, (a, b), self._adapter.scale)
+    else:
+      read_into(self._params, name, out)

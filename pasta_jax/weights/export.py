@@ -1,0 +1,111 @@
+"""Models for other engines: a Hugging Face folder with the adapter merged, or the adapter as PEFT reads it.
+
+Both have a tokenizer that knows the tags (`lang.syntax.TOKEN_TEXTS`). An engine that has no interpreter for
+them must be kept from writing them, by a bias or as bad words, and then writes ordinary answers: a promise is
+kept by another thread.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  (makes "bfloat16" a type of NumPy's)
+import numpy as np
+from safetensors.numpy import save_file
+
+from pasta_jax.model.transformer import DTYPES
+from pasta_jax.weights.adapter import Adapter, Merged, read_adapter
+from pasta_jax.weights.checkpoint import Checkpoint
+from pasta_jax.weights.hf_folder import hf_name, peft_prefix, save_hf_folder
+
+FORMS = ("merged", "peft")
+# What an adapter's metadata say of the file itself, not of what it learned.
+_OF_THE_FILE = ("format", "scale", "model", "base", "base's sha256")
+
+
+def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: str, dtype: str) -> str:
+  """Writes the weights of `checkpoint` under `adapter` into `folder`, which is there whole or not at all;
+  says what a user must know to load it.
+
+  Args:
+    form: "merged": a Hugging Face folder; without an adapter, of the weights as they are. "peft": the adapter alone.
+    dtype: "float32" or "bfloat16".
+
+  Raises:
+    ValueError: one line, for settings that cannot be used, a folder that is there already, or an adapter that does not
+      fit (AdapterError).
+  """
+  if form not in FORMS or dtype not in DTYPES:
+    raise ValueError(
+      f"export.form is {' or '.join(FORMS)} and export.dtype {' or '.join(DTYPES)}, not {form!r} and "
+      f"{dtype!r}"
+    )
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(f"{folder} is there already: name another --workdir")
+  if form == "peft" and adapter is None:
+    raise ValueError("export.form=peft needs an adapter: name --config.model.adapter")
+  merge = read_adapter(adapter, checkpoint.config) if adapter else None
+  if form == "peft" and merge is not None:
+    return _save_peft(folder, checkpoint, merge, dtype)
+  said = merge.metadata if merge else {}
+  pasta = checkpoint.pasta | {k: v for k, v in said.items() if k not in _OF_THE_FILE}
+  with_tags = bool(checkpoint.pasta) or merge is not None and merge.tags is not None
+  whole = Merged(checkpoint.config, checkpoint.params, merge)
+  save_hf_folder(
+    folder, whole.config, whole, checkpoint.tokenizer, dtype=dtype, pasta=pasta if with_tags else None
+  )
+  return f"a Hugging Face folder in {dtype}"
+
+
+def _save_peft(folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: str) -> str:
+  """adapter_config.json, adapter_model.safetensors and the tokenizer."""
+  tensors: dict[str, np.ndarray] = {}
+  config: dict[str, object] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": checkpoint.source,
+    "inference_mode": True,
+    "bias": "none",
+    "lora_dropout": 0.0,
+  }
+  within = peft_prefix(Path(checkpoint.source))
+
+  def store(name: str, x: np.ndarray) -> None:
+    tensors[f"base_model.model.{name}"] = np.ascontiguousarray(x.astype(dtype))
+
+  if not adapter.factors:
+    raise ValueError(
+      "this adapter holds no low-rank updates, as all weights were trained: use export.form=merged"
+    )
+  targets = set()
+  for name, (a, b) in adapter.factors.items():
+    theirs = hf_name(checkpoint.config, f"{name}.kernel").removesuffix(".weight").replace("model.", within, 1)
+    targets.add(theirs.rpartition(".")[2])
+    store(f"{theirs}.lora_A.weight", a.T)
+    store(f"{theirs}.lora_B.weight", b.T)
+    config |= {"r": a.shape[1], "lora_alpha": adapter.scale * a.shape[1]}
+  names = sorted(targets)
+  # What sees images has modules of the same names: there an expression says which are meant.
+  config["target_modules"] = names if within == "model." else f"{re.escape(within)}.*({'|'.join(names)})"
+  ids = checkpoint.vocabulary.tags.ids
+  tags = {}
+  if adapter.tags is not None:
+    tags["embed_tokens"] = ids
+    store(f"{within}embed_tokens.token_adapter.trainable_tokens_delta", adapter.tags)
+  if adapter.head_tags is not None:
+    tags["lm_head"] = ids
+    store("lm_head.token_adapter.trainable_tokens_delta", adapter.head_tags.T)
+  if tags:
+    config["trainable_token_indices"] = tags
+  temporary = folder.with_name(folder.name + ".tmp")
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+  (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+  checkpoint.tokenizer.save(temporary, ids if tags else ())
+  temporary.replace(folder)
+  said = f"an adapter for PEFT in {dtype}"
+  if tags and (rows := max(ids) + 1) > checkpoint.config.vocab_size:
+    said += f"; its tags need rows: call the model's resize_token_embeddings({rows}) before PeftModel.from_pretrained"
+  return said

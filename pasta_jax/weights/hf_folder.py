@@ -1,0 +1,214 @@
+"""Models in Hugging Face's folder format: config.json, *.safetensors, tokenizer files."""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors then returns)
+import numpy as np
+from numpy.typing import ArrayLike
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pasta_jax.model.config import ModelConfig
+from pasta_jax.weights.arrays import StoredParams, WeightsError, collect, param_shapes, read_json, rename
+from pasta_jax.weights.hf_config import describe, read_config, sees_images
+from pasta_jax.weights.tokenizer import Tokenizer
+
+_NAMES = {
+  "embed.embedding": "model.embed_tokens.weight",
+  "attn_norm.scale": "input_layernorm.weight",
+  "attn.q.kernel": "self_attn.q_proj.weight",
+  "attn.k.kernel": "self_attn.k_proj.weight",
+  "attn.v.kernel": "self_attn.v_proj.weight",
+  "attn.q.bias": "self_attn.q_proj.bias",
+  "attn.k.bias": "self_attn.k_proj.bias",
+  "attn.v.bias": "self_attn.v_proj.bias",
+  "attn.q_norm.scale": "self_attn.q_norm.weight",
+  "attn.k_norm.scale": "self_attn.k_norm.weight",
+  "attn.o.kernel": "self_attn.o_proj.weight",
+  "mlp_norm.scale": "post_attention_layernorm.weight",  # where no norm stands behind attention
+  "mlp.gate.kernel": "mlp.gate_proj.weight",
+  "mlp.up.kernel": "mlp.up_proj.weight",
+  "mlp.down.kernel": "mlp.down_proj.weight",
+  "final_norm.scale": "model.norm.weight",
+  "head.kernel": "lm_head.weight",
+}
+_NAMES_WITH_POST_NORMS = _NAMES | {
+  "attn_post_norm.scale": "post_attention_layernorm.weight",
+  "mlp_norm.scale": "pre_feedforward_layernorm.weight",
+  "mlp_post_norm.scale": "post_feedforward_layernorm.weight",
+}
+# Of models that see images: what their text part's names begin with, and what these begin with in a folder of
+# its own.
+_TEXT_PART = {
+  "language_model.model.": "model.",
+  "model.language_model.": "model.",
+  "language_model.": "",
+  "lm_head.": "lm_head.",
+}
+# Numbers that are weights as they stand; others stand for weights, by a scale that is somewhere else.
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_hf_folder(
+  folder: Path, progress: bool
+) -> tuple[ModelConfig, StoredParams, Tokenizer, dict[str, str]]:
+  """Architecture, parameters (see `weights.param_shapes`), tokenizer, and what `save_hf_folder` got as
+  `pasta`.
+
+  Raises:
+    WeightsError: a file is missing or damaged, an architecture or a feature that the decoder lacks (other kinds of
+      scaled RoPE, say), or tensors that do not fit config.json. The folder's own tensors say whether the head is tied.
+  """
+  config = read_config(folder / "config.json")
+  tokenizer = Tokenizer.from_folder(folder, config.vocab_size)
+  with_images = sees_images(read_json(folder / "config.json"))
+  stored: dict[str, Any] = {}  # tensors, not yet read: they keep their file open, and mapped
+  for path in _shards(folder):
+    file = _open(path)
+    for there in file.keys():  # noqa: SIM118  (not a dict)
+      name = _of_text(there) if with_images else there
+      if name is None or name.endswith("rotary_emb.inv_freq"):  # RoPE's table, which follows from the rest
+        continue
+      if name in stored:
+        raise WeightsError(f"{path}: tensor {name} is in another file already")
+      stored[name] = file.get_slice(there)
+      if (kind := stored[name].get_dtype()) not in _DTYPES:
+        raise WeightsError(f"{path}: tensor {there} holds {kind}: only {', '.join(_DTYPES)} can be read")
+  config = _tied(config, stored)
+  params = collect(
+    config,
+    folder,
+    lambda name: hf_name(config, name),
+    {name: tuple(tensor.get_shape()) for name, tensor in stored.items()},
+    lambda _, theirs, rows: stored[theirs][rows],
+    progress,
+  )
+  return config, params, tokenizer, _pasta(folder / "config.json", tokenizer)
+
+
+def save_hf_folder(
+  folder: Path,
+  config: ModelConfig,
+  params: Mapping[str, ArrayLike],
+  tokenizer: Tokenizer,
+  *,
+  dtype: str = "float32",
+  pasta: Mapping[str, str] | None = None,
+  file_bytes: int = 4 << 30,
+) -> list[Path]:
+  """Writes a model so that `load_hf_folder` and `transformers` read it; returns the files of its tensors,
+  which hold about `file_bytes` each at most, and of which one is in memory at a time.
+
+  `pasta` is for weights with PASTA's tags among the rows of the vocabulary, at `config.tag_ids`: the metadata
+  of their adapter, which goes into config.json; the tokenizer then knows the tags.
+
+  The folder is made under another name first: it is there whole or not at all. One that stood there before
+  is replaced.
+  """
+  temporary = folder.with_name(folder.name + ".tmp")
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  parts: list[list[str]] = [[]]
+  size = 0
+  for name, shape in param_shapes(config).items():
+    bytes_ = math.prod(shape) * np.dtype(dtype).itemsize
+    if parts[-1] and size + bytes_ > file_bytes:
+      parts.append([])
+      size = 0
+    parts[-1].append(name)
+    size += bytes_
+  files = (
+    [_SINGLE]
+    if len(parts) == 1
+    else [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+  )
+  for file, names in zip(files, parts):
+    tensors = {}
+    for name in names:
+      x = np.asarray(params[name], dtype)
+      tensors[hf_name(config, name)] = np.ascontiguousarray(x.T if name.endswith(".kernel") else x)
+    save_file(tensors, temporary / file, {"format": "pt"})
+  if len(files) > 1:
+    where = {hf_name(config, name): file for file, names in zip(files, parts) for name in names}
+    total = sum((temporary / file).stat().st_size for file in files)
+    (temporary / _INDEX).write_text(
+      json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
+    )
+  described = describe(config, tokenizer) | {"dtype": dtype} | ({"pasta": dict(pasta)} if pasta else {})
+  (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+  tokenizer.save(temporary, config.tag_ids if pasta else ())
+  shutil.rmtree(folder, ignore_errors=True)
+  temporary.replace(folder)
+  return [folder / file for file in files]
+
+
+def _shards(folder: Path) -> list[Path]:
+  """The weight files: the single one, else those that the index names, else all *.safetensors."""
+  if (folder / _SINGLE).exists():
+    return [folder / _SINGLE]
+  if (folder / _INDEX).exists():
+    index = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
+      raise WeightsError(f"{folder / _INDEX}: weight_map is missing or damaged")
+    return [folder / name for name in sorted(set(index.values()))]
+  if paths := sorted(folder.glob("*.safetensors")):
+    return paths
+  raise WeightsError(f"{folder}: no *.safetensors file")
+
+
+def _open(path: Path) -> Any:
+  try:
+    return safe_open(path, framework="np")
+  except (OSError, SafetensorError) as error:
+    raise WeightsError(f"{path}: truncated, damaged or missing ({error})") from error
+
+
+def _of_text(name: str) -> str | None:
+  """A tensor's name in a folder of the text part alone; None for what sees."""
+  return next((new + name.removeprefix(old) for old, new in _TEXT_PART.items() if name.startswith(old)), None)
+
+
+def _tied(config: ModelConfig, stored: dict[str, Any]) -> ModelConfig:
+  """`config`, after what is stored twice was taken out of `stored`. A head that was trained apart from the
+  embeddings is not tied, whatever config.json says (transformers 5 does the same)."""
+  embedding, head = _NAMES["embed.embedding"], _NAMES["head.kernel"]
+  if not config.tie_embeddings or head not in stored:
+    return config
+  if embedding not in stored:
+    stored[embedding] = stored[head]
+  else:
+    one, other = stored[embedding], stored[head]
+    n = one.get_shape()[0]
+    rows = [slice(at, min(at + 1024, n)) for at in range(0, n, 1024)]
+    if one.get_shape() != other.get_shape() or not all(np.array_equal(one[r], other[r]) for r in rows):
+      return dataclasses.replace(config, tie_embeddings=False)
+  del stored[head]
+  return config
+
+
+def peft_prefix(folder: Path) -> str:
+  """What transformers' modules of a folder's text part begin with, in place of "model."."""
+  described = folder / "config.json"
+  return "model.language_model." if described.is_file() and sees_images(read_json(described)) else "model."
+
+
+def _pasta(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
+  """What config.json says of the adapter that was merged into the weights; {} where none was."""
+  found = read_json(path).get("pasta", {})
+  if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+    raise WeightsError(f"{path}: pasta holds no metadata of an adapter")
+  if found and not tokenizer.knows_tags:
+    raise WeightsError(f"{path} speaks of PASTA's tags, which the tokenizer beside it does not have")
+  return found
+
+
+def hf_name(config: ModelConfig, name: str) -> str:
+  """Hugging Face's name of a parameter of ours."""
+  return rename(name, _NAMES_WITH_POST_NORMS if config.post_norms else _NAMES, "model.layers.")

@@ -1,0 +1,412 @@
+"""Text to tokens and back, exactly, with control tokens kept out of the hands of whoever wrote the text.
+
+Two kinds of BPE are supported: byte-level (Llama 3, SmolLM2, Qwen), and SentencePiece's with bytes to fall
+back on (Gemma, Llama 2). In both each ordinary token is a run of bytes, so the bytes of a text's tokens, put
+together, are the text. Llama 2 puts a blank before every text: here conversations have these blanks, and a
+text encoded by itself not.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from pasta_jax.lang.syntax import TOKEN_TEXTS
+from pasta_jax.weights import chat
+from pasta_jax.weights import tokenizer_forms as forms
+from pasta_jax.weights.arrays import WeightsError, read_json, read_text
+from pasta_jax.weights.sentencepiece_file import read_pieces
+
+# What Hugging Face calls tokens: templates write them by these names.
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+  """A BPE vocabulary with its chat template.
+
+  Attributes:
+    vocab_size: number of ids, control tokens included. A model may have more (padded) embeddings.
+    eos_id: the token that ends an assistant's turn: the one that a file names as that, else the control token that the
+      chat template puts behind an assistant's text, else the one that ends a text.
+    end_ids: every token that ends a text, `eos_id` among them, in order.
+    bos_id: the token that may begin a text, or None. `encode` never adds it; a chat template may.
+    special_ids: the control tokens: `encode` never yields them.
+    tag_ids: the entries that PASTA's tags take: their own, where weights were saved with them, else the first six that
+      the vocabulary holds for others to use; () where it has none.
+    knows_tags: whether they are the tags' own.
+    chat_template: Jinja source, "" for a base model (but Gemma's, whose turn marks say enough).
+  """
+
+  def __init__(
+    self,
+    backend: tokenizers.Tokenizer,
+    eos_id: int,
+    bos_id: int | None,
+    chat_template: str,
+    *,
+    eot_id: int | None = None,
+    end_ids: Iterable[int] = (),
+    named: Mapping[str, int] | None = None,
+    pieces: bool = False,
+    prefix: str = "",
+    stored: Mapping[str, Any] | None = None,
+  ):
+    """Takes over `backend` and changes its settings.
+
+    Args:
+      eos_id: the token that ends a text.
+      eot_id: the token that ends an assistant's turn, if it is known.
+      end_ids: further tokens that end a text; those that are no tokens are passed over.
+      named: further tokens by Hugging Face's names for them ("pad_token").
+      pieces: entries are SentencePiece's, not byte-level ones.
+      prefix: where conversations get blanks (`tokenizer_forms.without_prefix`).
+      stored: the parts of tokenizer.json that `save` writes so that others put the blanks there too.
+
+    Raises:
+      ValueError: `eos_id`, `eot_id` or `bos_id` is no token.
+    """
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # in the words of `tokenizers`: treat them as ordinary text
+    added = backend.get_added_tokens_decoder()
+    vocab = backend.get_vocab(with_added_tokens=True)
+    self._backend = backend
+    texts = forms.texts_for_tags(vocab)
+    self.tag_ids, self.knows_tags = tuple(vocab[text] for text in texts), texts == list(TOKEN_TEXTS)
+    self.special_ids = frozenset(index for index, token in added.items() if token.special)
+    # Added tokens are texts as they are; but Gemma's files call runs of blanks that, in the writing of
+    # pieces.
+    as_they_are = self.special_ids if pieces else added.keys()
+    self._bytes = [b""] * (max(vocab.values(), default=-1) + 1)
+    for token, index in vocab.items():
+      self._bytes[index] = (
+        token.encode()
+        if index in as_they_are
+        else (forms.bytes_of_piece if pieces else forms.bytes_of_word)(token)
+      )
+    # A text may hold the very character that pieces write for a blank: it is spelled out in bytes.
+    self._blank = [vocab.get(f"<0x{byte:02X}>", -1) for byte in forms.BLANK.encode()] if pieces else []
+    if min(self._blank, default=0) < 0:
+      raise ValueError("the vocabulary of pieces lacks tokens for single bytes")
+    self._prefix, self._stored = prefix, dict(stored or {})
+    self.vocab_size = len(self._bytes)
+    self.bos_id = bos_id
+    self.chat_template = chat_template or chat.template_without_one(vocab)
+    for each in (eos_id, eot_id, bos_id):
+      if each is not None and not self._is_token(each):
+        raise ValueError(f"the token that ends a turn or begins a text, {each}, is not in the vocabulary")
+    self._named = {**(named or {}), "eos_token": eos_id, **({} if bos_id is None else {"bos_token": bos_id})}
+
+    self._controls = {added[index].content: index for index in self.special_ids}
+    longest_first = sorted(self._controls, key=len, reverse=True)
+    self._any_control = "|".join(map(re.escape, longest_first)) or "(?!)"
+    single = {self._bytes[index] for index in range(self.vocab_size) if index not in self.special_ids}
+    self._absent = bytes(byte for byte in range(256) if bytes([byte]) not in single)
+    if eot_id is None and self.chat_template:
+      behind = chat.end_of_turn(self.chat_template, self._texts(), self._any_control)
+      eot_id = self._controls[behind] if behind is not None else None
+    self.eos_id = eos_id if eot_id is None else eot_id
+    self.end_ids = tuple(sorted({self.eos_id, eos_id, *filter(self._is_token, end_ids)}))
+
+  @classmethod
+  def from_gguf_fields(
+    cls,
+    tokens: Sequence[str],
+    token_types: Sequence[int],
+    eos_id: int | None,
+    bos_id: int | None = None,
+    chat_template: str = "",
+    *,
+    eot_id: int | None = None,
+    pad_id: int | None = None,
+    unk_id: int | None = None,
+    add_bos: bool = False,
+    prefix: bool = False,
+    merges: Sequence[str] = (),
+    pre: str = "",
+    scores: Sequence[float] | None = None,
+  ) -> "Tokenizer":
+    """From GGUF metadata: of a "gpt2" tokenizer `merges`, pairs such as "h e", best first, and its
+    pre-tokenizer; of SentencePiece's ("llama") the pieces' `scores`, and whether conversations have blanks
+    before their texts.
+
+    `eos_id` ends a text and `eot_id` a turn; one of them must be there. `add_bos`: other engines are to put
+    `bos_id` before texts (`save`).
+
+    Raises:
+      ValueError: an unknown pre-tokenizer, or lists that contradict each other.
+    """
+    if scores is not None and len(scores) != len(tokens):
+      raise ValueError(f"{len(tokens)} tokens, but {len(scores)} scores")
+    if len(token_types) != len(tokens):
+      raise ValueError(f"{len(tokens)} tokens, but {len(token_types)} token types")
+    if (ends := eot_id if eos_id is None else eos_id) is None:
+      raise ValueError("no end-of-turn token is named")
+    kinds = forms.kinds_of(tokens, token_types, {index for index in (ends, eot_id) if index is not None})
+    if scores is None:
+      backend = forms.backend_of_bytes(tokens, kinds, merges, pre)
+    else:
+      backend = forms.backend_of_pieces(tokens, kinds, scores)
+    if add_bos and bos_id is not None and 0 <= bos_id < len(tokens):
+      backend.post_processor = forms.beginning_with(tokens[bos_id], bos_id)
+    # Files name any token for padding, "!" say; transformers would make a control token of what it is told
+    # of.
+    named = {
+      name: index
+      for name, index in (("pad_token", pad_id), ("unk_token", unk_id))
+      if index is not None and 0 <= index < len(kinds) and kinds[index] == forms.CONTROL
+    }
+    where = "every" if prefix else ""
+    return cls(
+      backend,
+      ends,
+      bos_id,
+      chat_template,
+      eot_id=eot_id,
+      named=named,
+      pieces=scores is not None,
+      prefix=where,
+      stored=forms.PREFIXES[where],
+    )
+
+  @classmethod
+  def from_folder(cls, folder: Path, rows: int | None = None) -> "Tokenizer":
+    """From a folder in Hugging Face's format: its tokenizer.json, else SentencePiece's tokenizer.model; with
+    what tokenizer_config.json, special_tokens_map.json and generation_config.json say of its tokens. A
+    `chat_template.jinja` takes precedence over the config's.
+
+    If a byte-level `tokenizer.json` has a normaliser, texts are exact up to that normaliser only.
+
+    Args:
+      rows: how many embeddings the model has: tokens that were added beyond them are left out.
+
+    Raises:
+      WeightsError: a file is missing or damaged, of another kind, has more tokens than `rows`, or names no token that
+        ends a text.
+    """
+    config, texts, source = _described(folder)
+    ends = [texts[name] for name in ("eos_token", "bos_token") if name in texts]
+    path = next(
+      (path for name in ("tokenizer.json", "tokenizer.model") if (path := folder / name).exists()), None
+    )
+    if path is None:
+      raise WeightsError(
+        f"{folder / 'tokenizer.json'}: cannot be read (there is neither this nor a tokenizer.model)"
+      )
+    with _faults_in(path):
+      if path.suffix == ".json":
+        backend, more = _of_json(read_json(path), rows, ends)
+      else:
+        backend, more = _of_pieces(folder, config, texts, rows)
+      named = {
+        name: index for name, text in texts.items() if (index := backend.token_to_id(text)) is not None
+      }
+      if "eos_token" not in named:
+        raise WeightsError(f"{source}: eos_token {texts.get('eos_token')!r} is not a token of the vocabulary")
+    beside = folder / "chat_template.jinja"
+    with _faults_in(folder / "tokenizer_config.json"):
+      template = read_text(beside) if beside.exists() else chat.template_in(config.get("chat_template"))
+    end_ids = _generation_ends(folder / "generation_config.json")
+    with _faults_in(path):
+      return cls(
+        backend, named["eos_token"], named.get("bos_token"), template, named=named, end_ids=end_ids, **more
+      )
+
+  def save(self, folder: Path, tag_ids: Sequence[int] = ()) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json, which `from_folder` and
+    Hugging Face read, into an existing folder; with the tags, if their ids are given, as entries of the
+    vocabulary (`pasta_jax.lang.syntax.TOKEN_TEXTS`)."""
+    parts = json.loads(self._backend.to_str()) | self._stored
+    if tag_ids:
+      forms.name_tags(parts, dict(zip(tag_ids, TOKEN_TEXTS)), self.vocab_size)
+    _write(folder / "tokenizer.json", parts)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._texts()}
+    if "eos_token" not in self.chat_template:  # a template that writes it means the one that was named
+      config["eos_token"] = self._literal(self.eos_id)
+    config |= {"chat_template": self.chat_template} if self.chat_template else {}
+    _write(folder / "tokenizer_config.json", config)
+    others = {f"{name}_id": self._named[name] for name in ("bos_token", "pad_token") if name in self._named}
+    _write(folder / "generation_config.json", {"eos_token_id": self.eos_token_id, **others})
+
+  @property
+  def eos_token_id(self) -> int | list[int]:
+    """`end_ids` as Hugging Face's files write them."""
+    return list(self.end_ids) if len(self.end_ids) > 1 else self.eos_id
+
+  def encode(self, text: str) -> list[int]:
+    """Ordinary tokens of a text: no control token, whatever the text looks like, and none added around it.
+
+    Raises:
+      ValueError: the text has a character that this vocabulary cannot express (SmolLM2 lacks six control
+        characters and the unassigned planes 4 to 11). Dropping it silently would change the text.
+    """
+    raw = text.encode()
+    if raw.translate(None, self._absent) != raw:
+      lost = next(char for char in text if set(char.encode()) & set(self._absent))
+      raise ValueError(f"the vocabulary has no token for the character U+{ord(lost):04X}")
+    if self._blank and forms.BLANK in text:
+      first, *rest = (
+        self._backend.encode(part, add_special_tokens=False).ids for part in text.split(forms.BLANK)
+      )
+      return first + [token for part in rest for token in (*self._blank, *part)]
+    return self._backend.encode(text, add_special_tokens=False).ids
+
+  def token_bytes(self, index: int) -> bytes:
+    """Bytes of one token; for a control token, its literal text. Raises ValueError outside the vocabulary.
+
+    A token may end in the middle of a character: decode bytes, not tokens, when streaming.
+    """
+    if not 0 <= index < self.vocab_size:
+      raise ValueError(f"token {index} is not in the vocabulary of {self.vocab_size}")
+    return self._bytes[index]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of tokens, control tokens as their literal text. Bytes that form no character become U+FFFD."""
+    return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+  def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Tokens of a conversation up to where the assistant begins to write.
+
+    The same tokens as Hugging Face's `apply_chat_template(..., add_generation_prompt=True)`, except
+    that control tokens come from the template alone: their look-alikes in a content stay text.
+
+    Args:
+      messages: each with "role" (system, user, assistant or tool) and "content" (text); no other
+        key reaches the template.
+
+    Raises:
+      ValueError: no chat template, a message of another form, or one that the template refuses.
+    """
+    ids: list[int] = []
+    if not self.chat_template:
+      raise ValueError("this tokenizer has no chat template")
+    safe, shield = chat.shielded(messages, self._any_control)
+    text = chat.render(self.chat_template, safe, self._texts())
+    # Text between two control tokens is encoded in one piece, as Hugging Face does: where template and
+    # content meet, characters of both may belong to one token.
+    for i, piece in enumerate(re.split(f"({self._any_control})", text)):
+      if piece in self._controls:
+        ids.append(self._controls[piece])
+      else:
+        ids += self.encode(self._with_prefix(piece.replace(shield, ""), is_first=i == 0))
+    return ids
+
+  def _with_prefix(self, text: str, *, is_first: bool) -> str:
+    """A text of a conversation with the blank that Hugging Face puts before it."""
+    if not text or not self._prefix or self._prefix == "first" and not is_first:
+      return text
+    return text if self._prefix != "every" and text.startswith((" ", forms.BLANK)) else " " + text
+
+  def digit_values(self) -> dict[int, tuple[int, int]]:
+    """Token → (value, 10 ** number of digits) for ordinary tokens made of ASCII digits and nothing else.
+
+    Reading digit tokens left to right: number = number * 10 ** digits + value.
+    """
+    return {
+      index: (int(raw), 10 ** len(raw))
+      for index, raw in enumerate(self._bytes)
+      if raw.isdigit() and index not in self.special_ids
+    }
+
+  def _is_token(self, index: int) -> bool:
+    return 0 <= index < self.vocab_size
+
+  def _literal(self, index: int) -> str:
+    return self.token_bytes(index).decode(errors="replace")
+
+  def _texts(self) -> dict[str, str]:
+    """Texts of the tokens that have names."""
+    return {name: self._literal(index) for name, index in self._named.items()}
+
+
+# --- files of a folder ---
+
+
+@contextlib.contextmanager
+def _faults_in(path: Path) -> Iterator[None]:
+  """Whatever fails on what stands in this file becomes one line that names it."""
+  try:
+    yield
+  except WeightsError:
+    raise
+  except ValueError as error:
+    raise WeightsError(f"{path}: {error}") from error
+  except (AttributeError, TypeError, LookupError) as error:  # a list where a record should be, and the like
+    raise WeightsError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+
+
+def _described(folder: Path) -> tuple[dict[str, Any], dict[str, str], Path]:
+  """tokenizer_config.json, the texts of tokens by their names, and the file to name if these are wrong.
+
+  Names stand there or in special_tokens_map.json, which counts first if the other does not describe its
+  tokens: so does transformers. The config may be missing if the map names the end of a text.
+  """
+  path, beside = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+  further = read_json(beside) if beside.exists() else {}
+  config = read_json(path) if path.exists() or not further.get("eos_token") else {}
+  source = path if path.exists() else beside
+  first, second = (config, further) if "added_tokens_decoder" in config else (further, config)
+  texts = {}
+  for name in _NAMES:
+    entry = second.get(name) if first.get(name) is None else first[name]
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    if not isinstance(text, str | None):
+      raise WeightsError(f"{source}: {name} {entry!r} is not the text of a token")
+    if text is not None:
+      texts[name] = text
+  return config, texts, source
+
+
+def _of_json(
+  parts: Mapping[str, Any], rows: int | None, ends: Sequence[str]
+) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+  """tokenizer.json as what `Tokenizer` takes. Raises ValueError if it is of another kind."""
+  model, prefix = parts.get("model") or {}, ""
+  stored = {key: parts.get(key) for key in ("normalizer", "pre_tokenizer")}
+  byte_level = [
+    part for part in forms.components(parts.get("pre_tokenizer")) if part.get("type") == "ByteLevel"
+  ]
+  pieces = bool(not byte_level and model.get("byte_fallback"))
+  if model.get("type") != "BPE" or not (byte_level or pieces):
+    raise ValueError("not a BPE tokenizer of bytes, or of pieces with bytes to fall back on")
+  if any(part.get("add_prefix_space") for part in byte_level):
+    raise ValueError("add_prefix_space changes the text, and is not supported")
+  if pieces:
+    parts, prefix = forms.without_prefix(parts)
+  parts = forms.prepared(parts, rows, ends, pieces=pieces)
+  try:
+    backend = tokenizers.Tokenizer.from_str(json.dumps(parts))
+  except Exception as error:  # `tokenizers` raises bare Exception
+    raise ValueError(str(error)) from error
+  return backend, {"pieces": pieces, "prefix": prefix, "stored": stored}
+
+
+def _of_pieces(
+  folder: Path, config: Mapping[str, Any], texts: Mapping[str, str], rows: int | None
+) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+  """tokenizer.model as what `Tokenizer` takes. Raises ValueError if it is of another kind."""
+  bos, eos = texts.get("bos_token"), texts.get("eos_token")
+  ends = [text for text in (bos, eos) if text is not None]
+  tokens, kinds, scores, prefix = read_pieces(folder, config, texts.values(), ends, rows)
+  kinds = forms.kinds_of(tokens, kinds, [index for index, token in enumerate(tokens) if token in ends])
+  backend = forms.backend_of_pieces(tokens, kinds, scores)
+  if bos in tokens and config.get("add_bos_token", True):
+    backend.post_processor = forms.beginning_with(bos, tokens.index(bos))
+  return backend, {"pieces": True, "prefix": prefix, "stored": forms.PREFIXES[prefix]}
+
+
+def _generation_ends(path: Path) -> list[int]:
+  """The tokens that end a text by a generation_config.json, which may be missing."""
+  given = read_json(path).get("eos_token_id") if path.exists() else None
+  ids = given if isinstance(given, list) else [] if given is None else [given]
+  if not all(type(index) is int for index in ids):
+    raise WeightsError(f"{path}: eos_token_id {given!r} is neither a token nor a list of them")
+  return ids
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,0 +1,408 @@
+"""`--mode=eval` on a tiny model: systems, resuming, later turns, the clock, judges, report and pilot."""
+
+import html.parser
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.folders import trained_config
+
+from configs.smollm2_135m import get_config
+from pasta_jax.data.examples import DataError
+from pasta_jax.data.prompts import EvalError, conversation, read_prompts
+from pasta_jax.decode.generator import Model
+from pasta_jax.evaluate.judges.likelihood import Likelihood
+from pasta_jax.evaluate.report import report
+from pasta_jax.evaluate.run import _requests, evaluate, pilot
+from pasta_jax.evaluate.systems.skeleton import Skeleton, parse_outline
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = [
+  {"id": "a", "prompt": "Plan a trip.", "category": "writing"},
+  {"id": "b", "prompt": "Why <b>?", "category": "why"},
+  {"id": "c", "turns": ["Name three birds.", "Which of them is the largest?"], "category": "writing"},
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """A config whose adapter was trained by the trainer for a few steps on the seed data, and its folder."""
+  folder = tmp_path_factory.mktemp("evaluate")
+  config = trained_config(folder)
+  for name in ("baseline", "apar"):
+    config.systems[name].adapter = config.model.adapter
+  config.decode.update(
+    max_new_tokens=120, slots=2, capacity=1024, temperature=1.0, dtype="float32", promise_bias=5.0
+  )
+  config.skeleton.update(outline_tokens=24, point_tokens=16)
+  config.eval.update(requests=2, width=2, systems="pasta,baseline,sot")
+  (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
+  config.eval.prompts = str(folder / "prompts.jsonl")
+  return config, folder
+
+
+def copy_of(config, **changes):
+  config = config.copy_and_resolve_references()
+  config.eval.update(changes)
+  return config
+
+
+@pytest.fixture(scope="module")
+def finished(trained, tmp_path_factory):
+  """A whole run's folder and its summary."""
+  config, _ = trained
+  workdir = tmp_path_factory.mktemp("run")
+  return workdir, evaluate(copy_of(config, timed=2), workdir)
+
+
+def rows_of(path: Path) -> dict[str, dict]:
+  return {r["id"]: r for r in map(json.loads, path.read_text().splitlines())}
+
+
+def test_many_at_a_time_answer_as_one_at_a_time(trained, finished):
+  config, _ = trained
+  workdir, _ = finished
+  generator = Model(config)
+  requests = read_prompts(config.eval.prompts)
+  promised = 0
+  for name in ("pasta", "baseline"):
+    rows = rows_of(workdir / "responses" / f"{name}.jsonl")
+    texts = {i: r["text"] for i, r in rows.items()}
+    assert list(map(len, (rows, requests))) == [4, 4]
+    for r in requests:  # the second turn of "c" follows the system's own first answer
+      alone = generator.generate(conversation(r, texts), parallel=name == "pasta")
+      assert alone.text == rows[r.id]["text"], (name, r.id)
+    promised += sum(r["promises"] for r in rows.values())
+    timed = rows_of(workdir / "timed" / f"{name}.jsonl")
+    assert set(timed) == {"a", "b"} and all(r["seconds"] > 0 for r in timed.values())
+    assert {i: r["text"] for i, r in timed.items()} == {i: texts[i] for i in timed}
+  assert promised > 0
+
+
+def test_a_stopped_run_goes_on(trained, finished, tmp_path):
+  config, _ = trained
+  whole, _ = finished
+  workdir = tmp_path / "run"
+  shutil.copytree(whole, workdir)
+  path = workdir / "responses" / "pasta.jsonl"
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text("".join(lines[:2]) + lines[2][: len(lines[2]) // 2])  # killed while a line was written
+  timed = workdir / "timed" / "sot.jsonl"
+  timed.write_text(timed.read_text().splitlines(keepends=True)[0])
+  report.write(workdir)  # at any time: half a line is no row
+  assert json.loads((workdir / "summary.json").read_text())["systems"]["pasta"]["responses"]["prompts"] == 2
+  evaluate(copy_of(config, timed=2), workdir)
+  assert path.read_text().startswith("".join(lines[:2]))
+  assert {i: r["text"] for i, r in rows_of(path).items()} == {
+    i: r["text"] for i, r in rows_of(whole / "responses" / "pasta.jsonl").items()
+  }
+  assert set(rows_of(timed)) == {"a", "b"}
+  # What is whole is not made again; where one system was missing, all are timed again side by side.
+  before, after = ((d / "timed" / "pasta.jsonl").read_text() for d in (whole, workdir))
+  assert after.startswith(before) and [json.loads(x)["id"] for x in after.splitlines()] == ["a", "b", "b"]
+  # A judgement of another text does not stand.
+  rows = [json.loads(x) for x in path.read_text().splitlines()]
+  changed = [r | {"text": r["text"] + " And more."} if r["id"] == "a" else r for r in rows]
+  path.write_text("".join(json.dumps(r) + "\n" for r in changed))
+  judgements = workdir / "judgements" / "local" / "pasta-against-baseline.jsonl"
+  judged = len(judgements.read_text().splitlines())
+  evaluate(copy_of(config, timed=2), workdir)
+  again = [json.loads(x)["id"] for x in judgements.read_text().splitlines()[judged:]]
+  assert "a" in again and len(again) == 1 + sum(r["id"] == "a/2" for r in rows)
+  with pytest.raises(DataError, match="made with decode.temperature=1.0, not 0.5"):
+    changed = copy_of(config)
+    changed.decode.temperature = 0.5
+    evaluate(changed, workdir)
+  (tmp_path / "other.jsonl").write_text('{"id": "a", "prompt": "Something else?"}')
+  with pytest.raises(DataError, match="another prompt with the id 'a'"):
+    evaluate(copy_of(config, prompts=str(tmp_path / "other.jsonl")), workdir)
+
+
+def test_the_summary_says_what_the_records_say(finished):
+  workdir, summary = finished
+  assert json.loads((workdir / "summary.json").read_text()) == summary
+  pasta = summary["systems"]["pasta"]
+  rows = rows_of(workdir / "responses" / "pasta.jsonl").values()
+  assert pasta["responses"]["prompts"] == 4 == summary["prompts"] and summary["timed"] == 2
+  assert pasta["responses"]["parallelism"] == pytest.approx(
+    float(np.exp(np.mean([np.log(r["parallelism"]) for r in rows])))
+  )
+  assert set(pasta["responses_by_category"]) == {"writing", "why"}
+  assert sum(g["prompts"] for g in pasta["responses_by_length"].values()) == 4
+  judged = rows_of(workdir / "judgements" / "local" / "pasta-against-baseline.jsonl")
+  assert pasta["quality"]["local"]["win_rate"] == pytest.approx(
+    100 * np.mean([r["preference"] for r in judged.values()])
+  )
+  clock = [rows_of(workdir / "timed" / f"{n}.jsonl") for n in ("baseline", "pasta")]
+  ratios = [clock[0][i]["seconds"] / clock[1][i]["seconds"] for i in ("a", "b")]
+  assert pasta["timed"]["wall_clock_speedup"] == pytest.approx(float(np.sqrt(np.prod(ratios))))
+  assert summary["systems"]["baseline"]["quality"] == {}
+  for heading in ("wall-clock speedup", "win rate (local)", "theoretical speedup"):
+    assert heading in (workdir / "report.md").read_text()
+
+
+def test_alpaca_evals_own_form(finished):
+  workdir, _ = finished
+  for name in ("pasta", "baseline", "sot"):
+    outputs = json.loads((workdir / "alpaca_eval" / f"{name}.json").read_text())
+    assert [set(o) for o in outputs] == [{"dataset", "instruction", "output", "generator"}] * 4
+    assert {o["generator"] for o in outputs} == {name}
+  assert {r.prompt for r in read_prompts(str(workdir / "alpaca_eval" / "sot.json"))} >= {
+    "Plan a trip.",
+    "Why <b>?",
+  }
+
+
+class _Well(html.parser.HTMLParser):
+  """Counts tags, and finds those that are closed out of order."""
+
+  def __init__(self):
+    super().__init__()
+    self.open, self.count, self.outside = [], {}, []
+
+  def handle_starttag(self, tag, attrs):
+    self.count[tag] = self.count.get(tag, 0) + 1
+    self.outside += [v for k, v in attrs if k in ("src", "href") and v and not v.startswith(("#", "data:"))]
+    if tag not in ("meta", "input", "br", "path", "use", "rect", "line"):
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.count[tag] = self.count.get(tag, 0) + 1
+
+  def handle_endtag(self, tag):
+    if tag in self.open:
+      assert self.open.pop() == tag
+
+
+def test_the_page_holds_everything_itself(finished):
+  workdir, _ = finished
+  text = (workdir / "report.html").read_text()
+  page = _Well()
+  page.feed(text)
+  assert not page.open and page.count["svg"] >= 4 and page.count["table"] == 3
+  assert page.outside == []
+  assert "Why <b>?" not in text.replace("Why &lt;b&gt;?", "")
+  for name in ("speed_quality_local", "speedups", "speedups_by_category", "speedups_by_length"):
+    assert (workdir / "figures" / f"{name}.svg").read_text().startswith("<?xml")
+    assert (workdir / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_in_a_browser(finished, tmp_path, dark):
+  """Its script fills in the chosen response and draws the timeline; light and dark differ."""
+  workdir, _ = finished
+  options = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--hide-scrollbars",
+    "--virtual-time-budget=8000",
+    "--window-size=1280,2400",
+    f"--user-data-dir={tmp_path / 'profile'}",
+    *(["--blink-settings=preferredColorScheme=0"] if dark else []),
+  ]
+  url = (workdir / "report.html").as_uri()
+  shot = tmp_path / "page.png"
+  subprocess.run(
+    [CHROMIUM, *options, f"--screenshot={shot}", url], check=True, capture_output=True, timeout=120
+  )
+  import matplotlib.image
+
+  pixels = matplotlib.image.imread(shot)[..., :3]
+  assert pixels.shape[1] == 1280 and pixels.std() > 0.02
+  assert (pixels.mean() < 0.5) == dark
+  done = subprocess.run(
+    [CHROMIUM, *options, "--dump-dom", url], check=True, capture_output=True, timeout=120, text=True
+  )
+  explored = done.stdout[done.stdout.index('id="answer"') :]
+  assert "pasta-timeline" in explored[: explored.index("<script")] and "in theory" in explored
+
+
+def test_skeletons(trained):
+  config, _ = trained
+  generator = Model(config, adapter="")
+  skeleton = Skeleton(generator, **config.skeleton, requests=2)
+  one = Skeleton(generator, **config.skeleton, requests=1)
+  conversations = [[{"role": "user", "content": text}] for text in ("Plan a trip.", "Why?")]
+  records = skeleton.answer(conversations)
+  assert [r["text"] for r in records] == [one.answer([c])[0]["text"] for c in conversations]
+  assert all(r["steps"] == r["longest_path"] for r in records)
+  # With an outline given, each point is written by a request of its own, and the figures follow.
+  outline = generator.interpreter(False, max_new_tokens=4).run(generator.encode("x"), generator.sampling)
+  points = ["First thing", "Second thing"]
+  answers = [
+    generator.interpreter(False, max_new_tokens=n).run(generator.encode(p), generator.sampling)
+    for n, p in zip((6, 9), points)
+  ]
+  record = skeleton._record(outline, points, answers)
+  assert record["longest_path"] == outline.cost.longest_path + max(a.cost.longest_path for a in answers)
+  assert (
+    record["promises"] == 2
+    and record["text"].startswith("1. First thing:")
+    and "\n2. Second thing:" in record["text"]
+  )
+  threads = record["trace"]["threads"]
+  assert [t["topic"] for t in threads] == ["", *points]
+  assert min(threads[1]["rounds"]) == max(threads[0]["rounds"]) + 1
+
+
+def test_outlines_are_read():
+  assert parse_outline("1. Rock\n2. Blues\n3. Pop", 10) == ["Rock", "Blues", "Pop"]
+  assert parse_outline("1. The first. 2. The second. 3. Version 4.5 of it", 10) == [
+    "The first",
+    "The second",
+    "Version 4.5 of it",
+  ]
+  assert parse_outline("1. **A**:\n2. a\n3. B\n4. C", 3) == ["A", "B"]
+  assert parse_outline("1. A\n3. B", 10) == ["A"] and parse_outline("No outline at all.", 10) == []
+
+
+def test_likelihoods_are_the_decoders_own(trained):
+  """Packed and batched, the sum of log p is what the interpreter logged for each token."""
+  config, _ = trained
+  generator = Model(config)
+  prompts = [generator.encode(t) for t in ("Plan a trip.", "Why?", "Name three birds.")]
+  traces = [generator.interpreter(False).run(p, generator.sampling) for p in prompts]
+  found = {}
+  Likelihood(generator)(prompts, [t.threads[0].tokens.tolist() for t in traces], found.__setitem__)
+  for i, trace in enumerate(traces):
+    assert found[i] == pytest.approx(float(trace.threads[0].log_p.sum()), abs=1e-2)
+
+
+def test_wrong_settings_are_one_line(trained, tmp_path):
+  config, folder = trained
+  for changes, words in (
+    ({"systems": "pasta,faster"}, "unknown system 'faster'"),
+    ({"prompts": ""}, "name a file"),
+    ({"limit": -1}, "eval.limit"),
+    ({"requests": 0}, "eval.requests must be 1 or more"),
+    ({"timed": -2}, "eval.timed"),
+    ({"judges": "friend"}, "'friend' is neither"),
+    ({"judges": "llm"}, "name a model: --config.judge.model"),
+    ({"categories": "x,why"}, "has no category x"),
+    ({"timed": 1, "timed_prompts": str(folder / "none.jsonl")}, "no such data file"),
+  ):
+    with pytest.raises(ValueError, match=words):
+      evaluate(copy_of(config, **changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "responses" / "pasta.jsonl").exists()
+  with pytest.raises(EvalError, match="holds no evaluation"):
+    report.write(tmp_path / "none")
+  wrong = copy_of(config)
+  wrong.systems.pasta.decode = "sideways"
+  with pytest.raises(EvalError, match="systems.pasta.decode must be"):
+    evaluate(wrong, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+  "row, words",
+  [
+    ({"prompt": " "}, "row 2 has no text"),
+    ({"turns": []}, "row 2 has no text"),
+    ({"turns": ["a", 3]}, "row 2 has no text"),
+    ({"id": "a", "prompt": "x"}, "two prompts have the id"),
+  ],
+)
+def test_wrong_prompts_are_one_line(tmp_path, row, words):
+  path = tmp_path / "prompts.jsonl"
+  path.write_text(json.dumps(PROMPTS[0]) + "\n" + json.dumps(row))
+  with pytest.raises(EvalError, match=words):
+    read_prompts(str(path))
+
+
+def test_prompts_by_limit_and_category(tmp_path):
+  path = tmp_path / "prompts.jsonl"
+  path.write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
+  assert [r.id for r in read_prompts(str(path))] == ["a", "b", "c/1", "c/2"]
+  assert [r.id for r in read_prompts(str(path), categories="writing")] == ["a", "c/1", "c/2"]
+  assert [r.id for r in read_prompts(str(path), categories="writing, why", limit=2)] == ["a", "b"]
+  mt_bench = tmp_path / "mt.jsonl"
+  mt_bench.write_text(json.dumps({"question_id": 81, "category": "writing", "turns": ["One.", "Two."]}))
+  first, second = read_prompts(str(mt_bench))
+  assert (first.id, second.id, second.category) == ("81/1", "81/2", "writing")
+  assert [m["content"] for m in conversation(second, {"81/1": "An answer."})] == [
+    "One.",
+    "An answer.",
+    "Two.",
+  ]
+
+
+def test_pilot_says_whether_thresholds_are_met(trained, finished, tmp_path, capsys):
+  config, _ = trained
+  whole, summary = finished
+  workdir = tmp_path / "run"
+  shutil.copytree(whole, workdir)
+  reached = summary["systems"]["pasta"]
+  speed, rate = reached["timed"]["wall_clock_speedup"], reached["quality"]["local"]["win_rate"]
+  assert pilot(copy_of(config, timed=2, min_speedup=speed - 0.01, min_quality=rate - 0.01), workdir)
+  assert "NOT MET" not in capsys.readouterr().out
+  assert "not met" not in (workdir / "report.html").read_text()
+  assert not pilot(copy_of(config, timed=2, min_speedup=speed + 0.01, min_quality=rate - 0.01), workdir)
+  assert not pilot(copy_of(config, timed=2, min_speedup=speed - 0.01, min_quality=rate + 0.01), workdir)
+  assert "NOT MET" in capsys.readouterr().out and "not met" in (workdir / "report.html").read_text()
+  with pytest.raises(EvalError, match="say what the pilot must reach"):
+    pilot(copy_of(config), workdir)
+  with pytest.raises(EvalError, match="names no system"):
+    pilot(copy_of(config, systems="baseline", min_speedup=1.0), workdir)
+
+
+def test_pilots_exit_code(trained, finished, tmp_path):
+  """As a shell sees it: 0 met, 3 not met."""
+  config, folder = trained
+  whole, _ = finished
+  shutil.copytree(whole, tmp_path / "run")
+  flags = [
+    f"--config.{part}.{field}={config[part][field]}"
+    for part, fields in {
+      "model": ("source", "adapter"),
+      "decode": ("max_new_tokens", "slots", "capacity", "temperature", "dtype", "promise_bias"),
+      "eval": ("requests", "width", "systems"),
+      "skeleton": ("outline_tokens", "point_tokens"),
+    }.items()
+    for field in fields
+  ]
+  flags += [f"--config.systems.{n}.adapter={config.systems[n].adapter}" for n in ("baseline", "apar")]
+  command = [
+    sys.executable,
+    "main.py",
+    "--mode=pilot",
+    f"--workdir={tmp_path / 'run'}",
+    f"--prompts_file={folder / 'prompts.jsonl'}",
+    *flags,
+  ]
+  for extra, code in (
+    ("--config.eval.min_quality=0.001", 0),
+    ("--config.eval.min_quality=99.9", 3),
+    ("--config.eval.limit=-1", 1),
+  ):
+    done = subprocess.run([*command, extra], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+
+
+def test_which_prompts_are_timed(tmp_path):
+  """First turns only; of a file that names them; a limit is then taken from that file."""
+  config = get_config()
+  files = [tmp_path / "all.jsonl", tmp_path / "some.jsonl"]
+  rows = [{"id": str(i), "prompt": f"Prompt {i}?"} for i in range(10)] + [PROMPTS[2]]
+  files[0].write_text("".join(json.dumps(r) + "\n" for r in rows))
+  files[1].write_text(
+    "".join(json.dumps(r) + "\n" for r in rows[1::3]) + json.dumps({"id": "2", "prompt": "Another?"})
+  )
+
+  def ids(**changes):
+    config.eval.update(prompts=str(files[0]), **changes)
+    return tuple([r.id for r in part] for part in _requests(config.eval))
+
+  everything = [*map(str, range(10)), "c/1", "c/2"]
+  assert ids() == (everything, [])
+  assert ids(timed=-1) == (everything, everything[:-1])
+  assert ids(timed=3) == (everything, ["0", "1", "2"])
+  assert ids(timed=-1, timed_prompts=str(files[1])) == (everything, ["1", "4", "7", "c/1"])
+  assert ids(timed=2, limit=2) == (["1", "7"], ["1", "7"])

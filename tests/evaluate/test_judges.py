@@ -1,0 +1,304 @@
+"""Judges: a real HTTP server on loopback that misbehaves, calls never paid twice, planted preferences,
+faults."""
+
+import json
+import math
+
+import pytest
+from helpers import loopback
+from helpers.loopback import KEY
+
+from configs.smollm2_135m import get_config
+from pasta_jax.data.prompts import EvalError
+from pasta_jax.evaluate.judges.agreement import measure
+from pasta_jax.evaluate.judges.judge import Answer, FileJudge, Pair
+from pasta_jax.evaluate.judges.llm import LlmJudge, confidence_in_a, messages
+from pasta_jax.evaluate.judges.local import contradicts_length, faults, preference, repetition
+from pasta_jax.utils.endpoint import Endpoint, EndpointError
+
+
+class Server(loopback.Server):
+  """Judges by a rule: the answer with more "good" wins with probability 0.8; A gets `bias` logits on top."""
+
+  bias, with_log_p = 0.0, True
+
+  def answer(self, body, path):
+    gemini = path.endswith(":generateContent")
+    text = body["contents"][-1]["parts"][0]["text"] if gemini else body["messages"][-1]["content"]
+    _, a, b = (text.split(f"{mark}:\n")[-1] for mark in ("request", "Answer A", "Answer B"))
+    score = (
+      math.log(4)
+      * (
+        (a.split("Answer B")[0].count("good") > b.count("good"))
+        - (a.split("Answer B")[0].count("good") < b.count("good"))
+      )
+      + self.bias
+    )
+    p = 1 / (1 + math.exp(-score))
+    letter = "A" if p > 0.5 else "B"
+    tops = [("A", math.log(0.9 * p)), (" B", math.log(0.9 * (1 - p))), ("C", math.log(0.1))]
+    if gemini:
+      top = {"candidates": [{"token": t, "logProbability": v} for t, v in tops]}
+      return {
+        "candidates": [{"content": {"parts": [{"text": letter}]}, "logprobsResult": {"topCandidates": [top]}}]
+      }
+    log_p = (
+      {"content": [{"top_logprobs": [{"token": t, "logprob": v} for t, v in tops]}]}
+      if self.with_log_p
+      else None
+    )
+    return {"choices": [{"message": {"content": letter}, "logprobs": log_p}]}
+
+
+@pytest.fixture
+def server(monkeypatch):
+  monkeypatch.setenv("OPENAI_API_KEY", KEY)
+  monkeypatch.setenv("GEMINI_API_KEY", KEY)
+  s = Server()
+  yield s
+  s.close()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+  monkeypatch.setattr("pasta_jax.utils.endpoint.time.sleep", lambda seconds: None)
+
+
+def pair(i, system, baseline):
+  said = [{"role": "user", "content": f"request {i}"}]
+  return Pair(str(i), Answer(said, system), Answer(said, baseline), "pasta")
+
+
+def judged(judge, pairs, folder):
+  rows = {}
+  judge.compare(pairs, folder, rows.__setitem__)
+  return rows
+
+
+PAIRS = [
+  pair(0, "good", "bad"),
+  pair(1, "bad", "good good"),
+  pair(2, "even", "even one"),
+  pair(3, "same", "same "),
+]
+
+
+@pytest.mark.parametrize("kind", ["openai", "gemini"])
+@pytest.mark.parametrize("bias", [0.0, 1.0, -3.0])
+def test_both_orders_and_confidence(server, tmp_path, kind, bias):
+  """A liking for the first place cancels where the pair is even, and confidence is the probability of the
+  letter."""
+  server.bias = bias
+  rows = judged(LlmJudge(Endpoint("m", kind=kind, url=server.url)), PAIRS, tmp_path)
+  p = lambda x: 1 / (1 + math.exp(-x))
+  for i, lean in enumerate((math.log(4), -math.log(4), 0)):
+    want = (p(lean + bias) + 1 - p(-lean + bias)) / 2
+    assert rows[i]["preference"] == pytest.approx(want, abs=1e-6)
+  assert rows[2]["preference"] == pytest.approx(0.5)
+  assert rows[3]["preference"] == 0.5 and len(server.calls) == 6  # equal texts cost nothing
+  assert all(KEY in str(h) for h in server.headers)
+  assert KEY not in "".join(p.read_text() for p in tmp_path.glob("*"))
+
+
+def test_without_token_probabilities_the_letter_counts(server, tmp_path):
+  server.with_log_p = False
+  rows = judged(LlmJudge(Endpoint("m", url=server.url)), PAIRS[:2], tmp_path)
+  assert [rows[i]["preference"] for i in (0, 1)] == [1.0, 0.0]
+  for said in ("Neither.", "Answer", "Both", ""):
+    assert confidence_in_a({"log_p": {}, "text": said}) is None
+  for said, confidence in (("**A**", 1.0), ("(B)", 0.0)):
+    assert confidence_in_a({"log_p": {}, "text": said}) == confidence
+  assert confidence_in_a({"log_p": {"The": -0.02, "A": -7.0}, "text": "A"}) is None
+  assert confidence_in_a({"log_p": {"**A": math.log(0.3), "b": math.log(0.1)}, "text": ""}) == pytest.approx(
+    0.75
+  )
+
+
+def test_no_call_is_paid_twice(server, tmp_path):
+  judge = LlmJudge(Endpoint("m", url=server.url))
+  first = judged(judge, PAIRS, tmp_path)
+  assert len(server.calls) == 6 == judge.paid
+  again = LlmJudge(Endpoint("m", url=server.url))
+  assert judged(again, PAIRS, tmp_path) == first and len(server.calls) == 6 and again.paid == 0
+  judged(again, [*PAIRS, pair(9, "new", "good")], tmp_path)
+  assert len(server.calls) == 8
+  judged(LlmJudge(Endpoint("another", url=server.url)), PAIRS, tmp_path)
+  assert len(server.calls) == 14
+
+
+def test_a_judge_that_gives_up_keeps_what_was_paid(server, tmp_path):
+  """A refusal in the middle ends the run with one line; the next run pays for the rest only."""
+  server.faults = [None, None, None, 401]
+  judge = LlmJudge(Endpoint("m", url=server.url, concurrency=1))
+  with pytest.raises(EndpointError, match="refused, status 401") as error:
+    judged(judge, PAIRS, tmp_path)
+  assert KEY not in str(error.value) and "\n" not in str(error.value)
+  paid = len((tmp_path / "calls.jsonl").read_text().splitlines())
+  assert 3 <= paid == len(server.calls) - 1  # a call that was under way is kept too
+  before = len(server.calls)
+  rows = judged(LlmJudge(Endpoint("m", url=server.url, concurrency=1)), PAIRS, tmp_path)
+  assert len(rows) == 4 and len(server.calls) - before == 6 - paid
+
+
+def test_what_passes_is_tried_again(server, tmp_path):
+  server.faults = [429, 500, "hang up", b'{"choices": [{"mess', b'{"choices": []}', "slow", 503]
+  rows = judged(
+    LlmJudge(Endpoint("m", url=server.url, concurrency=1, timeout=0.5, retries=7)), PAIRS[:1], tmp_path
+  )
+  assert rows[0]["preference"] == pytest.approx(0.8) and len(server.calls) == 9
+  server.faults = [500] * 9
+  with pytest.raises(EndpointError, match="no answer in 3 attempts; the last one: status 500"):
+    judged(LlmJudge(Endpoint("x", url=server.url, concurrency=1, retries=2)), PAIRS[:1], tmp_path)
+
+
+def test_a_request_that_is_refused_does_not_stop_the_others(server, tmp_path):
+  """Filtered content, or an answer without text: no preference, no second payment, and the run goes on."""
+  refusal = json.dumps({"promptFeedback": {"blockReason": "SAFETY"}}).encode()
+  cut = json.dumps({"candidates": [{"finishReason": "MAX_TOKENS", "content": {}}]}).encode()
+  for name, faults_ in (("blocked", [refusal]), ("thinking", [cut])):
+    server.faults, server.calls = list(faults_), []
+    folder = tmp_path / name
+    judge = LlmJudge(Endpoint("m", kind="gemini", url=server.url, concurrency=1))
+    assert set(judged(judge, PAIRS, folder)) == {1, 2, 3} and len(server.calls) == 6
+    assert set(judged(judge, PAIRS, folder)) == {1, 2, 3} and len(server.calls) == 6
+  server.status_body = b'{"error": {"code": "content_filter"}}'
+  server.faults, server.calls = [400], []
+  judge = LlmJudge(Endpoint("m", url=server.url, concurrency=1))
+  assert set(judged(judge, PAIRS, tmp_path / "filtered")) == {1, 2, 3} and len(server.calls) == 6
+
+
+def test_a_key_is_never_shown(server, tmp_path, monkeypatch):
+  server.status_body = f'{{"error": "wrong key {KEY}"}}'.encode()
+  server.faults = [403]
+  with pytest.raises(EndpointError, match="status 403") as error:
+    judged(LlmJudge(Endpoint("m", url=server.url, concurrency=1)), PAIRS[:1], tmp_path)
+  assert KEY not in str(error.value)
+  monkeypatch.setenv("OPENAI_API_KEY", KEY + "\r\n")  # as env files have it
+  rows = judged(LlmJudge(Endpoint("m", url=server.url)), PAIRS[:1], tmp_path / "b")
+  assert rows[0]["preference"] == pytest.approx(0.8)
+  for bad in ("clé" + KEY, KEY + "\nx" + KEY):
+    monkeypatch.setenv("OPENAI_API_KEY", bad)
+    with pytest.raises(EndpointError, match="characters that no key has") as error:
+      judged(LlmJudge(Endpoint("other", url=server.url)), PAIRS[:1], tmp_path / "c")
+    assert KEY not in str(error.value)
+
+
+def test_keys_come_from_the_environment_alone(monkeypatch, tmp_path):
+  monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+  with pytest.raises(EndpointError, match=r"\$OPENAI_API_KEY, which is not set"):
+    judged(LlmJudge(Endpoint("m", concurrency=1)), PAIRS[:1], tmp_path)
+  for changes, words in (
+    (dict(kind="other"), "judge.kind"),
+    (dict(model=""), "name a model"),
+    (dict(concurrency=0), "judge: concurrency"),
+  ):
+    with pytest.raises(EndpointError, match=words):
+      Endpoint(**(dict(model="m") | changes))
+
+
+def test_what_the_judge_reads():
+  said = [
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "Two?"},
+  ]
+  p = Pair(
+    "x",
+    Answer(said, "mine"),
+    Answer(said[:1] + [{"role": "assistant", "content": "no"}] + said[2:], "theirs"),
+  )
+  first, second = (messages(p, system_first=f)[-1]["content"] for f in (True, False))
+  assert first.index("mine") < first.index("theirs") and second.index("theirs") < second.index("mine")
+  assert (
+    "(turn 1) One?" in first
+    and "(turn 2) Two?" in first
+    and "(turn 1) yes" in first
+    and "(turn 1) no" in first
+  )
+
+
+def test_files_of_preferences(tmp_path):
+  lines = tmp_path / "people.jsonl"
+  lines.write_text(
+    '{"id": 0, "system": "pasta", "preference": 0.25}\n{"id": 1, "system": "apar", "preference": 1}\n'
+  )
+  assert judged(FileJudge(str(lines), "baseline"), PAIRS, tmp_path) == {0: {"preference": 0.25}}
+  theirs = tmp_path / "annotations.json"
+  theirs.write_text(
+    json.dumps(
+      [
+        {"instruction": "request 1", "generator_1": "baseline", "generator_2": "pasta", "preference": 1.75},
+        {"instruction": "request 2", "generator_2": "pasta", "preference": None},
+      ]
+    )
+  )
+  assert judged(FileJudge(str(theirs), "baseline"), PAIRS, tmp_path) == {1: {"preference": 0.75}}
+  with pytest.raises(EvalError, match="against 'baseline', not the baseline 'another'"):
+    FileJudge(str(theirs), "another")
+  lines.write_text('{"id": 0, "system": "pasta", "preference": 3}')
+  with pytest.raises(EvalError, match="cannot be used"):
+    FileJudge(str(lines), "baseline")
+
+
+@pytest.mark.parametrize(
+  "prompt, text, wrong",
+  [
+    ("Describe it in two sentences.", "One. Two.", False),
+    ("Describe it in two sentences.", "One. Two. Three. Four.", True),
+    ("Write at least 10 words.", "too few words", True),
+    ("Write at least 10 words.", "word " * 50, False),
+    ("In no more than 20 words, please.", "word " * 60, True),
+    ("In no more than 20 words, please.", "word", False),
+    ("Write a 100-word story.", "word " * 30, True),
+    ("Write a 100-word story.", "word " * 110, False),
+    ("Write three paragraphs.", "a\n\nb\n\nc", False),
+    ("Write three paragraphs.", "a", True),
+    ("What are the words of 1984 about?", "anything at all", False),
+  ],
+)
+def test_lengths_that_the_prompt_asks_for(prompt, text, wrong):
+  assert contradicts_length(prompt, text) == wrong
+
+
+def test_faults_and_preferences():
+  assert repetition("a b c d " * 5) > 0.5 and repetition("one two three four five six") == 0 == repetition(
+    "a b"
+  )
+  assert faults("x", "", True, []) == ["empty"]
+  assert faults("x", "word " * 30, False, [1] * 30) == ["cut off", "loops", "repeats"]
+  fine, unlikely, cut = (
+    {"log_p": -1.0, "faults": []},
+    {"log_p": -2.0, "faults": []},
+    {"log_p": -1.0, "faults": ["cut off"]},
+  )
+  assert preference(fine, fine) == 0.5
+  assert preference(fine, unlikely) == pytest.approx(1 - preference(unlikely, fine))
+  assert preference(fine, unlikely) > 0.5
+  assert preference(cut, fine) < 0.5
+  empty = {"log_p": -10.0, "faults": ["empty", "cut off"]}
+  loop = {"log_p": -0.1, "faults": ["loops", "repeats"]}  # likely, since it says the same again
+  assert preference(empty, fine) < 0.05 and preference(loop, fine) < 0.2 and preference(fine, loop) > 0.8
+
+
+def test_agreement_with_labels(server, tmp_path):
+  """Against a judge that likes "good" by a known rule: agreement is what the rule gives, by category."""
+  rows = [
+    {"id": "a", "prompt": "x", "chosen": "good and long", "rejected": "bad", "category": "plain"},
+    {"id": "b", "prompt": "x", "chosen": "bad", "rejected": "good", "category": "plain"},
+    {"id": "c", "prompt": "x", "chosen": "good", "rejected": "a long bad one", "category": "hard"},
+    {"id": "d", "prompt": "x", "chosen": "even", "rejected": "odd", "category": "hard"},
+  ]
+  path = tmp_path / "labels.jsonl"
+  path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  config = get_config()
+  config.eval.judges = "llm"
+  config.judge.update(url=server.url, model="m")
+  found = {r["category"]: r for r in measure(config, tmp_path, [str(path)])}
+  assert {k: r["agreement"] for k, r in found.items()} == {"all": 62.5, "plain": 50.0, "hard": 75.0}
+  assert found["all"]["pairs"] == 4 and found["all"]["longer"] == 50 and found["all"]["on_shorter"] == 50
+  calls = len(server.calls)
+  measure(config, tmp_path, [str(path)])
+  assert len(server.calls) == calls == 8
+  path.write_text('{"prompt": "x", "chosen": "y"}')
+  with pytest.raises(EvalError, match="row 1 needs texts"):
+    measure(config, tmp_path, [str(path)])

@@ -1,0 +1,64 @@
+"""A script for `test_sharding`: one of two processes that train together, two virtual devices each.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python tests/on_two_processes.py FOLDER PORT PROCESS
+
+FOLDER is that of `test_training.tiny`. Leaves `two/`, `stopped/`, whose second process was told to stop, and
+`left/`, as it was then.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]  # as a script
+sys.path[:0] = map(
+  str, (TESTS.parent, TESTS, *(TESTS / d for d in ("data", "lang", "model", "train", "weights")))
+)
+
+import jax  # noqa: E402
+import test_training as t  # noqa: E402
+
+from pasta_jax.train import distributed, loop, sft  # noqa: E402
+from pasta_jax.train.sharding import AXES, local_rows, make_mesh  # noqa: E402
+
+
+def config_of(folder: Path, data: int, fsdp: int, **changes):
+  config = t.settings(folder, **dict(batch_size=4, lora_rank=2, learning_rate=1e-3) | changes)
+  config.mesh.update(dict(data=data, fsdp=fsdp, tensor=1))
+  return config
+
+
+def main(folder: Path, port: str, index: int) -> None:
+  distributed.start(f"127.0.0.1:{port}", 2, index)
+  assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2 and distributed.is_first() == (index == 0)
+  assert distributed.any_of(index == 1) and not distributed.any_of(False)
+  for shape in ((2, 2, 1), (1, 4, 1)):
+    assert local_rows(make_mesh(dict(zip(AXES, shape))), 8) == list(range(4 * index, 4 * index + 4))
+  assert local_rows(make_mesh(dict(data=1, fsdp=1, tensor=4)), 8) == list(range(8))  # heads alone are divided
+  found = sft.train(config_of(folder, 2, 2), folder / "two")
+  assert bool(found) == (index == 0)
+  full = config_of(folder, 1, 4, lora_rank=0)
+  save = loop.Checkpoints.save
+
+  def and_terminate(self, state, data, *, force=False):
+    if int(state.step) == 2 and index == 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    save(self, state, data, force=force)
+
+  loop.Checkpoints.save = and_terminate
+  try:
+    sft.train(full, folder / "stopped")
+  except loop.Stopped as stopped:
+    print(stopped, flush=True)
+  if index == 0:
+    shutil.copytree(folder / "stopped", folder / "left")
+  loop.Checkpoints.save = save
+  sft.train(full, folder / "stopped")
+  print("done", flush=True)
+
+
+if __name__ == "__main__":
+  jax.config.update("jax_disable_most_optimizations", True)
+  main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,93 @@
+"""The paper's configs: Gemma 7B is read as it is published, and both stages' steps lower for TPU at full
+size. And the adapters that configs name."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from safetensors import safe_open
+
+from configs import gemma3_270m, llama32_1b, qwen25_05b
+from configs import tiny as tiny_config
+from configs.paper import gemma_7b
+from pasta_jax.decode.generator import EMBEDDED, adapter_path
+from pasta_jax.preference.rounds import policies
+from pasta_jax.train import ahead
+from pasta_jax.train.sharding import AXES
+from pasta_jax.weights.adapter import read_metadata
+from pasta_jax.weights.checkpoint import load_checkpoint
+
+ARCHITECTURE = Path(gemma_7b.__file__).with_suffix(".json")  # what google/gemma-7b's config.json says of it
+MESH = AbstractMesh((1, 8, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.mark.parametrize("stage", ["pasta", "baseline", "preference"])
+def test_step_lowers_for_tpu_at_full_size(stage: str):
+  """With the kernels, and nothing of the size of a mask."""
+  config = gemma_7b.get_config("baseline" if stage == "baseline" else "")
+  config.train.attention = config.preference.attention = "tpu"
+  update, arguments = ahead.abstract_step(
+    config, "preference" if stage == "preference" else "train", ahead.model_config(str(ARCHITECTURE)), MESH
+  )
+  trainable = arguments[0].trainable
+  n = sum(x.size for x in jax.tree.leaves(trainable))
+  assert n == 8_537_680_896 + (stage != "baseline") * 6 * 3072  # "7B" is 8.5 with its embeddings
+  kernel = trainable["layers"]["mlp"]["gate"]["kernel"].get_value()
+  assert kernel.sharding.shard_shape(kernel.shape) == (28, 3072 // 8, 24_576)
+  with jax.sharding.use_abstract_mesh(MESH):
+    text = update.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+  assert "256000" in text and ("sdy.sharding" in text or "mhlo.sharding" in text)
+  length = (config.preference if stage == "preference" else config.train).length
+  assert "tpu_custom_call" in text and f"{length}x{length}x" not in text
+
+
+@pytest.mark.parametrize(
+  "make", [module.get_config for module in (gemma_7b, gemma3_270m, llama32_1b, qwen25_05b, tiny_config)]
+)
+def test_other_models_have_no_adapter_of_smollm2(make):
+  """Adapters fit one model: what a config names was made for it, or is what its own commands leave; a flag
+  changes what follows from it."""
+  for arg in ("", "baseline"):
+    config = make(arg)
+    named = {config.model.adapter, *(s.adapter for s in config.systems.values())} - {""}
+    name = make.__module__.rpartition(".")[2]
+    assert named <= {f"runs/{name}/{n}/adapter.safetensors" for n in ("pasta", "baseline", "apar")} | {
+      n for n in EMBEDDED if n.startswith(f"{name}_")
+    }
+  config = make()
+  config.model.adapter = "mine.safetensors"
+  assert config.systems.pasta.adapter == "mine.safetensors" != config.systems.baseline.adapter
+
+
+@pytest.mark.parametrize("adapter", EMBEDDED)
+def test_released_adapters_are_of_their_models(adapter: str):
+  """Shapes, and who has tags: all but Baseline-SFT."""
+  found = read_metadata(adapter_path(adapter))
+  rows, layers = json.loads(found["model"])["vocabulary"], json.loads(found["model"])["layers"]
+  assert (rows, layers) == ((262_144, 18) if adapter.startswith("gemma3") else (49_152, 30))
+  with safe_open(adapter_path(adapter), "flax") as file:
+    assert ("embed.tags" in file.keys()) == (not adapter.endswith("baseline"))
+
+
+def test_tiny_is_made_up_the_same_way_each_time():
+  one, two = load_checkpoint(tiny_config.get_config().model.source), load_checkpoint("tiny")
+  for name, value in one.params.items():
+    np.testing.assert_array_equal(two.params[name], value)
+  assert one.config.tag_ids == tuple(range(258, 264))
+  text = "Any text, é🦜 <|end|><sync/>"
+  assert one.tokenizer.decode(one.tokenizer.encode(text)) == text
+  assert one.tokenizer.eos_id not in one.tokenizer.encode(text)
+
+
+def test_stage_two_is_the_papers():
+  config = gemma_7b.get_config()
+  assert [p.name for p in policies(config)] == ["weight_1", "weight_2", "weight_4", "weight_8", "weight_inf"]
+  assert (config.preference.rounds, config.preference.samples, config.preference.loss) == (2, 10, "bonbon")
+  assert config.systems.pasta.adapter == config.model.adapter == "runs/gemma_7b/pasta/adapter.safetensors"
+  assert config.preference.score == "theoretical" and config.preference.lora_rank == 0
+  assert not config.preference.per_token
+  with pytest.raises(ValueError, match="unknown argument 'apar'"):
+    gemma_7b.get_config("apar")

@@ -1,0 +1,130 @@
+"""Where arrays live: rules, meshes, and eight virtual devices against one."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers.on_two_processes import config_of
+from jax.sharding import PartitionSpec
+from safetensors import safe_open
+from test_training import metric_lines, tiny  # noqa: F401  (a fixture)
+
+from pasta_jax.train import distributed, sft
+from pasta_jax.train.sharding import AXES, check_rows, make_mesh, spec
+from pasta_jax.weights.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_eight_devices_give_what_one_gives(tiny):  # noqa: F811
+  """Losses and parameters over twenty steps: of full training on every shape of mesh, low-rank, by the kernel
+  (five steps) and of pairs on those that mix axes; a run that moves to another shape."""
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+  done = subprocess.run(
+    [sys.executable, str(ROOT / "tests" / "helpers" / "on_eight_devices.py"), str(tiny)],
+    env=environment,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=900,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  lines = done.stdout.splitlines()
+  assert (
+    sum("arrays divided" in line for line in lines) == 10 and "heads divide" in lines and lines[-1] == "moved"
+  )
+
+
+def test_two_processes_give_what_one_gives(tiny, tmp_path):  # noqa: F811
+  """Losses and weights, low-rank and full; where one of them is told to stop, both do, and go on together, or
+  one."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  folder = tmp_path / "tiny"
+  shutil.copytree(tiny, folder)
+  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+  script = str(ROOT / "tests" / "helpers" / "on_two_processes.py")
+  both = [
+    subprocess.Popen(
+      [sys.executable, script, str(folder), str(port), str(i)],
+      env=environment,
+      cwd=ROOT,
+      text=True,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+    )
+    for i in (0, 1)
+  ]
+  said = [p.communicate(timeout=600) for p in both]
+  for process, (out, errors) in zip(both, said):
+    assert process.returncode == 0, errors[-3000:]
+    assert "stopped by SIGTERM behind step 3 of 6" in out and out.splitlines()[-1] == "done"
+  sft.train(config_of(folder, 1, 1, lora_rank=0), folder / "left")  # one process goes on with what two began
+  for name, changes in (("two", {}), ("stopped", dict(lora_rank=0))):
+    sft.train(config_of(folder, 1, 1, **changes), folder / f"{name}, alone")
+    ours, theirs = ([row["loss"] for row in metric_lines(folder / run)] for run in (f"{name}, alone", name))
+    np.testing.assert_allclose(theirs, ours, rtol=1e-5)
+    if name == "stopped":
+      np.testing.assert_allclose([row["loss"] for row in metric_lines(folder / "left")], ours, rtol=1e-5)
+    assert sorted(p.name for p in (folder / name).iterdir()) == sorted(
+      p.name for p in (folder / f"{name}, alone").iterdir()
+    )
+    with (
+      safe_open(folder / f"{name}, alone" / "adapter.safetensors", "flax") as one,
+      safe_open(folder / name / "adapter.safetensors", "flax") as two,
+    ):
+      assert one.keys() == two.keys()
+      for key in one.keys():
+        ours, theirs = (file.get_tensor(key).astype("f") for file in (one, two))
+        np.testing.assert_allclose(theirs, ours, rtol=1e-2, atol=1e-4)  # bfloat16
+  weights = [load_checkpoint(folder / run / "model").params for run in ("stopped, alone", "stopped")]
+  for key, value in weights[0].items():
+    np.testing.assert_allclose(weights[1][key], value, rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize(
+  "given, words",
+  [
+    (("", 2, 0), "go together"),
+    (("host:1", 0, 0), "go together"),
+    (("host:1", 2, 2), "--process=2 is none of 0 to 1"),
+  ],
+)
+def test_processes_say_who_they_are(given, words):
+  with pytest.raises(ValueError, match=words):
+    distributed.start(*given)
+
+
+@pytest.mark.parametrize("name, shape, wanted", [
+  ("layers.attn.q.kernel", (28, 64, 128), (None, "fsdp", "tensor")),
+  ("trainable.layers.mlp.down.kernel", (28, 128, 64), (None, "tensor", "fsdp")),
+  ("optimiser.1.0.mu.layers.attn.o.lora_b", (28, 16, 64), (None, None, "fsdp")),
+  ("embed.embedding", (49152, 576), (("tensor", "fsdp"), None)),
+  ("embed.embedding", (49151, 576), (None, None)),  # a vocabulary that eight devices cannot share evenly
+  ("layers.attn_norm.scale", (28, 64), ()),
+  ("embed.tags", (6, 64), ()),
+  ("optimiser.1.0.count", (), ()),
+])  # fmt: skip
+def test_rules(name, shape, wanted):
+  assert spec(name, shape, {"data": 1, "fsdp": 4, "tensor": 2}) == PartitionSpec(*wanted)
+
+
+def test_meshes_make_up_the_devices():
+  one = jax.devices()[:1]
+  assert dict(make_mesh({"data": 1, "fsdp": -1, "tensor": 1}, one).shape) == dict.fromkeys(AXES, 1)
+  for sizes, words in [
+    ((1, -1, -1), "one may be -1"),
+    ((0, 1, 1), "1 or more"),
+    ((2, 1, 1), "needs 2 devices, not the 1"),
+    ((2, -1, 1), "needs a multiple of 2 devices"),
+  ]:
+    with pytest.raises(ValueError, match=words):
+      make_mesh(dict(zip(AXES, sizes)), one)
+  check_rows(make_mesh(dict.fromkeys(AXES, 1), one), 3, "train.batch_size")

@@ -1,0 +1,291 @@
+"""Models for other engines: read by transformers and PEFT with the same logits, and by us with the same
+answers; and where the tags stand in a vocabulary."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers.folders import model_config, write_model
+from test_model import NESTED, logits, torch_logits
+
+from configs.smollm2_135m import get_config
+from pasta_jax.decode.generator import Model
+from pasta_jax.lang.layout import PositionRule, is_visible, layout
+from pasta_jax.lang.syntax import TAG_TEXTS, TOKEN_TEXTS
+from pasta_jax.train.state import make_model
+from pasta_jax.weights import build, lora
+from pasta_jax.weights.adapter import AdapterError, Merged, read_adapter
+from pasta_jax.weights.arrays import WeightsError
+from pasta_jax.weights.checkpoint import load_checkpoint
+from pasta_jax.weights.export import export
+from pasta_jax.weights.tokenizer import Tokenizer
+
+RULE = PositionRule("pred_10x")
+UNUSED = [f"<unused{i}>" for i in (7, 11, 2, 3, 9, 8, 10, 30)]  # not in order, and not from 0
+# Where the tags stand -> (changes of the model, reserved entries, the ids that the tags must take; () for new
+# rows).
+PLACES = {
+  "rows without a token": ({}, (), range(512, 518)),
+  "new rows": (dict(vocab_size=512), (), ()),
+  "new rows, untied head": (dict(vocab_size=515, tie_embeddings=False), (), ()),
+  "reserved entries": (dict(vocab_size=512), UNUSED, (5, 6, 3, 8, 7, 9)),
+  "reserved entries, untied head": (dict(vocab_size=515, tie_embeddings=False), UNUSED, (5, 6, 3, 8, 7, 9)),
+}
+EVERY = pytest.mark.parametrize("place", PLACES)
+
+
+def base(folder: Path, place: str) -> Path:
+  """A model whose reserved entries are no control tokens, as in Gemma's files."""
+  changes, reserved, _ = PLACES[place]
+  write_model(folder, model_config(**changes), reserved)
+  path = folder / "tokenizer.json"
+  parts = json.loads(path.read_text())
+  for entry in parts["added_tokens"]:
+    entry["special"] &= entry["content"] not in reserved
+  path.write_text(json.dumps(parts))
+  return folder
+
+
+def write_adapter(path: Path, source: Path, seed: int = 0) -> Path:
+  """Tag rows and updates that do something."""
+  checkpoint = load_checkpoint(source)
+  model, rng = build.from_params(checkpoint.config, checkpoint.params), np.random.default_rng(seed)
+  rows = lambda: rng.normal(size=(6, checkpoint.config.d_model)).astype("f")
+  lora.add_tags(model, rows(), rows())
+  lora.add_lora(model, 3, 6.0, nnx.Rngs(seed))
+  for module in build.linears(model).values():
+    module.lora_b[...] = jnp.asarray(rng.normal(size=module.lora_b.shape) * 0.1, jnp.float32)
+  lora.save_adapter(
+    path,
+    model,
+    {"positions": json.dumps({"strategy": RULE.strategy, "fixed": RULE.fixed}), "speeds": "[0, 1]"},
+  )
+  return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """By place: (folder of the base, its adapter, folder of the two merged)."""
+  found = {}
+
+  def of(place: str) -> tuple[Path, Path, Path]:
+    if place not in found:
+      folder = tmp_path_factory.mktemp("made")
+      source = base(folder / "base", place)
+      adapter = write_adapter(folder / "adapter.safetensors", source)
+      export(folder / "merged", load_checkpoint(source), adapter, form="merged", dtype="float32")
+      found[place] = source, adapter, folder / "merged"
+    return found[place]
+
+  return of
+
+
+def program(vocabulary):
+  """tokens, positions [1, T] and mask [1, T, T] of a program with nested chunks."""
+  laid = layout(
+    vocabulary.encode(NESTED, RULE), RULE, vocabulary.table, vocabulary.tokenizer.encode("Question?")
+  )
+  at = np.arange(len(laid))
+  mask = is_visible(at[:, None], at[None, :], laid.masked_intervals[None])
+  return laid.tokens[None], laid.positions[None], jnp.asarray(mask[None])
+
+
+def with_adapter(source: Path, adapter: Path):
+  checkpoint = load_checkpoint(source)
+  model = build.from_params(checkpoint.config, checkpoint.params)
+  lora.load_adapter(adapter, model)
+  return checkpoint, model
+
+
+@EVERY
+def test_tags_take_reserved_entries_then_spare_rows_then_new_ones(place: str, made):
+  source, _, merged = made(place)
+  checkpoint, ids = load_checkpoint(source), tuple(PLACES[place][2])
+  assert checkpoint.config.tag_ids == ids
+  vocabulary = checkpoint.vocabulary
+  assert vocabulary.tags.ids == (
+    ids or tuple(range(checkpoint.config.vocab_size, checkpoint.config.vocab_size + 6))
+  )
+  assert [vocabulary.label(i) for i in vocabulary.tags.ids] == list(TAG_TEXTS)
+  assert not set(vocabulary.tags.ids) & set(vocabulary.tags.eos)
+  assert load_checkpoint(merged).vocabulary.tags == vocabulary.tags
+
+
+@EVERY
+def test_no_text_yields_a_tag(place: str, made):
+  source, _, merged = made(place)
+  text = "".join(TAG_TEXTS + TOKEN_TEXTS) + "".join(UNUSED) + "<|im_end|>"
+  for folder in (source, merged):
+    vocabulary = load_checkpoint(folder).vocabulary
+    tokens = vocabulary.tokenizer.encode(text)
+    chat = vocabulary.tokenizer.chat_prompt([{"role": "user", "content": text}])
+    assert not set(tokens) & {*vocabulary.tags.ids, *vocabulary.tags.eos}
+    assert not set(chat) & set(vocabulary.tags.ids)
+    assert text == vocabulary.tokenizer.decode(tokens) and text in vocabulary.tokenizer.decode(chat)
+
+
+@EVERY
+def test_transformers_gives_the_same_logits(place: str, made):
+  transformers = pytest.importorskip("transformers")
+  source, adapter, merged = made(place)
+  checkpoint, model = with_adapter(source, adapter)
+  tokens, positions, mask = program(checkpoint.vocabulary)
+  assert set(checkpoint.vocabulary.tags.ids) <= set(tokens[0].tolist())
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(merged, attn_implementation="eager").eval()
+  expected = logits(model, tokens, positions, mask)
+  np.testing.assert_allclose(torch_logits(theirs, tokens, positions, mask), expected, atol=1e-4, rtol=1e-4)
+  for module in build.linears(model).values():
+    module.lora_b[...] = jnp.zeros(module.lora_b.shape)
+  assert np.abs(expected - logits(model, tokens, positions, mask)).max() > 0.1  # the updates matter
+  tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
+  assert tuple(tokenizer.convert_tokens_to_ids(list(TOKEN_TEXTS))) == checkpoint.vocabulary.tags.ids
+  serialised = '1.<promise topic=" cost" tokens="40" /><async> Two.</async><sync/>'
+  assert tokenizer.decode(tokenizer(serialised)["input_ids"], skip_special_tokens=True) == serialised
+  assert set(checkpoint.vocabulary.tags.ids) <= set(tokenizer(serialised)["input_ids"])
+
+
+@EVERY
+def test_peft_gives_the_same_logits(place: str, made, tmp_path: Path):
+  transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+  source, adapter, _ = made(place)
+  checkpoint, model = with_adapter(source, adapter)
+  tokens, positions, mask = program(checkpoint.vocabulary)
+  said = export(tmp_path / "peft", checkpoint, adapter, form="peft", dtype="float32")
+  described = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(described, attn_implementation="eager")
+  rows = len(transformers.AutoTokenizer.from_pretrained(tmp_path / "peft"))
+  assert ("rows: call" in said) == (rows > theirs.config.vocab_size)
+  if rows > theirs.config.vocab_size:
+    assert f"resize_token_embeddings({rows})" in said
+    theirs.resize_token_embeddings(rows, mean_resizing=False)
+  theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
+  np.testing.assert_allclose(
+    torch_logits(theirs, tokens, positions, mask),
+    logits(model, tokens, positions, mask),
+    atol=1e-4,
+    rtol=1e-4,
+  )
+
+
+@EVERY
+def test_merged_weights_come_back_bit_for_bit(place: str, made):
+  source, adapter, merged = made(place)
+  checkpoint = load_checkpoint(source)
+  params = Merged(checkpoint.config, checkpoint.params, read_adapter(adapter, checkpoint.config))
+  config, back = params.config, load_checkpoint(merged)
+  assert back.config == config and params.keys() == back.params.keys()
+  for name, value in params.items():
+    np.testing.assert_array_equal(back.params[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("place", ["new rows", "reserved entries, untied head"])
+def test_merged_weights_answer_alike(place: str, made):
+  source, adapter, merged = made(place)
+  settings = get_config()
+  settings.decode.update(dtype="float32", max_new_tokens=60, slots=2, promise_bias=6.0)
+  settings.model.update(source=str(source), adapter=str(adapter))
+  ours = Model(settings)
+  settings.model.update(source=str(merged), adapter="")
+  theirs = Model(settings)
+  assert theirs.rule == ours.rule == RULE and theirs.speeds == (0, 1)
+  one, other = (g.generate("What now?").trace for g in (ours, theirs))
+  assert [t.tokens.tolist() for t in one.threads] == [t.tokens.tolist() for t in other.threads]
+  assert len(one.threads) > 1  # it does promise
+
+
+def test_training_goes_on_from_the_tags_of_merged_weights(made):
+  _, _, merged = made("new rows, untied head")
+  checkpoint, config = load_checkpoint(merged), get_config().train
+  graph, trainable, frozen = make_model(checkpoint, checkpoint.vocabulary, config)
+  model = nnx.merge(graph, trainable, frozen)
+  ids = list(checkpoint.config.tag_ids)
+  np.testing.assert_array_equal(model.embed.tags[...], checkpoint.params["embed.embedding"][ids])
+  np.testing.assert_array_equal(model.head_tags[...], checkpoint.params["head.kernel"][:, ids])
+
+
+def test_bfloat16_halves_the_file(made, tmp_path: Path):
+  source, adapter, merged = made("rows without a token")
+  export(tmp_path / "half", load_checkpoint(source), adapter, form="merged", dtype="bfloat16")
+  size = lambda folder: (folder / "model.safetensors").stat().st_size
+  assert size(tmp_path / "half") < 0.6 * size(merged)
+  assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+  half, whole = load_checkpoint(tmp_path / "half"), load_checkpoint(merged)
+  for name, value in whole.params.items():
+    np.testing.assert_array_equal(half.params[name], value.astype(jnp.bfloat16).astype("f"), err_msg=name)
+
+
+def test_a_base_model_without_an_adapter_stays_one(made, tmp_path: Path):
+  source, _, _ = made("reserved entries")
+  export(tmp_path / "again", load_checkpoint(source), None, form="merged", dtype="float32")
+  again, before = load_checkpoint(tmp_path / "again"), load_checkpoint(source)
+  assert again.config == before.config and not again.pasta and not again.tokenizer.knows_tags
+  assert again.tokenizer.encode("Just a text.") == before.tokenizer.encode("Just a text.")
+
+
+def test_an_adapter_whose_tags_stand_elsewhere_is_refused(made, tmp_path: Path):
+  source, _, _ = made("new rows")
+  other = write_adapter(tmp_path / "other.safetensors", source)
+  checkpoint = load_checkpoint(made("reserved entries")[0])
+  model = build.from_params(checkpoint.config, checkpoint.params)
+  with pytest.raises(AdapterError, match="rows of their own of the vocabulary, this model in rows 5, 6, 3"):
+    lora.load_adapter(other, model)
+  assert model.embed.tags is None
+
+
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(made, tmp_path: Path):
+  source, adapter, merged = made("new rows")
+  checkpoint = load_checkpoint(source)
+  given = dict(form="merged", dtype="float32")
+  for changes, its_adapter, message in (
+    (dict(form="gguf"), adapter, "export.form is merged or peft"),
+    (dict(dtype="int8"), adapter, "export.dtype float32 or bfloat16"),
+    (dict(form="peft"), None, "needs an adapter"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      export(tmp_path / "out", checkpoint, its_adapter, **given | changes)
+  with pytest.raises(ValueError, match="is there already"):
+    export(merged, checkpoint, adapter, **given)
+  with pytest.raises(AdapterError, match="made for another model"):
+    export(tmp_path / "out", load_checkpoint(made("rows without a token")[0]), adapter, **given)
+  assert not list(tmp_path.iterdir())
+
+
+def test_damaged_descriptions_of_pasta_are_named(made, tmp_path: Path):
+  _, _, merged = made("new rows")
+  described = json.loads((merged / "config.json").read_text())
+  copy = tmp_path / "copy"
+  copy.mkdir()
+  for path in merged.iterdir():
+    (copy / path.name).write_bytes(path.read_bytes())
+  (copy / "config.json").write_text(json.dumps(described | {"pasta": [1]}))
+  with pytest.raises(WeightsError, match="config.json: pasta holds no metadata"):
+    load_checkpoint(copy)
+  (copy / "config.json").write_text(json.dumps(described))
+  (copy / "tokenizer.json").write_bytes((made("new rows")[0] / "tokenizer.json").read_bytes())
+  with pytest.raises(WeightsError, match="which the tokenizer beside it does not have"):
+    load_checkpoint(copy)
+
+
+@pytest.mark.parametrize("name", ["<|reserved_special_token_{}|>", "[control_{}]", "[PAD{}]", "<unused{}>"])
+def test_gguf_vocabularies_hold_entries_too(name: str):
+  tokens = [*(chr(i) for i in range(33, 127)), *(name.format(i) for i in range(8)), "</s>"]
+  made = Tokenizer.from_gguf_fields(tokens, [1] * 94 + [5] * 8 + [3], 102, merges=[], pre="smollm")
+  assert made.tag_ids == tuple(range(94, 100)) and set(made.tag_ids) <= made.special_ids
+  assert not set(made.encode(name.format(3))) & set(made.tag_ids)
+
+
+def test_smollm2s_vocabulary_takes_the_tags(smollm2_checkpoint, tmp_path: Path):
+  """It has an ordinary token `"/>`, which must stay one."""
+  transformers = pytest.importorskip("transformers")
+  ids, ours = smollm2_checkpoint.vocabulary.tags.ids, smollm2_checkpoint.tokenizer
+  ours.save(tmp_path, ids)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert len(theirs) == ids[-1] + 1 and tuple(theirs.convert_tokens_to_ids(list(TOKEN_TEXTS))) == ids
+  back = Tokenizer.from_folder(tmp_path)
+  assert back.tag_ids == ids and back.knows_tags and not ours.tag_ids
+  for text in ('<a href="x"/>', "".join(TAG_TEXTS), "Two words.\n"):
+    assert back.encode(text) == ours.encode(text)
+  assert len(ours.encode('"/>')) == 1
