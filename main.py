@@ -162,8 +162,34 @@ def main(argv: list[str]) -> None:
     sys.exit(130)
 
 
+# Settings under the names that they had before.
+ALIASES = {
+  "decode.slots": "decode.max_branches",
+  "decode.capacity": "decode.kv_capacity",
+  "decode.requests": "decode.batch_size",
+  "eval.requests": "eval.batch_size",
+  "eval.width": "eval.branch_width",
+  "preference.requests": "preference.decode_batch_size",
+  "preference.width": "preference.branch_width",
+  "preference.accumulate": "preference.grad_accum_steps",
+  "preference.clip": "preference.max_grad_norm",
+  "train.accumulate": "train.grad_accum_steps",
+  "train.clip": "train.max_grad_norm",
+}
+
+
+def current_name(argument: str) -> str:
+  """A command-line argument with the name that its setting has today."""
+  flag, equals, value = argument.partition("=")
+  dashes, dot, name = flag.partition("config.")
+  return (
+    f"{dashes}{dot}{ALIASES[name]}{equals}{value}" if dashes in ("-", "--") and name in ALIASES else argument
+  )
+
+
 def parse(argv: list[str]) -> list[str]:
   """absl's parsing; an unknown field or file of --config is one line too."""
+  argv = [argv[0], *map(current_name, argv[1:])]
   if not any(a.lstrip("-").startswith("config=") or a.lstrip("-") == "config" for a in argv):
     argv.insert(1, f"--config={Path(__file__).parent / 'configs/smollm2_135m.py'}")
   sys.argv[:] = argv  # where ml_collections looks for the fields that are set

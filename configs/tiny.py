@@ -22,14 +22,14 @@ def get_config(arg: str = "") -> ConfigDict:
   c.train.update(
     length=2048, batch_size=2, steps=8, lora_rank=4, dtype="float32", loss_chunk=512, remat="none"
   )
-  c.decode.update(dtype="float32", max_new_tokens=96, slots=4, temperature=1.0, compare=False)
-  c.eval.update(limit=4, requests=4, systems="pasta,baseline", judge_dtype="float32")
+  c.decode.update(dtype="float32", max_new_tokens=96, max_branches=4, temperature=1.0, compare=False)
+  c.eval.update(limit=4, batch_size=4, systems="pasta,baseline", judge_dtype="float32")
   c.preference.update(
     limit=4,
     rounds=1,
     weights="1,inf",
     samples=3,
-    requests=4,
+    decode_batch_size=4,
     length=1024,
     batch_size=2,
     dtype="float32",

@@ -38,7 +38,9 @@ def main(source: str) -> None:
   )
   generator = Model(config, adapter="")
   encoded = [generator.encode(p) for p in prompts]
-  traces = Scheduler(generator.interpreter(False), requests=10, width=1).run(encoded, generator.sampling)
+  traces = Scheduler(generator.interpreter(False), batch_size=10, branch_width=1).run(
+    encoded, generator.sampling
+  )
   with tempfile.TemporaryDirectory() as folder:
     export(Path(folder) / "model", load_checkpoint(source), None, form="merged", dtype="float32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()

@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
   """A config whose adapter was trained by the trainer for four steps on the seed data, and its folder."""
   folder = tmp_path_factory.mktemp("modes")
   config = trained_config(folder)
-  config.decode.update(max_new_tokens=40, slots=2, capacity=1024, temperature=1.0, dtype="float32")
+  config.decode.update(max_new_tokens=40, max_branches=2, kv_capacity=1024, temperature=1.0, dtype="float32")
   prompts = [
     {"id": str(i), "prompt": text} for i, text in enumerate(["Plan a trip.", "Why?", "Name three birds."])
   ]
@@ -85,7 +85,7 @@ def test_wrong_input_is_one_clear_error(trained, tmp_path):
     command.decode_file(config, str(tmp_path / "empty.jsonl"), None)
   for field, value, words in (
     ("dtype", "bf16", "decode.dtype must be"),
-    ("requests", 0, "must be 1 or more"),
+    ("batch_size", 0, "must be 1 or more"),
   ):
     wrong = config.copy_and_resolve_references()
     wrong.decode[field] = value

@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.train.update(
     length=2048,
     batch_size=8,
-    accumulate=1,
+    grad_accum_steps=1,
     epochs=4.0,
     learning_rate=1e-5,
     warmup=0.0,
@@ -51,7 +51,9 @@ def get_config(arg: str = "") -> ConfigDict:
     checkpoint_every=500,
   )
   # Greedy decoding and nothing else, as in the paper.
-  c.decode.update(max_new_tokens=2048, capacity=4096, repetition_penalty=1.0, no_repeat=0, promise_bias=0.0)
+  c.decode.update(
+    max_new_tokens=2048, kv_capacity=4096, repetition_penalty=1.0, no_repeat=0, promise_bias=0.0
+  )
   c.preference.update(
     score="theoretical",
     per_token=False,  # as published; the defaults are ours
@@ -61,7 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
     temperature=1.0,
     length=2560,
     batch_size=8,
-    accumulate=4,
+    grad_accum_steps=4,
     learning_rate=1e-6,
     lora_rank=0,
     sample_dtype="bfloat16",

@@ -58,16 +58,16 @@ def fingerprint(examples: Sequence[Layout]) -> str:
 
 
 class DataIterator:
-  """The batches of a run's steps, one after another, each of `accumulate` batches stacked [A, B, …].
+  """The batches of a run's steps, one after another, each of `grad_accum_steps` batches stacked [A, B, …].
 
   `batches(i)` is the i-th one, or what this process needs of it; two threads make a few ahead. `identity`
   tells the data from others (`fingerprint`).
   """
 
-  def __init__(self, batches: Callable[[int], Batch], *, steps: int, accumulate: int, identity: str):
+  def __init__(self, batches: Callable[[int], Batch], *, steps: int, grad_accum_steps: int, identity: str):
     def of_step(step: int) -> Batch:
       return jax.tree.map(
-        lambda *x: np.stack(x), *(batches(step * accumulate + i) for i in range(accumulate))
+        lambda *x: np.stack(x), *(batches(step * grad_accum_steps + i) for i in range(grad_accum_steps))
       )
 
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)

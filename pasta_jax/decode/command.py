@@ -109,8 +109,8 @@ def decode_file(config, prompts_file: str, output: str | None) -> None:
       raise DecodeError(f"{prompts_file}, row {number}: {error}") from None
   decoder = Scheduler(
     generator.interpreter(d.parallel),
-    requests=min(d.requests, len(rows)),
-    width=min(d.slots, 4) if d.parallel else 1,
+    batch_size=min(d.batch_size, len(rows)),
+    branch_width=min(d.max_branches, 4) if d.parallel else 1,
   )
   bar, task = progress_bar("decoding", len(rows))
   with bar:

@@ -102,9 +102,11 @@ class Model:
     self.model = build.for_decoding(checkpoint.config, checkpoint.params, merge, jnp.dtype(d.dtype))
     # XLA's CPU backend multiplies one bfloat16 row slower than two, so there a step holds two at least.
     self._narrowest = 2 if d.dtype == "bfloat16" and jax.default_backend() == "cpu" else 1
-    slots = max(d.slots, self._narrowest)
+    slots = max(d.max_branches, self._narrowest)
     widths = tuple(w for w in (1, 2, 4, 8, 16, 32, 64) if self._narrowest <= w < slots) + (slots,)
-    buckets = tuple(b for b in (256, 512, 1024, 2048, 4096, 8192, 16384) if b < d.capacity) + (d.capacity,)
+    buckets = tuple(b for b in (256, 512, 1024, 2048, 4096, 8192, 16384) if b < d.kv_capacity) + (
+      d.kv_capacity,
+    )
     self.limits = Limits(
       max_new_tokens=d.max_new_tokens,
       max_threads=d.max_threads,

@@ -164,7 +164,7 @@ class Interpreter:
     if len(prompt) > longest:
       raise DecodeError(
         f"the prompt has {len(prompt)} tokens, the pool has room for {longest}: shorten it, or "
-        "raise decode.capacity"
+        "raise decode.kv_capacity"
       )
     size = min(padded_length(len(prompt)), self.limits.buckets[-1])
     padded = np.zeros(size, np.int32)

@@ -45,12 +45,12 @@ def pool_groups(needs: Sequence[int], places: int) -> list[tuple[int, list[int]]
 
 
 class Scheduler:
-  """Decodes lists of prompts, `requests` at a time, each with up to `width` branches a step."""
+  """Decodes lists of prompts, `batch_size` at a time, each with up to `branch_width` branches a step."""
 
-  def __init__(self, interpreter: Interpreter, *, requests: int, width: int):
-    if requests < 1 or width < 1:
-      raise DecodeError(f"requests and width must be 1 or more, not {requests} and {width}")
-    self.interpreter, self.requests, self.width = interpreter, requests, width
+  def __init__(self, interpreter: Interpreter, *, batch_size: int, branch_width: int):
+    if batch_size < 1 or branch_width < 1:
+      raise DecodeError(f"batch_size and branch_width must be 1 or more, not {batch_size} and {branch_width}")
+    self.interpreter, self.batch_size, self.branch_width = interpreter, batch_size, branch_width
     self._insert = jax.jit(
       lambda all_, one, r: jax.tree.map(lambda a, o: a.at[r].set(o), all_, one), donate_argnums=0
     )
@@ -61,14 +61,14 @@ class Scheduler:
   def _segment_pure(self, params: Any, states: State, sampling: Sampling, enough: jax.Array, *, features):
     """Runs until `enough` of the requests have ended."""
     model = nnx.merge(self.interpreter.graph, params)
-    one = partial(step, width=self.width, limits=self.interpreter.limits, features=features)
+    one = partial(step, width=self.branch_width, limits=self.interpreter.limits, features=features)
     many = jax.vmap(lambda state: one(model, state, self.interpreter.tables, sampling))
     states = jax.lax.while_loop(lambda s: (s.finish != UNFINISHED).sum() < enough, many, states)
     return states, states.finish
 
   def _sizes(self) -> list[int]:
     """How many requests run at once: all places, and halves of them while a queue runs dry."""
-    sizes = [self.requests]
+    sizes = [self.batch_size]
     while sizes[-1] > 2:
       sizes.append(-(-sizes[-1] // 2))
     return sizes
@@ -79,10 +79,10 @@ class Scheduler:
     Raises DecodeError if the pool cannot hold them.
     """
     it = self.interpreter
-    need = max(prompt_length + it.limits.max_new_tokens + self.width, padded_length(prompt_length))
-    if need > it.limits.buckets[-1] + self.width:
+    need = max(prompt_length + it.limits.max_new_tokens + self.branch_width, padded_length(prompt_length))
+    if need > it.limits.buckets[-1] + self.branch_width:
       raise DecodeError(
-        f"a prompt and its response may take {need} pool entries, decode.capacity is {it.limits.buckets[-1]}"
+        f"a prompt and its response may take {need} pool entries, decode.kv_capacity is {it.limits.buckets[-1]}"
       )
     step = max(
       128, 1 << (need - 1).bit_length() - 2
@@ -107,7 +107,7 @@ class Scheduler:
     longest = max(map(len, prompts), default=0)
     needs = [self._capacity(longest if one_pool_size else len(prompt)) for prompt in prompts]
     traces: dict[int, Trace] = {}
-    for capacity, members in pool_groups(needs, self.requests):
+    for capacity, members in pool_groups(needs, self.batch_size):
       start = self._starter(prompts, [sampling.seed] * len(prompts) if seeds is None else seeds, capacity)
       self._run_group(members, start, sampling, traces, done)
     return [traces[i] for i in range(len(prompts))]
@@ -140,7 +140,7 @@ class Scheduler:
     """Runs the requests of `queue`, whose pools have one size, and puts their traces into `traces`."""
     it = self.interpreter
     features, numbers = specialise(it.features, sampling), as_arrays(sampling)
-    size = min(s for s in self._sizes() if s >= min(len(queue), self.requests))
+    size = min(s for s in self._sizes() if s >= min(len(queue), self.batch_size))
     slots = [queue[r] if r < len(queue) else -1 for r in range(size)]
     queue = queue[size:]
     started = [start(i) for i in slots if i >= 0]
@@ -178,7 +178,7 @@ class Scheduler:
     """Compiles what prompts of this length need."""
     capacity = self._capacity(prompt_length)
     state = self.interpreter.start([1] * prompt_length, capacity=capacity)._replace(finish=jnp.int32(STOP))
-    states = jax.tree.map(lambda x: jnp.stack([x] * self.requests), state)
+    states = jax.tree.map(lambda x: jnp.stack([x] * self.batch_size), state)
     for size in self._sizes():
       states = self._choose(states, np.arange(size))
       states = self._insert(states, state, np.int32(0))

@@ -129,7 +129,7 @@ def batch_timer(
   limits = Limits(max_new_tokens=FLAGS.steps, max_threads=1, widths=(width,), buckets=(256, capacity))
   it = Interpreter(model, vocabulary, limits, StepFeatures(promises=False, guard=False, no_repeat=NO_REPEAT))
   features, numbers = specialise(it.features, SAMPLING), as_arrays(SAMPLING)
-  decoder = Scheduler(it, requests=requests, width=width)
+  decoder = Scheduler(it, batch_size=requests, branch_width=width)
   one = busy_state(it, 1, capacity)
 
   def measure() -> float:

@@ -28,9 +28,9 @@ from pasta_jax.utils.records import Records
 _FREE = (
   "live",
   "compare",
-  "requests",
+  "batch_size",
   "parallel",
-  "slots",
+  "max_branches",
   "speed",
 )  # fields of decode that no response depends on
 _PROMISES = (
@@ -49,7 +49,7 @@ def evaluate(config, workdir: Path) -> dict:
   names = list(dict.fromkeys(s.strip() for s in [*e.systems.split(","), e.baseline] if s.strip()))
   for name in names:
     entry_of(config, name)
-  for field in ("requests", "width"):
+  for field in ("batch_size", "branch_width"):
     if e[field] < 1:
       raise EvalError(f"eval.{field} must be 1 or more, not {e[field]}")
   requests, timed = _requests(e)
@@ -129,7 +129,11 @@ def settings_of(config, name: str, *, timed: bool) -> dict:
   if entry.decode == "skeleton":
     out |= {f"skeleton.{k}": v for k, v in config.skeleton.items()}
   if timed:
-    out |= {"repeats": e.repeats, "decode.slots": config.decode.slots, "machine": report.machine()}
+    out |= {
+      "repeats": e.repeats,
+      "decode.max_branches": config.decode.max_branches,
+      "machine": report.machine(),
+    }
   return out
 
 

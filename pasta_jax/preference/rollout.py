@@ -102,7 +102,9 @@ def draw(
     )
   if todo:
     generator = Model(config, adapter=adapter, dtype=c.sample_dtype)
-    decoder = Scheduler(generator.interpreter(True), requests=c.requests, width=c.width)
+    decoder = Scheduler(
+      generator.interpreter(True), batch_size=c.decode_batch_size, branch_width=c.branch_width
+    )
     encoded = {prompt: generator.encode(prompt, speed) for prompt in {r.prompt for r in todo}}
     sampling = dataclasses.replace(generator.sampling, temperature=c.temperature)
     started, tokens = time.perf_counter(), 0

@@ -82,7 +82,13 @@ def _check(config) -> tuple[list[str], StepCost | None]:
   for s in stages:
     if s not in STAGES:
       raise ValueError(f"preference.stages: {s!r} is none of {', '.join(STAGES)}")
-  for field, least in (("rounds", 1), ("samples", 2), ("requests", 1), ("width", 1), ("audit", 0)):
+  for field, least in (
+    ("rounds", 1),
+    ("samples", 2),
+    ("decode_batch_size", 1),
+    ("branch_width", 1),
+    ("audit", 0),
+  ):
     if c[field] < least:
       raise ValueError(f"preference.{field} must be {least} or more, not {c[field]}")
   if rollout.share_of(c.share) and stages != ["sample"]:

@@ -176,11 +176,11 @@ def _batches(c, mesh, of_pairs: bool) -> dict[str, jax.ShapeDtypeStruct]:
   fields |= {"masked_intervals": (rows, length, 1, 2)} | ({"answers": (rows, length)} if of_pairs else {})
   divided, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, ROWS), ()))
   out = {
-    name: jax.ShapeDtypeStruct((c.accumulate, *shape), jnp.int32, sharding=divided)
+    name: jax.ShapeDtypeStruct((c.grad_accum_steps, *shape), jnp.int32, sharding=divided)
     for name, shape in fields.items()
   }
   for name, shape in {"reference": (2 * rows, 2), "weight": (2 * rows,)}.items() if of_pairs else ():
-    out[name] = jax.ShapeDtypeStruct((c.accumulate, *shape), jnp.float32, sharding=whole)
+    out[name] = jax.ShapeDtypeStruct((c.grad_accum_steps, *shape), jnp.float32, sharding=whole)
   return out
 
 
@@ -204,12 +204,12 @@ def _compile(config, stage: str, model: ModelConfig, mesh: Mesh) -> Compiled:
       f"another mesh or remat may do"
     ) from None
   memory, kind = compiled.memory_analysis(), mesh.devices.flat[0].device_kind
-  flops = c.accumulate * step_flops(model, c.batch_size, c.length, full=c.lora_rank == 0)
+  flops = c.grad_accum_steps * step_flops(model, c.batch_size, c.length, full=c.lora_rank == 0)
   limits = chip(kind)
   return Compiled(
     stage=stage,
     parameters=sum(x.size for x in jax.tree.leaves(arguments[0].trainable)),
-    tokens=c.accumulate * c.batch_size * c.length,
+    tokens=c.grad_accum_steps * c.batch_size * c.length,
     state=memory.argument_size_in_bytes,
     temporary=memory.temp_size_in_bytes,
     memory=limits.memory if limits else float("nan"),

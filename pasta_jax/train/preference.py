@@ -108,7 +108,7 @@ def check_settings(c) -> None:
   check_counts(
     c,
     "preference",
-    dict(batch_size=2, accumulate=1, length=1, loss_chunk=1, checkpoint_every=1, steps=0, lora_rank=0),
+    dict(batch_size=2, grad_accum_steps=1, length=1, loss_chunk=1, checkpoint_every=1, steps=0, lora_rank=0),
   )
   if not c.steps and c.epochs <= 0:
     raise ValueError("preference.epochs must be above 0, or preference.steps say how many steps")
@@ -170,7 +170,7 @@ def train_on_pairs(
   pairs = [dataclasses.replace(p, reference=tuple(records.rows[k]["log_p"])) for p, k in zip(pairs, keys)]
 
   batches = PairBatches(pairs, **shape)
-  per_epoch = batches.steps_in_epoch(0) / c.accumulate
+  per_epoch = batches.steps_in_epoch(0) / c.grad_accum_steps
   total = c.steps or math.ceil(c.epochs * per_epoch)
   beta = c.beta or default_beta(c.loss, c.samples)
   print(f"{len(pairs)} pairs; {total} steps, {per_epoch:.0f} an epoch; {c.loss}, beta {beta:.4f}")
@@ -194,7 +194,7 @@ def train_on_pairs(
     feed = DataIterator(
       batches,
       steps=total,
-      accumulate=c.accumulate,
+      grad_accum_steps=c.grad_accum_steps,
       identity=fingerprint([e for p in pairs for e in (p.chosen, p.rejected)]),
     )
     state = run_steps(
@@ -214,7 +214,16 @@ def train_on_pairs(
 def recipe(c) -> dict:
   """The settings of `config.preference` that an adapter depends on; of files the names only."""
   found = json.loads(c.to_json_best_effort())
-  for field in ("stages", "audit", "requests", "width", "rounds", "weights", "share", "checkpoint_every"):
+  for field in (
+    "stages",
+    "audit",
+    "decode_batch_size",
+    "branch_width",
+    "rounds",
+    "weights",
+    "share",
+    "checkpoint_every",
+  ):
     del found[field]
   for field in ("prompts", "cost"):
     found[field] = Path(found[field]).name

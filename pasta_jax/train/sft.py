@@ -65,7 +65,7 @@ def check_settings(c) -> None:
     "train",
     dict(
       batch_size=1,
-      accumulate=1,
+      grad_accum_steps=1,
       length=1,
       loss_chunk=1,
       validate_every=1,
@@ -118,7 +118,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   shape = dict(batch_size=c.batch_size, length=c.length, levels=levels)
   batches, share = PackedBatches(data, seed=c.seed, **shape), local_rows(mesh, c.batch_size)
   validation = single_batches(held_out, **shape) if held_out else []
-  per_epoch = batches.steps_in_epoch(0) / c.accumulate
+  per_epoch = batches.steps_in_epoch(0) / c.grad_accum_steps
   total = c.steps or math.ceil(c.epochs * per_epoch)
   print(
     f"{len(data)} examples ({left_out}), {len(held_out)} held out; {total} steps, {per_epoch:.0f} an epoch"
@@ -128,7 +128,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   optimiser, schedule = make_optimizer(c, total)
   state = init_train_state(mesh, trainable, optimiser)
   update, evaluate = make_update(graph, optimiser, c)
-  flops = c.accumulate * step_flops(checkpoint.config, c.batch_size, c.length, full=c.lora_rank == 0)
+  flops = c.grad_accum_steps * step_flops(checkpoint.config, c.batch_size, c.length, full=c.lora_rank == 0)
   limits = chip(mesh.devices.flat[0].device_kind)
   peak = mesh.size * limits.peak if limits else 0.0
 
@@ -140,7 +140,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
     scalars |= {
       "learning_rate": float(schedule(step)),
       "epoch": (step + 1) / per_epoch,
-      "tokens_per_second": c.accumulate * c.batch_size * c.length / seconds,
+      "tokens_per_second": c.grad_accum_steps * c.batch_size * c.length / seconds,
     }
     if peak:
       scalars["mfu"] = flops / seconds / peak
@@ -154,7 +154,10 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   metadata = {"train": _recipe(config)} | (positions_of(rule) if c.annotation != "none" else {})
   with jax.set_mesh(mesh):
     feed = DataIterator(
-      lambda i: batches(i, share).as_dict(), steps=total, accumulate=c.accumulate, identity=fingerprint(data)
+      lambda i: batches(i, share).as_dict(),
+      steps=total,
+      grad_accum_steps=c.grad_accum_steps,
+      identity=fingerprint(data),
     )
     state = run_steps(
       config,

@@ -128,7 +128,7 @@ def make_optimizer(config, total_steps: int) -> tuple[optax.GradientTransformati
   fall = optax.linear_schedule(config.learning_rate, 0.0, total_steps - warmup)
   schedule = optax.join_schedules([rise, fall], [warmup])
   optimiser = optax.chain(
-    optax.clip_by_global_norm(config.clip),
+    optax.clip_by_global_norm(config.max_grad_norm),
     optax.adamw(schedule, b1=0.9, b2=config.adam_b2, weight_decay=config.weight_decay),
   )
   return optimiser, schedule

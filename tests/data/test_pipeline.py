@@ -50,7 +50,7 @@ def test_a_feed_goes_on_from_its_state():
   data = [example_of(n, 5 + n) for n in range(12)]
   packed = PackedBatches(data, batch_size=3, length=20, levels=1, seed=1)
   new = lambda share=None: DataIterator(
-    lambda i: packed(i, share).as_dict(), steps=7, accumulate=2, identity=fingerprint(data)
+    lambda i: packed(i, share).as_dict(), steps=7, grad_accum_steps=2, identity=fingerprint(data)
   )
   whole = new()
   expected, states = [], [whole.state()]

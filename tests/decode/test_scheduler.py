@@ -48,7 +48,7 @@ def alone(interpreter):
 
 @pytest.mark.parametrize("requests, width", [(3, 2), (16, 1), (5, 4)])
 def test_together_as_alone(interpreter, alone, requests, width):
-  decoder = Scheduler(interpreter, requests=requests, width=width)
+  decoder = Scheduler(interpreter, batch_size=requests, branch_width=width)
   for seed, expected in alone.items():
     interpreter.params = tiny.weights(seed, "habits")
     told: dict[int, tuple] = {}
@@ -71,7 +71,7 @@ def test_few_requests_join_those_of_the_next_pool():
 
 
 def test_warm_programs_are_not_compiled_again(interpreter):
-  decoder = Scheduler(interpreter, requests=5, width=2)
+  decoder = Scheduler(interpreter, batch_size=5, branch_width=2)
   decoder.precompile(3, SAMPLED)
   before = decoder._segment._cache_size()
   decoder.run([p for p in PROMPTS if len(p) < 10], SAMPLED)
@@ -79,7 +79,7 @@ def test_warm_programs_are_not_compiled_again(interpreter):
 
 
 def test_what_cannot_be_held_is_refused(interpreter):
-  with pytest.raises(DecodeError, match="may take .* pool entries, decode.capacity is 1024"):
-    Scheduler(interpreter, requests=2, width=1).run([[1] * 1000], SAMPLED)
+  with pytest.raises(DecodeError, match="may take .* pool entries, decode.kv_capacity is 1024"):
+    Scheduler(interpreter, batch_size=2, branch_width=1).run([[1] * 1000], SAMPLED)
   with pytest.raises(DecodeError, match="must be 1 or more"):
-    Scheduler(interpreter, requests=0, width=1)
+    Scheduler(interpreter, batch_size=0, branch_width=1)

@@ -36,10 +36,10 @@ def trained(tmp_path_factory):
   for name in ("baseline", "apar"):
     config.systems[name].adapter = config.model.adapter
   config.decode.update(
-    max_new_tokens=120, slots=2, capacity=1024, temperature=1.0, dtype="float32", promise_bias=5.0
+    max_new_tokens=120, max_branches=2, kv_capacity=1024, temperature=1.0, dtype="float32", promise_bias=5.0
   )
   config.skeleton.update(outline_tokens=24, point_tokens=16)
-  config.eval.update(requests=2, width=2, systems="pasta,baseline,sot")
+  config.eval.update(batch_size=2, branch_width=2, systems="pasta,baseline,sot")
   (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
   config.eval.prompts = str(folder / "prompts.jsonl")
   return config, folder
@@ -229,8 +229,8 @@ def test_the_page_in_a_browser(finished, tmp_path, dark):
 def test_skeletons(trained):
   config, _ = trained
   generator = Model(config, adapter="")
-  skeleton = Skeleton(generator, **config.skeleton, requests=2)
-  one = Skeleton(generator, **config.skeleton, requests=1)
+  skeleton = Skeleton(generator, **config.skeleton, batch_size=2)
+  one = Skeleton(generator, **config.skeleton, batch_size=1)
   conversations = [[{"role": "user", "content": text}] for text in ("Plan a trip.", "Why?")]
   records = skeleton.answer(conversations)
   assert [r["text"] for r in records] == [one.answer([c])[0]["text"] for c in conversations]
@@ -283,7 +283,7 @@ def test_wrong_settings_are_one_line(trained, tmp_path):
     ({"systems": "pasta,faster"}, "unknown system 'faster'"),
     ({"prompts": ""}, "name a file"),
     ({"limit": -1}, "eval.limit"),
-    ({"requests": 0}, "eval.requests must be 1 or more"),
+    ({"batch_size": 0}, "eval.batch_size must be 1 or more"),
     ({"timed": -2}, "eval.timed"),
     ({"judges": "friend"}, "'friend' is neither"),
     ({"judges": "llm"}, "name a model: --config.judge.model"),
@@ -362,8 +362,8 @@ def test_pilots_exit_code(trained, finished, tmp_path):
     f"--config.{part}.{field}={config[part][field]}"
     for part, fields in {
       "model": ("source", "adapter"),
-      "decode": ("max_new_tokens", "slots", "capacity", "temperature", "dtype", "promise_bias"),
-      "eval": ("requests", "width", "systems"),
+      "decode": ("max_new_tokens", "max_branches", "kv_capacity", "temperature", "dtype", "promise_bias"),
+      "eval": ("batch_size", "branch_width", "systems"),
       "skeleton": ("outline_tokens", "point_tokens"),
     }.items()
     for field in fields

@@ -40,7 +40,7 @@ def interpreter():
 
 @pytest.fixture(scope="module")
 def decoder(interpreter):
-  return Scheduler(interpreter, requests=12, width=2)
+  return Scheduler(interpreter, batch_size=12, branch_width=2)
 
 
 def sample(decoder, params, first_seed: int):

@@ -34,8 +34,8 @@ def start(tmp_path_factory):
   config.systems.baseline.adapter = config.model.adapter
   config.decode.update(
     max_new_tokens=90,
-    slots=2,
-    capacity=1024,
+    max_branches=2,
+    kv_capacity=1024,
     dtype="float32",
     promise_bias=5.0,
     no_repeat=0,
@@ -43,19 +43,19 @@ def start(tmp_path_factory):
   )
   (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
   config.eval.update(
-    requests=2, width=2, limit=2, prompts=str(folder / "prompts.jsonl"), judge_dtype="float32"
+    batch_size=2, branch_width=2, limit=2, prompts=str(folder / "prompts.jsonl"), judge_dtype="float32"
   )
   # A model of random weights is cut off nearly always, so nothing here is without faults.
   config.preference.update(
     prompts=str(folder / "prompts.jsonl"),
     samples=3,
     temperature=1.0,
-    requests=4,
+    decode_batch_size=4,
     weights="2",
     guards=False,
     length=320,
     batch_size=2,
-    accumulate=1,
+    grad_accum_steps=1,
     steps=3,
     learning_rate=1e-2,
     dtype="float32",
@@ -245,7 +245,9 @@ def test_other_settings_need_another_folder(whole, start):
 def test_samples_depend_on_their_own_seed_alone(start, tmp_path, whole):
   """Fewer prompts and other places beside them: the same samples."""
   requests = read_prompts(start.preference.prompts)[1:3]
-  drawn = rollout.draw(changed(start, requests=2), start.model.adapter, requests, tmp_path / "samples.jsonl")
+  drawn = rollout.draw(
+    changed(start, decode_batch_size=2), start.model.adapter, requests, tmp_path / "samples.jsonl"
+  )
   other = [dataclasses.replace(requests[0], prompt="Another prompt.")]
   with pytest.raises(ValueError, match="another prompt with the id '1#0'"):
     rollout.draw(start, start.model.adapter, other, tmp_path / "samples.jsonl")

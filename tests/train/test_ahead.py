@@ -87,7 +87,7 @@ def test_abstract_batches_are_those_that_are_packed():
   pairs = PairBatches([PreferencePair(example, example)], rows=2, length=128, levels=1, seed=0)(0)
   mesh = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
   for real, length in ((rows, 64), (pairs, 128)):
-    c = ConfigDict(dict(batch_size=2, length=length, accumulate=3))
+    c = ConfigDict(dict(batch_size=2, length=length, grad_accum_steps=3))
     shapes = ahead._batches(c, mesh, real is pairs)
     assert {n: (x.shape, x.dtype) for n, x in shapes.items()} == {
       n: ((3, *x.shape), x.dtype) for n, x in real.items()
@@ -101,7 +101,7 @@ def test_what_cannot_be_compiled():
     ahead.compile_steps(config)
   for field, value, message in (
     ("remat", "ful", "train.remat must be one of"),
-    ("accumulate", 0, "must be 1 or more"),
+    ("grad_accum_steps", 0, "must be 1 or more"),
     ("attention", "gpu", "train.attention=gpu is not for TPUs"),
     ("dtype", "float16", "train.dtype must be one of float32, bfloat16"),
   ):

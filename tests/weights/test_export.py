@@ -185,7 +185,7 @@ def test_merged_weights_come_back_bit_for_bit(place: str, made):
 def test_merged_weights_answer_alike(place: str, made):
   source, adapter, merged = made(place)
   settings = get_config()
-  settings.decode.update(dtype="float32", max_new_tokens=60, slots=2, promise_bias=6.0)
+  settings.decode.update(dtype="float32", max_new_tokens=60, max_branches=2, promise_bias=6.0)
   settings.model.update(source=str(source), adapter=str(adapter))
   ours = Model(settings)
   settings.model.update(source=str(merged), adapter="")

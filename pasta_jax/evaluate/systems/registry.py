@@ -52,7 +52,9 @@ class Threads:
     return to_record(trace, self.generator.vocabulary) | {"trace": to_json(trace)}
 
   def many(self, conversations: Sequence[Conversation], done: Callable[[int, dict], None]) -> None:
-    decoder = Scheduler(self.generator.interpreter(self.parallel), requests=self._requests, width=self._width)
+    decoder = Scheduler(
+      self.generator.interpreter(self.parallel), batch_size=self._requests, branch_width=self._width
+    )
     decoder.run(
       [self.tokens(c) for c in conversations],
       self.generator.sampling,
@@ -82,7 +84,7 @@ def _check(generator: Model, length: int) -> None:
   if length + limits.max_new_tokens > limits.buckets[-1]:
     raise DecodeError(
       f"it has {length} tokens and its answer up to {limits.max_new_tokens}, the pool has room for "
-      f"{limits.buckets[-1]}: shorten it, or raise decode.capacity"
+      f"{limits.buckets[-1]}: shorten it, or raise decode.kv_capacity"
     )
 
 
@@ -98,7 +100,7 @@ class TwoStage:
 
   def many(self, conversations: Sequence[Conversation], done: Callable[[int, dict], None]) -> None:
     group = (
-      4 * self._skeleton.requests
+      4 * self._skeleton.batch_size
     )  # what a kill may lose; fewer leave places empty at the end of each stage
     for first in range(0, len(conversations), group):
       for i, record in enumerate(self._skeleton.answer(conversations[first : first + group])):
@@ -137,10 +139,10 @@ def load_system(config, name: str, generators: dict[tuple[str, str], Model], *, 
     generators[key] = Model(config, adapter=entry.adapter, dtype=dtype)
   generator = generators[key]
   if entry.decode == "skeleton":
-    return TwoStage(Skeleton(generator, **config.skeleton, requests=1 if timed else e.requests))
+    return TwoStage(Skeleton(generator, **config.skeleton, batch_size=1 if timed else e.batch_size))
   speed = entry.get("speed", config.decode.speed if generator.speeds else -1)
   return Threads(
-    generator, parallel=entry.decode == "parallel", requests=e.requests, width=e.width, speed=speed
+    generator, parallel=entry.decode == "parallel", requests=e.batch_size, width=e.branch_width, speed=speed
   )
 
 

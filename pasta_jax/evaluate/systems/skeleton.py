@@ -62,12 +62,12 @@ def _numbered(points: Sequence[str]) -> str:
 
 
 class Skeleton:
-  """Answers conversations in two stages. `requests`: how many are answered at once; 1: by the clock."""
+  """Answers conversations in two stages. `batch_size`: how many are answered at once; 1: by the clock."""
 
   def __init__(
-    self, generator: Model, *, max_points: int, outline_tokens: int, point_tokens: int, requests: int
+    self, generator: Model, *, max_points: int, outline_tokens: int, point_tokens: int, batch_size: int
   ):
-    self.generator, self.requests, self._most = generator, requests, max_points
+    self.generator, self.batch_size, self._most = generator, batch_size, max_points
     self._outlines = generator.interpreter(False, max_new_tokens=outline_tokens)
     self._points = generator.interpreter(False, max_new_tokens=point_tokens)
     self._plain = generator.interpreter(False)
@@ -106,15 +106,15 @@ class Skeleton:
   def _run(self, interpreter, prompts: list[list[int]]) -> list[Trace]:
     if not prompts:
       return []
-    if self.requests == 1 and len(prompts) == 1:
+    if self.batch_size == 1 and len(prompts) == 1:
       return [interpreter.run(prompts[0], self.generator.sampling)]
     requests = (
-      self.requests if self.requests > 1 else next((b for b in BATCHES if b >= len(prompts)), BATCHES[-1])
+      self.batch_size if self.batch_size > 1 else next((b for b in BATCHES if b >= len(prompts)), BATCHES[-1])
     )
     key = (id(interpreter), requests)
     if key not in self._decoders:
-      self._decoders[key] = Scheduler(interpreter, requests=requests, width=1)
-    return self._decoders[key].run(prompts, self.generator.sampling, one_pool_size=self.requests == 1)
+      self._decoders[key] = Scheduler(interpreter, batch_size=requests, branch_width=1)
+    return self._decoders[key].run(prompts, self.generator.sampling, one_pool_size=self.batch_size == 1)
 
   def _prompt(self, before, text: str, begin: str) -> list[int]:
     """The messages `before`, a request, and the beginning of the answer to it."""
