@@ -156,7 +156,7 @@ class Checkpoints:
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(_plain(state)),
       data=ocp.args.JsonSave(data),
-      checkpoint_metadata=ocp.args.JsonSave(self._about),
+      about=ocp.args.JsonSave(self._about),
     )
     self._manager.save(int(state.step), args=items, force=force)
 
