@@ -91,7 +91,7 @@ class Interpreter:
     )
     self.graph, self.params = nnx.split(self.model)
     self._prefill = jax.jit(self._prefill_pure, static_argnames=("capacity",))
-    self._segment = jax.jit(self._segment_pure, static_argnames=("width", "switches"), donate_argnums=(1,))
+    self._segment = jax.jit(self._segment_pure, static_argnames=("width", "features"), donate_argnums=(1,))
     self._grow = jax.jit(grow, static_argnames=("capacity",))
 
   # Pure functions, compiled once for each static shape.

@@ -55,7 +55,7 @@ class Scheduler:
       lambda all_, one, r: jax.tree.map(lambda a, o: a.at[r].set(o), all_, one), donate_argnums=0
     )
     self._choose = jax.jit(lambda states, which: jax.tree.map(lambda x: x[which], states))
-    self._segment = jax.jit(self._segment_pure, static_argnames=("switches",), donate_argnums=(1,))
+    self._segment = jax.jit(self._segment_pure, static_argnames=("features",), donate_argnums=(1,))
     self._reseed = jax.jit(reseed)
 
   def _segment_pure(self, params: Any, states: State, sampling: Sampling, enough: jax.Array, *, features):
