@@ -15,6 +15,7 @@ from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import Scheduler
 from pasta_jax.decode.views.live import LiveView, figures_table
 from pasta_jax.decode.views.timeline import timeline_html, timeline_svg
+from pasta_jax.utils.files import write_atomic
 from pasta_jax.utils.progress import progress_bar
 
 
@@ -122,6 +123,4 @@ def decode_file(config, prompts_file: str, output: str | None) -> None:
   if target is None:
     sys.stdout.writelines(lines)
   else:
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text("".join(lines), "utf-8")
-    temporary.replace(target)
+    write_atomic(target, "".join(lines))

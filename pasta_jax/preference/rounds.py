@@ -38,6 +38,7 @@ from pasta_jax.preference import audit, front, rollout, selection
 from pasta_jax.preference.score import SPEEDUPS, StepCost
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.preference import check_settings, mesh_for, recipe, train_on_pairs
+from pasta_jax.utils.files import write_json_atomic
 from pasta_jax.utils.records import agree
 from pasta_jax.weights.adapter import has_tags, read_metadata
 from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
@@ -280,7 +281,7 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], fo
   report["training"] = last_scalars(folder / "train", share=0.25)  # one step holds few pairs
   if c.audit:
     report["learned"] = _learned(job, before, job.adapter(policy, number), picked)
-  _write_json(folder / "round.json", report)
+  write_json_atomic(folder / "round.json", report)
 
 
 def _audit(job: _Job, path: Path, policy: Path, number: int, samples: list[dict]) -> None:
@@ -299,19 +300,13 @@ def _audit(job: _Job, path: Path, policy: Path, number: int, samples: list[dict]
     print(
       f"the policy finds its samples likelier than the start does by {found['from_start']:.3f} nats a token"
     )
-  _write_json(path, found)
+  write_json_atomic(path, found)
 
 
 def _learned(job: _Job, before: Path, after: Path, picked: list[tuple[dict, dict]]) -> dict:
   """What became likelier in some of the pairs (`audit.gains`)."""
   few = audit.some(picked, job.config.preference.audit)
   return audit.gains(job.config, (job.checkpoint(before), before), (job.checkpoint(after), after), few)
-
-
-def _write_json(path: Path, found: dict) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(found, indent=2) + "\n")
-  temporary.replace(path)
 
 
 def _evaluate(job: _Job, number: int) -> None:

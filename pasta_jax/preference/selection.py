@@ -17,6 +17,7 @@ from pasta_jax.evaluate.metrics.measures import geometric_mean
 from pasta_jax.lang.layout import Layout, PositionRule, layout
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, faults
+from pasta_jax.utils.files import write_atomic
 
 Samples = Mapping[str, Sequence[dict]]  # of each prompt, by its id
 
@@ -149,6 +150,4 @@ def write_pairs(path: Path, pairs: Sequence[tuple[dict, dict]], weight: float) -
     }
     for b, w in pairs
   ]
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-  temporary.replace(path)
+  write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))

@@ -18,6 +18,7 @@ from pasta_jax.data.pipeline import Batch, DataIterator
 from pasta_jax.train import distributed
 from pasta_jax.train.metrics import MetricWriter
 from pasta_jax.train.state import Checkpoints, TrainState
+from pasta_jax.utils.files import write_atomic
 from pasta_jax.utils.progress import progress_bar
 
 Step = Callable[[int, TrainState, Batch], tuple[TrainState, dict[str, float]]]
@@ -135,9 +136,7 @@ def _write_config(path: Path, config, first: int) -> None:
     if changed:
       changes = ", ".join(f"{k} {before[k]} -> {now[k]}" for k in changed)
       print(f"resuming behind step {first} with other settings than before: {changes}")
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(config.to_json_best_effort(indent=2))
-  temporary.replace(path)
+  write_atomic(path, config.to_json_best_effort(indent=2))
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, object]:

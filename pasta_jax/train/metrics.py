@@ -5,6 +5,8 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from pasta_jax.utils.files import write_atomic
+
 
 class MetricWriter:
   """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`; later steps than a resume's are dropped."""
@@ -13,9 +15,7 @@ class MetricWriter:
     self._path = workdir / "metrics.jsonl"
     if self._path.exists():  # lines of steps that will be done again, and a line cut off by a kill
       kept = [line for line in self._path.read_text().splitlines() if 0 < _step(line) <= first_step]
-      temporary = self._path.with_name(self._path.name + ".tmp")
-      temporary.write_text("".join(line + "\n" for line in kept))
-      temporary.replace(self._path)
+      write_atomic(self._path, "".join(line + "\n" for line in kept))
     self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
   def write(self, step: int, scalars: dict[str, float]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pasta_jax.data.examples import DataError, read_jsonl
+from pasta_jax.utils.files import write_json_atomic
 
 
 class Request(Protocol):
@@ -33,9 +34,7 @@ def agree(what: Path, beside: Path, settings: dict[str, Any]) -> None:
         f"{what} was made with {name}={before.get(name)!r}, not {settings.get(name)!r}: choose "
         "another --workdir, or the settings of that run"
       )
-  temporary = beside.with_name(beside.name + ".tmp")
-  temporary.write_text(json.dumps(settings, indent=2) + "\n")
-  temporary.replace(beside)
+  write_json_atomic(beside, settings)
 
 
 def settings_beside(path: Path) -> Path:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.utils.files import atomic_path
 from pasta_jax.weights.arrays import aligned_empty, param_shapes, read_into
 
 FORMAT = "pasta-jax-adapter-1"
@@ -52,9 +53,8 @@ def write_adapter(path: Path, adapter: Adapter, config: ModelConfig) -> None:
     arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"] = a, b
   belongs = signature(config) | ({"tags": config.tag_ids} if adapter.tags is not None else {})
   header = {"format": FORMAT, "scale": repr(adapter.scale), "model": json.dumps(belongs), **adapter.metadata}
-  temporary = path.with_name(path.name + ".tmp")
-  save_file({k: np.asarray(v).astype(ml_dtypes.bfloat16) for k, v in arrays.items()}, temporary, header)
-  temporary.replace(path)
+  with atomic_path(path) as temporary:
+    save_file({k: np.asarray(v).astype(ml_dtypes.bfloat16) for k, v in arrays.items()}, temporary, header)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

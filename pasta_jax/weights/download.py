@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from pasta_jax.utils.files import write_atomic
 from pasta_jax.weights.arrays import WeightsError, stderr_console
 
 
@@ -173,9 +174,7 @@ def _is_intact(target: Path, release: Release) -> bool:
 
 def _remember(target: Path, release: Release) -> None:
   """Records that `target`, as it is now, has the right hash."""
-  partial = _sidecar(target).with_name(f"{target.name}.{os.getpid()}.tmp")
-  partial.write_text(json.dumps(_fingerprint(target, release)))
-  os.replace(partial, _sidecar(target))
+  write_atomic(_sidecar(target), json.dumps(_fingerprint(target, release)), shared=True)
 
 
 def _fingerprint(target: Path, release: Release) -> dict[str, str | int]:

@@ -7,7 +7,6 @@ kept by another thread.
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  (makes "bfloat16" a type of NumPy's)
@@ -15,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from pasta_jax.model.transformer import DTYPES
+from pasta_jax.utils.files import atomic_folder
 from pasta_jax.weights.adapter import Adapter, Merged, read_adapter
 from pasta_jax.weights.checkpoint import Checkpoint
 from pasta_jax.weights.hf_folder import hf_name, peft_prefix, save_hf_folder
@@ -98,13 +98,10 @@ def _save_peft(folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: st
     store("lm_head.token_adapter.trainable_tokens_delta", adapter.head_tags.T)
   if tags:
     config["trainable_token_indices"] = tags
-  temporary = folder.with_name(folder.name + ".tmp")
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
-  save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
-  (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-  checkpoint.tokenizer.save(temporary, ids if tags else ())
-  temporary.replace(folder)
+  with atomic_folder(folder) as temporary:
+    save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+    (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    checkpoint.tokenizer.save(temporary, ids if tags else ())
   said = f"an adapter for PEFT in {dtype}"
   if tags and (rows := max(ids) + 1) > checkpoint.config.vocab_size:
     said += f"; its tags need rows: call the model's resize_token_embeddings({rows}) before PeftModel.from_pretrained"

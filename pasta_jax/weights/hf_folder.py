@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.utils.files import atomic_folder
 from pasta_jax.weights.arrays import StoredParams, WeightsError, collect, param_shapes, read_json, rename
 from pasta_jax.weights.hf_config import describe, read_config, sees_images
 from pasta_jax.weights.tokenizer import Tokenizer
@@ -112,9 +112,6 @@ def save_hf_folder(
   The folder is made under another name first: it is there whole or not at all. One that stood there before
   is replaced.
   """
-  temporary = folder.with_name(folder.name + ".tmp")
-  shutil.rmtree(temporary, ignore_errors=True)
-  temporary.mkdir(parents=True)
   parts: list[list[str]] = [[]]
   size = 0
   for name, shape in param_shapes(config).items():
@@ -129,23 +126,22 @@ def save_hf_folder(
     if len(parts) == 1
     else [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
   )
-  for file, names in zip(files, parts):
-    tensors = {}
-    for name in names:
-      x = np.asarray(params[name], dtype)
-      tensors[hf_name(config, name)] = np.ascontiguousarray(x.T if name.endswith(".kernel") else x)
-    save_file(tensors, temporary / file, {"format": "pt"})
-  if len(files) > 1:
-    where = {hf_name(config, name): file for file, names in zip(files, parts) for name in names}
-    total = sum((temporary / file).stat().st_size for file in files)
-    (temporary / _INDEX).write_text(
-      json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
-    )
-  described = describe(config, tokenizer) | {"dtype": dtype} | ({"pasta": dict(pasta)} if pasta else {})
-  (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-  tokenizer.save(temporary, config.tag_ids if pasta else ())
-  shutil.rmtree(folder, ignore_errors=True)
-  temporary.replace(folder)
+  with atomic_folder(folder) as temporary:
+    for file, names in zip(files, parts):
+      tensors = {}
+      for name in names:
+        x = np.asarray(params[name], dtype)
+        tensors[hf_name(config, name)] = np.ascontiguousarray(x.T if name.endswith(".kernel") else x)
+      save_file(tensors, temporary / file, {"format": "pt"})
+    if len(files) > 1:
+      where = {hf_name(config, name): file for file, names in zip(files, parts) for name in names}
+      total = sum((temporary / file).stat().st_size for file in files)
+      (temporary / _INDEX).write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
+      )
+    described = describe(config, tokenizer) | {"dtype": dtype} | ({"pasta": dict(pasta)} if pasta else {})
+    (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    tokenizer.save(temporary, config.tag_ids if pasta else ())
   return [folder / file for file in files]
 
 

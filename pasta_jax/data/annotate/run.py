@@ -22,6 +22,7 @@ from pasta_jax.data.prompts import read_prompts
 from pasta_jax.data.sources import decontaminate, read_instructions
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.utils.endpoint import Caller, Endpoint
+from pasta_jax.utils.files import write_atomic, write_json_atomic
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import agree
 from pasta_jax.weights.checkpoint import load_checkpoint
@@ -77,8 +78,10 @@ def annotate(config, workdir: Path) -> dict:
     both = {d["response"] for d in done}
     report["other's figures"] = figures([r for r in other if r["response"] in both])
   for name, content in (("annotated", done), ("rejected", rejected)):
-    _write(workdir / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in content))
-  _write(workdir / "report.json", json.dumps(report, indent=2) + "\n")
+    write_atomic(
+      workdir / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in content)
+    )
+  write_json_atomic(workdir / "report.json", report)
   _show(report, workdir)
   return report
 
@@ -221,12 +224,6 @@ def _spread(rows: Sequence[dict]) -> list[dict]:
     of_kind = sorted((r for r in rows if kind(r) == name), key=lambda r: (len(r["response"]), r["id"]))
     chosen += [of_kind[(2 * i + 1) * len(of_kind) // (2 * count)] for i in range(min(count, len(of_kind)))]
   return chosen
-
-
-def _write(path: Path, text: str) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text, encoding="utf-8")
-  temporary.replace(path)
 
 
 def _show(report: dict, workdir: Path) -> None:

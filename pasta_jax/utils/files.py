@@ -1,0 +1,56 @@
+"""Atomic writes: a file or folder has its old content or its new one, whenever the process is killed.
+
+The new content is written to a temporary beside the target (same file system, the usual umask), which is then
+renamed. A kill may leave the temporary; the next write of the same target replaces it.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: Path, content: str | bytes, *, shared: bool = False) -> None:
+  """Replaces the content of `path`; text is written as UTF-8.
+
+  With `shared`, several processes may write the file at the same time: each uses a temporary of its own.
+  """
+  data = content.encode() if isinstance(content, str) else content
+  with atomic_path(path, shared=shared) as temporary:
+    temporary.write_bytes(data)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+  """Replaces the content of `path` with indented JSON."""
+  write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
+  """A path to write a file to; it replaces `path` when the block ends, and is deleted when the block raises."""
+  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
+  try:
+    yield temporary
+    temporary.replace(path)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    raise
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+  """An empty folder to fill; it replaces `folder` when the block ends, and is deleted when the block raises."""
+  temporary = folder.with_name(folder.name + ".tmp")
+  shutil.rmtree(temporary, ignore_errors=True)
+  temporary.mkdir(parents=True)
+  try:
+    yield temporary
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise
