@@ -18,9 +18,9 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from configs.smollm2_135m import get_config  # noqa: E402
-from pasta_jax.data.examples import read_jsonl  # noqa: E402
 from pasta_jax.decode.generator import Model  # noqa: E402
 from pasta_jax.decode.scheduler import Scheduler  # noqa: E402
+from pasta_jax.utils.jsonl import read_jsonl  # noqa: E402
 from pasta_jax.weights.checkpoint import load_checkpoint  # noqa: E402
 from pasta_jax.weights.export import export  # noqa: E402
 

@@ -12,10 +12,10 @@ from helpers.folders import trained_config
 from ml_collections import config_flags
 
 from configs.ablations import positions, preference
-from pasta_jax.data.examples import DataError
 from pasta_jax.decode import command
 from pasta_jax.decode.generator import DecodeError, Model
 from pasta_jax.lang.layout import STRATEGIES
+from pasta_jax.utils.jsonl import DataError
 from pasta_jax.weights.adapter import AdapterError
 
 ROOT = Path(__file__).parent.parent

@@ -7,17 +7,17 @@ workdir/report.html          what it holds (`data.report`)
 
 import collections
 import hashlib
-import json
 from pathlib import Path
 
 import rich.console
 
 from pasta_jax.data import report
 from pasta_jax.data.dataset import Responses, write
-from pasta_jax.data.examples import DataError, program_of
+from pasta_jax.data.examples import program_of
 from pasta_jax.data.sources import Source, decontaminate, read_instructions
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.utils.jsonl import DataError, write_jsonl
 
 
 def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> dict:
@@ -64,9 +64,7 @@ def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> di
   causes = dict(collections.Counter(r["cause"] for r in rejected))
   workdir.mkdir(parents=True, exist_ok=True)
   write(Responses(splits, {"figures": figures, "rejected": causes}, data_dir=str(workdir)))
-  (workdir / "rejected.jsonl").write_text(
-    "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected), "utf-8"
-  )
+  write_jsonl(workdir / "rejected.jsonl", rejected)
   page = report.page(splits["train"], facts["train"], figures, causes, vocabulary, rule)
   (workdir / "report.html").write_text(page, "utf-8")
   _show(figures, causes, target)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from pasta_jax.data.examples import DataError
+from pasta_jax.utils.jsonl import DataError
 
 Features = tfds.features
 _KEPT = ("id", "prompt", "response", "source")

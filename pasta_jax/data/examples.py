@@ -6,50 +6,20 @@ A row has `prompt`, `response`, `chunks` (character spans with topics, in order;
 
 import dataclasses
 import enum
-import gzip
-import json
 import re
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from pasta_jax.data import structure
+from pasta_jax.data.pipeline import parallel_map
 from pasta_jax.lang.cost import cost
 from pasta_jax.lang.layout import Layout, PositionRule, layout
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise, reading_order
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.utils.jsonl import DataError, read_jsonl
 
 ANNOTATIONS = ("plan", "structure", "none")
 _NUMBER = re.compile(r"\s*(?:\*\*|#{1,6} )?\(?\d{1,3}[.)]")
-
-
-class DataError(ValueError):
-  """A data file or row that cannot be used; the message names file and line."""
-
-
-def read_jsonl(path: str | Path) -> list[dict]:
-  """Rows of a JSON-lines file, plain or gzipped."""
-  path = Path(path)
-  if not path.is_file():
-    raise DataError(f"no such data file: {path}")
-  opener = gzip.open if path.suffix == ".gz" else open
-  try:
-    with opener(path, "rt", encoding="utf-8") as file:
-      lines = file.readlines()
-  except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # the middle two: a damaged .gz
-    raise DataError(f"{path}: {error}") from None
-  rows = []
-  for number, line in enumerate(lines, 1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from None
-    if not isinstance(row, dict):
-      raise DataError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
-    rows.append(row)
-  return rows
 
 
 def _fields(row: dict) -> tuple[str, list[dict], list[int]]:
@@ -203,10 +173,6 @@ def examples(
   chunked: list[Layout] = []
   plain: list[Layout] = []
   too_long = too_slow = 0
-  from pasta_jax.data.pipeline import (
-    parallel_map,
-  )  # here: grain takes a second to import, and decoding needs none of it
-
   lay_out = _LayOut(vocabulary, rule, annotation, max_length, min_speedup)
   for found in parallel_map(lay_out, rows, workers):
     if isinstance(found, str):

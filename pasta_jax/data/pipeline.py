@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
-import grain
 import jax
 import numpy as np
 
@@ -69,6 +68,8 @@ class DataIterator:
       return jax.tree.map(
         lambda *x: np.stack(x), *(batches(step * grad_accum_steps + i) for i in range(grad_accum_steps))
       )
+
+    import grain  # takes a second, and only training needs it
 
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     self._iterator = iter(grain.MapDataset.range(steps).map(of_step).to_iter_dataset(reading))

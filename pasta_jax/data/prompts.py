@@ -10,7 +10,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from pasta_jax.data.examples import read_jsonl
+from pasta_jax.utils.jsonl import read_jsonl
 
 
 class EvalError(ValueError):

@@ -8,19 +8,12 @@ A file is JSON lines (or one JSON list), parquet, or a folder that Hugging Face'
 
 import collections
 import dataclasses
-import gzip
-import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.ipc
-import pyarrow.parquet
-
-from pasta_jax.data.examples import DataError
+from pasta_jax.utils.jsonl import BadRow, DataError, parse_lines, parse_list, read_bytes
 
 LONGEST = 100_000  # characters of a prompt or response
 _USER, _MODEL = ("user", "human"), ("assistant", "gpt", "model")
@@ -64,18 +57,19 @@ def _rows(path: Path) -> Iterator[dict | str]:
   if path.is_dir() or path.suffix == ".parquet":
     yield from _tables(path)
     return
-  for raw in _lines(path):
-    try:
-      row = json.loads(raw.decode("utf-8"))
-      yield row if isinstance(row, dict) else "not an object"
-    except UnicodeDecodeError:
-      yield "not UTF-8"
-    except json.JSONDecodeError:
-      yield "not JSON"
+  data = read_bytes(path)
+  try:
+    parsed = parse_list(data) if data.lstrip()[:1] == b"[" else parse_lines(data)
+    yield from (row.cause if isinstance(row, BadRow) else row for _, row in parsed)
+  except ValueError as error:
+    raise DataError(f"{path}: {error}") from None
 
 
 def _tables(path: Path) -> Iterator[dict]:
   """Rows of a parquet file, or of the Arrow files that `datasets` saves."""
+  import pyarrow.ipc  # here: only these files need it
+  import pyarrow.parquet
+
   files = (
     [path] if path.suffix == ".parquet" else sorted(path.glob("*.arrow")) or sorted(path.glob("*.parquet"))
   )
@@ -93,23 +87,6 @@ def _tables(path: Path) -> Iterator[dict]:
         yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
       raise DataError(f"{file}: {' '.join(str(error).split())}") from None
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-  """Rows as bytes, so that a damaged one does not stop the others."""
-  if not path.is_file():
-    raise DataError(f"no such data file: {path}")
-  try:
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-  except (OSError, EOFError, zlib.error) as error:
-    raise DataError(f"{path}: {error}") from None
-  if data.lstrip()[:1] == b"[":
-    try:
-      yield from (json.dumps(row).encode() for row in json.loads(data))
-    except ValueError as error:
-      raise DataError(f"{path}: {error}") from None
-    return
-  yield from (line for line in data.split(b"\n") if line.strip())
 
 
 def _instruction(row: dict[str, Any]) -> dict[str, str] | str:

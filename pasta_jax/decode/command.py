@@ -1,7 +1,6 @@
 """`--mode=decode`: one prompt with a live view, or a file of prompts to a file of responses."""
 
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -9,13 +8,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pasta_jax.data.examples import read_jsonl
 from pasta_jax.decode.generator import DecodeError, Model, Response
 from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import Scheduler
 from pasta_jax.decode.views.live import LiveView, figures_table
 from pasta_jax.decode.views.timeline import timeline_html, timeline_svg
 from pasta_jax.utils.files import write_atomic
+from pasta_jax.utils.jsonl import read_jsonl, to_jsonl
 from pasta_jax.utils.progress import progress_bar
 
 
@@ -116,11 +115,8 @@ def decode_file(config, prompts_file: str, output: str | None) -> None:
   bar, task = progress_bar("decoding", len(rows))
   with bar:
     traces = decoder.run(prompts, generator.sampling, done=lambda i, trace: bar.advance(task))
-  lines = [
-    json.dumps({**row, **to_record(trace, generator.vocabulary)}, ensure_ascii=False) + "\n"
-    for row, trace in zip(rows, traces)
-  ]
+  answers = to_jsonl({**row, **to_record(trace, generator.vocabulary)} for row, trace in zip(rows, traces))
   if target is None:
-    sys.stdout.writelines(lines)
+    sys.stdout.write(answers)
   else:
-    write_atomic(target, "".join(lines))
+    write_atomic(target, answers)

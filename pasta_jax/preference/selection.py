@@ -2,7 +2,6 @@
 training."""
 
 import collections
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from pasta_jax.evaluate.metrics.measures import geometric_mean
 from pasta_jax.lang.layout import Layout, PositionRule, layout
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, faults
-from pasta_jax.utils.files import write_atomic
+from pasta_jax.utils.jsonl import write_jsonl
 
 Samples = Mapping[str, Sequence[dict]]  # of each prompt, by its id
 
@@ -150,4 +149,4 @@ def write_pairs(path: Path, pairs: Sequence[tuple[dict, dict]], weight: float) -
     }
     for b, w in pairs
   ]
-  write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+  write_jsonl(path, rows)

@@ -21,7 +21,7 @@ from absl import app, flags
 from ml_collections import config_flags
 from rich.table import Table
 
-from pasta_jax.data.examples import examples, read_jsonl
+from pasta_jax.data.examples import examples
 from pasta_jax.data.packing import Batch, fill_rows, pack_row
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
@@ -33,6 +33,7 @@ from pasta_jax.train.flops import chip, step_flops
 from pasta_jax.train.sft import make_update
 from pasta_jax.train.sharding import make_mesh, shard_put_batch
 from pasta_jax.train.state import init_train_state, make_model, make_optimizer
+from pasta_jax.utils.jsonl import read_jsonl
 from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
 
 FLAGS = flags.FLAGS

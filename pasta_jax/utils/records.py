@@ -1,5 +1,9 @@
-"""Rows of JSON lines that a run adds to and a resumed run does not make again, and the settings they were
-made with."""
+"""Finished work as JSON lines, with the settings that it depends on in a file beside: a resumed run repeats none
+of it, and rows made with other settings are never mixed in.
+
+    responses/pasta.jsonl            one row a request, appended as it finishes
+    responses/pasta.settings.json    the settings, flat
+"""
 
 import json
 import os
@@ -7,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from pasta_jax.data.examples import DataError, read_jsonl
 from pasta_jax.utils.files import write_json_atomic
+from pasta_jax.utils.jsonl import DataError, append_row, read_finished_lines
 
 
-class Request(Protocol):
-  """What a row answers (`evaluate.prompts.Request` is one)."""
+class Prompted(Protocol):
+  """What a row is the result of (`data.prompts.PromptTurn` is one)."""
 
   @property
   def id(self) -> str: ...
@@ -20,14 +24,16 @@ class Request(Protocol):
   def prompt(self) -> str: ...
 
 
-Asked = TypeVar("Asked", bound=Request)
+P = TypeVar("P", bound=Prompted)
 
 
 def agree(what: Path, beside: Path, settings: dict[str, Any]) -> None:
-  """Writes the settings that `what` is made with to `beside`; DataError, naming one, where others stand
-  there."""
+  """Writes the settings that `what` is made with to `beside`.
+
+  Raises DataError, naming one setting, if `beside` exists and differs.
+  """
   settings = json.loads(json.dumps(settings))
-  before = json.loads(beside.read_text()) if beside.exists() else settings
+  before = _read_settings(beside) if beside.exists() else settings
   for name in dict.fromkeys([*before, *settings]):
     if before.get(name) != settings.get(name):
       raise DataError(
@@ -37,55 +43,53 @@ def agree(what: Path, beside: Path, settings: dict[str, Any]) -> None:
   write_json_atomic(beside, settings)
 
 
+def _read_settings(path: Path) -> dict[str, Any]:
+  return json.loads(path.read_text())
+
+
 def settings_beside(path: Path) -> Path:
-  """Where the settings of a file of rows stand."""
+  """The file of the settings that belong to a file of rows."""
   return path.with_suffix(".settings.json")
 
 
 class Records:
-  """Rows by `id` in `path`. `settings` is what they depend on; rows made with others are not mixed with them.
+  """Rows by `id` in the file `path`; `settings` is what they depend on.
 
-  Raises DataError, naming the setting, when `path` holds such rows.
+  Raises DataError, naming one setting, if `path` has rows that were made with other settings.
   """
 
   def __init__(self, path: Path, settings: dict[str, Any]):
     self.path = path
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = settings_beside(path)
-    if path.exists():  # a run that was killed may have left a line without its end
-      written = path.read_bytes()
-      os.truncate(path, written.rfind(b"\n") + 1)
-    self.rows = {r["id"]: r for r in read_jsonl(path)} if path.exists() else {}
+    if path.exists():  # a kill may have cut off the last line
+      os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    self.rows = {row["id"]: row for row in read_finished_lines(path)}
     if not self.rows:
       beside.unlink(missing_ok=True)
     agree(path, beside, settings)
 
   def add(self, row: dict) -> None:
     self.rows[row["id"]] = row
-    with open(self.path, "a", encoding="utf-8") as file:
-      file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    append_row(self.path, row)
 
-  def missing(self, requests: Sequence[Asked]) -> list[Asked]:
+  def missing(self, requests: Sequence[P]) -> list[P]:
     return missing(self.path, self.rows, requests)
 
 
-def missing(path: Path, rows: Mapping[str, dict], requests: Sequence[Asked]) -> list[Asked]:
-  """Requests without a row in `path`. Raises DataError where a row answers another prompt of the same id."""
+def missing(path: Path, rows: Mapping[str, dict], requests: Sequence[P]) -> list[P]:
+  """Requests without a row in `path`. Raises DataError if a row has the id of a request but another prompt."""
   for r in requests:
     if (row := rows.get(r.id)) and row["prompt"] != r.prompt:
       raise DataError(
-        f"{path} holds a response to another prompt with the id {r.id!r}: choose another --workdir"
+        f"{path} has a response to another prompt with the id {r.id!r}: choose another --workdir"
       )
   return [r for r in requests if r.id not in rows]
 
 
 def read_records(path: Path) -> list[dict]:
-  """The rows of a file of records, the newest of each id; [] where there is none.
+  """The rows of a file of records, the newest of each id; [] if there is no file.
 
-  A line that is still being written, or that a kill cut off, is left out.
+  Another process may be writing to the file: a last line without its line break is ignored.
   """
-  if not path.exists():
-    return []
-  whole = path.read_bytes()
-  lines = whole[: whole.rfind(b"\n") + 1].decode("utf-8").split("\n")[:-1]
-  return list({row["id"]: row for row in map(json.loads, lines)}.values())
+  return list({row["id"]: row for row in read_finished_lines(path)}.values())

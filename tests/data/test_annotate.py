@@ -16,10 +16,11 @@ from configs.smollm2_135m import get_config
 from pasta_jax.data.annotate import check, measure, plan, prompts, units
 from pasta_jax.data.annotate.contexts import contexts
 from pasta_jax.data.annotate.run import _spread, annotate
-from pasta_jax.data.examples import DataError, program_of, read_jsonl
+from pasta_jax.data.examples import program_of
 from pasta_jax.lang.layout import PositionRule, is_visible, layout
 from pasta_jax.lang.program import Promise, reading_order
 from pasta_jax.utils.endpoint import Endpoint, EndpointError
+from pasta_jax.utils.jsonl import DataError, read_jsonl
 
 SEED = Path(__file__).parents[2] / "data" / "seed.jsonl"
 ROWS = read_jsonl(SEED)

@@ -12,9 +12,10 @@ import pytest
 
 from configs.smollm2_135m import get_config
 from pasta_jax.data import build, dataset, report
-from pasta_jax.data.examples import DataError, mix, program_of, read_jsonl
+from pasta_jax.data.examples import mix, program_of
 from pasta_jax.data.sources import read_instructions
 from pasta_jax.lang.layout import PositionRule
+from pasta_jax.utils.jsonl import DataError, read_jsonl
 
 SEED = Path(__file__).parents[2] / "data" / "seed.jsonl"
 ROWS = read_jsonl(SEED)

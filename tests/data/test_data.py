@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_language import BYTES
 from test_layout import trees, visible_matrix
 
-from pasta_jax.data.examples import DataError, examples, mix, program_of, read_jsonl
+from pasta_jax.data.examples import examples, mix, program_of
 from pasta_jax.data.packing import Batch, PackedBatches, fill_rows, pack_row, single_batches
 from pasta_jax.lang.cost import cost
 from pasta_jax.lang.layout import NO_TARGET, Layout, PositionRule, layout
@@ -22,6 +22,7 @@ from pasta_jax.lang.syntax import parse, print_program
 from pasta_jax.lang.thread import Thread
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.train.attention import attention_mask
+from pasta_jax.utils.jsonl import DataError, read_jsonl
 
 RELAXED = settings(deadline=None)
 SEED = Path(__file__).parents[2] / "data" / "seed.jsonl"
@@ -305,7 +306,7 @@ def test_mix_refuses_what_is_no_number(files: Path, times: str):
     [
         ("bad.jsonl", b'{"id": 1}\n{"id": \n', "bad.jsonl, line 2: not JSON (Expecting value)"),
         ("bad.jsonl", b'{"id": 1}\n\n[1]\n', "bad.jsonl, line 3: expected an object, found list"),
-        ("bad.jsonl", b'{"id": 1}\n{"id": "\xff"}\n', "bad.jsonl: "),
+        ("bad.jsonl", b'{"id": 1}\n{"id": "\xff"}\n', "bad.jsonl, line 2: not UTF-8 (invalid start byte at byte 8)"),
         ("bad.jsonl.gz", b"no gzip", "bad.jsonl.gz: "),
         ("bad.jsonl.gz", gzip.compress(b'{"id": 1}\n' * 99)[:-9], "bad.jsonl.gz: "),
     ],

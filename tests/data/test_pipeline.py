@@ -7,11 +7,12 @@ import pytest
 from test_data import example_of
 from test_training import LENGTH, RULE, settings, tiny  # noqa: F401  (a fixture)
 
-from pasta_jax.data.examples import DataError, examples, read_jsonl
+from pasta_jax.data.examples import examples
 from pasta_jax.data.packing import PackedBatches
 from pasta_jax.data.pipeline import DataIterator, fingerprint, parallel_map
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.train import sft
+from pasta_jax.utils.jsonl import DataError, read_jsonl
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pasta_jax.data.examples import DataError
 from pasta_jax.data.sources import LONGEST, decontaminate, ngrams, read_instructions
+from pasta_jax.utils.jsonl import DataError
 
 
 def write(path: Path, *rows) -> Path:

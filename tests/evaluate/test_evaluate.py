@@ -12,13 +12,13 @@ import pytest
 from helpers.folders import trained_config
 
 from configs.smollm2_135m import get_config
-from pasta_jax.data.examples import DataError
 from pasta_jax.data.prompts import EvalError, conversation, read_prompts
 from pasta_jax.decode.generator import Model
 from pasta_jax.evaluate.judges.likelihood import Likelihood
 from pasta_jax.evaluate.report import report
 from pasta_jax.evaluate.run import _requests, evaluate, pilot
 from pasta_jax.evaluate.systems.skeleton import Skeleton, parse_outline
+from pasta_jax.utils.jsonl import DataError
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pasta_jax.data.examples import read_jsonl
 from pasta_jax.evaluate.metrics.length_control import (
   check,
   fit_difficulty,
@@ -16,6 +15,7 @@ from pasta_jax.evaluate.metrics.length_control import (
   read_preferences,
   read_weights,
 )
+from pasta_jax.utils.jsonl import read_jsonl
 
 
 def sigmoid(x):

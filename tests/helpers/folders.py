@@ -11,10 +11,10 @@ from safetensors.numpy import save_file
 from tokenizers import decoders, pre_tokenizers, trainers
 
 from configs.smollm2_135m import get_config
-from pasta_jax.data.examples import read_jsonl
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.families import family_of
 from pasta_jax.train import sft
+from pasta_jax.utils.jsonl import read_jsonl
 from pasta_jax.weights.arrays import param_shapes
 
 SEED_DATA = Path(__file__).parents[2] / "data" / "seed.jsonl"

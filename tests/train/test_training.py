@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from configs.smollm2_135m import get_config
-from pasta_jax.data.examples import DataError, examples, program_of, read_jsonl
+from pasta_jax.data.examples import examples, program_of
 from pasta_jax.data.packing import PackedBatches, concatenate, pack_row
 from pasta_jax.decode.generator import Model
 from pasta_jax.lang.layout import NO_TARGET, PositionRule, layout
@@ -33,6 +33,7 @@ from pasta_jax.train import loop, sft
 from pasta_jax.train.attention import attention_mask
 from pasta_jax.train.losses import sft_loss, token_log_likelihood
 from pasta_jax.train.state import Checkpoints, TrainState, compute_model, make_model
+from pasta_jax.utils.jsonl import DataError, read_jsonl
 from pasta_jax.weights import build, lora
 from pasta_jax.weights.adapter import Merged, read_adapter, weights_of
 from pasta_jax.weights.arrays import WeightsError

@@ -16,7 +16,7 @@ from helpers.folders import SEED_DATA
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pasta_jax.data.examples import read_jsonl
+from pasta_jax.utils.jsonl import read_jsonl
 from pasta_jax.weights.arrays import WeightsError
 from pasta_jax.weights.checkpoint import load_checkpoint
 from pasta_jax.weights.download import RELEASES, cache_folder

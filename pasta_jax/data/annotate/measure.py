@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from pasta_jax.data.annotate.plan import skip_blanks
-from pasta_jax.data.examples import DataError
+from pasta_jax.utils.jsonl import DataError
 
 
 def boundaries(row: dict) -> set[tuple[str, int]]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pasta_jax.data.annotate import plan, units
 from pasta_jax.data.annotate.contexts import Context
-from pasta_jax.data.examples import DataError
+from pasta_jax.utils.jsonl import DataError
 
 Messages = list[dict[str, str]]
 

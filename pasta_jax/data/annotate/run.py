@@ -17,12 +17,12 @@ import rich.console
 from pasta_jax.data import report as data_report
 from pasta_jax.data import structure
 from pasta_jax.data.annotate import check, measure, plan, prompts
-from pasta_jax.data.examples import DataError, read_jsonl
 from pasta_jax.data.prompts import read_prompts
 from pasta_jax.data.sources import decontaminate, read_instructions
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.utils.endpoint import Caller, Endpoint
-from pasta_jax.utils.files import write_atomic, write_json_atomic
+from pasta_jax.utils.files import write_json_atomic
+from pasta_jax.utils.jsonl import DataError, read_jsonl, write_jsonl
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import agree
 from pasta_jax.weights.checkpoint import load_checkpoint
@@ -78,9 +78,7 @@ def annotate(config, workdir: Path) -> dict:
     both = {d["response"] for d in done}
     report["other's figures"] = figures([r for r in other if r["response"] in both])
   for name, content in (("annotated", done), ("rejected", rejected)):
-    write_atomic(
-      workdir / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in content)
-    )
+    write_jsonl(workdir / f"{name}.jsonl", content)
   write_json_atomic(workdir / "report.json", report)
   _show(report, workdir)
   return report

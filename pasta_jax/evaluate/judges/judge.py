@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pasta_jax.data.examples import read_jsonl
 from pasta_jax.data.prompts import EvalError
+from pasta_jax.utils.jsonl import read_rows
 
 Conversation = Sequence[Mapping[str, str]]  # messages with `role` and `content`; the last one is the user's
 
@@ -74,7 +74,7 @@ class FileJudge:
     self.settings = {"sha256": digest}
     self._found: dict[tuple[str, str], float] = {}
     try:
-      rows = json.loads(Path(path).read_text()) if path.endswith(".json") else read_jsonl(path)
+      rows = read_rows(path)
       for row in rows:
         if "generator_2" in row:
           if row.get("generator_1", baseline) != baseline:

@@ -31,7 +31,7 @@ import scipy.optimize
 import scipy.special
 from absl import app, flags
 
-from pasta_jax.data.examples import DataError, read_jsonl
+from pasta_jax.utils.jsonl import DataError, read_jsonl
 
 # Gaussian priors on (phi, psi): centre and curvature. GAMED's centre are the means of the published weights
 # of gpt4_1106_preview told to be verbose and concise; its rows count as 161 (2 x 805 at a tenth), each with

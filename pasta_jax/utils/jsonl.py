@@ -1,0 +1,118 @@
+"""Rows of data files: JSON lines, plain or gzipped, and the error of every file or row that cannot be used.
+
+`read_jsonl` stops at the first bad line; callers that count bad lines and go on use `read_bytes` and `parse_lines`.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pasta_jax.utils.files import write_atomic
+
+
+class DataError(ValueError):
+  """A data file or row that cannot be used; the message is one line and names the file and the line or row."""
+
+
+class BadRow(NamedTuple):
+  """What is wrong with a row."""
+
+  cause: str  # one of a few, to be counted
+  message: str
+
+
+Parsed = Iterator[tuple[int, dict | BadRow]]  # (line or index from 1, the row or what is wrong with it)
+
+
+def read_bytes(path: str | Path) -> bytes:
+  """The content of a file, unpacked if its name ends in .gz. Raises DataError if it is missing or damaged."""
+  path = Path(path)
+  if not path.is_file():
+    raise DataError(f"no such data file: {path}")
+  try:
+    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+  except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz
+    raise DataError(f"{path}: {error}") from None
+
+
+def parse_lines(data: bytes) -> Parsed:
+  """Each line that is not blank; a bad line does not stop the others."""
+  for number, line in enumerate(data.splitlines(), 1):
+    try:
+      text = line.decode("utf-8")
+      if text.strip():
+        yield number, _object(json.loads(text))
+    except UnicodeDecodeError as error:
+      yield number, BadRow("not UTF-8", f"not UTF-8 ({error.reason} at byte {error.start})")
+    except json.JSONDecodeError as error:
+      yield number, BadRow("not JSON", f"not JSON ({error.msg})")
+
+
+def parse_list(data: bytes) -> Parsed:
+  """Each entry of one JSON list. Raises ValueError if the data is not one."""
+  entries = json.loads(data)
+  if not isinstance(entries, list):
+    raise ValueError("expected a list of objects")
+  for number, entry in enumerate(entries, 1):
+    yield number, _object(entry)
+
+
+def _object(value: object) -> dict | BadRow:
+  if isinstance(value, dict):
+    return value
+  return BadRow("not an object", f"expected an object, found {type(value).__name__}")
+
+
+def _strict(parsed: Iterable[tuple[int, dict | BadRow]], path: str | Path, unit: str) -> list[dict]:
+  """All rows. Raises DataError for the first bad one."""
+  rows: list[dict] = []
+  for number, row in parsed:
+    if isinstance(row, BadRow):
+      raise DataError(f"{path}, {unit} {number}: {row.message}")
+    rows.append(row)
+  return rows
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+  """The rows of a file of JSON lines, plain or gzipped. Raises DataError."""
+  return _strict(parse_lines(read_bytes(path)), path, "line")
+
+
+def read_finished_lines(path: Path) -> list[dict]:
+  """The rows of a file that a process may be appending to; [] if there is none.
+
+  A last line without its line break is ignored: it is still being written, or a kill cut it off.
+  """
+  data = path.read_bytes() if path.exists() else b""
+  return _strict(parse_lines(data[: data.rfind(b"\n") + 1]), path, "line")
+
+
+def read_rows(path: str | Path) -> list[dict]:
+  """The rows of a file: one JSON list if its name ends in .json, else JSON lines. Raises DataError."""
+  if Path(path).suffix != ".json":
+    return read_jsonl(path)
+  data = read_bytes(path)
+  try:
+    parsed = list(parse_list(data))
+  except ValueError as error:
+    raise DataError(f"{path}: {error}") from None
+  return _strict(parsed, path, "row")
+
+
+def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
+  """One JSON object per line."""
+  return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+  """Replaces the content of `path`, atomically."""
+  write_atomic(path, to_jsonl(rows))
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+  """Adds a line to `path`."""
+  with open(path, "a", encoding="utf-8") as file:
+    file.write(to_jsonl([row]))
