@@ -11,7 +11,7 @@ from pasta_jax.lang.layout import NO_TARGET, Layout
 
 
 @dataclasses.dataclass
-class Batch:
+class PackedBatch:
   """Rows for the trainer; every leaf int32. B rows of T tokens, L nesting levels.
 
   `segment_ids` is 0 for padding and counts examples from 1 within a row; `masked_intervals` intervals are indices into
@@ -28,9 +28,9 @@ class Batch:
     return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
-def pack_row(examples: Sequence[Layout], length: int, levels: int) -> Batch:
+def pack_row(examples: Sequence[Layout], length: int, levels: int) -> PackedBatch:
   """One row (B = 1) that holds the examples one after another, padded to `length`."""
-  row = Batch(
+  row = PackedBatch(
     tokens=np.zeros((1, length), np.int32),
     positions=np.zeros((1, length), np.int32),
     masked_intervals=np.zeros((1, length, levels, 2), np.int32),
@@ -51,9 +51,11 @@ def pack_row(examples: Sequence[Layout], length: int, levels: int) -> Batch:
   return row
 
 
-def concatenate(rows: Sequence[Batch]) -> Batch:
+def concatenate(rows: Sequence[PackedBatch]) -> PackedBatch:
   """Rows stacked along B."""
-  return Batch(*(np.concatenate([getattr(r, f.name) for r in rows]) for f in dataclasses.fields(Batch)))
+  return PackedBatch(
+    *(np.concatenate([getattr(r, f.name) for r in rows]) for f in dataclasses.fields(PackedBatch))
+  )
 
 
 def fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
@@ -108,7 +110,7 @@ class PackedBatches:
     """Batches of an epoch; its last, incomplete batch is filled with rows of the same epoch's start."""
     return -(-len(self._rows(epoch)) // self.batch_size)
 
-  def __call__(self, step: int, share: Sequence[int] | None = None) -> Batch:
+  def __call__(self, step: int, share: Sequence[int] | None = None) -> PackedBatch:
     """Batch number `step`, counted over all epochs; of its rows those in `share`, or all."""
     epoch = 0
     while step >= self.steps_in_epoch(epoch):
@@ -122,7 +124,9 @@ class PackedBatches:
     )
 
 
-def single_batches(examples: Sequence[Layout], *, batch_size: int, length: int, levels: int) -> list[Batch]:
+def single_batches(
+  examples: Sequence[Layout], *, batch_size: int, length: int, levels: int
+) -> list[PackedBatch]:
   """Every example once, packed; the last batch is padded with empty rows. For validation."""
   rows = [[examples[i] for i in row] for row in fill_rows([len(e) for e in examples], length)]
   rows += [[]] * (-len(rows) % batch_size)

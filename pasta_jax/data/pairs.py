@@ -26,7 +26,7 @@ class PairBatches:
   step only.
 
   A batch is `rows` packed rows of `length` tokens and holds as many pairs as fit, one at least, `2 * rows` at
-  most. Its leaves are those of `packing.Batch`, and `answers` [B, T] int32: which answer a token belongs to
+  most. Its leaves are those of `packing.PackedBatch`, and `answers` [B, T] int32: which answer a token belongs to
   (2p is pair p's chosen one, 2p + 1 its rejected one, `4 * rows` none); `reference` [P, 2] float32 and
   `weight` [P] float32, 0 for places without a pair (P = 2 * rows).
   """

@@ -7,48 +7,42 @@ AlpacaEval's `dataset`.
 
 import collections
 import dataclasses
-import json
-from pathlib import Path
 
-from pasta_jax.utils.jsonl import read_jsonl
-
-
-class EvalError(ValueError):
-  """A request that cannot be evaluated; the message says what to change."""
+from pasta_jax.utils.jsonl import DataError, read_rows
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class PromptTurn:
   """One turn of one prompt: what a system answers."""
 
   id: str  # of the prompt; with "/1", "/2", … behind it where the prompt has several turns
   prompt: str  # what the user says in this turn
   category: str
-  earlier: tuple["Request", ...] = ()  # the turns before it
+  earlier: tuple["PromptTurn", ...] = ()  # the turns before it
 
 
 def read_prompts(
   path: str, *, limit: int = 0, categories: str = "", among: set[str] | None = None, part: str = "eval"
-) -> list[Request]:
+) -> list[PromptTurn]:
   """The file's requests, the turns of a prompt one behind the other.
 
   `limit`: so many prompts, spread evenly over the file, or all for 0; `categories`: of those that it names,
   comma-separated, or all; `among`: of those with one of these ids. `part` of the config is where they are
-  named. Raises EvalError naming file and row.
+  named. Raises DataError naming file and row.
   """
   if not path:
-    raise EvalError(f'name a file of JSON lines with "prompt": --config.{part}.prompts=FILE')
+    raise DataError(f'name a file of JSON lines with "prompt": --config.{part}.prompts=FILE')
   if limit < 0:
-    raise EvalError(f"{part}.limit must be 0 (all prompts) or more, not {limit}")
-  prompts = [_turns(row, number, path) for number, row in enumerate(_rows(path))]
+    raise DataError(f"{part}.limit must be 0 (all prompts) or more, not {limit}")
+  prompts = [_turns(row, number, path) for number, row in enumerate(read_rows(path))]
   if not prompts:
-    raise EvalError(f"{path} holds no prompt")
+    raise DataError(f"{path} holds no prompt")
   if twice := [i for i, n in collections.Counter(p[-1].id for p in prompts).items() if n > 1]:
-    raise EvalError(f"{path}: two prompts have the id {twice[0]!r}")
+    raise DataError(f"{path}: two prompts have the id {twice[0]!r}")
   if wanted := {c.strip() for c in categories.split(",") if c.strip()}:
     there = {p[0].category for p in prompts}
     if wanted - there:
-      raise EvalError(
+      raise DataError(
         f"{path} has no category {', '.join(sorted(wanted - there))}: it has {', '.join(sorted(there))}"
       )
     prompts = [p for p in prompts if p[0].category in wanted]
@@ -59,32 +53,19 @@ def read_prompts(
   return [request for p in prompts for request in p]
 
 
-def _rows(path: str) -> list[dict]:
-  """JSON lines, or AlpacaEval's form: one JSON list."""
-  if Path(path).suffix != ".json":
-    return read_jsonl(path)
-  try:
-    rows = json.loads(Path(path).read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise EvalError(f"{path}: {error}") from None
-  if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-    raise EvalError(f"{path}: expected a list of objects")
-  return rows
-
-
-def _turns(row: dict, number: int, path: str) -> list[Request]:
+def _turns(row: dict, number: int, path: str) -> list[PromptTurn]:
   turns = row.get("turns") or [row.get("prompt", row.get("instruction"))]
   if not isinstance(turns, list) or not all(isinstance(t, str) and t.strip() for t in turns):
-    raise EvalError(f'{path}: row {number + 1} has no text under "prompt", "instruction" or "turns"')
+    raise DataError(f'{path}: row {number + 1} has no text under "prompt", "instruction" or "turns"')
   name = str(row.get("id", row.get("question_id", number)))
   category = str(row.get("category", row.get("dataset", "")))
-  requests: list[Request] = []
+  requests: list[PromptTurn] = []
   for n, text in enumerate(turns, 1):
-    requests.append(Request(f"{name}/{n}" if len(turns) > 1 else name, text, category, tuple(requests)))
+    requests.append(PromptTurn(f"{name}/{n}" if len(turns) > 1 else name, text, category, tuple(requests)))
   return requests
 
 
-def conversation(request: Request, answers: dict[str, str]) -> list[dict[str, str]]:
+def conversation(request: PromptTurn, answers: dict[str, str]) -> list[dict[str, str]]:
   """The messages that a system answers; `answers` are its own texts for earlier turns, by id."""
   messages: list[dict[str, str]] = []
   for turn in request.earlier:

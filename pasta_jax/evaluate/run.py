@@ -16,9 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from pasta_jax.data.prompts import EvalError, Request, conversation, read_prompts
+from pasta_jax.data.prompts import PromptTurn, conversation, read_prompts
 from pasta_jax.decode.generator import DecodeError, Model, adapter_digest
 from pasta_jax.decode.interpreter import padded_length
+from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges import judging
 from pasta_jax.evaluate.report import report
 from pasta_jax.evaluate.systems.registry import System, entry_of, load_system
@@ -71,7 +72,7 @@ def evaluate(config, workdir: Path) -> dict:
   return report.write(workdir)
 
 
-def _requests(e) -> tuple[list[Request], list[Request]]:
+def _requests(e) -> tuple[list[PromptTurn], list[PromptTurn]]:
   """(requests to answer, those of them to time): prompts that `timed_prompts` names, else the first; `timed`
   of them.
 
@@ -94,7 +95,7 @@ def _requests(e) -> tuple[list[Request], list[Request]]:
   return requests, chosen if e.timed < 0 else chosen[: e.timed]
 
 
-def _note_run(path: Path, requests: list[Request]) -> None:
+def _note_run(path: Path, requests: list[PromptTurn]) -> None:
   """Writes what the report is about: the requests of the last call, and every machine and version that took
   part."""
   before = json.loads(path.read_text()) if path.exists() else {}
@@ -137,11 +138,11 @@ def settings_of(config, name: str, *, timed: bool) -> dict:
   return out
 
 
-def _row(request: Request, name: str, record: dict) -> dict:
+def _row(request: PromptTurn, name: str, record: dict) -> dict:
   return {"id": request.id, "prompt": request.prompt, "category": request.category, "system": name, **record}
 
 
-def answer(config, workdir: Path, names: list[str], requests: list[Request]) -> None:
+def answer(config, workdir: Path, names: list[str], requests: list[PromptTurn]) -> None:
   """Answers all requests with each system, many at a time; later turns behind the earlier ones."""
   generators: dict[tuple[str, str], Model] = {}
   for at, name in enumerate(names):
@@ -172,7 +173,7 @@ def answer(config, workdir: Path, names: list[str], requests: list[Request]) -> 
         system.many(conversations, done)
 
 
-def time_systems(config, workdir: Path, names: list[str], requests: list[Request]) -> None:
+def time_systems(config, workdir: Path, names: list[str], requests: list[PromptTurn]) -> None:
   """Answers the requests one at a time by the clock: every shape compiled before, systems interleaved.
 
   Where one system has not answered a prompt, all answer it again: what is compared was measured side by side.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pasta_jax.data.prompts import Request
+from pasta_jax.data.prompts import PromptTurn
 from pasta_jax.decode.generator import Model, adapter_digest
 from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import Scheduler
@@ -51,7 +51,7 @@ def share_of(share: str) -> tuple[int, int] | None:
   return int(number), int(count)
 
 
-def _own(requests: Sequence[Request], share: tuple[int, int] | None) -> Sequence[Request]:
+def _own(requests: Sequence[PromptTurn], share: tuple[int, int] | None) -> Sequence[PromptTurn]:
   return requests[share[0] - 1 :: share[1]] if share else requests
 
 
@@ -71,7 +71,7 @@ def _records(path: Path, settings: dict, share: tuple[int, int] | None) -> tuple
 
 
 def draw(
-  config, adapter: str, requests: Sequence[Request], path: Path, speed: int = -1, *, may_draw: bool = True
+  config, adapter: str, requests: Sequence[PromptTurn], path: Path, speed: int = -1, *, may_draw: bool = True
 ) -> dict[str, list[dict]]:
   """`config.preference.samples` samples of each request from the policy `adapter`, by the request's id.
 
@@ -130,7 +130,7 @@ def draw(
   return {r.id: [rows[f"{r.id}#{k}"] for k in range(c.samples)] for r in requests}
 
 
-def answers_of_baseline(config, requests: Sequence[Request], path: Path) -> dict[str, dict]:
+def answers_of_baseline(config, requests: Sequence[PromptTurn], path: Path) -> dict[str, dict]:
   """The baseline system's answers (`config.eval.baseline`) by id: what quality and speed are measured
   against."""
   name = config.eval.baseline

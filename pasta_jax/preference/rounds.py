@@ -28,7 +28,7 @@ import rich.console
 import rich.table
 
 from pasta_jax.data.pairs import PreferencePair
-from pasta_jax.data.prompts import Request, read_prompts
+from pasta_jax.data.prompts import PromptTurn, read_prompts
 from pasta_jax.decode.generator import adapter_path, source_of, with_speed
 from pasta_jax.evaluate.judges.judging import judges_of
 from pasta_jax.evaluate.run import evaluate
@@ -129,7 +129,7 @@ class _Job:
       raise ValueError("preference optimisation needs a judge: --config.eval.judges=local")
     self.judge = judges[0]
     c, e = config.preference, config.eval
-    self.requests: list[Request] = [
+    self.requests: list[PromptTurn] = [
       r for r in read_prompts(c.prompts, limit=c.limit, part="preference") if not r.earlier
     ]
     if "eval" in self.stages:

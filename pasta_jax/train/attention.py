@@ -21,7 +21,7 @@ from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.transformer import DTYPES, REMAT, Attend
 from pasta_jax.train.sharding import ROWS, constrain_rows, divides
 
-Batch = Mapping[str, jax.Array]  # the fields of data.packing.Batch
+Batch = Mapping[str, jax.Array]  # the fields of data.packing.PackedBatch
 KINDS = ("auto", "chunked", "tpu", "gpu", "interpret", "dense")
 
 

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from rich.table import Table
 
 from pasta_jax.data.examples import examples
-from pasta_jax.data.packing import Batch, fill_rows, pack_row
+from pasta_jax.data.packing import PackedBatch, fill_rows, pack_row
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import flash, tiles
@@ -52,7 +52,7 @@ flags.DEFINE_string("json", None, "write the figures to this file too")
 CHUNKS = 16  # of the long answer
 
 
-def causal_row(length: int) -> Batch:
+def causal_row(length: int) -> PackedBatch:
   """One example without chunks."""
   row = pack_row([], length, 1)
   row.segment_ids[:] = 1
@@ -60,7 +60,7 @@ def causal_row(length: int) -> Batch:
   return row
 
 
-def answer_row(length: int) -> Batch:
+def answer_row(length: int) -> PackedBatch:
   """One answer: an eighth of it before any chunk, chunks of equal length, and an eighth behind their sync."""
   row = causal_row(length)
   head = length // 8
@@ -71,7 +71,7 @@ def answer_row(length: int) -> Batch:
   return row
 
 
-def packed_row(vocabulary: Vocabulary, length: int) -> Batch:
+def packed_row(vocabulary: Vocabulary, length: int) -> PackedBatch:
   """Examples of `--data`, again and again until the row is full."""
   found = examples(
     read_jsonl(FLAGS.data), vocabulary, PositionRule(), annotation="plan", max_length=length
@@ -81,7 +81,7 @@ def packed_row(vocabulary: Vocabulary, length: int) -> Batch:
   return pack_row([found[i] for i in fill_rows([len(e) for e in found], length)[0]], length, levels)
 
 
-def attention_timer(kind: str, row: Batch, config: ModelConfig) -> tuple[Callable[[], float], int]:
+def attention_timer(kind: str, row: PackedBatch, config: ModelConfig) -> tuple[Callable[[], float], int]:
   """(seconds of a forward and backward pass over one row, bytes of temporary memory that it takes)."""
   dtype, length = jnp.dtype(FLAGS.dtype), row.tokens.shape[1]
   set_matmul_precision(FLAGS.dtype)
@@ -111,7 +111,7 @@ def _temporary(compiled) -> int:
   return memory.temp_size_in_bytes if memory else 0
 
 
-def visited(row: Batch, size: int) -> float:
+def visited(row: PackedBatch, size: int) -> float:
   """Tiles of `size` tokens in which anything is seen, as a share of those of a causal row."""
   batch = {name: jnp.asarray(x) for name, x in row.as_dict().items()}
   length = row.tokens.shape[1] // size * size

@@ -14,7 +14,7 @@ from test_language import BYTES
 from test_layout import trees, visible_matrix
 
 from pasta_jax.data.examples import examples, mix, program_of
-from pasta_jax.data.packing import Batch, PackedBatches, fill_rows, pack_row, single_batches
+from pasta_jax.data.packing import PackedBatch, PackedBatches, fill_rows, pack_row, single_batches
 from pasta_jax.lang.cost import cost
 from pasta_jax.lang.layout import NO_TARGET, Layout, PositionRule, layout
 from pasta_jax.lang.program import Program, Promise, Sync, Text, promises, reading_order
@@ -385,7 +385,7 @@ def test_example_longer_than_a_row_is_refused():
     fill_rows([3, 21], 20)
 
 
-def contents(batch: Batch) -> list[list[int]]:
+def contents(batch: PackedBatch) -> list[list[int]]:
   """For each row, the examples (of `example_of`) in it."""
   found = []
   for tokens, segment_ids in zip(batch.tokens, batch.segment_ids):
@@ -420,7 +420,7 @@ def test_batches(lengths: list[int], batch_size: int, seed: int, steps: list[int
     first += n
   for step in steps:
     resumed, again = make()(step), batches(step)
-    for field in dataclasses.fields(Batch):
+    for field in dataclasses.fields(PackedBatch):
       np.testing.assert_array_equal(getattr(resumed, field.name), getattr(again, field.name))
     assert resumed.tokens.shape == (batch_size, 20) and resumed.masked_intervals.shape == (
       batch_size,

@@ -12,8 +12,9 @@ import pytest
 from helpers.folders import trained_config
 
 from configs.smollm2_135m import get_config
-from pasta_jax.data.prompts import EvalError, conversation, read_prompts
+from pasta_jax.data.prompts import conversation, read_prompts
 from pasta_jax.decode.generator import Model
+from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.likelihood import Likelihood
 from pasta_jax.evaluate.report import report
 from pasta_jax.evaluate.run import _requests, evaluate, pilot
@@ -313,7 +314,7 @@ def test_wrong_settings_are_one_line(trained, tmp_path):
 def test_wrong_prompts_are_one_line(tmp_path, row, words):
   path = tmp_path / "prompts.jsonl"
   path.write_text(json.dumps(PROMPTS[0]) + "\n" + json.dumps(row))
-  with pytest.raises(EvalError, match=words):
+  with pytest.raises(DataError, match=words):
     read_prompts(str(path))
 
 

@@ -9,7 +9,7 @@ from helpers import loopback
 from helpers.loopback import KEY
 
 from configs.smollm2_135m import get_config
-from pasta_jax.data.prompts import EvalError
+from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.agreement import measure
 from pasta_jax.evaluate.judges.judge import Answer, FileJudge, Pair
 from pasta_jax.evaluate.judges.llm import LlmJudge, confidence_in_a, messages

@@ -17,7 +17,7 @@ import rich.table
 from absl import app, flags
 from ml_collections import config_flags
 
-from pasta_jax.data.prompts import EvalError
+from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.judge import Answer, Pair
 from pasta_jax.evaluate.judges.judging import judge_pairs, judges_of
 from pasta_jax.utils.jsonl import read_jsonl

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from pasta_jax.data.prompts import EvalError
+from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.utils.jsonl import read_rows
 
 Conversation = Sequence[Mapping[str, str]]  # messages with `role` and `content`; the last one is the user's

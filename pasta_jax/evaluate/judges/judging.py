@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pasta_jax.data.prompts import EvalError, Request, conversation
+from pasta_jax.data.prompts import PromptTurn, conversation
 from pasta_jax.decode.generator import Model, adapter_digest
+from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.judge import Answer, FileJudge, Judge, Pair
 from pasta_jax.evaluate.judges.llm import LlmJudge
 from pasta_jax.evaluate.judges.local import LocalJudge
@@ -59,13 +60,13 @@ def local_judge(config) -> LocalJudge:
   )
 
 
-def pairs_of(workdir: Path, name: str, baseline: str, requests: list[Request]) -> list[Pair]:
+def pairs_of(workdir: Path, name: str, baseline: str, requests: list[PromptTurn]) -> list[Pair]:
   """The requests' answers by a system and by the baseline, each behind its own answers to earlier turns."""
   rows = {
     n: {r["id"]: r for r in read_records(workdir / "responses" / f"{n}.jsonl")} for n in (name, baseline)
   }
 
-  def answer(n: str, request: Request) -> Answer:
+  def answer(n: str, request: PromptTurn) -> Answer:
     row = rows[n][request.id]
     return Answer(
       conversation(request, {i: r["text"] for i, r in rows[n].items()} if request.earlier else {}),
@@ -80,7 +81,7 @@ def pairs_of(workdir: Path, name: str, baseline: str, requests: list[Request]) -
   ]
 
 
-def judge(config, workdir: Path, names: list[str], requests: list[Request], judges: list[Judge]) -> None:
+def judge(config, workdir: Path, names: list[str], requests: list[PromptTurn], judges: list[Judge]) -> None:
   """Judges what has not been judged: `judgements/JUDGE/SYSTEM-against-BASELINE.jsonl`."""
   baseline = config.eval.baseline
   for j in judges:

@@ -21,7 +21,7 @@ import rich.console
 import rich.table
 
 from pasta_jax import __version__
-from pasta_jax.data.prompts import EvalError
+from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.metrics.length_control import length_controlled
 from pasta_jax.evaluate.metrics.measures import geometric_mean, grouped, length_class, natural, summarise
 from pasta_jax.evaluate.report import page, plots

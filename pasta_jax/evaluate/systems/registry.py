@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from pasta_jax.data.prompts import EvalError
 from pasta_jax.decode.generator import DecodeError, Model
 from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import Scheduler
 from pasta_jax.decode.trace import to_json
+from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.judge import Conversation
 from pasta_jax.evaluate.systems.skeleton import Skeleton
 
