@@ -52,9 +52,8 @@ def run() -> None:
   """One call a mode. Errors that a user can mend are ValueErrors and OSErrors of one line."""
   import jax
 
-  from pasta_jax.decode.generator import use_compilation_cache
   from pasta_jax.train import distributed
-  from pasta_jax.weights.download import cache_folder
+  from pasta_jax.utils.environment import cache_folder, use_compilation_cache
 
   if FLAGS.distributed:
     if FLAGS.mode != "train":

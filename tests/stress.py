@@ -37,7 +37,7 @@ NOT_COMPARED = ("tokens_per_second", "data_wait")
 
 def train(workdir: Path, steps: int, done) -> None:
   """The run, which counts its steps in `done`. No JAX array was made before it, so that it may be a fork."""
-  from pasta_jax.decode.generator import use_compilation_cache
+  from pasta_jax.utils.environment import use_compilation_cache
 
   use_compilation_cache(workdir.parent / "compiled")
   config = tiny.get_config()

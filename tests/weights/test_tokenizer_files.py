@@ -16,10 +16,11 @@ from helpers.folders import SEED_DATA
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pasta_jax.utils.environment import cache_folder
 from pasta_jax.utils.jsonl import read_jsonl
 from pasta_jax.weights.arrays import WeightsError
 from pasta_jax.weights.checkpoint import load_checkpoint
-from pasta_jax.weights.download import RELEASES, cache_folder
+from pasta_jax.weights.download import RELEASES
 from pasta_jax.weights.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")

@@ -10,17 +10,12 @@ whatever systems, timings and judgements there are.
 import dataclasses
 import json
 import math
-import os
-import platform
-import subprocess
 from pathlib import Path
 
-import jax
 import numpy as np
 import rich.console
 import rich.table
 
-from pasta_jax import __version__
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.metrics.length_control import length_controlled
 from pasta_jax.evaluate.metrics.measures import geometric_mean, grouped, length_class, natural, summarise
@@ -133,38 +128,6 @@ def summarise_run(run: Run) -> dict:
     "machine": " and ".join(run.machines),
     "systems": systems,
   }
-
-
-def version() -> str:
-  """The package's version, with the commit where this is a checkout."""
-  try:
-    done = subprocess.run(
-      ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-      capture_output=True,
-      text=True,
-      timeout=10,
-    )
-    commit = done.stdout.strip() if done.returncode == 0 else ""
-  except (OSError, subprocess.SubprocessError):
-    commit = ""
-  return f"{__version__} ({commit})" if commit else __version__
-
-
-def machine() -> str:
-  """Where this runs."""
-  cpu = platform.processor() or platform.machine()
-  try:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-  except OSError:
-    pass
-  device = jax.devices()[0]
-  what = (
-    f"{os.cpu_count()} cores of {cpu}"
-    if device.platform == "cpu"
-    else f"{device.device_kind}, {os.cpu_count()} CPU cores"
-  )
-  return f"{what}; jax {jax.__version__}"
 
 
 # The table: (heading, part of a system's entry, key, form).

@@ -1,0 +1,66 @@
+"""The environment of a run: cache folder, cache of compiled programs, machine and version for reports.
+
+JAX is imported where it is needed: fetching a model (`weights.download`) does without.
+"""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import pasta_jax
+
+
+def cache_folder() -> Path:
+  """$PASTA_CACHE, else pasta-jax in $XDG_CACHE_HOME or ~/.cache: fetched models and compiled programs."""
+  if chosen := os.environ.get("PASTA_CACHE"):
+    return Path(chosen).expanduser()
+  base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return Path(base).expanduser() / "pasta-jax"
+
+
+def use_compilation_cache(folder: Path) -> None:
+  """Keeps compiled programs in `folder` between runs; no error if it cannot be created."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError:
+    return
+  import jax
+
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def version() -> str:
+  """The package's version, followed by the commit if the package is in a Git checkout."""
+  try:
+    done = subprocess.run(
+      ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+      capture_output=True,
+      text=True,
+      timeout=10,
+    )
+    commit = done.stdout.strip() if done.returncode == 0 else ""
+  except (OSError, subprocess.SubprocessError):
+    commit = ""
+  return f"{pasta_jax.__version__} ({commit})" if commit else pasta_jax.__version__
+
+
+def machine() -> str:
+  """The first device, the number of CPU cores and the version of JAX."""
+  import jax
+
+  cpu = platform.processor() or platform.machine()
+  try:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+  except OSError:
+    pass
+  device = jax.devices()[0]
+  what = (
+    f"{os.cpu_count()} cores of {cpu}"
+    if device.platform == "cpu"
+    else f"{device.device_kind}, {os.cpu_count()} CPU cores"
+  )
+  return f"{what}; jax {jax.__version__}"
