@@ -1,7 +1,8 @@
-"""Language models behind HTTP: any OpenAI-compatible endpoint (OpenAI, vLLM, a llama.cpp server, …) or
-Google's Gemini API.
+"""Language models over HTTP: any OpenAI-compatible endpoint (OpenAI, vLLM, a llama.cpp server, …) or Google's
+Gemini API.
 
-Answers are kept in a file by the request's content, so that no call is paid twice, whatever interrupts a run.
+`Endpoint` makes one call, with retries. `Caller` makes many concurrently and caches every response in a file,
+keyed by the content of the request, so a restarted run repeats no paid call.
 """
 
 import concurrent.futures
@@ -22,32 +23,33 @@ from pathlib import Path
 from pasta_jax.utils.records import Records
 
 Messages = Sequence[Mapping[str, str]]
-_TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 529)
-_THIS_ONE = re.compile(
+_RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+# Status 400 with such a text concerns this request alone.
+_REFUSED = re.compile(
   r"content.?(filter|policy)|context.?(length|window)|maximum context|too long|safety", re.I
 )
 _URLS = {"openai": "https://api.openai.com/v1", "gemini": "https://generativelanguage.googleapis.com/v1beta"}
 
 
 class EndpointError(ValueError):
-  """An endpoint that cannot be asked, refuses, or does not answer; the message never holds the key."""
+  """An endpoint that is not configured, refuses, or does not respond; the message never contains the key."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint:
-  """Where a model answers, and how patient to be."""
+  """The address of a model, and the limits and retries of calls to it."""
 
   model: str
   kind: str = "openai"  # or "gemini"
-  url: str = ""  # "": the provider's own
-  key_env: str = ""  # environment variable that holds the key; "": OPENAI_API_KEY or GEMINI_API_KEY
+  url: str = ""  # "": the provider's
+  key_env: str = ""  # environment variable with the key; "": OPENAI_API_KEY or GEMINI_API_KEY
   max_tokens: int = 1
-  logprobs: bool = True  # ask for token probabilities; some servers refuse
+  logprobs: bool = True  # request token probabilities; some servers refuse
   concurrency: int = 8
-  retries: int = 6  # after the first attempt; waits double from one second, or are what the server says
+  retries: int = 6  # after the first attempt; delays double from one second, unless the server names one
   timeout: float = 60.0  # seconds
-  per_minute: int = 0  # calls that are begun, at most; 0: as many as there are
-  part: str = "judge"  # of the config, for messages
+  per_minute: int = 0  # limit on calls started; 0: none
+  part: str = "judge"  # section of the config, for messages
 
   def __post_init__(self):
     if self.kind not in _URLS:
@@ -59,19 +61,26 @@ class Endpoint:
         f"{self.part}: concurrency must be 1 or more, retries and per_minute 0 or more, timeout above 0"
       )
 
+  @classmethod
+  def from_config(cls, section, part: str, **fixed) -> "Endpoint":
+    """The endpoint that the section `part` of a config describes; its fields have the names of these.
+
+    `fixed` are fields that the section leaves to the caller. Raises EndpointError.
+    """
+    given = {f.name: getattr(section, f.name) for f in dataclasses.fields(cls) if hasattr(section, f.name)}
+    return cls(**given, part=part, **fixed)
+
   def _key(self) -> str:
     return os.environ.get(self.key_env or f"{self.kind.upper()}_API_KEY", "").strip()
 
   def require_key(self) -> None:
-    """Raises EndpointError where a provider needs a key and none is set; a server of one's own may need
-    none."""
+    """Raises EndpointError if the key is not set. With a `url`, a server of one's own, it is optional."""
     if not self._key() and not self.url:
-      raise EndpointError(
-        f"{self.part}: the key is read from ${self.key_env or self.kind.upper() + '_API_KEY'}, which is not set"
-      )
+      name = self.key_env or f"{self.kind.upper()}_API_KEY"
+      raise EndpointError(f"{self.part}: the key is read from ${name}, which is not set")
 
   def _request(self, messages: Messages) -> tuple[str, dict, dict[str, str]]:
-    """(address, body, headers) of a call."""
+    """(address, body, headers) of a call. Raises EndpointError if the key is not set."""
     self.require_key()
     base, key = (self.url or _URLS[self.kind]).rstrip("/"), self._key()
     if self.kind == "openai":
@@ -99,22 +108,24 @@ class Endpoint:
     return f"{base}/models/{self.model}:generateContent", body, {"x-goog-api-key": key} if key else {}
 
   def identity(self, messages: Messages) -> str:
-    """The same for the same call, whoever pays."""
+    """A hash of address and body: the same call has the same one, whatever the key."""
     address, body, _ = dataclasses.replace(self, url=self.url or _URLS[self.kind])._request(messages)
     return hashlib.sha256(json.dumps([address, body], sort_keys=True).encode()).hexdigest()[:32]
 
   def call(self, messages: Messages) -> dict:
-    """{"text": …, "log_p": {token: log p of it as the first token}, "tokens": [read, written]}; the latter
-    two are empty where the server does not say.
+    """The response: {"text": …, "log_p": {token: log p of it as the first token}, "tokens": [read, written]}.
 
-    All are empty, and `refused` says why, where the server will not answer this one request (its content is
-    filtered, or too long). Tries again, with growing waits, what may pass: limits, server errors, broken
-    answers, silence. Raises EndpointError when it does not pass, and at once for what will not (a wrong key,
-    an unknown model).
+    `log_p` and `tokens` are empty if the server does not return them. If the server refuses this request only
+    (filtered content, too long), all are empty and `refused` has the reason.
+
+    Retries rate limits, server errors, malformed responses and timeouts, with growing delays.
+
+    Raises:
+      EndpointError: the last retry failed, or the error is permanent (a wrong key, an unknown model).
     """
     address, body, headers = self._request(messages)
     if not all(value.isascii() and value.isprintable() for value in headers.values()):
-      raise EndpointError(f"{self.part}: the key holds characters that no key has")
+      raise EndpointError(f"{self.part}: the key has characters that no key has")
     request = urllib.request.Request(
       address, json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
     )
@@ -127,20 +138,20 @@ class Endpoint:
           return _read(self.kind, json.loads(answer.read()))
       except urllib.error.HTTPError as error:
         fault = self._without_key(f"status {error.code}: {_excerpt(error)}")
-        if error.code == 400 and _THIS_ONE.search(fault):
+        if error.code == 400 and _REFUSED.search(fault):
           return {"text": "", "log_p": {}, "tokens": [], "refused": fault}
-        if error.code not in _TRY_AGAIN:
+        if error.code not in _RETRIED:
           raise EndpointError(f"{address} refused, {fault}") from None
         asked = error.headers.get("Retry-After", "")
         wait = min(float(asked), 120.0) if asked.replace(".", "", 1).isdigit() else wait
       except (urllib.error.URLError, TimeoutError, http.client.HTTPException, OSError) as error:
         fault = self._without_key(str(getattr(error, "reason", error)) or type(error).__name__)
       except (ValueError, KeyError, IndexError, TypeError) as error:
-        fault = self._without_key(f"an answer of another form ({error!r})")
+        fault = self._without_key(f"malformed response ({error!r})")
     raise EndpointError(f"{address} gave no answer in {self.retries + 1} attempts; the last one: {fault}")
 
   def _without_key(self, text: str) -> str:
-    """The text as it may be shown."""
+    """The text with the key removed."""
     return text.replace(self._key(), "…") if self._key() else text
 
 
@@ -163,8 +174,7 @@ def _excerpt(error: urllib.error.HTTPError) -> str:
 
 
 def _read(kind: str, answer: dict) -> dict:
-  """`Endpoint.call`'s result; an answer without text (filtered, or cut before its first word) is an empty
-  one."""
+  """The result of `Endpoint.call`; an empty text if the response has none (filtered, or cut off)."""
   if kind == "openai":
     choice = answer["choices"][0]
     first = ((choice.get("logprobs") or {}).get("content") or [{}])[0]
@@ -187,13 +197,12 @@ def _counts(usage: object, *names: str) -> list[int]:
 
 
 class Caller:
-  """Makes calls side by side; each answer is written to `path` before it is used, and read from there ever
-  after."""
+  """Makes calls concurrently. Each response is stored in `path` before it is used; it is requested once."""
 
   def __init__(self, endpoint: Endpoint, path: Path):
     self._endpoint, self._records, self._lock = endpoint, Records(path, {}), threading.Lock()
-    self.paid = 0  # calls made, not read from the file
-    self._next = 0.0  # when the next call may begin, where they are limited
+    self.paid = 0  # calls made, as opposed to read from the file
+    self._next = 0.0  # with a limit: when the next call may start
 
   def _one(self, messages: Messages) -> dict:
     key = self._endpoint.identity(messages)
@@ -208,21 +217,23 @@ class Caller:
     return row
 
   def _wait(self) -> None:
-    """Until the endpoint's limit lets a call begin."""
+    """Sleeps until the limit permits another call."""
     if self._endpoint.per_minute:
       with self._lock:
         now = time.monotonic()
         at, self._next = max(now, self._next), max(now, self._next) + 60 / self._endpoint.per_minute
       time.sleep(at - now)
 
-  def map(self, calls: Sequence[Messages], done: Callable[[int, dict], None]) -> None:
-    """`done(i, answer)` for each call, as answers come. Calls under way are finished before an error is
-    raised."""
+  def map(self, calls: Sequence[Messages], on_answer: Callable[[int, dict], None]) -> None:
+    """Calls `on_answer(i, response)` for each call, in order of completion.
+
+    After an error, calls in progress finish (and are stored) before it is raised.
+    """
     with concurrent.futures.ThreadPoolExecutor(self._endpoint.concurrency) as pool:
       futures = {pool.submit(self._one, messages): i for i, messages in enumerate(calls)}
       try:
         for future in concurrent.futures.as_completed(futures):
-          done(futures[future], future.result())
+          on_answer(futures[future], future.result())
       except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)
         raise

@@ -30,7 +30,7 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
-  """A path to write a file to; it replaces `path` when the block ends, and is deleted when the block raises."""
+  """A path to write a file to; it replaces `path` when the block ends, or is deleted if that raises."""
   temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
   try:
     yield temporary
@@ -43,7 +43,7 @@ def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-  """An empty folder to fill; it replaces `folder` when the block ends, and is deleted when the block raises."""
+  """An empty folder to fill; it replaces `folder` when the block ends, or is deleted if that raises."""
   temporary = folder.with_name(folder.name + ".tmp")
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)

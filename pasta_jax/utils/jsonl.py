@@ -1,6 +1,6 @@
-"""Rows of data files: JSON lines, plain or gzipped, and the error of every file or row that cannot be used.
+"""Rows of data files, as JSON lines, plain or gzipped; and the error of a file or row that cannot be used.
 
-`read_jsonl` stops at the first bad line; callers that count bad lines and go on use `read_bytes` and `parse_lines`.
+`read_jsonl` stops at the first bad line; a caller that counts bad lines and goes on uses `parse_lines`.
 """
 
 import gzip
@@ -14,7 +14,7 @@ from pasta_jax.utils.files import write_atomic
 
 
 class DataError(ValueError):
-  """A data file or row that cannot be used; the message is one line and names the file and the line or row."""
+  """A data file or row that cannot be used; the message is one line that names file and row."""
 
 
 class BadRow(NamedTuple):

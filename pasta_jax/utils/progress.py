@@ -1,4 +1,4 @@
-"""A progress bar on stderr, for everything that takes long."""
+"""A progress bar on stderr, for every long operation."""
 
 import rich.console
 import rich.progress
@@ -7,7 +7,7 @@ import rich.progress
 def progress_bar(
   what: str, total: int, done: int = 0, *, visible: bool = True
 ) -> tuple[rich.progress.Progress, rich.progress.TaskID]:
-  """A bar with count and time left; `update(task, note=…)` shows figures behind it."""
+  """A bar with count and time left; `update(task, note=…)` shows figures after it."""
   bar = rich.progress.Progress(
     rich.progress.TextColumn("{task.description}"),
     rich.progress.BarColumn(),

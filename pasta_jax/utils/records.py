@@ -1,5 +1,5 @@
-"""Finished work as JSON lines, with the settings that it depends on in a file beside: a resumed run repeats none
-of it, and rows made with other settings are never mixed in.
+"""Finished work as JSON lines, and beside it the settings that it depends on: a resumed run repeats none of
+it, and rows made with other settings are never mixed in.
 
     responses/pasta.jsonl            one row a request, appended as it finishes
     responses/pasta.settings.json    the settings, flat
@@ -78,7 +78,7 @@ class Records:
 
 
 def missing(path: Path, rows: Mapping[str, dict], requests: Sequence[P]) -> list[P]:
-  """Requests without a row in `path`. Raises DataError if a row has the id of a request but another prompt."""
+  """Requests without a row in `path`. Raises DataError if a row's id is that of another prompt."""
   for r in requests:
     if (row := rows.get(r.id)) and row["prompt"] != r.prompt:
       raise DataError(

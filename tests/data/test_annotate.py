@@ -19,7 +19,7 @@ from pasta_jax.data.annotate.run import _spread, annotate
 from pasta_jax.data.examples import program_of
 from pasta_jax.lang.layout import PositionRule, is_visible, layout
 from pasta_jax.lang.program import Promise, reading_order
-from pasta_jax.utils.endpoint import Endpoint, EndpointError
+from pasta_jax.utils.endpoint import EndpointError
 from pasta_jax.utils.jsonl import DataError, read_jsonl
 
 SEED = Path(__file__).parents[2] / "data" / "seed.jsonl"
@@ -384,15 +384,3 @@ def test_settings_that_cannot_be_used_are_one_line(server, tmp_path: Path, monke
     with pytest.raises(ValueError, match=message):
       annotate(config, tmp_path / "run")
   assert not (tmp_path / "run").exists() and not server.calls
-
-
-def test_calls_keep_to_a_limit(server, tmp_path: Path, monkeypatch):
-  """The pauses that a caller takes add up to the limit's."""
-  from pasta_jax.utils.endpoint import Caller
-
-  paused: list[float] = []
-  monkeypatch.setattr("pasta_jax.utils.endpoint.time.sleep", paused.append)
-  monkeypatch.setattr("pasta_jax.utils.endpoint.time.monotonic", lambda: 100.0)
-  caller = Caller(Endpoint("m", url=server.url, per_minute=30, concurrency=3), tmp_path / "calls.jsonl")
-  caller.map([prompts.ask(r, []) for r in ROWS[:5]], lambda i, answer: None)
-  assert sorted(p for p in paused if p) == [2.0, 4.0, 6.0, 8.0] and caller.paid == 5

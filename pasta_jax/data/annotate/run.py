@@ -88,19 +88,7 @@ class _ByModel:
   """Plans from a model, asked again where they cannot be used, and checked."""
 
   def __init__(self, c, workdir: Path):
-    endpoint = Endpoint(
-      model=c.model,
-      kind=c.kind,
-      url=c.url,
-      key_env=c.key_env,
-      max_tokens=c.max_tokens,
-      logprobs=False,
-      concurrency=c.concurrency,
-      retries=c.retries,
-      timeout=c.timeout,
-      per_minute=c.per_minute,
-      part="annotate",
-    )
+    endpoint = Endpoint.from_config(c, part="annotate", logprobs=False)
     endpoint.require_key()
     self._shown = prompts.demonstrations(_spread(read_jsonl(c.demonstrations)))
     self._config, self._endpoint, self._path = c, endpoint, workdir / "calls.jsonl"

@@ -21,23 +21,7 @@ def judges_of(config) -> list[Judge]:
     if name == "local":
       judges.append(local_judge(config))
     elif name == "llm":
-      j = config.judge
-      judges.append(
-        LlmJudge(
-          Endpoint(
-            model=j.model,
-            kind=j.kind,
-            url=j.url,
-            key_env=j.key_env,
-            concurrency=j.concurrency,
-            retries=j.retries,
-            timeout=j.timeout,
-            max_tokens=j.max_tokens,
-            logprobs=j.logprobs,
-          ),
-          cache=j.cache,
-        )
-      )
+      judges.append(LlmJudge(Endpoint.from_config(config.judge, part="judge"), cache=config.judge.cache))
     elif name.endswith((".json", ".jsonl", ".jsonl.gz")):
       judges.append(FileJudge(name, config.eval.baseline))
     else:
