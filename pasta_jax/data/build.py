@@ -1,8 +1,8 @@
-"""Building a data set from files of annotated rows: checked, split, decontaminated, counted and shown.
+"""`--mode=build`: a data set from files of annotated rows, which are checked, decontaminated and split.
 
 workdir/responses/VERSION/   the TFDS data set (`data.dataset`)
-workdir/rejected.jsonl       rows that are not in it, each with its cause
-workdir/report.html          what it holds (`data.report`)
+workdir/rejected.jsonl       rows that were left out, each with the cause
+workdir/report.html          figures, histograms and samples (`data.report`)
 """
 
 import collections
@@ -23,9 +23,9 @@ from pasta_jax.utils.jsonl import DataError, write_jsonl
 def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> dict:
   """Builds `config.dataset` in `workdir`; returns its figures.
 
-  Rows without `chunks` are plain text. A row whose spans overlap, leave the response, or that the vocabulary
-  cannot express is rejected and named. `avoid` are prompts of evaluations. Raises DataError, one line, for
-  what cannot be used, and, with `dataset.strict`, for the first row that is rejected.
+  Rows without `chunks` are plain text. A row is rejected, and named in rejected.jsonl, if its spans overlap
+  or leave the response, or if the vocabulary cannot encode it. `avoid` are prompts of evaluations. Raises
+  DataError, one line, for unusable settings or files and, with `dataset.strict`, for the first rejected row.
   """
   c = config.dataset
   if not c.train:
@@ -34,7 +34,7 @@ def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> di
     raise DataError(f"dataset.validation_share must be in [0, 1), not {c.validation_share}")
   target = workdir / Responses.name / str(Responses.VERSION)
   if target.exists():
-    raise DataError(f"{target} is built already: name another --workdir")
+    raise DataError(f"{target} exists already: name another --workdir")
   rejected: list[dict] = []
   splits = {"train": _rows(c.train, vocabulary, avoid, rejected)}
   if c.validation:
@@ -72,7 +72,7 @@ def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> di
 
 
 def _rows(files: str, vocabulary: Vocabulary, avoid: list[str], rejected: list[dict]) -> list[dict]:
-  """Usable rows of several files; the others go to `rejected`."""
+  """Usable rows of several files; the others are appended to `rejected`."""
   whole = Source()
   for path in filter(None, (p.strip() for p in files.split(","))):
     source = read_instructions(path)

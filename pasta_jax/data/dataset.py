@@ -1,7 +1,7 @@
-"""Annotated responses as a TFDS data set in array_record files: built once, with statistics, read by any
-process.
+"""Annotated responses as a TFDS data set in array_record files, with statistics in its metadata.
 
-TensorFlow is not needed, neither to build nor to read.
+TensorFlow is needed neither to build nor to read it. Importing this module takes a second (TFDS): import it
+only where a data set is read or written.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ _KEPT = ("id", "prompt", "response", "source")
 
 
 class Responses(tfds.core.GeneratorBasedBuilder):
-  """Rows in the form of `data.examples`, by split. `figures` go into the data set's metadata."""
+  """Rows as `data.examples` describes them, by split; `figures` go into the metadata of the data set."""
 
   VERSION = tfds.core.Version("1.0.0")
-  code_path = None  # nothing is downloaded, so no checksums stand beside the code
+  code_path = None  # nothing is downloaded, so there are no checksums beside the code
 
   def __init__(self, splits: Mapping[str, Sequence[dict]], figures: Mapping[str, Any], **more):
     self._splits, self._figures = splits, figures
@@ -57,8 +57,7 @@ class Responses(tfds.core.GeneratorBasedBuilder):
 
 
 def write(builder: Responses) -> None:
-  """Writes the data set's files, which are there whole or not at all, without TFDS' own report on the
-  terminal."""
+  """Writes the files of the data set, atomically, without the progress report of TFDS."""
   target = Path(builder.data_dir)
   for stale in target.parent.glob("incomplete.*"):  # of a build that was killed
     shutil.rmtree(stale)
@@ -68,10 +67,10 @@ def write(builder: Responses) -> None:
 
 
 def read(folder: Path, split: str = "train") -> list[dict]:
-  """The rows of a built data set, in the order of its files. Raises DataError if it is none, or has no such
-  split."""
+  """The rows of a built data set, in the order of its files. Raises DataError if the folder is not a data set
+  or has no such split."""
   if not (folder / "dataset_info.json").is_file():
-    raise DataError(f"{folder} is no data set that --mode=build made: it has no dataset_info.json")
+    raise DataError(f"{folder} is not a data set of --mode=build: it has no dataset_info.json")
   builder = tfds.builder_from_directory(str(folder))
   if split not in builder.info.splits:
     raise DataError(f"{folder} has no split {split!r}, only {', '.join(builder.info.splits)}")

@@ -1,7 +1,7 @@
-"""Annotated responses: rows of JSON to programs to laid-out examples.
+"""Annotated responses: from JSON rows to programs to laid-out examples.
 
-A row has `prompt`, `response`, `chunks` (character spans with topics, in order; one may contain others) and
-`syncs` (a join stands before that character).
+A row has `prompt`, `response`, `chunks` (`start`, `end`, `topic`: character spans in order, possibly nested)
+and `syncs` (character offsets; the join precedes that character).
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ _NUMBER = re.compile(r"\s*(?:\*\*|#{1,6} )?\(?\d{1,3}[.)]")
 
 
 def _fields(row: dict) -> tuple[str, list[dict], list[int]]:
-  """Response, chunks (outer ones before those they contain) and syncs of a row, checked."""
+  """Response, chunks (outer ones before those they contain) and syncs of a row, validated. Raises
+  DataError."""
   name, response = row.get("id"), row.get("response")
   if not isinstance(response, str):
     raise DataError(f"row {name}: no response")
@@ -46,28 +47,28 @@ def _fields(row: dict) -> tuple[str, list[dict], list[int]]:
 def program_of(row: dict) -> Program:
   """The program that an annotated response describes.
 
-  Separators are placed where a thread can know them. Blanks at a chunk's end go to what follows it: to the
-  start of the next chunk, or to the promising thread. The number of a numbered item, with the blanks before
-  it, goes to the promising thread, which counts; other markers stay in the chunk. A sync at a chunk's first
-  character is the promising thread's. Raises DataError when spans overlap without nesting or leave the
-  response.
+  A separator belongs to a thread that can know it. Whitespace at the end of a chunk moves to what follows:
+  the start of the next chunk, or the promising thread. The number of a numbered item, with the whitespace
+  before it, moves to the promising thread, which counts the items; other markers stay in the chunk. A sync at
+  the first character of a chunk belongs to the promising thread. Raises DataError if spans overlap without
+  nesting or leave the response.
   """
   response, chunks, syncs = _fields(row)
   nodes = _nodes(response, 0, len(response), chunks, syncs, row.get("id"))
-  program = normalise([*nodes, *(Sync() for _ in syncs)])  # one at the very end stands before no character
+  program = normalise([*nodes, *(Sync() for _ in syncs)])  # one at the very end precedes no character
   assert reading_order(program) == response
   return program
 
 
 def _nodes(text: str, at: int, stop: int, chunks: Sequence[dict], syncs: list[int], name) -> list[Node]:
-  """Nodes of text[at:stop], whose chunks (nested ones behind those that contain them) are `chunks`.
+  """Nodes of text[at:stop], whose chunks (outer ones before those they contain) are `chunks`.
 
-  Text is read once from left to right: syncs that were placed are taken out of `syncs`.
+  Text is read once from left to right: syncs are removed from `syncs` as they are placed.
   """
   nodes: list[Node] = []
 
   def plain(until: int, last_sync: int):
-    """Text up to `until`, with the syncs at offsets up to `last_sync`."""
+    """Appends the text up to `until`, with the syncs at offsets up to `last_sync`."""
     nonlocal at
     while syncs and syncs[0] <= last_sync:
       s = syncs.pop(0)
@@ -100,12 +101,12 @@ def _nodes(text: str, at: int, stop: int, chunks: Sequence[dict], syncs: list[in
 
 @dataclasses.dataclass
 class Selection:
-  """Examples chosen for training, and why others were left out."""
+  """Examples chosen for training, and the numbers of rows left out, by cause."""
 
   examples: list[Layout]
   too_long: int
-  too_slow: int  # annotated, but with a theoretical speedup below the wanted one
-  too_plain: int  # without chunks, beyond their share
+  too_slow: int  # with chunks, but a theoretical parallelism below `min_speedup`
+  too_plain: int  # without chunks, beyond `plain_share`
 
 
 class _Left(enum.Enum):
@@ -117,8 +118,8 @@ class _Left(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class _LayOut:
-  """A row to (whether its plan has chunks, its layout), or why it is left out, or what is wrong with it:
-  workers hand over results, not exceptions."""
+  """Maps a row to (whether its plan has chunks, its layout), or to why it is left out, or to an error
+  message: workers return results rather than exceptions."""
 
   vocabulary: Vocabulary
   rule: PositionRule
@@ -133,7 +134,7 @@ class _LayOut:
       prompt = self.vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
     except DataError as error:
       return str(error)
-    except (ValueError, KeyError) as error:  # a character that the vocabulary lacks; no prompt
+    except (ValueError, KeyError) as error:  # a character that the vocabulary lacks; no prompt in the row
       return f"row {row.get('id')}: {error}"
     fits = lambda thread: len(prompt) + thread.total_tokens <= self.max_length
     if not fits(thread):
@@ -159,14 +160,19 @@ def examples(
   plain_share: float = 1.0,
   workers: int = 0,
 ) -> Selection:
-  """Lays out the rows to train on, annotated by their `plan`, by their `structure` (`data.structure`), or by
-  `none`.
+  """Lays out rows for training.
 
-  Left out: examples of more than `max_length` tokens; those with chunks whose theoretical speedup is below
-  `min_speedup`; and, of those without chunks, the last ones beyond `plain_share` of all that stay. The choice
-  is made by the plans, so that Baseline-SFT ("none") and APAR ("structure") get the same rows; a row whose
-  structure does not fit `max_length` is then laid out without chunks. `workers` processes share the work,
-  some milliseconds a row; 0: this one does it.
+  Args:
+    annotation: the chunks to use: those of the row ("plan"), those of its form ("structure",
+      `data.structure`), or none ("none").
+    max_length: longest example, in tokens.
+    min_speedup: smallest theoretical parallelism of a row with chunks.
+    plain_share: largest share of rows without chunks; the last ones beyond it are left out.
+    workers: processes that share the work, a few milliseconds a row; 0: this one.
+
+  Rows are selected by their plans whatever the `annotation`, so Baseline-SFT ("none") and APAR ("structure")
+  train on the same rows; a row whose structure exceeds `max_length` is laid out without chunks. Raises
+  DataError for the first unusable row.
   """
   if annotation not in ANNOTATIONS:
     raise DataError(f"annotation must be one of {', '.join(ANNOTATIONS)}, not {annotation!r}")
@@ -187,8 +193,11 @@ def examples(
 
 
 def mix(files: str) -> list[dict]:
-  """Rows of several files: "a.jsonl*2,b.jsonl.gz" reads the first one's rows twice an epoch. A folder is a
-  data set that `data.build` made, "folder:validation" another split of it than its "train"."""
+  """Rows of several files, comma-separated: "a.jsonl*2,b.jsonl.gz" has the rows of the first file twice.
+
+  A folder is a data set of `data.build`: its split "train", or another as "folder:validation". Raises
+  DataError.
+  """
   rows: list[dict] = []
   for entry in filter(None, (e.strip() for e in files.split(","))):
     path, star, times = entry.partition("*")
@@ -196,7 +205,7 @@ def mix(files: str) -> list[dict]:
       raise DataError(f"data: {entry!r} is not of the form FILE or FILE*TIMES")
     folder, colon, split = path.rpartition(":")
     if Path(path).is_dir() or colon and Path(folder).is_dir():
-      from pasta_jax.data import dataset  # here: it takes a second to import, and few need it
+      from pasta_jax.data import dataset  # here: importing TFDS takes a second
 
       found = dataset.read(Path(path)) if Path(path).is_dir() else dataset.read(Path(folder), split)
     else:

@@ -1,5 +1,7 @@
-"""Examples to fixed shapes: several in a row, told apart by segment ids; the order a function of seed and
-step."""
+"""Packing: several examples in a row of fixed length, separated by segment ids.
+
+Batch `step` is a function of (seed, step) alone, so a resumed run needs to know the step only.
+"""
 
 import dataclasses
 import threading
@@ -14,7 +16,7 @@ from pasta_jax.lang.layout import NO_TARGET, Layout
 class PackedBatch:
   """Rows for the trainer; every leaf int32. B rows of T tokens, L nesting levels.
 
-  `segment_ids` is 0 for padding and counts examples from 1 within a row; `masked_intervals` intervals are indices into
+  `segment_ids` is 0 for padding and counts examples from 1 within a row; `masked_intervals` are indices into
   the row. A query at q sees a key at k iff `layout.is_visible` says so and their segments are equal.
   """
 
@@ -29,7 +31,8 @@ class PackedBatch:
 
 
 def pack_row(examples: Sequence[Layout], length: int, levels: int) -> PackedBatch:
-  """One row (B = 1) that holds the examples one after another, padded to `length`."""
+  """One row (B = 1): the examples one after another, padded to `length`. Raises ValueError for too few
+  levels."""
   row = PackedBatch(
     tokens=np.zeros((1, length), np.int32),
     positions=np.zeros((1, length), np.int32),
@@ -43,7 +46,7 @@ def pack_row(examples: Sequence[Layout], length: int, levels: int) -> PackedBatc
     row.tokens[0, where], row.positions[0, where], row.targets[0, where] = e.tokens, e.positions, e.targets
     own = e.masked_intervals.shape[1]
     if own > levels and e.masked_intervals[:, levels:].any():
-      raise ValueError(f"an example nests chunks {own} deep, the batch holds {levels} levels")
+      raise ValueError(f"an example nests chunks {own} deep, the batch has {levels} levels")
     filled = e.masked_intervals[:, :levels]
     row.masked_intervals[0, where, : filled.shape[1]] = filled + at * (filled[..., 1:] > 0)
     row.segment_ids[0, where] = number
@@ -59,7 +62,7 @@ def concatenate(rows: Sequence[PackedBatch]) -> PackedBatch:
 
 
 def fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
-  """Indices of examples for each row: first fit in the given order.
+  """Indices of the examples of each row: first fit, in the given order.
 
   Raises ValueError if an example is longer than a row.
   """

@@ -1,5 +1,5 @@
-"""Pairs of answers to fixed shapes: both in the rows of one batch, which a preference loss needs side by
-side."""
+"""Preference pairs in batches of fixed shape: both answers of a pair are in the same batch, as the loss
+requires."""
 
 import dataclasses
 import threading
@@ -13,7 +13,7 @@ from pasta_jax.lang.layout import Layout
 
 @dataclasses.dataclass(frozen=True)
 class PreferencePair:
-  """Two laid-out answers to one prompt, the better one first, and the reference model's log p of each
+  """Two laid-out answers to one prompt, the better one first, with the reference model's log p of each
   (nats)."""
 
   chosen: Layout
@@ -22,13 +22,12 @@ class PreferencePair:
 
 
 class PairBatches:
-  """Endless batches of whole pairs; number `step` is a function of (seed, step) alone, so resuming needs the
-  step only.
+  """An endless sequence of batches of whole pairs; batch `step` is a function of (seed, step) alone.
 
-  A batch is `rows` packed rows of `length` tokens and holds as many pairs as fit, one at least, `2 * rows` at
-  most. Its leaves are those of `packing.PackedBatch`, and `answers` [B, T] int32: which answer a token belongs to
-  (2p is pair p's chosen one, 2p + 1 its rejected one, `4 * rows` none); `reference` [P, 2] float32 and
-  `weight` [P] float32, 0 for places without a pair (P = 2 * rows).
+  A batch is `rows` packed rows of `length` tokens with as many pairs as fit, at least one, at most `2 *
+  rows`. Its leaves are those of `packing.PackedBatch`, and `answers` [B, T] int32: which answer a token
+  belongs to (2p is pair p's chosen one, 2p + 1 its rejected one, `4 * rows` none); `reference` [P, 2] float32
+  and `weight` [P] float32, 0 for entries without a pair (P = 2 * rows).
   """
 
   def __init__(self, pairs: Sequence[PreferencePair], *, rows: int, length: int, levels: int, seed: int):
@@ -43,7 +42,7 @@ class PairBatches:
     self._making = threading.Lock()  # batches are made by several threads
 
   def epoch(self, epoch: int) -> list[list[int]]:
-    """Which pairs each batch of an epoch holds."""
+    """The pairs of each batch of an epoch."""
     with self._making:
       while len(self._epochs) <= epoch:
         self._epochs.append(self._fill(np.random.default_rng((self.seed, len(self._epochs)))))
@@ -73,7 +72,7 @@ class PairBatches:
     return self.batch([self.pairs[i] for i in self.epoch(epoch)[step]])
 
   def batch(self, pairs: Sequence[PreferencePair]) -> dict[str, np.ndarray]:
-    """The batch of these pairs, which must fit."""
+    """The batch of these pairs. Raises ValueError if they do not fit."""
     used = [0] * self.rows
     content: list[list[tuple[int, Layout]]] = [[] for _ in used]  # (answer, example) by row
     for p, pair in enumerate(pairs):
@@ -96,8 +95,8 @@ class PairBatches:
 
 
 def _places(used: list[int], pair: PreferencePair, length: int) -> tuple[list[int], list[int]] | None:
-  """(tokens used of each row behind the pair, the rows of its two answers), first fit; None where it does not
-  fit."""
+  """(tokens used of each row after adding the pair, the rows of its two answers), first fit; None if it does
+  not fit."""
   used, where = list(used), []
   for example in (pair.chosen, pair.rejected):
     row = next((r for r, n in enumerate(used) if n + len(example) <= length), None)

@@ -1,9 +1,8 @@
-"""The input pipeline: text is laid out by worker processes, and batches are packed ahead of the devices, by
-grain.
+"""The input pipeline: worker processes lay out text, and grain packs batches ahead of the devices.
 
 Batch `step` is a function of the seed and the step alone (`data.packing`), and every process packs the rows
-that its own devices hold: so the iterator's state, which stands in every checkpoint, is the same on any mesh
-and any number of processes, and a run goes on with the batch that it would have had.
+of its own devices. The iterator's state, which every checkpoint contains, is therefore the same on any mesh
+and any number of processes, and a resumed run continues with the batch it would have had.
 """
 
 import hashlib
@@ -23,8 +22,8 @@ R = TypeVar("R")
 
 
 def parallel_map(f: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[R]:
-  """f of each item, in order; by so many processes (`f` is pickled once for each), or by this one where it is
-  0."""
+  """f of each item, in order, computed by `workers` processes (`f` is pickled once for each); 0: by this
+  one."""
   if not workers:
     yield from map(f, items)
     return
@@ -35,7 +34,7 @@ def parallel_map(f: Callable[[T], R], items: Sequence[T], workers: int) -> Itera
     pool.shutdown(cancel_futures=True)
 
 
-_prepared: list[Callable] = []  # of a worker
+_prepared: list[Callable] = []  # in a worker process: its `f`
 
 
 def _prepare(f: Callable) -> None:
@@ -47,7 +46,7 @@ def _work(item):
 
 
 def fingerprint(examples: Sequence[Layout]) -> str:
-  """Changes with any token, position, target or interval of the examples, and with their order."""
+  """A hash of the tokens, positions, targets and intervals of all examples, in order."""
   found = hashlib.sha256()
   for e in examples:
     found.update(f"{e.masked_intervals.shape}".encode())
@@ -57,10 +56,10 @@ def fingerprint(examples: Sequence[Layout]) -> str:
 
 
 class DataIterator:
-  """The batches of a run's steps, one after another, each of `grad_accum_steps` batches stacked [A, B, …].
+  """The batches of a run's steps, in order, each of `grad_accum_steps` batches stacked [A, B, …].
 
-  `batches(i)` is the i-th one, or what this process needs of it; two threads make a few ahead. `identity`
-  tells the data from others (`fingerprint`).
+  `batches(i)` is batch i, or the rows of it that this process needs; two threads prefetch up to four steps.
+  `identity` identifies the data (`fingerprint`).
   """
 
   def __init__(self, batches: Callable[[int], Batch], *, steps: int, grad_accum_steps: int, identity: str):
@@ -69,25 +68,27 @@ class DataIterator:
         lambda *x: np.stack(x), *(batches(step * grad_accum_steps + i) for i in range(grad_accum_steps))
       )
 
-    import grain  # takes a second, and only training needs it
+    import grain  # here: it takes a second, and only training needs it
 
     reading = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     self._iterator = iter(grain.MapDataset.range(steps).map(of_step).to_iter_dataset(reading))
     self._identity = identity
 
   def __call__(self) -> Batch:
-    """The next step's."""
+    """The batches of the next step."""
     return next(self._iterator)
 
   def state(self) -> dict[str, Any]:
-    """What a checkpoint keeps: where the iterator stands, and of which data."""
+    """For a checkpoint: the position of the iterator, and the identity of its data."""
     return {"iterator": self._iterator.get_state(), "examples": self._identity}
 
   def restore(self, state: dict[str, Any]) -> None:
-    """Goes on where `state` was taken. Says so, in the first process, if that was of other data."""
+    """Continues from `state`. The first process prints a warning if it belongs to other data."""
     self._iterator.set_state(state["iterator"])
     if state["examples"] != self._identity and jax.process_index() == 0:
-      print("resuming with other training data than before: the next batches come from the new data's order")
+      print(
+        "resuming with other training data than before: the next batches follow the order of the new data"
+      )
 
   def close(self) -> None:
     self._iterator.close()

@@ -1,8 +1,7 @@
-"""Prompts of a benchmark: AlpacaEval, MT-Bench, or any file of JSON lines.
+"""Prompts of a benchmark: AlpacaEval, MT-Bench, or any file of JSON lines (or one JSON list, if named .json).
 
-A row has `prompt` (AlpacaEval's own files say `instruction`), or `turns` (MT-Bench): a list of what the user
-says, one after another. Optional: `id` (or MT-Bench's `question_id`), and a category under `category` or
-AlpacaEval's `dataset`.
+A row has `prompt` (AlpacaEval: `instruction`), or `turns` (MT-Bench): the user's messages, in order. Optional
+are `id` (MT-Bench: `question_id`) and `category` (AlpacaEval: `dataset`).
 """
 
 import collections
@@ -13,10 +12,10 @@ from pasta_jax.utils.jsonl import DataError, read_rows
 
 @dataclasses.dataclass(frozen=True)
 class PromptTurn:
-  """One turn of one prompt: what a system answers."""
+  """One turn of one prompt: what a system answers at a time."""
 
-  id: str  # of the prompt; with "/1", "/2", … behind it where the prompt has several turns
-  prompt: str  # what the user says in this turn
+  id: str  # of the prompt; followed by "/1", "/2", … if the prompt has several turns
+  prompt: str  # the user's message of this turn
   category: str
   earlier: tuple["PromptTurn", ...] = ()  # the turns before it
 
@@ -24,11 +23,15 @@ class PromptTurn:
 def read_prompts(
   path: str, *, limit: int = 0, categories: str = "", among: set[str] | None = None, part: str = "eval"
 ) -> list[PromptTurn]:
-  """The file's requests, the turns of a prompt one behind the other.
+  """The turns of all prompts of a file, in order.
 
-  `limit`: so many prompts, spread evenly over the file, or all for 0; `categories`: of those that it names,
-  comma-separated, or all; `among`: of those with one of these ids. `part` of the config is where they are
-  named. Raises DataError naming file and row.
+  Args:
+    limit: number of prompts, spread evenly over the file; 0: all.
+    categories: the categories to keep, comma-separated; "": all.
+    among: the ids of prompts to keep; None: all.
+    part: section of the config, for messages.
+
+  Raises DataError, one line, naming file and row.
   """
   if not path:
     raise DataError(f'name a file of JSON lines with "prompt": --config.{part}.prompts=FILE')
@@ -36,7 +39,7 @@ def read_prompts(
     raise DataError(f"{part}.limit must be 0 (all prompts) or more, not {limit}")
   prompts = [_turns(row, number, path) for number, row in enumerate(read_rows(path))]
   if not prompts:
-    raise DataError(f"{path} holds no prompt")
+    raise DataError(f"{path} contains no prompt")
   if twice := [i for i, n in collections.Counter(p[-1].id for p in prompts).items() if n > 1]:
     raise DataError(f"{path}: two prompts have the id {twice[0]!r}")
   if wanted := {c.strip() for c in categories.split(",") if c.strip()}:
@@ -66,7 +69,7 @@ def _turns(row: dict, number: int, path: str) -> list[PromptTurn]:
 
 
 def conversation(request: PromptTurn, answers: dict[str, str]) -> list[dict[str, str]]:
-  """The messages that a system answers; `answers` are its own texts for earlier turns, by id."""
+  """The messages that a system answers; `answers` are its own answers to earlier turns, by id."""
   messages: list[dict[str, str]] = []
   for turn in request.earlier:
     messages += [{"role": "user", "content": turn.prompt}, {"role": "assistant", "content": answers[turn.id]}]

@@ -1,4 +1,4 @@
-"""What a data set holds: figures, histograms, and examples token by token, as one page."""
+"""Statistics of annotated rows: a table for the terminal, and one HTML page with histograms and samples."""
 
 import html
 import io
@@ -26,24 +26,24 @@ LABELS = {
   "covered": ("of their text in chunks", "{:.0%}"),
   "prompt": ("tokens of a prompt", "{:.0f}"),
   "response": ("tokens of a response, tags included", "{:.0f}"),
-  "speedup": ("theoretical speedup", "{:.2f}"),
+  "speedup": ("theoretical parallelism", "{:.2f}"),
   "speedup_of_all": ("the same, all rows", "{:.2f}"),
 }
 
 
 class Facts(NamedTuple):
-  """Of each row."""
+  """One value a row, each an array [N]."""
 
   prompt: np.ndarray  # tokens
   response: np.ndarray  # tokens, tags included
   chunks: np.ndarray  # how many
   covered: np.ndarray  # share of the text in chunks
   synced: np.ndarray  # whether there is a sync
-  speedup: np.ndarray  # theoretical
+  speedup: np.ndarray  # theoretical parallelism
 
 
 def facts(rows: Sequence[dict], vocabulary: Vocabulary, rule: PositionRule) -> Facts:
-  """Of the rows that the vocabulary can express."""
+  """The facts of all rows that the vocabulary can encode."""
   found: list[tuple] = []
   for row in rows:
     program = program_of(row)
@@ -52,10 +52,10 @@ def facts(rows: Sequence[dict], vocabulary: Vocabulary, rule: PositionRule) -> F
       prompt = vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
     except ValueError:
       continue
-    outer, behind = 0, -1
+    outer, end = 0, -1
     for c in sorted(row["chunks"], key=lambda c: (c["start"], -c["end"])):
-      if c["start"] >= behind:
-        outer, behind = outer + c["end"] - c["start"], c["end"]
+      if c["start"] >= end:
+        outer, end = outer + c["end"] - c["start"], c["end"]
     found.append(
       (
         len(prompt),
@@ -70,8 +70,8 @@ def facts(rows: Sequence[dict], vocabulary: Vocabulary, rule: PositionRule) -> F
 
 
 def figures(f: Facts) -> dict[str, float]:
-  """See `LABELS`; lengths are means, speedups geometric means; what is said of chunks is of rows that have
-  some."""
+  """See `LABELS`. Lengths are means, parallelism is a geometric mean; figures of chunks are over rows with
+  chunks."""
   some = f.chunks > 0
   if not len(some):
     return dict.fromkeys(LABELS, math.nan) | {"rows": 0}
@@ -90,7 +90,7 @@ def figures(f: Facts) -> dict[str, float]:
 
 
 def table(by_name: Mapping[str, Mapping[str, float]]) -> rich.table.Table:
-  """Figures side by side, for a terminal."""
+  """The figures in columns, for a terminal."""
   out = rich.table.Table(box=rich.box.SIMPLE_HEAD)
   for name in ("", *by_name):
     out.add_column(name, justify="right" if name else "left")
@@ -100,13 +100,13 @@ def table(by_name: Mapping[str, Mapping[str, float]]) -> rich.table.Table:
 
 
 def histograms(f: Facts) -> matplotlib.figure.Figure:
-  """Lengths, chunks and speedups."""
+  """Histograms of lengths, numbers of chunks and theoretical parallelism."""
   figure = matplotlib.figure.Figure(figsize=(10, 2.6), layout="constrained")
   some = f.chunks > 0
   for axes, values, label, bins in zip(
     figure.subplots(1, 3),
     (f.response, f.chunks, f.speedup[some]),
-    ("tokens of a response", "chunks", "theoretical speedup (rows with chunks)"),
+    ("tokens of a response", "chunks", "theoretical parallelism (rows with chunks)"),
     (24, np.arange(f.chunks.max() + 2) - 0.5, 24),
   ):
     axes.hist(values, bins=bins, color="#2f7de1")
@@ -142,7 +142,7 @@ def page(
   vocabulary: Vocabulary,
   rule: PositionRule,
 ) -> str:
-  """One HTML page that needs no network: figures by split, histograms and samples of the rows."""
+  """A self-contained HTML page: figures by split, histograms and samples of the rows."""
   head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *by_split))
   cells = lambda key, form: "".join(f"<td>{form.format(s[key])}</td>" for s in by_split.values())
   body = "".join(f"<tr><td>{label}</td>{cells(key, form)}</tr>" for key, (label, form) in LABELS.items())
@@ -160,13 +160,13 @@ def page(
     f"<style>{_STYLE}</style></head>\n<body><main><h1>Data set</h1>\n<table><tr>{head}</tr>{body}</table>\n"
     f'<p class="muted">Rejected rows: {causes}.</p>\n<div class="plots">{svg}</div>\n<h2>Samples</h2>\n'
     '<p class="muted">Tokens in the order of training, in the colour of their thread; small numbers are '
-    "positions, where they jump. Pale tokens have no target; pointing at one shows it.</p>\n"
+    "positions, where they jump. Pale tokens have no target; hover over a token to see its target.</p>\n"
     f"{samples}</main></body></html>\n"
   )
 
 
 def _sample(row: dict, vocabulary: Vocabulary, rule: PositionRule) -> str:
-  """A row token by token: threads, positions, targets."""
+  """The tokens of a row, with threads, positions and targets."""
   prompt = vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
   laid = layout(vocabulary.encode(program_of(row), rule), rule, vocabulary.table, prompt)
   start = len(prompt)
@@ -180,9 +180,9 @@ def _token(laid: Layout, i: int, start: int, vocabulary: Vocabulary) -> str:
   hue = _HUES[(thread - 1) % len(_HUES)]
   style = f"background: hsl({hue} 80% 55% / .16); border-color: hsl({hue} 70% 50% / .6)" if thread else ""
   jumps = i > start and laid.positions[i] != laid.positions[i - 1] + 1
-  says = "none" if target == NO_TARGET else repr(vocabulary.label(target))
-  hidden = ", ".join(f"{a}–{b}" for a, b in laid.masked_intervals[i].tolist() if b > a) or "from none"
-  title = f"thread {thread}, index {i}, position {laid.positions[i]}; target {says}; hidden {hidden}"
+  learned = "none" if target == NO_TARGET else repr(vocabulary.label(target))
+  masked = ", ".join(f"{a}–{b}" for a, b in laid.masked_intervals[i].tolist() if b > a) or "none"
+  title = f"thread {thread}, index {i}, position {laid.positions[i]}; target {learned}; masked from {masked}"
   kind = "t" + (" tag" if is_tag else "") + (" unlearned" if target == NO_TARGET else "")
   mark = f"<sup>{laid.positions[i]}</sup>" if jumps or i == start else ""
   text = html.escape(vocabulary.label(token))

@@ -1,9 +1,9 @@
-"""Instructions and responses from files of several forms. What cannot be used is counted and named, not
-dropped.
+"""Instructions and responses from files of several forms. Unusable rows are counted and named, not dropped
+silently.
 
-A file is JSON lines (or one JSON list), parquet, or a folder that Hugging Face's `datasets` saved. Rows have
+A file is JSON lines (or one JSON list), parquet, or a folder saved by Hugging Face's `datasets`. Rows have
 `prompt` and `response`; Alpaca's `instruction`, `input`, `output`; SlimOrca's `conversations`; or OpenAI's
-`messages`. A system message stands before the prompt.
+`messages`. A system message is put before the prompt.
 """
 
 import collections
@@ -21,8 +21,8 @@ _USER, _MODEL = ("user", "human"), ("assistant", "gpt", "model")
 
 @dataclasses.dataclass
 class Source:
-  """Usable rows (`id`, `prompt`, `response`, and whatever else they had), and by cause the names of the
-  others."""
+  """Usable rows (`id`, `prompt`, `response` and their other fields), and the names of unusable ones, by
+  cause."""
 
   rows: list[dict] = dataclasses.field(default_factory=list)
   faults: dict[str, list[str]] = dataclasses.field(default_factory=lambda: collections.defaultdict(list))
@@ -32,7 +32,7 @@ class Source:
 
 
 def read_instructions(path: str | Path) -> Source:
-  """The rows of a file. Raises DataError if there is no such file, or none of its rows can be used."""
+  """The rows of a file. Raises DataError if the file cannot be read or has no usable row."""
   path, source, seen = Path(path), Source(), set()
   for number, row in enumerate(_rows(path), 1):
     where = f"{path.name}, row {number}"
@@ -45,15 +45,15 @@ def read_instructions(path: str | Path) -> Source:
       source.faults["an id that another row has"].append(f"{where} ({name})")
       continue
     seen.add(name)
-    source.rows.append({**row, **found, "id": name})  # what else it has stays
+    source.rows.append({**row, **found, "id": name})  # its other fields stay
   if not source.rows:
     why = ", ".join(f"{n} {cause}" for cause, n in source.counts().items()) or "it is empty"
-    raise DataError(f"{path} holds no row with an instruction and a response ({why})")
+    raise DataError(f"{path} contains no row with an instruction and a response ({why})")
   return source
 
 
 def _rows(path: Path) -> Iterator[dict | str]:
-  """Each row, or what is wrong with it. Raises DataError if the file as a whole cannot be read."""
+  """Each row, or what is wrong with it. Raises DataError if the file cannot be read."""
   if path.is_dir() or path.suffix == ".parquet":
     yield from _tables(path)
     return
@@ -66,7 +66,7 @@ def _rows(path: Path) -> Iterator[dict | str]:
 
 
 def _tables(path: Path) -> Iterator[dict]:
-  """Rows of a parquet file, or of the Arrow files that `datasets` saves."""
+  """Rows of a parquet file, or of the Arrow files that `datasets` saves. Raises DataError."""
   import pyarrow.ipc  # here: only these files need it
   import pyarrow.parquet
 
@@ -75,7 +75,7 @@ def _tables(path: Path) -> Iterator[dict]:
   )
   if not files or not all(f.is_file() for f in files):
     raise DataError(
-      f"no such data file: {path}" if not path.exists() else f"{path} holds no .arrow or .parquet file"
+      f"no such data file: {path}" if not path.exists() else f"{path} contains no .arrow or .parquet file"
     )
   for file in files:
     try:
@@ -94,7 +94,7 @@ def _instruction(row: dict[str, Any]) -> dict[str, str] | str:
   if turns := row.get("conversations") or row.get("messages"):
     said = _turns(turns)
     if said is None:
-      return "a conversation of another form"
+      return "a malformed conversation"
     if (
       len(said) < 2
       or said[-2][0] not in _USER
@@ -118,12 +118,12 @@ def _instruction(row: dict[str, Any]) -> dict[str, str] | str:
   try:
     (prompt + response).encode()
   except UnicodeEncodeError:
-    return "characters that are no Unicode"  # halves of surrogate pairs
+    return "invalid Unicode"  # halves of surrogate pairs
   return {"prompt": prompt, "response": response}
 
 
 def _turns(turns: object) -> list[tuple[str, str]] | None:
-  """(role, text) of each message; None where they have another form."""
+  """(role, text) of each message; None if one is malformed."""
   found = []
   for turn in turns if isinstance(turns, list) else [None]:
     if not isinstance(turn, dict):
@@ -136,13 +136,13 @@ def _turns(turns: object) -> list[tuple[str, str]] | None:
 
 
 def ngrams(text: str, n: int = 8) -> set[str]:
-  """Runs of `n` words, in small letters without punctuation; of a shorter text, all of it."""
+  """The n-grams of words, in lower case without punctuation; the whole text if it is shorter."""
   words = re.findall(r"\w+", text.lower())
   return {" ".join(words[i : i + n]) for i in range(max(len(words) - n + 1, 1))} if words else set()
 
 
 def decontaminate(source: Source, prompts: Iterable[str], n: int = 8) -> None:
-  """Moves rows whose prompt shares `n` words in a row with one of `prompts` to the faults, in place."""
+  """Moves rows whose prompt shares an n-gram of words with one of `prompts` to the faults, in place."""
   known = set().union(*(ngrams(p, n) for p in prompts))
   kept = []
   for row in source.rows:

@@ -1,10 +1,10 @@
-"""Annotation by form alone: sections, list items and paragraphs become chunks. No model, no join.
+"""Annotation by form alone: sections, list items and paragraphs become chunks. No model, no sync.
 
 These are the rules of APAR (Liu et al. 2024, arXiv 2401.06761) in PASTA's terms: the promising thread writes
-an item's head (a heading, the words before a colon, a paragraph's first sentence), and the rest of the item
-is a chunk of its own thread. Sections may hold lists, which makes a tree of threads. It serves as that
-baseline, and wherever no language model is at hand to annotate. Unlike a plan made by reading, it neither
-sees whether items depend on each other nor places a sync.
+the head of an item (a heading, the words before a colon, the first sentence of a paragraph), and the rest of
+the item is a chunk. Sections may contain lists, which makes a tree of threads. It is the APAR baseline, and a
+substitute if no annotating model is available. Unlike a model, it does not recognise items that depend on
+each other and places no sync.
 """
 
 import re
@@ -24,12 +24,12 @@ TOPIC_WORDS = 3
 
 
 def annotate(response: str, *, fewest: int = 3, shortest: int = 24) -> list[dict]:
-  """Chunks of a response: `start`, `end` and `topic`, outer ones before those they contain; [] where its form
+  """Chunks of a response: `start`, `end` and `topic`, outer ones before those they contain; [] if its form
   has none.
 
-  A response needs `fewest` chunks side by side, each of `shortest` characters at least; shorter items stay
-  with the promising thread. Two sections are enough. Responses with code, formulae, tables or links are left
-  alone.
+  A response needs at least `fewest` sibling chunks (two are enough for sections), each of at least `shortest`
+  characters; shorter items stay with the promising thread. Responses with code, formulae, tables or links get
+  no chunks.
   """
   if _UNFIT.search(response):
     return []
@@ -51,7 +51,7 @@ def annotate(response: str, *, fewest: int = 3, shortest: int = 24) -> list[dict
 
 
 def _chunk(text: str, start: int, end: int, topic: str, shortest: int) -> dict | None:
-  """The chunk of text[start:end] without blanks at its end, if it is long enough."""
+  """The chunk of text[start:end] without whitespace at its end; None if it is too short or has no topic."""
   end = start + len(text[start:end].rstrip())
   words = _WORD.findall(topic)
   words = [w for w in words if w.lower() not in _FILLERS][:TOPIC_WORDS] or words[:TOPIC_WORDS]
@@ -70,21 +70,21 @@ def _lines(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _sections(text: str) -> Iterator[tuple[int, int, str]]:
-  """(start, end, heading) of each section's body, which follows its heading's line."""
+  """(start, end, heading) of the body of each section, which follows the line of its heading."""
   heads = [(a, b, m) for a, b in _lines(text, 0, len(text)) if (m := _HEADING.fullmatch(text[a:b].rstrip()))]
   for (_, stop, match), following in zip(heads, [*(a for a, _, _ in heads[1:]), len(text)]):
     yield stop, following, next(filter(None, match.group("a", "b", "c")))
 
 
 def _lists(text: str, start: int, end: int, shortest: int) -> Iterator[dict]:
-  """A chunk for each item of the lists in text[start:end]: what follows its head, or else its marker.
+  """A chunk for each item of the lists in text[start:end]: what follows its head, otherwise its marker.
 
-  Items that are indented further than the first one belong to the item above; an item ends before the next
-  one, or at a blank line with text that is not indented behind it.
+  Items that are indented further than the first one belong to the item above. An item ends before the next
+  one, or at a blank line that is followed by text without indentation.
   """
-  items: list[list[int]] = []  # (behind the marker, end)
+  items: list[list[int]] = []  # (after the marker, end)
   margin: int | None = None
-  blank, inside = False, False  # behind a blank line; in an item
+  blank, inside = False, False  # after a blank line; in an item
   for a, b in _lines(text, start, end):
     marker = _MARKER.match(text, a, b)
     depth = len(marker["indent"]) if marker else 0
@@ -101,8 +101,8 @@ def _lists(text: str, start: int, end: int, shortest: int) -> Iterator[dict]:
   for a, b in items:
     line_end = text.find("\n", a, b)
     head = _HEAD.match(text, a, b if line_end < 0 else line_end)
-    behind = head.end() if head and text[head.end() : b].strip() else a
-    if chunk := _chunk(text, behind, b, text[a : head.end()] if head else text[a:b], shortest):
+    rest = head.end() if head and text[head.end() : b].strip() else a
+    if chunk := _chunk(text, rest, b, text[a : head.end()] if head else text[a:b], shortest):
       yield chunk
 
 

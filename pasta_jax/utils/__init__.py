@@ -1,6 +1,6 @@
 """What every other package shares, and what depends on none of them.
 
-`files` (atomic writes) and `jsonl` (rows of data files, `DataError`) are the leaves: open these first. `records` keeps
-finished work so that runs can be resumed, `endpoint` is the HTTP client of judges and annotators, `environment` knows
-cache folder, machine and version, and `progress` draws the bar.
+`files` (atomic writes) and `jsonl` (rows of data files, `DataError`) are the leaves: open these first.
+`records` keeps finished work so that runs can be resumed, `endpoint` is the HTTP client of judges and
+annotators, `environment` knows cache folder, machine and version, and `progress` draws the bar.
 """

@@ -1,5 +1,5 @@
-"""Data sets: built from files of several forms, read back row by row, split, counted, shown, and trained
-on."""
+"""Data sets: built from files of several forms, read back row by row, split, counted, reported, and used for
+training."""
 
 import json
 import re
@@ -58,7 +58,7 @@ def test_every_row_comes_back(whole):
   assert mix(f"{target}*2,{target}:validation") == train * 2 + held_out
   with pytest.raises(DataError, match="has no split 'test', only train, validation"):
     mix(f"{target}:test")
-  with pytest.raises(DataError, match="is no data set that --mode=build made"):
+  with pytest.raises(DataError, match="is not a data set of --mode=build"):
     mix(str(folder))
   metadata = json.loads((target / "metadata.json").read_text())
   assert metadata["figures"]["train"]["rows"] == len(train)
@@ -68,7 +68,7 @@ def test_a_build_is_the_same_wherever_it_runs(whole, vocabulary, tmp_path: Path)
   built(tmp_path, vocabulary, validation_share=0.1)
   for path in (whole[0] / "responses" / "1.0.0").glob("*.array_record*"):
     assert path.read_bytes() == (tmp_path / "responses" / "1.0.0" / path.name).read_bytes()
-  with pytest.raises(DataError, match="is built already"):
+  with pytest.raises(DataError, match="exists already"):
     built(tmp_path, vocabulary)
 
 
@@ -177,7 +177,7 @@ def test_parquet_and_arrow_folders_are_sources(tmp_path: Path):
   for name, message in (
     ("cut.parquet", "cut.parquet: "),
     ("arrow", "data-00000-of-00001.arrow: "),
-    ("empty", "holds no .arrow or .parquet file"),
+    ("empty", "contains no .arrow or .parquet file"),
     ("none.parquet", "no such data file"),
   ):
     with pytest.raises(DataError, match=message) as error:

@@ -63,7 +63,7 @@ def annotated(draw) -> dict:
 
 
 def events(program: Program) -> list[tuple[str, object]]:
-  """("open" or "close", topic) and ("sync", offset), in the order in which they are written down."""
+  """("open" or "close", topic) and ("sync", offset), in writing order."""
   found: list[tuple[str, object]] = []
   offset = 0
 
@@ -104,7 +104,7 @@ def test_program_reads_as_the_response_and_keeps_the_plan(data: dict):
       if s <= start:
         assert place["sync", s] < opened, "a sync before a chunk is not part of it"
       elif s >= end:
-        assert closed < place["sync", s], "a sync behind a chunk waits for it"
+        assert closed < place["sync", s], "a sync after a chunk waits for it"
 
 
 @RELAXED
@@ -139,7 +139,7 @@ def test_any_spans_make_a_program_or_an_error(response: str, spans: list[tuple[i
     ("### 1. A", [(0, 8)], [], "### 1.[ A]"),
     ("(1) A (2) B", [(0, 6), (6, 11)], [], "(1)[ A] (2)[ B]"),
     ("2024. A", [(0, 7)], [], "[2024. A]"),
-    ("1.", [(0, 2)], [], "[1.]"),  # a number with nothing behind it is the chunk
+    ("1.", [(0, 2)], [], "[1.]"),  # a number with nothing after it is the chunk
     ("1. ", [(0, 3)], [], "[1.] "),
     ("A B", [(0, 3), (0, 1), (2, 3)], [], "[[A] [B]]"),
     ("A B", [(0, 3), (0, 3)], [], "[[A B]]"),
@@ -252,7 +252,7 @@ def test_examples_are_laid_out_behind_the_chat_prompt():
 
 
 def test_selection_of_the_seed_data(smollm2_checkpoint):
-  """The figures of the data's README hold roughly under the real tokenizer."""
+  """The figures of the README are roughly right with the real tokenizer."""
   vocabulary = Vocabulary(smollm2_checkpoint.tokenizer)
   rows = read_jsonl(SEED)[:60]
   kept = examples(rows, vocabulary, RULE, annotation="plan", max_length=1024)
@@ -330,7 +330,7 @@ LENGTH, LEVELS = 64, 3
 
 
 def example_of(n: int, length: int) -> Layout:
-  """An example that consists of `length` tokens n."""
+  """An example of `length` tokens n."""
   return layout(Thread((n,) * length), RULE, BYTES.table)
 
 
@@ -364,7 +364,7 @@ def test_packed_rows_are_their_examples_side_by_side(mains: list[Thread]):
 def test_deeper_nesting_than_the_batch_holds_is_refused():
   program = parse('<promise topic="a"/><async><promise topic="b"/><async>x</async>y</async>')
   deep = laid(BYTES.encode(program, RULE))
-  with pytest.raises(ValueError, match="an example nests chunks 2 deep, the batch holds 1 levels"):
+  with pytest.raises(ValueError, match="an example nests chunks 2 deep, the batch has 1 levels"):
     pack_row([deep], LENGTH, 1)
 
 

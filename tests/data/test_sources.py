@@ -73,8 +73,8 @@ def test_bad_rows_are_counted_and_named(tmp_path: Path):
     "no response": 2,
     f"more than {LONGEST:,} characters": 1,
     "a conversation of several turns": 2,
-    "a conversation of another form": 1,
-    "characters that are no Unicode": 1,
+    "a malformed conversation": 1,
+    "invalid Unicode": 1,
   }
   assert source.faults["not JSON"] == ["a.jsonl, row 2"]
   assert source.faults["an id that another row has"] == ["a.jsonl, row 5 (a)"]
@@ -90,7 +90,7 @@ def test_files_that_cannot_be_used_are_one_line(tmp_path: Path):
   ):
     with pytest.raises(DataError, match=message):
       read_instructions(tmp_path / name)
-  with pytest.raises(DataError, match=r"holds no row with an instruction and a response \(1 no prompt\)"):
+  with pytest.raises(DataError, match=r"contains no row with an instruction and a response \(1 no prompt\)"):
     read_instructions(write(tmp_path / "bad.jsonl", {"response": "r"}))
   with pytest.raises(DataError, match="it is empty"):
     read_instructions(write(tmp_path / "empty.jsonl"))

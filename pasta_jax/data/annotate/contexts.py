@@ -1,7 +1,7 @@
-"""What each thread of a plan sees when it begins to write: the question that a check of independence asks.
+"""What each thread of a plan sees when it starts to write, as text: the input of the independence check.
 
-The rule is the language's (`lang.layout`), told in text: a chunk's thread sees what its promising thread saw
-at the promise, and a thread sees its chunks behind the sync that joins them.
+The rule is that of the language (`lang.layout`): the thread of a chunk sees what its promising thread saw at
+the promise, and a thread sees its chunks after the sync that joins them.
 """
 
 import dataclasses
@@ -13,19 +13,19 @@ from pasta_jax.lang.program import Program, Promise, Sync, Text, reading_order
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """A piece of text, and what its writer can see."""
+  """A piece of text, and what its writer sees."""
 
-  seen: str  # the response so far; parts that others write stand in it as ⟦topic⟧
+  seen: str  # the response so far, with ⟦topic⟧ for the parts that others write
   text: str
-  topic: str | None  # of a chunk; None for what a thread writes itself
-  waiting: tuple[str, ...]  # topics of parts that are written at the same time
-  at: int  # number of chunks that the program promises before this one, or before this text
+  topic: str | None  # of a chunk; None: text of the thread that promised the chunks
+  waiting: tuple[str, ...]  # topics of the parts written at the same time
+  at: int  # number of chunks promised before this chunk or text
   offset: int  # of the text in the response
 
 
 def contexts(row: dict) -> list[Context]:
-  """Of each chunk, and of each text that a thread writes while chunks of its own are unseen, in reading
-  order."""
+  """The context of each chunk, and of each text that a thread writes while some of its chunks are unseen, in
+  reading order."""
   found: list[Context] = []
   _walk(program_of(row), "", (), 0, found, [0])
   return found
@@ -34,8 +34,8 @@ def contexts(row: dict) -> list[Context]:
 def _walk(
   nodes: Program, seen: str, around: Sequence[str], offset: int, found: list[Context], count: list[int]
 ) -> int:
-  """Follows a thread that begins with `seen`; `around`: what its promising threads wait for. Returns the
-  offset behind it."""
+  """Follows a thread that starts with `seen`; `around`: the unseen topics of its promising threads. Returns
+  the offset after it."""
   waiting: list[tuple[str, str, str]] = []  # mark in `seen`, topic, text
   for node in nodes:
     topics = (*around, *(topic for _, topic, _ in waiting))
@@ -59,6 +59,6 @@ def _walk(
 
 
 def _clean(seen: str) -> str:
-  """Without what tells marks of one topic apart."""
+  """The text without the numbers that distinguish marks of the same topic."""
   parts = seen.split("\0")
   return "".join(part for i, part in enumerate(parts) if i % 2 == 0)

@@ -1,4 +1,4 @@
-"""How far an annotation agrees with another one of the same responses."""
+"""Agreement of two annotations of the same responses."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pasta_jax.utils.jsonl import DataError
 
 
 def boundaries(row: dict) -> set[tuple[str, int]]:
-  """Where chunks begin and end, whatever blanks are counted to either side."""
+  """Where chunks start and end, whichever side the whitespace at a boundary belongs to."""
   return {
     (row["id"], skip_blanks(row["response"], offset))
     for c in row["chunks"]
@@ -17,9 +17,8 @@ def boundaries(row: dict) -> set[tuple[str, int]]:
 
 
 def agreement(rows: Sequence[dict], other: Sequence[dict]) -> dict[str, float]:
-  """Precision and recall of the boundaries of `rows` against those of `other`, over the responses that both
-  have; and in how many of these both agree on whether there are chunks at all. Raises DataError if they share
-  no response."""
+  """Precision and recall of the boundaries of `rows` against those of `other`, over the shared responses, and
+  the share of these in which both have chunks or neither has. Raises DataError if they share no response."""
   known = {(r["prompt"], r["response"]): r for r in other}
   pairs = [(r, known[key]) for r in rows if (key := (r["prompt"], r["response"])) in known]
   if not pairs:

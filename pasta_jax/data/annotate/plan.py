@@ -1,8 +1,7 @@
-"""Plans: what an annotator says about a response, in numbers of units, read strictly and turned into
-character spans.
+"""Plans: the annotator's answer, in numbers of units, validated and converted to character spans.
 
 A plan is `{"chunks": [{"from": 2, "to": 4, "topic": "cost"}, …], "syncs": [6]}`: a chunk is units `from` to
-`to`, a sync stands before a unit. What they become is the form of annotated rows (`data.examples`).
+`to`, a sync precedes a unit. The result has the form of annotated rows (`data.examples`).
 """
 
 import json
@@ -16,8 +15,7 @@ _FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 
 
 class PlanError(ValueError):
-  """A plan that cannot be used. `cause` is one of few, to be counted; the message tells the annotator what to
-  mend."""
+  """An invalid plan. `cause` is one of a few, to be counted; the message goes to the annotator."""
 
   def __init__(self, cause: str, message: str):
     super().__init__(message)
@@ -25,7 +23,7 @@ class PlanError(ValueError):
 
 
 def read(answer: str, response: str) -> tuple[list[dict], list[int]]:
-  """Chunks (`start`, `end`, `topic`; outer ones first) and syncs (offsets) of an answer. Raises PlanError."""
+  """Chunks (`start`, `end`, `topic`; outer ones first) and syncs (offsets) of a plan. Raises PlanError."""
   fenced = _FENCE.fullmatch(answer)
   try:
     plan = json.loads(fenced[1] if fenced else answer)
@@ -61,7 +59,7 @@ def read(answer: str, response: str) -> tuple[list[dict], list[int]]:
 
 
 def write(response: str, chunks: Sequence[dict], syncs: Sequence[int]) -> str:
-  """The inverse of `read`. Raises PlanError where a span begins or ends inside a unit."""
+  """The inverse of `read`. Raises PlanError if a span starts or ends inside a unit."""
   spans = units.split(response)
   begins = {skip_blanks(response, start): n for n, (start, _) in enumerate(spans, 1)} | {
     len(response): len(spans) + 1
@@ -80,12 +78,12 @@ def write(response: str, chunks: Sequence[dict], syncs: Sequence[int]) -> str:
 
 
 def skip_blanks(text: str, at: int) -> int:
-  """The offset of what stands behind the blanks at `at`: a boundary is the same on either side of them."""
+  """The offset after the whitespace at `at`: boundaries on either side of it are the same."""
   return at + len(text[at:]) - len(text[at:].lstrip())
 
 
 def _chunk(entry: object, count: int) -> tuple[int, int, str]:
-  """(first unit, last unit, topic), checked by itself."""
+  """(first unit, last unit, topic) of an entry, validated separately."""
   if not isinstance(entry, dict) or entry.keys() != {"from", "to", "topic"}:
     raise PlanError("another form", 'a chunk has "from", "to" and "topic" and nothing else')
   start, end = (_unit(entry[key], f'"{key}"', count) for key in ("from", "to"))

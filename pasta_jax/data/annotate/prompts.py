@@ -1,5 +1,5 @@
-"""What an annotating model reads: the language, seven demonstrations, one response; and the question of the
-check."""
+"""The prompts of the annotating model: instructions, demonstrations, one response; and the question
+of the check."""
 
 from collections.abc import Sequence
 
@@ -48,7 +48,7 @@ def question(prompt: str, response: str) -> str:
 
 
 def demonstrations(rows: Sequence[dict]) -> Messages:
-  """Annotated rows as turns of a conversation. Raises DataError for one whose spans do not fit its units."""
+  """Annotated rows as turns of a conversation. Raises DataError if spans of a row do not fit its units."""
   messages: Messages = []
   for row in rows:
     try:
@@ -64,7 +64,7 @@ def demonstrations(rows: Sequence[dict]) -> Messages:
 
 
 def ask(row: dict, shown: Messages) -> Messages:
-  """The call that asks for a row's plan."""
+  """The messages that ask for the plan of a row."""
   return [
     {"role": "system", "content": SYSTEM},
     *shown,
@@ -73,7 +73,7 @@ def ask(row: dict, shown: Messages) -> Messages:
 
 
 def ask_again(messages: Messages, answer: str, fault: str) -> Messages:
-  """The call behind an answer that could not be used."""
+  """The messages that return an invalid plan to the model, with the error message."""
   return [
     *messages,
     {"role": "assistant", "content": answer},
@@ -82,7 +82,7 @@ def ask_again(messages: Messages, answer: str, fault: str) -> Messages:
 
 
 def ask_whether(row: dict, context: Context) -> Messages:
-  """The call that asks whether a piece is independent of what its writer cannot see."""
+  """The messages that ask whether a piece is independent of what its writer does not see."""
   task = f'the part about "{context.topic}"' if context.topic is not None else "what follows"
   others = ", ".join(f"⟦{topic}⟧" for topic in context.waiting) or "none"
   text = (
@@ -94,6 +94,6 @@ def ask_whether(row: dict, context: Context) -> Messages:
 
 
 def says_yes(answer: str) -> bool | None:
-  """None where it says neither."""
+  """Whether the answer is yes; None if it is neither yes nor no."""
   word = answer.strip().strip("*.\"' ").upper()
   return True if word.startswith("YES") else False if word.startswith("NO") else None

@@ -1,9 +1,9 @@
-"""Annotating a file of responses: by a language model, plan and check, or by form alone.
+"""`--mode=annotate`: annotates a file of responses, by a language model (plan and check) or by form alone.
 
 workdir/annotated.jsonl   rows to train on (`data.examples`)
-workdir/rejected.jsonl    rows that could not be read or got no usable plan, each with its cause
-workdir/report.json       figures, causes, calls and what they cost
-workdir/calls.jsonl       every answer of the model: a run that is started again pays for none of them twice
+workdir/rejected.jsonl    rows that could not be read or got no valid plan, each with the cause
+workdir/report.json       figures, causes, calls and their price
+workdir/calls.jsonl       every response of the model, so a restarted run repeats no paid call
 """
 
 import collections
@@ -31,8 +31,8 @@ DEMONSTRATIONS = 7  # PASTA's number
 
 
 def annotate(config, workdir: Path) -> dict:
-  """Runs `config.annotate` in `workdir`; returns the report. Raises ValueError, one line, for what cannot be
-  used."""
+  """Runs `config.annotate` in `workdir`; returns the report. Raises ValueError, one line, for unusable
+  settings or files, and if the endpoint fails."""
   c = config.annotate
   if c.tries < 1 or c.limit < 0:
     raise DataError("annotate.tries must be 1 or more, annotate.limit 0 (all) or more")
@@ -85,7 +85,7 @@ def annotate(config, workdir: Path) -> dict:
 
 
 class _ByModel:
-  """Plans from a model, asked again where they cannot be used, and checked."""
+  """Plans from a model: invalid ones are returned to it with the error message, valid ones are checked."""
 
   def __init__(self, c, workdir: Path):
     endpoint = Endpoint.from_config(c, part="annotate", logprobs=False)
@@ -95,7 +95,7 @@ class _ByModel:
     self.report: dict = {}
 
   def __call__(self, rows: Sequence[dict]) -> tuple[list[dict], list[dict]]:
-    """(annotated rows, rejected ones)."""
+    """(annotated rows, rejected rows)."""
     self._caller = Caller(self._endpoint, self._path)
     self._tokens, self._dropped, self._synced = [0, 0], 0, 0
     self._mended: collections.Counter[str] = collections.Counter()
@@ -131,7 +131,7 @@ class _ByModel:
       self._caller.map(calls, done)
 
   def _plans(self, rows: Sequence[dict]) -> tuple[dict[str, dict], list[dict]]:
-    """Annotated rows by id, and those without a usable plan after `tries` answers."""
+    """(annotated rows by id, rows without a valid plan after `tries` answers)."""
     plans: dict[str, dict] = {}
     rejected: list[dict] = []
     todo = [(r, prompts.ask(r, self._shown)) for r in rows]
@@ -163,7 +163,7 @@ class _ByModel:
     return plans, rejected
 
   def _verdicts(self, what: str, asked: list[tuple[dict, check.Context]]) -> list[tuple[dict, check.Context]]:
-    """The pieces that the model does not call independent: where it says neither, they are not."""
+    """The pieces that the model does not call independent; an answer other than yes or no counts as no."""
     failed: list[tuple[dict, check.Context]] = []
 
     def answered(i: int, answer: dict) -> None:
@@ -195,8 +195,8 @@ class _ByModel:
 
 
 def _spread(rows: Sequence[dict]) -> list[dict]:
-  """Demonstrations from annotated rows: of each kind (nested, with a sync, flat, sequential) some, in length
-  spread."""
+  """Demonstrations from annotated rows: some of each kind (nested, with a sync, flat, sequential), spread by
+  length."""
   if len(rows) <= DEMONSTRATIONS:
     return list(rows)
   nested = lambda r: any(
@@ -222,7 +222,7 @@ def _show(report: dict, workdir: Path) -> None:
     a = report["agreement"]
     console.print(
       f"Boundaries of chunks: precision {a['precision']:.0%}, recall {a['recall']:.0%}; "
-      f"chunks or none: the same choice in {a['same_choice']:.0%} of {a['responses']}"
+      f"both have chunks or neither has: {a['same_choice']:.0%} of {a['responses']} responses"
     )
   for title in ("rejected", "asked again because", "check", "calls"):
     if found := report.get(title):

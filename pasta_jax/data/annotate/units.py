@@ -1,13 +1,13 @@
-"""A response as numbered units, the smallest parts that an annotator can speak of.
+"""A response as numbered units: the annotator names units, so it cannot change the text.
 
-Units are lines, and sentences and the heads of items inside them. Together they are the response, character
-by character, so an annotation that names units can change no text.
+Units are lines, and within them sentences and the heads of items. Concatenated, they are the response,
+character by character.
 """
 
 import re
 
-# Behind these a new unit begins: a line break with the blanks behind it, the end of a sentence, the head of
-# an item.
+# A new unit starts after each of these: a line break with the whitespace after it, the end of a sentence, the
+# head of an item.
 _LINE = re.compile(r"\n\s*")
 _SENTENCE = re.compile(r"[.!?…][\"'”’)\]*_]*[ \t]+(?=[\"'“‘(\[*_]*[A-Z0-9])")
 _HEAD = re.compile(r"(?<=[:;])[ \t]+(?=\S)|(?<=\S)[ \t]+(?=[–—-][ \t])|\*\*:?[ \t]+")
@@ -18,8 +18,8 @@ _CODE = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 
 
 def split(response: str) -> list[tuple[int, int]]:
-  """[start, end) of each unit, in order and without gaps; a unit's blanks are at its end. A block of code is
-  one."""
+  """[start, end) of each unit, in order and without gaps; whitespace belongs to the end of a unit. A code
+  block is one unit."""
   code = [m.span() for m in _CODE.finditer(response)]
   cuts = {
     m.end()
@@ -32,7 +32,7 @@ def split(response: str) -> list[tuple[int, int]]:
   units: list[tuple[int, int]] = []
   for start, end in zip(bounds, bounds[1:]):
     if units and (not response[start:end].strip() or not response[units[-1][0] : units[-1][1]].strip()):
-      units[-1] = units[-1][0], end  # blanks are no unit
+      units[-1] = units[-1][0], end  # whitespace alone is not a unit
     elif end > start:
       units.append((start, end))
   return units
