@@ -5,7 +5,7 @@ Batch `step` is a function of (seed, step) alone, so a resumed run needs to know
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -81,45 +81,54 @@ def fill_rows(lengths: Sequence[int], length: int) -> list[list[int]]:
   return rows
 
 
+class Epochs:
+  """What the batches of each epoch consist of, computed once an epoch from (seed, epoch) alone."""
+
+  def __init__(self, seed: int, shuffle: Callable[[np.random.Generator], list[list[int]]]):
+    self._seed, self._shuffle = seed, shuffle
+    self._known: list[list[list[int]]] = []
+    self._lock = threading.Lock()  # batches are made by several threads
+
+  def __getitem__(self, epoch: int) -> list[list[int]]:
+    with self._lock:
+      while len(self._known) <= epoch:
+        self._known.append(self._shuffle(np.random.default_rng((self._seed, len(self._known)))))
+    return self._known[epoch]
+
+
+def locate(step: int, steps_in_epoch: Callable[[int], int]) -> tuple[int, int]:
+  """(epoch, step within it) of a step that is counted over all epochs."""
+  epoch = 0
+  while step >= steps_in_epoch(epoch):
+    step -= steps_in_epoch(epoch)
+    epoch += 1
+  return epoch, step
+
+
 class PackedBatches:
-  """Endless batches; number `step` is a function of (seed, step) alone, so resuming needs the step only."""
+  """An endless sequence of batches; batch `step` is a function of (seed, step) alone."""
 
   def __init__(self, examples: Sequence[Layout], *, batch_size: int, length: int, levels: int, seed: int):
     if not examples:
       raise ValueError("no training example is left: is max_length too small?")
-    self.examples, self.batch_size, self.length, self.levels, self.seed = (
-      examples,
-      batch_size,
-      length,
-      levels,
-      seed,
-    )
-    self._epochs: list[list[list[int]]] = []  # per epoch, the rows
-    self._making = threading.Lock()  # batches are made by several threads
+    self.examples, self.batch_size, self.length, self.levels = examples, batch_size, length, levels
+    self._rows = Epochs(seed, self._shuffle)
 
-  def _rows(self, epoch: int) -> list[list[int]]:
-    with self._making:
-      while len(self._epochs) <= epoch:
-        rng = np.random.default_rng((self.seed, len(self._epochs)))
-        order = rng.permutation(len(self.examples))
-        rows = [
-          [int(order[i]) for i in row]
-          for row in fill_rows([len(self.examples[i]) for i in order], self.length)
-        ]
-        self._epochs.append([rows[i] for i in rng.permutation(len(rows))])
-    return self._epochs[epoch]
+  def _shuffle(self, rng: np.random.Generator) -> list[list[int]]:
+    """The examples of each row of an epoch."""
+    order = rng.permutation(len(self.examples))
+    lengths = [len(self.examples[i]) for i in order]
+    rows = [[int(order[i]) for i in row] for row in fill_rows(lengths, self.length)]
+    return [rows[i] for i in rng.permutation(len(rows))]
 
   def steps_in_epoch(self, epoch: int) -> int:
-    """Batches of an epoch; its last, incomplete batch is filled with rows of the same epoch's start."""
-    return -(-len(self._rows(epoch)) // self.batch_size)
+    """The number of batches; the last one, if incomplete, is filled with the first rows of the epoch."""
+    return -(-len(self._rows[epoch]) // self.batch_size)
 
   def __call__(self, step: int, share: Sequence[int] | None = None) -> PackedBatch:
-    """Batch number `step`, counted over all epochs; of its rows those in `share`, or all."""
-    epoch = 0
-    while step >= self.steps_in_epoch(epoch):
-      step -= self.steps_in_epoch(epoch)
-      epoch += 1
-    rows = self._rows(epoch)
+    """Batch `step`, counted over all epochs; only its rows `share`, if given."""
+    epoch, step = locate(step, self.steps_in_epoch)
+    rows = self._rows[epoch]
     share = range(self.batch_size) if share is None else share
     chosen = [rows[(step * self.batch_size + r) % len(rows)] for r in share]
     return concatenate(

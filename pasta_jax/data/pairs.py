@@ -2,12 +2,11 @@
 requires."""
 
 import dataclasses
-import threading
 from collections.abc import Sequence
 
 import numpy as np
 
-from pasta_jax.data.packing import concatenate, pack_row
+from pasta_jax.data.packing import Epochs, concatenate, locate, pack_row
 from pasta_jax.lang.layout import Layout
 
 
@@ -37,18 +36,14 @@ class PairBatches:
       if _places([0] * rows, p, length) is None:
         lengths = f"{len(p.chosen)} and {len(p.rejected)} tokens"
         raise ValueError(f"pair {i} ({lengths}) does not fit {rows} rows of {length}")
-    self.pairs, self.rows, self.length, self.levels, self.seed = pairs, rows, length, levels, seed
-    self._epochs: list[list[list[int]]] = []  # per epoch, the pairs of each batch
-    self._making = threading.Lock()  # batches are made by several threads
+    self.pairs, self.rows, self.length, self.levels = pairs, rows, length, levels
+    self._epochs = Epochs(seed, self._shuffle)
 
   def epoch(self, epoch: int) -> list[list[int]]:
     """The pairs of each batch of an epoch."""
-    with self._making:
-      while len(self._epochs) <= epoch:
-        self._epochs.append(self._fill(np.random.default_rng((self.seed, len(self._epochs)))))
     return self._epochs[epoch]
 
-  def _fill(self, rng: np.random.Generator) -> list[list[int]]:
+  def _shuffle(self, rng: np.random.Generator) -> list[list[int]]:
     batches: list[list[int]] = []
     used: list[int] = []
     for i in map(int, rng.permutation(len(self.pairs))):
@@ -64,11 +59,8 @@ class PairBatches:
     return len(self.epoch(epoch))
 
   def __call__(self, step: int) -> dict[str, np.ndarray]:
-    """Batch number `step`, counted over all epochs."""
-    epoch = 0
-    while step >= self.steps_in_epoch(epoch):
-      step -= self.steps_in_epoch(epoch)
-      epoch += 1
+    """Batch `step`, counted over all epochs."""
+    epoch, step = locate(step, self.steps_in_epoch)
     return self.batch([self.pairs[i] for i in self.epoch(epoch)[step]])
 
   def batch(self, pairs: Sequence[PreferencePair]) -> dict[str, np.ndarray]:
