@@ -28,7 +28,7 @@ def read_prompts(
   Args:
     limit: number of prompts, spread evenly over the file; 0: all.
     categories: the categories to keep, comma-separated; "": all.
-    among: the ids of prompts to keep; None: all.
+    among: the ids (of first turns) of the prompts to keep; None: all.
     part: section of the config, for messages.
 
   Raises DataError, one line, naming file and row.

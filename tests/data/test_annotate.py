@@ -1,5 +1,5 @@
-"""Annotation: units and plans over real rows, what each writer sees against the language's own rule, and runs
-against a server that misbehaves."""
+"""Annotation: units and plans of real rows, what each writer sees against the masks of training, and runs
+against a faulty server."""
 
 import json
 from pathlib import Path
@@ -56,8 +56,8 @@ def test_units_are_sentences_lines_and_heads():
   assert len(units.split("See:\n```python\na = 1\n\nb = 2\n```\nDone.")) == 3
 
 
-def test_plans_say_all_that_the_seed_rows_hold():
-  """Every row's spans are units, and what is read back is the same program."""
+def test_plans_express_every_seed_row():
+  """The spans of every row are units, and its plan is read back as the same program."""
   for row in ROWS:
     chunks, syncs = plan.read(plan.write(row["response"], row["chunks"], row["syncs"]), row["response"])
     assert program_of(row | {"chunks": chunks, "syncs": syncs}) == program_of(
@@ -141,7 +141,7 @@ def seen_by_layout(row: dict) -> list[str]:
   return [bytes(laid.tokens[is_text & visible[i]].astype(np.uint8)).decode() for i in state]
 
 
-def test_writers_see_what_the_language_lets_them_see():
+def test_writers_see_what_the_masks_of_training_show():
   import re
 
   compared = 0
@@ -152,7 +152,7 @@ def test_writers_see_what_the_language_lets_them_see():
   assert compared > 900
 
 
-def test_contexts_name_what_is_unseen():
+def test_contexts_name_the_unseen_parts():
   chunks, syncs = plan.read(
     json.dumps({"chunks": [chunk(3, 4, "train"), chunk(6, 6, "plane")], "syncs": []}), TEXT
   )
@@ -284,7 +284,7 @@ def test_plans_become_rows(server, tmp_path: Path, kind: str):
   )
 
 
-def test_a_server_that_misbehaves_costs_nothing_but_time(server, tmp_path: Path):
+def test_a_faulty_server_loses_no_row(server, tmp_path: Path):
   """Statuses, broken answers and hang-ups are tried again; a plan that cannot be used is asked for again,
   with the fault named; a row that never gets one is rejected, and named."""
   rows = ROWS[20:26]
@@ -311,7 +311,7 @@ def test_a_server_that_misbehaves_costs_nothing_but_time(server, tmp_path: Path)
   assert all(m[-2]["role"] == "assistant" for m in asked_again)
 
 
-def test_a_run_that_stops_pays_for_the_rest_alone(server, tmp_path: Path):
+def test_a_restarted_run_repeats_no_paid_call(server, tmp_path: Path):
   config = config_for(server, tmp_path, ROWS[20:30], concurrency=1)
   server.faults = [None] * 14 + [401]
   with pytest.raises(EndpointError, match="refused, status 401"):
@@ -327,7 +327,7 @@ def test_a_run_that_stops_pays_for_the_rest_alone(server, tmp_path: Path):
   assert (tmp_path / "run" / name).read_text() == (tmp_path / "other" / name).read_text()
 
 
-def test_the_check_gives_chunks_up_and_places_syncs(server, tmp_path: Path):
+def test_the_check_removes_chunks_and_adds_syncs(server, tmp_path: Path):
   row = next(
     r
     for r in ROWS
@@ -368,7 +368,7 @@ def test_agreement_by_hand():
     measure.agreement([ours], [theirs | {"prompt": "q"}])
 
 
-def test_settings_that_cannot_be_used_are_one_line(server, tmp_path: Path, monkeypatch):
+def test_unusable_settings_are_one_line(server, tmp_path: Path, monkeypatch):
   monkeypatch.delenv("OPENAI_API_KEY")
   for changes, message in (
     (dict(data=""), "annotate.data=FILE"),

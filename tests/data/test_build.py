@@ -137,7 +137,7 @@ def test_bad_rows_are_named_and_never_stop_a_build(vocabulary, tmp_path: Path):
   assert not (tmp_path / "strict").exists()
 
 
-def test_settings_that_cannot_be_used_are_one_line(vocabulary, tmp_path: Path):
+def test_unusable_settings_are_one_line(vocabulary, tmp_path: Path):
   for changes, message in (
     (dict(train=""), "dataset.train=FILE"),
     (dict(validation_share=1.0), "validation_share"),
@@ -149,7 +149,7 @@ def test_settings_that_cannot_be_used_are_one_line(vocabulary, tmp_path: Path):
   assert not (tmp_path / "run").exists()
 
 
-def test_what_a_killed_build_left_is_cleared(vocabulary, tmp_path: Path):
+def test_the_rest_of_a_killed_build_is_deleted(vocabulary, tmp_path: Path):
   left = tmp_path / "responses" / "incomplete.ABC_1.0.0"
   left.mkdir(parents=True)
   built(tmp_path, vocabulary)

@@ -244,7 +244,7 @@ def test_baseline_has_the_same_rows_without_tags(strategy: str):
     np.testing.assert_array_equal(e.targets[:-1][e.index[1:] >= 0], own)
 
 
-def test_examples_are_laid_out_behind_the_chat_prompt():
+def test_examples_are_laid_out_after_the_chat_prompt():
   only = examples(ROWS[:1], BYTES, RULE, annotation="plan", max_length=300).examples[0]
   expected = layout(BYTES.encode(program_of(ROWS[0]), RULE), RULE, BYTES.table, [257, *b"three", 257])
   for field in dataclasses.fields(Layout):
@@ -265,7 +265,7 @@ def test_selection_of_the_seed_data(smollm2_checkpoint):
   assert 1.4 < np.exp(np.mean(np.log(speedups))) < 2.5
 
 
-def test_row_that_the_vocabulary_cannot_express_is_named(smollm2_checkpoint):
+def test_a_row_that_the_vocabulary_cannot_encode_is_named(smollm2_checkpoint):
   vocabulary = Vocabulary(smollm2_checkpoint.tokenizer)
   bad_rows = [row("a\x04"), row("a", prompt="\x04"), row("a") | {"prompt": None}]
   for bad in ({**r, "id": "r7"} for r in bad_rows):
@@ -295,7 +295,7 @@ def test_mix(files: Path):
 
 
 @pytest.mark.parametrize("times", ["", "x", "-1", "1.5", "2*3", " 2", "²"])
-def test_mix_refuses_what_is_no_number(files: Path, times: str):
+def test_mix_refuses_a_malformed_number(files: Path, times: str):
   entry = f"{files / 'a.jsonl'}*{times}"
   with pytest.raises(DataError, match=re.escape(f"data: {entry!r} is not of the form FILE or FILE*TIMES")):
     mix(entry)

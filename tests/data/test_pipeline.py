@@ -46,8 +46,8 @@ def test_workers_lay_out_what_one_process_does(tiny: Path):  # noqa: F811
       examples([*rows, bad], workers=workers, **how)
 
 
-def test_a_feed_goes_on_from_its_state():
-  """Behind any step, and of a share of the rows as of all of them."""
+def test_an_iterator_continues_from_its_state():
+  """After any step, for a share of the rows as for all of them."""
   data = [example_of(n, 5 + n) for n in range(12)]
   packed = PackedBatches(data, batch_size=3, length=20, levels=1, seed=1)
   new = lambda share=None: DataIterator(

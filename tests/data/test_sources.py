@@ -80,7 +80,7 @@ def test_bad_rows_are_counted_and_named(tmp_path: Path):
   assert source.faults["an id that another row has"] == ["a.jsonl, row 5 (a)"]
 
 
-def test_files_that_cannot_be_used_are_one_line(tmp_path: Path):
+def test_unusable_files_are_one_line(tmp_path: Path):
   (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"{}" * 1000)[:30])
   (tmp_path / "list.json").write_text("[{")
   for name, message in (

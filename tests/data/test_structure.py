@@ -80,7 +80,7 @@ def test_paragraphs_keep_their_first_sentences():
     "\n".join(f"{n}. see https://example.com {LONG}" for n in (1, 2, 3)),
   ],
 )
-def test_what_has_no_form_is_left_alone(text):
+def test_a_response_without_form_has_no_chunks(text):
   assert annotate(text) == []
 
 

@@ -302,39 +302,6 @@ def test_wrong_settings_are_one_line(trained, tmp_path):
     evaluate(wrong, tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-  "row, words",
-  [
-    ({"prompt": " "}, "row 2 has no text"),
-    ({"turns": []}, "row 2 has no text"),
-    ({"turns": ["a", 3]}, "row 2 has no text"),
-    ({"id": "a", "prompt": "x"}, "two prompts have the id"),
-  ],
-)
-def test_wrong_prompts_are_one_line(tmp_path, row, words):
-  path = tmp_path / "prompts.jsonl"
-  path.write_text(json.dumps(PROMPTS[0]) + "\n" + json.dumps(row))
-  with pytest.raises(DataError, match=words):
-    read_prompts(str(path))
-
-
-def test_prompts_by_limit_and_category(tmp_path):
-  path = tmp_path / "prompts.jsonl"
-  path.write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
-  assert [r.id for r in read_prompts(str(path))] == ["a", "b", "c/1", "c/2"]
-  assert [r.id for r in read_prompts(str(path), categories="writing")] == ["a", "c/1", "c/2"]
-  assert [r.id for r in read_prompts(str(path), categories="writing, why", limit=2)] == ["a", "b"]
-  mt_bench = tmp_path / "mt.jsonl"
-  mt_bench.write_text(json.dumps({"question_id": 81, "category": "writing", "turns": ["One.", "Two."]}))
-  first, second = read_prompts(str(mt_bench))
-  assert (first.id, second.id, second.category) == ("81/1", "81/2", "writing")
-  assert [m["content"] for m in conversation(second, {"81/1": "An answer."})] == [
-    "One.",
-    "An answer.",
-    "Two.",
-  ]
-
-
 def test_pilot_says_whether_thresholds_are_met(trained, finished, tmp_path, capsys):
   config, _ = trained
   whole, summary = finished
