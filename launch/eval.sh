@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The README's table: four systems over a file of prompts, some of them by the clock, judged, and reported. More systems:
+# The table of docs/results.md: four systems over a file of prompts, some of them timed, judged, and reported. More systems:
 # --config.eval.systems=pasta,baseline,apar,sot,sequential,base.
 #   launch/eval.sh PROMPTS_FILE TIMED_PROMPTS_FILE RUN_FOLDER [flags]
-# Prompts by the clock are those of PROMPTS_FILE that stand in TIMED_PROMPTS_FILE too. Leave the machine alone
-# while they run, or give --config.eval.timed=0 first and take the flag away later: what was answered is kept.
-# Started again, it goes on where it stopped. --limit=7 tries all of it in ten minutes (two cores, nothing compiled
-# before: 10 min 28 s for 8 prompts). PYTHON names another Python than the checkout's own .venv.
+# Timed prompts are those of PROMPTS_FILE that TIMED_PROMPTS_FILE contains too. Run no other jobs while they are timed,
+# or pass --config.eval.timed=0 first and omit it later: existing answers are kept. Started again, it continues where it
+# stopped. --limit=7 tries everything in ten minutes (two cores, nothing compiled before: 10 min 28 s for 8 prompts).
+# PYTHON selects another Python than the checkout's own .venv.
 set -euo pipefail
 usage="usage: launch/eval.sh PROMPTS_FILE TIMED_PROMPTS_FILE RUN_FOLDER [flags]"
 prompts=$(realpath "${1:?$usage}") timed=$(realpath "${2:?$usage}") run=$(realpath -m "${3:?$usage}")

@@ -2,9 +2,9 @@
 # Trains on a GKE cluster with TPUs, through XPK (pip install xpk): builds the image, pushes it, starts the workload.
 #   CLUSTER=c IMAGE=REGION-docker.pkg.dev/PROJECT/REPO/pasta NAME=pasta TYPE=v5litepod-16 launch/gke.sh [--dry-run] \
 #     RUN_FOLDER [flags of main.py --mode=train]
-# Environment: CLUSTER, IMAGE, NAME, TYPE; STORAGE, the name of a volume that xpk storage attached to the cluster, with
-# RUN_FOLDER in it; ZONE and PROJECT (gcloud's own if unset), SLICES (1), RESTARTS (10). Started again, it replaces a
-# workload of the same name, and the run goes on from its last checkpoint.
+# Environment: CLUSTER, IMAGE, NAME, TYPE; STORAGE, the name of a volume that xpk storage attached to the cluster, which
+# contains RUN_FOLDER; ZONE and PROJECT (gcloud's own if unset), SLICES (1), RESTARTS (10). Started again, it replaces a
+# workload of the same name, and the run continues from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/lib.sh

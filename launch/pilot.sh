@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Does PASTA do on your own prompts, on this machine, offline? Prompts in, report out; the exit code says whether both
-# thresholds were met (0), or not (3).
+# Tests PASTA on your own prompts, on this machine, offline. It writes a report; the exit code is 0 if both thresholds
+# are met, 3 if not. MIN_SPEEDUP is a realised speedup (wall clock).
 #   launch/pilot.sh PROMPTS_FILE RUN_FOLDER MIN_WIN_RATE MIN_SPEEDUP [flags]
 #   launch/pilot.sh prompts.jsonl runs/pilot 40 1.3 --limit=50
 set -euo pipefail

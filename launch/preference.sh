@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Preference optimisation in rounds, for several weights of quality, with an evaluation behind each round.
+# Preference optimisation in rounds, for several quality weights, with an evaluation after each round.
 #   launch/preference.sh PROMPTS_FILE EVALUATION_PROMPTS_FILE RUN_FOLDER [flags, e.g. --config.preference.weights=1,4,inf]
-# Started again, it goes on where it stopped. Stages can run on several machines, the folder carried between them:
-# --config.preference.stages=sample (then judge, train, eval). PYTHON names another Python than .venv's.
+# Started again, it continues where it stopped. Stages can run on different machines if the folder is copied between
+# them: --config.preference.stages=sample (then judge, train, eval). PYTHON selects another Python than .venv's.
 set -euo pipefail
 usage="usage: launch/preference.sh PROMPTS_FILE EVALUATION_PROMPTS_FILE RUN_FOLDER [flags]"
 prompts=$(realpath "${1:?$usage}") held_out=$(realpath "${2:?$usage}") run=$(realpath -m "${3:?$usage}")

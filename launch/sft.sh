@@ -2,7 +2,7 @@
 # SFT of the PASTA model, of Baseline-SFT and of APAR on the same rows, on all devices of this machine
 # (--config.train.batch_size: a multiple of their number).
 #   launch/sft.sh RUNS_FOLDER [flags for all runs, e.g. --config.train.data=a.jsonl,b.jsonl*2]
-# They resume where they stopped when the script is started again. PYTHON names another Python than .venv's.
+# Started again, the runs continue where they stopped. PYTHON selects another Python than .venv's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs=${1:?usage: launch/sft.sh RUNS_FOLDER [flags]}

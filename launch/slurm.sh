@@ -3,7 +3,8 @@
 # (pip install -e ".[cuda]"), on a file system that all nodes see too.
 #   NODES=2 GPUS=8 launch/slurm.sh [--dry-run] RUN_FOLDER [flags of main.py --mode=train]
 # Environment: NODES (1), GPUS a node (1), TIME (24:00:00), PARTITION, ACCOUNT, NAME (pasta). Two minutes before the time
-# is up, or when the job is pre-empted, the run saves and the job queues again; the same command does the same by hand.
+# limit, or when the job is pre-empted, the run saves a checkpoint and the job is queued again; the same command by hand
+# does the same.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/lib.sh
@@ -14,8 +15,8 @@ shift
 gpus=${GPUS:-1}
 train=$(words srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" main.py --mode=train --distributed \
   --workdir="$workdir" "$@")
-# The batch script hands SIGTERM on to all processes, and queues the job again when they say that they were stopped.
-# (The signal ends `wait` without the step's exit code, which another `wait` has, even when the step is gone by then.)
+# The batch script forwards SIGTERM to all processes and queues the job again if they exit with 75. (The signal ends
+# `wait` without the step's exit code; another `wait` returns it, even if the step has ended by then.)
 script="trap 'told=1; scancel --signal=TERM \$SLURM_JOB_ID.0' TERM
 $train &
 told=; wait \$!; code=\$?

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs, a slice of one host or of many: asks for the slice (a queued resource), waits for it, copies
+# Trains on Cloud TPU VMs, a slice of one host or of many: requests the slice (a queued resource), waits for it, copies
 # this checkout to every host, installs it, and starts the same training on all of them in tmux.
 #   NAME=pasta ZONE=us-west4-a TYPE=v5litepod-16 BUCKET=my-bucket launch/tpu.sh [--dry-run] RUN [flags of --mode=train]
-# Environment: NAME, ZONE, TYPE; BUCKET, which every host mounts with gcsfuse, RUN being a folder in it (without BUCKET,
-# RUN is a folder that all hosts see by other means); PROJECT (gcloud's own if unset), RUNTIME (v2-alpha-tpuv5-lite),
-# SPOT=1 for a slice that may be taken away. Started again it asks for nothing that is there: a slice that was taken away
-# is asked for anew, a run that goes on is left alone, one that stopped goes on from its last checkpoint.
+# Environment: NAME, ZONE, TYPE; BUCKET, which every host mounts with gcsfuse and which contains the folder RUN (without
+# BUCKET, all hosts must see RUN by other means); PROJECT (gcloud's own if unset), RUNTIME (v2-alpha-tpuv5-lite), SPOT=1
+# for a pre-emptible slice. Started again, it reuses what exists: it requests a slice that was taken away once more,
+# leaves a running training alone, and continues a stopped one from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/lib.sh
@@ -30,7 +30,7 @@ if ! holds state; then
 fi
 if [ "${DRY_RUN:-0}" != 1 ]; then
   until [ "$(state)" = ACTIVE ]; do
-    case "$(state)" in FAILED | SUSPENDED) echo "the slice $NAME is $(state): start this again" >&2 && exit 1 ;; esac
+    case "$(state)" in FAILED | SUSPENDED) echo "the slice $NAME is $(state): start this script again" >&2 && exit 1 ;; esac
     sleep 30
   done
 fi
