@@ -167,3 +167,9 @@ def test_pages_of_the_language_have_the_sections_that_code_cites():
     cited |= set(re.findall(r"docs/language\.md section (\d(?:\.\d+)?)", text))
   titles = re.findall(r"^#+ (\d(?:\.\d+)?)\.? ", (ROOT / "docs/language.md").read_text(), re.M)
   assert cited <= set(titles)
+
+
+def test_build_md_names_every_test_file():
+  text = (ROOT / "BUILD.md").read_text()
+  for file in (ROOT / "tests").rglob("test_*.py"):
+    assert f"`{file.relative_to(ROOT)}`" in text, f"BUILD.md does not name {file.relative_to(ROOT)}"
