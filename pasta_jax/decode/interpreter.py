@@ -106,7 +106,7 @@ class Interpreter:
       causal_mask(size),
       model.dtype,
       softcap=model.config.attention_softcap,
-      near=sliding_window_mask(positions, positions, model.config.window),
+      window_mask=sliding_window_mask(positions, positions, model.config.window),
     )
     _, cached = model(prompt[None], positions, attend)
     dtype = model.dtype

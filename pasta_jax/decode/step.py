@@ -26,7 +26,7 @@ from pasta_jax.decode.state import (
   earlier,
 )
 from pasta_jax.lang import automaton as A
-from pasta_jax.model.attention import MASK_VALUE, seen_by, sliding_window_mask
+from pasta_jax.model.attention import MASK_VALUE, layer_mask, sliding_window_mask
 from pasta_jax.model.transformer import Transformer, soft_cap
 
 
@@ -57,7 +57,7 @@ def pool_attention(visible: jax.Array, near: jax.Array | None, softcap: float):
   """`attend` of one branch: its own token and the pool entries that it sees; `near` [P] of local layers."""
 
   def attend(cache, q, k, v, local):
-    seen = seen_by(visible, near, local)
+    seen = layer_mask(visible, near, local)
     keys, values = cache  # [K, H, P], [K, P, H]
     q, k, v = q.astype(keys.dtype), k.astype(keys.dtype), v.astype(values.dtype)
     scores = jnp.einsum("kgh,khp->kgp", q, keys, preferred_element_type=jnp.float32)

@@ -1,8 +1,7 @@
-"""What may be seen, and attention over whole rows in plain JAX: the reference for every kernel, and what CPUs
-run.
+"""Masks, and attention over whole rows in plain JAX: the reference for every kernel, and what CPUs run.
 
-Training has rows whose keys say which queries they are hidden from (`chunked_attention`); the kernels of
-`model.flash` do the same on TPU and GPU.
+In training each key stores the query intervals it is masked from (`chunked_attention`); the kernels of
+`model.flash` compute the same on TPU and GPU.
 """
 
 from collections.abc import Callable
@@ -13,33 +12,38 @@ import jax.numpy as jnp
 
 from pasta_jax.lang.layout import is_visible
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.transformer import Attend, Local, matmul, soft_cap
+from pasta_jax.model.products import matmul
+from pasta_jax.model.transformer import Attend, Local, soft_cap
 
-MASK_VALUE = -1e30  # a masked score: finite, so that a row that sees nothing averages instead of giving NaN
-_UNROLLED = 8  # so many shapes of blocks at most are compiled
+MASK_VALUE = -1e30  # a masked score: finite, so that a fully masked row averages instead of giving NaN
+_UNROLLED = 8  # at most this many block shapes are compiled
 
 
-def within(queries: jax.Array, keys: jax.Array, window) -> jax.Array:
-  """Whether keys at positions `keys` are inside the window of queries at `queries`; broadcasts."""
+def in_window(queries: jax.Array, keys: jax.Array, window) -> jax.Array:
+  """Whether keys at positions `keys` are in the sliding window of queries at positions `queries`;
+  broadcasts."""
   return queries - keys < window
 
 
 def sliding_window_mask(queries: jax.Array, keys: jax.Array, window: int) -> jax.Array | None:
-  """[..., q, k] boolean from positions [..., q] and [..., k]: what a local layer may see; None without a
-  window.
+  """[..., q, k] boolean from positions [..., q] and [..., k]: True where the key is in the query's sliding
+  window; None if `window` is 0.
 
-  Positions count, not places in a row or a pool: they jump at promises, and so does the window.
+  The window is measured in positions, not in indices of a row or a pool: positions jump at promises, and so
+  does the window.
   """
-  return within(queries[..., :, None], keys[..., None, :], window) if window else None
+  return in_window(queries[..., :, None], keys[..., None, :], window) if window else None
 
 
-def seen_by(visible: jax.Array, near: jax.Array | None, local: Local) -> jax.Array:
-  """What a layer sees of what is visible."""
-  return visible if near is None or local is False else visible & (near | jnp.logical_not(local))
+def layer_mask(visible: jax.Array, window_mask: jax.Array | None, local: Local) -> jax.Array:
+  """The mask of one layer: `visible`, and in a local layer `window_mask` as well. Shapes broadcast."""
+  if window_mask is None or local is False:
+    return visible
+  return visible & (window_mask | jnp.logical_not(local))
 
 
 def causal_mask(length: int) -> jax.Array:
-  """[1, T, T] boolean, for a row that is one plain text."""
+  """[1, T, T] boolean, for a row of plain text."""
   return jnp.tril(jnp.ones((1, length, length), jnp.bool_))
 
 
@@ -48,49 +52,55 @@ def dense_attention(
   dtype: Any = jnp.float32,
   block: int = 128,
   *,
-  near: jax.Array | None = None,
+  window_mask: jax.Array | None = None,
   softcap: float = 0.0,
 ) -> Attend:
-  """`attend` over whole rows at once: `mask` is boolean [B, T, T], True where query t sees key s, and never
-  True for s > t; local layers see those that are `near` too (`sliding_window_mask`)."""
+  """`attend` over whole rows [B, T]. `mask` is boolean [B, T, T], True where query t sees key s, never True
+  for s > t. Local layers also apply `window_mask` [B, T, T] (`sliding_window_mask`). Collects each layer's
+  keys and values [B, T, K, H].
+
+  Raises TypeError if `mask` is not boolean.
+  """
   if mask.dtype != jnp.bool_:
     raise TypeError(f"a mask must be boolean (True = may attend), not {mask.dtype}")
 
-  def seen(start, size: int, stop: int, local: Local) -> jax.Array:
+  def block_mask(start, size: int, stop: int, local: Local) -> jax.Array:
     part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)[..., :stop]
-    return seen_by(part(mask), None if near is None else part(near), local)
+    return layer_mask(part(mask), None if window_mask is None else part(window_mask), local)
 
-  return _in_blocks(seen, dtype, block, softcap)
+  return _in_blocks(block_mask, dtype, block, softcap)
 
 
 def chunked_attention(
   masked_intervals: jax.Array, positions: jax.Array, config: ModelConfig, dtype: Any, block: int = 128
 ) -> Attend:
-  """`attend` over rows whose keys are hidden from the query indices `masked_intervals` [B, T, L, 2]
-  (`layout.is_visible`), and in local layers from `positions` [B, T] beyond the window. No T x T array is
-  made: what a block of queries sees is found when it is needed."""
+  """`attend` over whole rows [B, T] whose keys are masked from the query intervals `masked_intervals` [B, T,
+  L, 2] (`layout.is_visible`); local layers also apply the sliding window to `positions` [B, T]. Collects each
+  layer's keys and values [B, T, K, H].
 
-  def seen(start, size: int, stop: int, local: Local) -> jax.Array:
+  No T x T array is made: the mask of each block of queries is computed when it is needed.
+  """
+
+  def block_mask(start, size: int, stop: int, local: Local) -> jax.Array:
     at = start + jnp.arange(size)
     visible = is_visible(at[:, None], jnp.arange(stop)[None, :], masked_intervals[:, None, :stop])
-    near = sliding_window_mask(
+    window_mask = sliding_window_mask(
       jax.lax.dynamic_slice_in_dim(positions, start, size, axis=1), positions[:, :stop], config.window
     )
-    return seen_by(visible, near, local)
+    return layer_mask(visible, window_mask, local)
 
-  return _in_blocks(seen, dtype, block, config.attention_softcap)
+  return _in_blocks(block_mask, dtype, block, config.attention_softcap)
 
 
 def _in_blocks(
-  seen: Callable[[Any, int, int, Local], jax.Array], dtype: Any, block: int, softcap: float
+  block_mask: Callable[[Any, int, int, Local], jax.Array], dtype: Any, block: int, softcap: float
 ) -> Attend:
-  """Queries go in blocks of `block`, each against the keys up to its own end, or, in long rows, up to the end
-  of its eighth of the row: later keys are masked for all of them, so nearly half of the work falls away.
-  `seen(start, size, stop, local)` is the mask [B, size, stop] of the queries from `start` on.
+  """Attention in blocks of `block` queries. A block reads the keys up to its own end, or, in long rows, up to
+  the end of its eighth of the row: later keys are masked for all of its queries, which saves nearly half of
+  the work. `block_mask(start, size, stop, local)` is the mask [B, size, stop] of the queries from `start` on.
 
-  Products take operands in `dtype` and accumulate in float32. Sums of weights come from the same product as
-  the context (a column of ones beside the values): XLA's CPU row sums are slow. Collects each layer's keys
-  and values [B, T, K, H].
+  Products take operands in `dtype` and accumulate in float32. The sums of the weights come from the same
+  product as the context (columns of ones are appended to the values), because XLA's row sums are slow on CPU.
   """
 
   def attend(cache, q, k, v, local=False):
@@ -102,35 +112,35 @@ def _in_blocks(
     v_ = jnp.concatenate([v_, jnp.ones((*v_.shape[:-1], 16), dtype)], axis=-1)
 
     def run(start, size: int, stop: int, k, v):
-      """[B, K, G, size, H+] of the queries from `start` on, which see no key from `stop` on."""
-      own = jax.lax.dynamic_slice_in_dim(q_, start, size, axis=3)
-      rows, heads, groups, *_ = own.shape
-      scores = matmul(own.reshape(rows, heads, groups * size, width), k).reshape(
+      """[B, K, G, size, H + 16] of the queries from `start` on, which see no key from `stop` on."""
+      block_q = jax.lax.dynamic_slice_in_dim(q_, start, size, axis=3)
+      rows, heads, groups, *_ = block_q.shape
+      scores = matmul(block_q.reshape(rows, heads, groups * size, width), k).reshape(
         rows, heads, groups, size, -1
       )
-      mask = seen(start, size, stop, local)
+      mask = block_mask(start, size, stop, local)
       scores = soft_cap(scores, softcap) + jnp.where(mask, 0.0, MASK_VALUE)[:, None, None]
       peak = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
       weights = jnp.exp(scores - peak).astype(dtype)
-      return matmul(weights.reshape(rows, heads, groups * size, -1), v).reshape(*own.shape[:-1], -1)
+      return matmul(weights.reshape(rows, heads, groups * size, -1), v).reshape(*block_q.shape[:-1], -1)
 
-    many = -(-length // block // _UNROLLED) * block if length > _UNROLLED * block else block
-    found = []
-    for start in range(0, length, many):
-      stop = min(start + many, length)
+    section = -(-length // block // _UNROLLED) * block if length > _UNROLLED * block else block
+    outputs = []
+    for start in range(0, length, section):
+      stop = min(start + section, length)
       keys, values, at = k_[..., :stop], v_[..., :stop, :], start
       one = jax.checkpoint(run, static_argnums=(1, 2))
-      whole = (stop - start) // block if many > block else 0
+      whole = (stop - start) // block if section > block else 0
       if whole:
         each = jax.lax.map(
           lambda at, stop=stop, keys=keys, values=values, one=one: one(at, block, stop, keys, values),
           start + block * jnp.arange(whole),
         )  # [blocks, B, K, G, block, H+]
-        found.append(jnp.moveaxis(each, 0, 3).reshape(*q_.shape[:3], whole * block, -1))
+        outputs.append(jnp.moveaxis(each, 0, 3).reshape(*q_.shape[:3], whole * block, -1))
         at = start + whole * block
       if at < stop:
-        found.append(one(at, stop - at, stop, keys, values))
-    out = jnp.concatenate(found, axis=-2)
+        outputs.append(one(at, stop - at, stop, keys, values))
+    out = jnp.concatenate(outputs, axis=-2)
     context = out[..., :width] / out[..., width : width + 1]
     return context.transpose(0, 3, 1, 2, 4), (k, v)
 

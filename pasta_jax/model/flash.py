@@ -1,12 +1,13 @@
-"""Flash attention (Dao 2023) where keys are hidden from intervals of queries: Pallas kernels for TPU and GPU.
+"""Flash attention (Dao 2023) for keys that are masked from intervals of queries: Pallas kernels for TPU and
+GPU.
 
-Time and memory go by the tiles in which anything is seen (`model.tiles`): an empty one is neither fetched nor
-computed, a full one not masked. Three sweeps share one driver: context and log-sum-exp; cotangent of queries;
-of keys and values. On TPU what a tile meets is the grid's last axis, and sums stay in VMEM; on GPU a program
-loops over it.
+Time and memory are proportional to the number of tiles that are not fully masked (`model.tiles`): an empty
+tile is neither fetched nor computed, and a full one is not masked. Three sweeps share one driver: context and
+log-sum-exp; cotangent of queries; cotangents of keys and values. On TPU the visited tiles are the grid's last
+axis, and sums stay in VMEM; on GPU a program loops over them.
 
-Letters: B rows, N query heads, K key-value heads, G = N / K, T tokens, H width of a head, n tiles in a row, R
-columns of `keys`.
+Letters: B rows, N query heads, K key-value heads, G = N / K, T tokens, H head width, n tiles in a row, R
+columns of `TileTables.keys`.
 """
 
 import dataclasses
@@ -31,40 +32,41 @@ _LANES = 128
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What is fixed when a kernel is compiled."""
+  """Static parameters of a kernel."""
 
-  platform: str  # tpu or gpu
-  size: int  # tokens of a tile
+  platform: str  # "tpu" or "gpu"
+  size: int  # tokens per tile
   softcap: float
   windowed: bool
   interpret: bool = False
 
 
-class Tables(NamedTuple):
-  """What the rows of a batch let be seen; made once for all layers. Every array has the axis B first.
+class TileTables(NamedTuple):
+  """Visibility in the rows of a batch; made once for all layers. The first axis of every array is B.
 
-  Schedules are those of layers without a window, and of local ones, which are the same where there is none.
+  Schedules come in pairs: of global layers and of local layers. The two are the same in models without a
+  window.
   """
 
-  keys: (
-    jax.Array
-  )  # [B, 1, T, R] int32: starts and stops of a key's intervals, and, with windows, its position
+  # [B, 1, T, R] int32: starts and stops of each key's masked intervals, and its position in models with a
+  # window
+  keys: jax.Array
   queries: jax.Array  # [B, 1, 1, T] int32 positions
-  by_query: tuple[tiles.Schedule, tiles.Schedule]
-  by_key: tuple[tiles.Schedule, tiles.Schedule]
+  by_query: tuple[tiles.TileSchedule, tiles.TileSchedule]
+  by_key: tuple[tiles.TileSchedule, tiles.TileSchedule]
 
 
 def tile_size(platform: str, length: int, width: int) -> int:
-  """Tokens of a tile: whole lanes on TPU, large ones in long rows; what registers hold on GPU, by a head's
-  width."""
+  """Tokens per tile for rows of `length` tokens and heads of `width`: whole lanes on TPU, more in long rows;
+  what fits into registers on GPU."""
   if platform == "gpu":
     return 64 if width <= 128 else 32
   return next((size for size in (_LANES, 2 * _LANES) if length <= 8 * size), 4 * _LANES)
 
 
-def make_tables(masked_intervals: jax.Array, positions: jax.Array, window: int, size: int) -> Tables:
-  """Tables of rows with `masked_intervals` [B, T, L, 2] and `positions` [B, T], T filled up to whole tiles: no query
-  sees what is added."""
+def make_tables(masked_intervals: jax.Array, positions: jax.Array, window: int, size: int) -> TileTables:
+  """The tables of rows with `masked_intervals` [B, T, L, 2] and `positions` [B, T]. T is padded to whole
+  tiles; no query sees the padding."""
   rows, length = positions.shape
   padding = -length % size
   masked_intervals = jnp.pad(masked_intervals, ((0, 0), (0, padding), (0, 0), (0, 0)))
@@ -75,9 +77,9 @@ def make_tables(masked_intervals: jax.Array, positions: jax.Array, window: int, 
   kinds = tuple(
     tiles.tile_kinds(masked_intervals, positions, w, size) for w in ((0, window) if window else (0,))
   )
-  by_query = tuple(tiles.schedule(k) for k in kinds)
-  by_key = tuple(tiles.schedule(k.swapaxes(1, 2)) for k in kinds)
-  return Tables(columns, positions[:, None, None], (by_query[0], by_query[-1]), (by_key[0], by_key[-1]))
+  by_query = tuple(tiles.tile_schedule(k) for k in kinds)
+  by_key = tuple(tiles.tile_schedule(k.swapaxes(1, 2)) for k in kinds)
+  return TileTables(columns, positions[:, None, None], (by_query[0], by_query[-1]), (by_key[0], by_key[-1]))
 
 
 def attention(
@@ -85,23 +87,23 @@ def attention(
   k: jax.Array,
   v: jax.Array,
   local: Local,
-  tables: Tables,
+  tables: TileTables,
   *,
   settings: Settings,
   config: ModelConfig,
 ) -> jax.Array:
-  """q [B, T, K, G, H], k and v [B, T, K, H] of one dtype -> context [B, T, K, G, H] float32."""
+  """Queries [B, T, K, G, H], keys and values [B, T, K, H], all of one dtype -> context [B, T, K, G, H]
+  float32."""
   rows, length, heads, groups, width = q.shape
   padding = tables.queries.shape[-1] - length
-  filled = (
-    1 << (width - 1).bit_length() if settings.platform == "gpu" else width
-  )  # Triton's shapes are powers of two
-  fill = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, filled - width)))
-  q = fill(q.transpose(0, 2, 3, 1, 4).reshape(rows, heads * groups, length, width))
-  k, v = (fill(x.transpose(0, 2, 1, 3)) for x in (k, v))
+  # Triton requires shapes that are powers of two.
+  padded_width = 1 << (width - 1).bit_length() if settings.platform == "gpu" else width
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, padded_width - width)))
+  q = pad(q.transpose(0, 2, 3, 1, 4).reshape(rows, heads * groups, length, width))
+  k, v = (pad(x.transpose(0, 2, 1, 3)) for x in (k, v))
   by_query, by_key = (
-    jax.tree.map(partial(jnp.where, local), theirs, ours) if settings.windowed else ours
-    for ours, theirs in (tables.by_query, tables.by_key)
+    jax.tree.map(partial(jnp.where, local), of_local, of_global) if settings.windowed else of_global
+    for of_global, of_local in (tables.by_query, tables.by_key)
   )
   window = jnp.where(local, config.window, tiles.FAR).astype(jnp.int32).reshape(1)
   context = _flash(settings, q, k, v, tables.keys, tables.queries, by_query, by_key, window)
@@ -118,10 +120,10 @@ def _flash(settings, q, k, v, keys, queries, by_query, by_key, window):
 def _forward(settings: Settings, q, k, v, keys, queries, by_query, by_key, window):
   width = q.shape[-1]
 
-  def step(carry, at, meets, full, window, fixed, moving):
+  def step(carry, at, visited, full, window, fixed, moving):
     q, queries = fixed
     k, v_t, keys = moving
-    scores, _ = _scores(settings, q, k, queries, keys, at, meets, full, window)
+    scores, _ = _scores(settings, q, k, queries, keys, at, visited, full, window)
     return tiles.forward_step(carry, scores, v_t())
 
   context, lse = _sweep(
@@ -132,7 +134,7 @@ def _forward(settings: Settings, q, k, v, keys, queries, by_query, by_key, windo
     fixed=[_Operand(q), _Operand(queries, across=True)],
     moving=[
       _Operand(k, of_keys=True),
-      _Operand(_turned(v), of_keys=True, across=True),
+      _Operand(_transpose(v), of_keys=True, across=True),
       _Operand(keys, of_keys=True),
     ],
     outputs=[_Output(width, across=True), _Output(1, across=True)],
@@ -142,7 +144,7 @@ def _forward(settings: Settings, q, k, v, keys, queries, by_query, by_key, windo
     schedule=by_query,
     window=window,
   )
-  context, lse = checkpoint_name(_turned(context), "attention"), checkpoint_name(lse, "attention")
+  context, lse = checkpoint_name(_transpose(context), "attention"), checkpoint_name(lse, "attention")
   return context, (q, k, v, keys, queries, by_query, by_key, window, context, lse)
 
 
@@ -164,13 +166,13 @@ def _backward(settings: Settings, saved, d_context):
     scores, raw = _scores(settings, q, k, queries, keys, at_query, at_key, full, window)
     return tiles.backward(scores, raw, v(), d_context(), lse(), delta(), settings.softcap)
 
-  def query_step(carry, at, meets, full, window, fixed, moving):
+  def query_step(carry, at, visited, full, window, fixed, moving):
     *of_keys, k_t = moving
-    _, d_scores = weights(*fixed, *of_keys, at, meets, full, window)
+    _, d_scores = weights(*fixed, *of_keys, at, visited, full, window)
     return (carry[0] + tiles.dot(k_t(), d_scores.astype(k_t().dtype)),)
 
-  def key_step(carry, at, meets, full, window, fixed, moving):
-    w, d_scores = weights(*moving, *fixed, meets, at, full, window)
+  def key_step(carry, at, visited, full, window, fixed, moving):
+    w, d_scores = weights(*moving, *fixed, visited, at, full, window)
     q, d_context = moving[0](), moving[1]()
     return carry[0] + tiles.dot(d_scores.astype(q.dtype), q), carry[1] + tiles.dot(
       w.astype(q.dtype), d_context
@@ -183,7 +185,7 @@ def _backward(settings: Settings, saved, d_context):
     partial(zeros, (width, size)),
     lambda carry: carry,
     fixed=of_queries,
-    moving=[*of_keys, _Operand(_turned(k), of_keys=True, across=True)],
+    moving=[*of_keys, _Operand(_transpose(k), of_keys=True, across=True)],
     outputs=[_Output(width, across=True)],
     heads=q.shape[1],
     inner=1,
@@ -206,7 +208,7 @@ def _backward(settings: Settings, saved, d_context):
     window=window,
   )
   return (
-    _turned(d_q).astype(q.dtype),
+    _transpose(d_q).astype(q.dtype),
     d_k.astype(k.dtype),
     d_v.astype(v.dtype),
     *jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (keys, queries, by_query, by_key, window)),
@@ -216,22 +218,22 @@ def _backward(settings: Settings, saved, d_context):
 _flash.defvjp(_forward, _backward)
 
 
-def _turned(x: jax.Array) -> jax.Array:
+def _transpose(x: jax.Array) -> jax.Array:
   return jnp.swapaxes(x, -1, -2)
 
 
 def _scores(settings: Settings, q, k, queries, keys, at_query, at_key, full, window):
-  """`tiles.tile_scores` of what a sweep's step is given."""
+  """`tiles.tile_scores` of the tiles that a sweep's step gets."""
   levels = keys.ref.shape[-1] // 2
-  near = settings.windowed
+  windowed = settings.windowed
   return tiles.tile_scores(
     q(),
     k(),
-    tiles.Queries(at_query, queries() if near else None),
+    tiles.Queries(at_query, queries() if windowed else None),
     tiles.Keys(
       at_key,
       [(keys.column(2 * i), keys.column(2 * i + 1)) for i in range(levels)],
-      keys.column(2 * levels) if near else None,
+      keys.column(2 * levels) if windowed else None,
     ),
     full,
     window,
@@ -240,8 +242,7 @@ def _scores(settings: Settings, q, k, queries, keys, at_query, at_key, full, win
 
 
 class _Operand(NamedTuple):
-  """An array [B, heads, T, X], or [B, heads, X, T] if tokens go `across`; of one head if it is every
-  head's."""
+  """An array [B, heads, T, X], or [B, heads, X, T] if `across`; with one head if all heads share it."""
 
   array: jax.Array
   of_keys: bool = False
@@ -249,14 +250,14 @@ class _Operand(NamedTuple):
 
 
 class _Output(NamedTuple):
-  """[B, heads, T, width], or [B, heads, width, T], float32."""
+  """An array [B, heads, T, width], or [B, heads, width, T] if `across`; float32."""
 
   width: int
   across: bool = False
 
 
 class _Tile:
-  """A tile of an operand inside a kernel: `()` reads it, `column(i)` one column [size, 1]."""
+  """A tile of an operand inside a kernel: a call reads it, `column(i)` reads one column [size, 1]."""
 
   def __init__(self, ref, size: int, at=None, head=None, across: bool = False, lanes: bool = True):
     self.ref, self._size, self._across, self._lanes = ref, size, across, lanes
@@ -269,7 +270,7 @@ class _Tile:
     return self.ref[(*self._head, *((slice(None), self._at) if self._across else (self._at, slice(None))))]
 
   def column(self, i: int) -> jax.Array:
-    if self._lanes:  # TPU: vectors have two axes
+    if self._lanes:  # on TPU vectors have two axes
       return self.ref[:, i : i + 1]
     return self.ref[(*self._head, pl.ds(0, self._size) if self._at is None else self._at, i)][:, None]
 
@@ -289,13 +290,15 @@ def _sweep(
   heads: int,
   inner: int,
   groups: int,
-  schedule: tiles.Schedule,
+  schedule: tiles.TileSchedule,
   window: jax.Array,
 ) -> list[jax.Array]:
-  """For each row, each of `heads` and each tile of `fixed`: `step` over the tiles of `moving` that it meets,
-  in `inner` heads one after another, from `start()`; `end` makes the outputs of the last carry.
+  """For each row, each of `heads` and each tile of the `fixed` operands: starts with the carry `start()`,
+  applies `step` to every tile of the `moving` operands that the schedule visits, in `inner` heads one after
+  another, and returns `end(carry)` as outputs.
 
-  `step(carry, at, meets, full, window, fixed, moving)` gets the tiles' first indices, and tiles to read.
+  `step(carry, at, visited, full, window, fixed, moving)` gets the first index of the fixed and of the visited
+  tile, whether nothing is masked, and the tiles to read.
   """
   size = settings.size
   rows, n = schedule.visits.shape
@@ -319,7 +322,7 @@ def _sweep(
 
 
 def _head(operand: _Operand, h, g, inner: int, groups: int):
-  """Which head of an operand the head `h` of a sweep reads, at the `g`-th of its inner ones."""
+  """Which head of an operand head `h` of a sweep reads in its inner head `g`."""
   if operand.array.shape[1] == 1:
     return 0
   if operand.of_keys:
@@ -328,22 +331,22 @@ def _head(operand: _Operand, h, g, inner: int, groups: int):
 
 
 def _on_tpu(settings, step, start, end, fixed, moving, outputs, shapes, grid, groups, schedule, window):
-  """Grid (B, heads, tiles, inner heads, tiles met); the schedule is prefetched: what is not met is not
-  fetched."""
+  """Grid (B, heads, tiles, inner heads, visited tiles). The schedule is prefetched, so that only visited
+  tiles are fetched."""
   size, (_, _, n, inner) = settings.size, grid
   visit = lambda b, o, s, order, count: order[(b * n + o) * n + jnp.minimum(s, count[b * n + o] - 1)]
 
-  def block(operand: _Operand, moves: bool) -> pl.BlockSpec:
+  def block(operand: _Operand, moving: bool) -> pl.BlockSpec:
     def index(b, h, o, g, s, order, count, window):
       del window
-      head, tile = _head(operand, h, g, inner, groups), visit(b, o, s, order, count) >> 1 if moves else o
+      head, tile = _head(operand, h, g, inner, groups), visit(b, o, s, order, count) >> 1 if moving else o
       return (b, head, 0, tile) if operand.across else (b, head, tile, 0)
 
-    wide = operand.array.shape[-2 if operand.across else -1]
-    return pl.BlockSpec((None, None, *((wide, size) if operand.across else (size, wide))), index)
+    width = operand.array.shape[-2 if operand.across else -1]
+    return pl.BlockSpec((None, None, *((width, size) if operand.across else (size, width))), index)
 
   def kernel(order, count, window, *refs):
-    ours, theirs = refs[: len(fixed)], refs[len(fixed) : len(fixed) + len(moving)]
+    fixed_refs, moving_refs = refs[: len(fixed)], refs[len(fixed) : len(fixed) + len(moving)]
     out, carry = (
       refs[len(fixed) + len(moving) :][: len(outputs)],
       refs[len(fixed) + len(moving) + len(outputs) :],
@@ -357,15 +360,15 @@ def _on_tpu(settings, step, start, end, fixed, moving, outputs, shapes, grid, gr
 
     @pl.when(s < count[b * n + o])
     def _():
-      met = visit(b, o, s, order, count)
+      visited = visit(b, o, s, order, count)
       new = step(
         tuple(ref[...] for ref in carry),
         o * size,
-        (met >> 1) * size,
-        (met & 1) == 1,
+        (visited >> 1) * size,
+        (visited & 1) == 1,
         window[0],
-        [_Tile(ref, size) for ref in ours],
-        [_Tile(ref, size) for ref in theirs],
+        [_Tile(ref, size) for ref in fixed_refs],
+        [_Tile(ref, size) for ref in moving_refs],
       )
       for ref, value in zip(carry, new):
         ref[...] = value
@@ -400,12 +403,12 @@ def _on_tpu(settings, step, start, end, fixed, moving, outputs, shapes, grid, gr
 
 
 def _on_gpu(settings, step, start, end, fixed, moving, outputs, shapes, grid, groups, schedule, window):
-  """Grid (B, heads, tiles); each program loops over what its tile meets."""
+  """Grid (B, heads, tiles); each program loops over the tiles that its own tile visits."""
   size, (_, _, n, inner) = settings.size, grid
 
-  def block(operand: _Operand, moves: bool) -> pl.BlockSpec:
+  def block(operand: _Operand, moving: bool) -> pl.BlockSpec:
     _, heads, *last = operand.array.shape
-    if not moves:
+    if not moving:
       shape = (last[0], size) if operand.across else (size, last[1])
       place = lambda b, h, o: (
         b,
@@ -418,25 +421,25 @@ def _on_gpu(settings, step, start, end, fixed, moving, outputs, shapes, grid, gr
     return pl.BlockSpec((None, inner, *last), lambda b, h, o: (b, h, 0, 0))
 
   def kernel(order, count, window, *refs):
-    ours = [_Tile(ref, size, lanes=False) for ref in refs[: len(fixed)]]
-    theirs, out = refs[len(fixed) : len(fixed) + len(moving)], refs[len(fixed) + len(moving) :]
-    at, far = pl.program_id(2) * size, window[0]
+    fixed_tiles = [_Tile(ref, size, lanes=False) for ref in refs[: len(fixed)]]
+    moving_refs, out = refs[len(fixed) : len(fixed) + len(moving)], refs[len(fixed) + len(moving) :]
+    at, window_size = pl.program_id(2) * size, window[0]
 
-    def over(g: int, carry):
+    def sweep_head(g: int, carry):
       def body(s, carry):
-        met = order[s]
-        place = (met >> 1) * size
-        tiles_met = [
+        visited = order[s]
+        place = (visited >> 1) * size
+        moving_tiles = [
           _Tile(ref, size, place, g if len(ref.shape) == 3 else None, operand.across, lanes=False)
-          for ref, operand in zip(theirs, moving)
+          for ref, operand in zip(moving_refs, moving)
         ]
-        return step(carry, at, place, (met & 1) == 1, far, ours, tiles_met)
+        return step(carry, at, place, (visited & 1) == 1, window_size, fixed_tiles, moving_tiles)
 
       return jax.lax.fori_loop(0, count[0], body, carry)
 
     carry = start()
     for g in range(inner):
-      carry = over(g, carry)
+      carry = sweep_head(g, carry)
     for ref, value in zip(out, end(carry)):
       ref[...] = value
 

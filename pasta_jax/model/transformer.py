@@ -1,16 +1,16 @@
-"""A decoder-only transformer (Llama and its relatives) as Flax NNX modules. It knows tokens and positions, no
-threads.
+"""A decoder-only transformer (Llama and its relatives) as Flax NNX modules. It knows tokens and positions,
+but not threads.
 
-Every module works on any leading axes: training calls the decoder on [B, T], the interpreter on one token
-under `jax.vmap`. What a query may see is the caller's affair: the decoder hands each layer's queries, keys
-and values to `attend`, which answers with the attention's result.
+Every module accepts any leading axes: training calls the model on [B, T], decoding on one token under
+`jax.vmap`. Which keys a query sees is the caller's responsibility: the model passes each layer's queries,
+keys and values to `attend` (see `Attend`), which returns the attention's output.
 
 Letters in comments and einsums are those of `config.ModelConfig`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +18,34 @@ import numpy as np
 from flax import nnx
 
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.products import PRODUCTS, matmul
 
-# (cache of this layer, queries [..., K, G, H], keys [..., K, H], values [..., K, H], whether the layer is local)
-#   -> (context [..., K, G, H], anything to collect per layer)
-Local = bool | jax.Array  # an array where layers are scanned over
-Attend = Callable[[Any, jax.Array, jax.Array, jax.Array, Local], tuple[jax.Array, Any]]
+# Whether a layer is local, that is, limited to the sliding window; a traced boolean where layers are scanned
+# over.
+Local = bool | jax.Array
 
 
-# What the backward pass finds of a layer, and what it computes again.
+class Attend(Protocol):
+  """Attention of one layer, as the caller of the model computes it."""
+
+  def __call__(
+    self, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, local: Local, /
+  ) -> tuple[jax.Array, Any]:
+    """(context [..., K, G, H] float32, anything to collect per layer).
+
+    `cache` is the layer's entry of the `caches` that the model was called with. Queries [..., K, G, H] are
+    rotated and scaled, keys [..., K, H] rotated, values [..., K, H] as projected; all are float32.
+    """
+    ...
+
+
+# Rematerialisation policy: what is saved of a layer for the backward pass; the rest is computed again.
 REMAT = {
-  "none": None,  # finds everything
-  "full": jax.checkpoint_policies.nothing_saveable,  # nothing but the layer's input
-  "attention": jax.checkpoint_policies.save_only_these_names(
-    "attention"
-  ),  # the kernels' results too (`flash`)
-  "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # all products with weights
+  "none": None,  # saves everything
+  "full": jax.checkpoint_policies.nothing_saveable,  # saves only the layer's input
+  # and the results of the attention kernels (`flash`)
+  "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+  "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # and all products with weights
 }
 
 
@@ -41,52 +54,28 @@ class LoraParam(nnx.Param):
 
 
 class TagParam(nnx.Param):
-  """Rows of the vocabulary that belong to PASTA's tags."""
+  """Vocabulary rows of PASTA's tags."""
 
 
 DTYPES = ("float32", "bfloat16")
 
 
 def set_matmul_precision(dtype: str, backend: str = "") -> None:
-  """Makes float32 products float32 on TPU and newer GPUs (`backend`, or this machine's), which round their
-  operands otherwise.
+  """Computes float32 products in float32 on TPU and newer GPUs (`backend`, or this machine's), which
+  otherwise round the operands.
 
-  A setting of the whole process; float32 is chosen for exactness, bfloat16 for speed.
+  This is a setting of the whole process. float32 is chosen for exactness, bfloat16 for speed.
   """
   if dtype == "float32" and (backend or jax.default_backend()) != "cpu":
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
-@jax.custom_vjp
-def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-  """[..., m, k] @ [..., k, n] -> float32, both operands of one dtype, leading axes equal or absent from y.
-
-  The cotangent is rounded to the operands' dtype before the two products of the backward pass: with bfloat16
-  weights XLA would otherwise promote them to float32 products, three times slower on CPU.
-  """
-  return jnp.matmul(x, y, preferred_element_type=jnp.float32)
-
-
-def _matmul_forward(x, y):
-  return matmul(x, y), (x, y)
-
-
-def _matmul_backward(operands, cotangent):
-  x, y = operands
-  cotangent = cotangent.astype(x.dtype)
-  x_bar = jnp.matmul(cotangent, jnp.swapaxes(y, -1, -2), preferred_element_type=jnp.float32).astype(x.dtype)
-  if y.ndim == 2:
-    x, cotangent = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-  y_bar = jnp.matmul(jnp.swapaxes(x, -1, -2), cotangent, preferred_element_type=jnp.float32).astype(y.dtype)
-  return x_bar, y_bar
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
 class Linear(nnx.Module):
-  """x @ kernel, plus a bias, and a low-rank update where `lora.add_lora` has put one. Accumulates in
-  float32."""
+  """x @ kernel, plus the bias, plus the low-rank update where `lora.add_lora` has added one. Accumulates in
+  float32.
+
+  `product` names the entry of `products.PRODUCTS` that computes x @ kernel; it is static.
+  """
 
   def __init__(self, n_in: int, n_out: int, *, rngs: nnx.Rngs, dtype: Any, bias: bool = False):
     scale = n_in**-0.5
@@ -95,12 +84,13 @@ class Linear(nnx.Module):
     self.lora_a: LoraParam | None = nnx.data(None)  # [in, r]
     self.lora_b: LoraParam | None = nnx.data(None)  # [r, out]
     self.lora_scale = 0.0
+    self.product = "xla"
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[..., in] -> [..., out] float32."""
     kernel = self.kernel[...]
     x = x.astype(kernel.dtype)
-    y = matmul(x, kernel)
+    y = PRODUCTS[self.product](x, kernel)
     if self.bias is not None:
       y = y + self.bias[...].astype(jnp.float32)
     if self.lora_a is not None and self.lora_b is not None:
@@ -123,13 +113,13 @@ class RMSNorm(nnx.Module):
 
 
 def rope_angles(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-  """Cosines and sines, [..., 1, H/2] each, for rotate-half RoPE at integer `positions` [...]."""
+  """Cosines and sines, each [..., 1, H/2], of rotate-half RoPE at integer `positions` [...]."""
   angle = positions[..., None, None].astype(jnp.float32) * frequencies
   return jnp.cos(angle), jnp.sin(angle)
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:
-  """x for small values, never beyond +-cap; 0: no cap."""
+  """cap * tanh(x / cap): near x for small x, bounded by cap. 0 means no cap."""
   return cap * jnp.tanh(x / cap) if cap else x
 
 
@@ -141,7 +131,7 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 class Attention(nnx.Module):
-  """Grouped-query attention around a caller's `attend`."""
+  """Grouped-query attention around the caller's `attend`."""
 
   def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
     self.q = Linear(c.d_model, c.n_heads * c.head_dim, rngs=rngs, dtype=dtype, bias=c.qkv_bias)
@@ -153,7 +143,7 @@ class Attention(nnx.Module):
     self.config = c
 
   def __call__(self, x, angles, attend: Attend, cache, local: Local) -> tuple[jax.Array, Any]:
-    """[..., D] -> [..., D], and what `attend` collects."""
+    """[..., D] -> [..., D], and what `attend` collected."""
     c, lead = self.config, x.shape[:-1]
     q = self.q(x).reshape(*lead, c.n_heads, c.head_dim)
     k = self.k(x).reshape(*lead, c.n_kv_heads, c.head_dim)
@@ -167,7 +157,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-  """Feed-forward with a gate: SwiGLU, or GeGLU (Shazeer 2020)."""
+  """Gated feed-forward: SwiGLU or GeGLU (Shazeer 2020)."""
 
   def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
     self.gate = Linear(c.d_model, c.d_ff, rngs=rngs, dtype=dtype)
@@ -181,8 +171,8 @@ class Mlp(nnx.Module):
 
 
 class Layer(nnx.Module):
-  """Pre-norm residual block, with norms behind its parts too where the config has them; the residual stream
-  is float32 whatever the weights are."""
+  """Pre-norm residual block, with norms after its two parts as well if `config.post_norms`. The residual
+  stream is float32 for every dtype of the weights."""
 
   def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
     self.attn_norm = RMSNorm(c.d_model, c)
@@ -200,15 +190,16 @@ class Layer(nnx.Module):
 
 
 def with_tags(logits: jax.Array, tags: jax.Array, ids: Sequence[int]) -> jax.Array:
-  """A vocabulary's logits [..., V] with the tags' [..., 6] at `ids`, or behind it all where none are
-  given."""
+  """Logits of a vocabulary [..., V] with those of the tags [..., 6] at `ids`, or appended if `ids` is
+  empty."""
   return logits.at[..., np.asarray(ids)].set(tags) if ids else jnp.concatenate([logits, tags], axis=-1)
 
 
 class Embedder(nnx.Module):
-  """Token rows, and PASTA's tag rows where they are kept apart for training.
+  """Embeddings of tokens, and of PASTA's tags where training keeps them apart.
 
-  Never put together in one table: a tag row's gradient would cost one of the whole vocabulary.
+  The two are never joined into one table: the gradient of a tag's row would then cost that of the whole
+  table.
   """
 
   def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
@@ -229,7 +220,7 @@ class Embedder(nnx.Module):
     return rows.astype(jnp.float32) * self.scale
 
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """[..., D] -> [..., V] float32, for a head that is tied to the rows."""
+    """[..., D] -> [..., V] float32, for a head that is tied to the embeddings."""
     table = self.embedding[...]
     hidden = hidden.astype(table.dtype)
     logits = matmul(hidden, table.T)
@@ -239,7 +230,7 @@ class Embedder(nnx.Module):
 
 
 class Transformer(nnx.Module):
-  """The whole model. `layers` is a list, or one Layer with a leading layer axis on every leaf (`stack`)."""
+  """The whole model. `layers` is a list, or one Layer whose leaves have a leading layer axis (`stack`)."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
     self.config = config
@@ -259,22 +250,22 @@ class Transformer(nnx.Module):
     caches: Sequence[Any] | Any = None,
     remat: str = "none",
   ) -> tuple[jax.Array, Any]:
-    """Hidden states behind the final norm, [..., D] float32, and per layer what `attend` collected.
+    """Hidden states after the final norm, [..., D] float32, and what `attend` collected in each layer.
 
-    `tokens` and `positions` are integers [...]. `caches` holds one entry a layer (or is None): a list for a
-    list of layers, a pytree with a leading layer axis for stacked ones; what is collected comes back in the
-    same form. `remat` is one of `REMAT`.
+    `tokens` and `positions` are integers [...]. `caches` has one entry per layer, or is None: a list for a
+    list of layers, a pytree with a leading layer axis for stacked layers. What is collected is returned in
+    the same form. `remat` is a key of `REMAT`.
     """
     x, c = self.embed(tokens), self.config
-    again = (lambda f: f) if remat == "none" else partial(jax.checkpoint, policy=REMAT[remat])
+    checkpoint = (lambda f: f) if remat == "none" else partial(jax.checkpoint, policy=REMAT[remat])
     angles, local_angles = (rope_angles(positions, c.rope_frequencies(local)) for local in (False, True))
     local = [c.is_local(i) for i in range(c.n_layers)]
 
     def call(layer, x, cache, local):
-      own = angles
+      layer_angles = angles
       if c.local_rope_theta:
-        own = tuple(jnp.where(local, theirs, ours) for theirs, ours in zip(local_angles, angles))
-      return layer(x, own, attend, cache, local)
+        layer_angles = tuple(jnp.where(local, a, b) for a, b in zip(local_angles, angles))
+      return layer(x, layer_angles, attend, cache, local)
 
     if isinstance(self.layers, nnx.List):
       collected = []
@@ -282,23 +273,23 @@ class Transformer(nnx.Module):
         cache = None if caches is None else caches[i]
         graph, state = nnx.split(layer)
         run = lambda s, x, c, graph=graph, i=i: call(nnx.merge(graph, s), x, c, local[i])
-        x, out = again(run)(state, x, cache)
+        x, out = checkpoint(run)(state, x, cache)
         collected.append(out)
       return self.final_norm(x), collected
     graph, stacked = nnx.split(self.layers)
 
-    mixed = len(set(local)) > 1
+    mixed = len(set(local)) > 1  # otherwise `local` stays a Python boolean
 
-    def body(x, layer_and_cache):
-      state, cache, its_local = layer_and_cache
-      return call(nnx.merge(graph, state), x, cache, its_local if mixed else local[0])
+    def body(x, scanned):
+      state, cache, layer_local = scanned
+      return call(nnx.merge(graph, state), x, cache, layer_local if mixed else local[0])
 
-    x, collected = jax.lax.scan(again(body), x, (stacked, caches, jnp.asarray(local)))
+    x, collected = jax.lax.scan(checkpoint(body), x, (stacked, caches, jnp.asarray(local)))
     return self.final_norm(x), collected
 
   @property
   def dtype(self) -> Any:
-    """What matrices are stored and multiplied in."""
+    """The dtype that matrices are stored and multiplied in."""
     return self.embed.embedding.dtype
 
   def logits(self, hidden: jax.Array) -> jax.Array:
@@ -311,3 +302,25 @@ class Transformer(nnx.Module):
     else:
       logits = self.embed.logits(hidden)
     return soft_cap(logits, self.config.logit_softcap)
+
+
+def stack(model: Transformer) -> Transformer:
+  """The same model with its layers in one module whose leaves have a leading layer axis (for `lax.scan`)."""
+  graphs, states = zip(*(nnx.split(layer) for layer in model.layers))
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+  return _with_layers(model, nnx.merge(graphs[0], stacked))
+
+
+def unstack(model: Transformer) -> Transformer:
+  """The inverse of `stack`."""
+  graph, state = nnx.split(model.layers)
+  n = model.config.n_layers
+  one = lambda i: nnx.merge(graph, jax.tree.map(lambda x: x[i], state))
+  return _with_layers(model, nnx.List([one(i) for i in range(n)]))
+
+
+def _with_layers(model: Transformer, layers: Any) -> Transformer:
+  """A shallow copy of the model with other layers."""
+  copy = nnx.merge(*nnx.split(model))
+  copy.layers = nnx.data(layers)
+  return copy

@@ -67,8 +67,10 @@ def make_attend(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
     kind = "tpu" if jax.default_backend() == "tpu" else "chunked"
   positions = batch["positions"]
   if kind == "dense":
-    near = sliding_window_mask(positions, positions, config.window)
-    attend = dense_attention(attention_mask(batch), dtype, near=near, softcap=config.attention_softcap)
+    window_mask = sliding_window_mask(positions, positions, config.window)
+    attend = dense_attention(
+      attention_mask(batch), dtype, window_mask=window_mask, softcap=config.attention_softcap
+    )
   elif kind == "chunked":
     attend = chunked_attention(masked_intervals(batch), positions, config, dtype)
   elif kind in KINDS:

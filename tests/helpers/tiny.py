@@ -181,8 +181,8 @@ def other_family(config: ModelConfig, params):
 @partial(jax.jit, static_argnums=0)
 def _dense(graph, params, tokens, positions, mask):
   decoder = nnx.merge(graph, params)
-  near = sliding_window_mask(positions[None], positions[None], decoder.config.window)
-  attend = dense_attention(mask[None], near=near, softcap=decoder.config.attention_softcap)
+  window_mask = sliding_window_mask(positions[None], positions[None], decoder.config.window)
+  attend = dense_attention(mask[None], window_mask=window_mask, softcap=decoder.config.attention_softcap)
   hidden, _ = decoder(tokens[None], positions[None], attend)
   return decoder.logits(hidden)[0]
 

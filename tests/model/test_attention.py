@@ -75,9 +75,11 @@ def naive(q, k, v, mask, softcap: float):
 def programs(batch, config, dtype=jnp.float32):
   """Every way to attend, by name: (q, k, v, local) -> context."""
   hidden, positions = masked_intervals(batch), batch["positions"]
-  near = sliding_window_mask(positions, positions, config.window)
+  window_mask = sliding_window_mask(positions, positions, config.window)
   attends = {
-    "dense": dense_attention(attention_mask(batch), dtype, near=near, softcap=config.attention_softcap),
+    "dense": dense_attention(
+      attention_mask(batch), dtype, window_mask=window_mask, softcap=config.attention_softcap
+    ),
     "chunked": chunked_attention(hidden, positions, config, dtype),
     "chunked, long": chunked_attention(hidden, positions, config, dtype, block=8),
   }
@@ -164,7 +166,7 @@ def test_tiles_are_what_the_mask_is(mains):
     assert not some[kinds == tiles.EMPTY].any() and every[kinds == tiles.FULL].all()
     if not window:
       assert (kinds[every] == tiles.FULL).all()
-    plan = jax.tree.map(np.asarray, tiles.schedule(jnp.asarray(kinds)))
+    plan = jax.tree.map(np.asarray, tiles.tile_schedule(jnp.asarray(kinds)))
     assert (plan.visits > 0).all()  # the diagonal: every token sees itself
     for i in range(LENGTH // 8):
       met = plan.order[0, i, : plan.visits[0, i]]

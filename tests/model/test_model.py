@@ -51,7 +51,7 @@ def _logits(model: Transformer, tokens, positions, mask, remat: str, block: int)
     mask,
     model.dtype,
     block,
-    near=sliding_window_mask(positions, positions, model.config.window),
+    window_mask=sliding_window_mask(positions, positions, model.config.window),
     softcap=model.config.attention_softcap,
   )
   hidden, _ = model(tokens, positions, attend, remat=remat)

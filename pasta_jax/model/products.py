@@ -1,0 +1,58 @@
+"""Matrix products that a linear layer may use, by name: where a kernel for decoding goes in.
+
+Training uses "xla" only. For decoding, `weights.build.for_decoding(..., product=NAME)` sets the product of
+every linear layer and of the head. To add a kernel:
+
+1. Write a function (x [..., in], kernel [in, out]) -> [..., out]. `x` has the dtype of `kernel` (float32 or
+   bfloat16); the result is float32, accumulated in float32. No gradient is needed. The function must accept
+   any number of leading axes: a prefill calls it with x [1, T, in]. A decode step calls it with x [in] under
+   `jax.vmap`: once over the W branches of a request, and once more over requests in batch decoding. A Pallas
+   kernel that should read the kernel matrix once for all branches defines its own batching rule
+   (`jax.custom_batching.custom_vmap`), which gets x [W, in] and the unbatched kernel.
+2. Add it to `PRODUCTS`.
+
+tests/model/test_products.py compares every entry of `PRODUCTS` with float64, with and without `jax.vmap`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]  # (x [..., in], kernel [in, out]) -> [..., out] float32
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+  """[..., m, k] @ [..., k, n] -> float32; both operands have one dtype, and `y` has the same leading axes as
+  `x` or none.
+
+  The backward pass rounds the cotangent to the operands' dtype before its two products: with bfloat16 weights
+  XLA would otherwise promote them to float32 products, which take three times as long on CPU.
+  """
+  return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(x, y):
+  return matmul(x, y), (x, y)
+
+
+def _matmul_backward(operands, cotangent):
+  x, y = operands
+  cotangent = cotangent.astype(x.dtype)
+  x_bar = jnp.matmul(cotangent, jnp.swapaxes(y, -1, -2), preferred_element_type=jnp.float32).astype(x.dtype)
+  if y.ndim == 2:
+    x, cotangent = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+  y_bar = jnp.matmul(jnp.swapaxes(x, -1, -2), cotangent, preferred_element_type=jnp.float32).astype(y.dtype)
+  return x_bar, y_bar
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+PRODUCTS: dict[str, Product] = {"xla": matmul}
+
+
+def check_product(name: str) -> None:
+  """Raises ValueError, one line, if `PRODUCTS` has no product of that name."""
+  if name not in PRODUCTS:
+    raise ValueError(f"unknown matrix product {name!r}: choose one of {', '.join(PRODUCTS)}")
