@@ -21,14 +21,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
 
 from pasta_jax.lang.syntax import TAG_TEXTS
+from pasta_jax.model import lora
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.transformer import Transformer, set_matmul_precision
+from pasta_jax.model.transformer import Transformer, set_matmul_precision, stack
 from pasta_jax.train import preference, sft
 from pasta_jax.train.flops import chip, step_flops
 from pasta_jax.train.preference_loss import default_beta
 from pasta_jax.train.sharding import AXES, ROWS, check_rows, mesh_shape, shardings
 from pasta_jax.train.state import TrainState, make_optimizer, split
-from pasta_jax.weights import build, lora
 from pasta_jax.weights.checkpoint import load_checkpoint
 from pasta_jax.weights.hf_config import read_config
 
@@ -133,9 +133,7 @@ def abstract_model(config: ModelConfig, c, *, tags: bool) -> tuple[Any, Any, Any
   full = c.lora_rank == 0
 
   def make() -> Transformer:
-    model = build.stack(
-      Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32 if full else c.dtype))
-    )
+    model = stack(Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(jnp.float32 if full else c.dtype)))
     if tags:
       lora.add_tags(model, jnp.zeros((len(TAG_TEXTS), config.d_model)))  # type: ignore[arg-type]
     if not full:

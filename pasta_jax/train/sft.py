@@ -36,7 +36,7 @@ from pasta_jax.train.state import (
   make_optimizer,
 )
 from pasta_jax.train.update import make_step
-from pasta_jax.weights import lora
+from pasta_jax.weights.adapter import save_adapter
 from pasta_jax.weights.build import to_params
 from pasta_jax.weights.checkpoint import load_checkpoint
 from pasta_jax.weights.hf_folder import save_hf_folder
@@ -198,7 +198,7 @@ def export(
       with weights.open("rb") as file:
         of_weights.update(hashlib.file_digest(file, "sha256").digest())
     metadata = metadata | {"base": "model", "base's sha256": of_weights.hexdigest()}
-  lora.save_adapter(workdir / "adapter.safetensors", model, metadata)
+  save_adapter(workdir / "adapter.safetensors", model, metadata)
 
 
 def _recipe(config) -> str:

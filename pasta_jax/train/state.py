@@ -12,9 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model import lora
 from pasta_jax.model.transformer import LoraParam, TagParam, Transformer
 from pasta_jax.train.sharding import shard_put, shard_put_array, shardings
-from pasta_jax.weights import build, lora
+from pasta_jax.weights import build
 from pasta_jax.weights.adapter import Merged, read_adapter
 from pasta_jax.weights.checkpoint import Checkpoint
 
@@ -79,13 +80,15 @@ def make_model(
   if merge is not None and full:
     params = Merged(checkpoint.config, params, merge._replace(tags=None, head_tags=None))
     merge = merge._replace(factors={})
-  how = {} if mesh is None else {"put": lambda name, x: jax.block_until_ready(shard_put_array(mesh, name, x))}
+  how: dict[str, Any] = (
+    {} if mesh is None else {"put": lambda name, x: jax.block_until_ready(shard_put_array(mesh, name, x))}
+  )
   model = build.from_params(checkpoint.config, params, dtype, stacked=True, **how)
   if merge is not None:
     lora.put(merge, model)
   elif tags:
     lora.add_tags(model, *first_tags(checkpoint, vocabulary))
-  if not full and not any(module.lora_a is not None for module in build.linears(model).values()):
+  if not full and not any(module.lora_a is not None for module in lora.linears(model).values()):
     lora.add_lora(model, config.lora_rank, config.lora_alpha, nnx.Rngs(config.seed))
   graph, trainable, frozen = split(model, full=full)
   if mesh is not None:
@@ -200,7 +203,7 @@ def checkpoint_metadata(
 ) -> dict[str, Any]:
   """What `Checkpoints` keeps beside the state of a run that began with `checkpoint`; `metadata` are its
   adapter's."""
-  scales = [module.lora_scale for module in build.linears(model).values() if module.lora_a is not None]
+  scales = [module.lora_scale for module in lora.linears(model).values() if module.lora_a is not None]
   return {"source": checkpoint.source, "scale": scales[0] if scales else 1.0, "metadata": metadata}
 
 

@@ -1,11 +1,13 @@
-"""An adapter as arrays: its file, and weights with it merged. `lora` puts it on a model to be trained
-further."""
+"""The file of an adapter, and weights with an adapter merged into them.
+
+`model.lora` adds adapters to models for training.
+"""
 
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,27 +16,19 @@ from safetensors.numpy import save_file
 
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.utils.files import atomic_path
+from pasta_jax.model.lora import Adapter, adapter_of, merged_kernel, put
+from pasta_jax.model.transformer import Transformer
 from pasta_jax.weights.arrays import aligned_empty, param_shapes, read_into
 
 FORMAT = "pasta-jax-adapter-1"
 
 
 class AdapterError(ValueError):
-  """An adapter that cannot be read, or that belongs to another model."""
-
-
-class Adapter(NamedTuple):
-  """Low-rank updates and tag rows, as arrays of NumPy or JAX."""
-
-  scale: float  # of updates: alpha / rank
-  factors: Mapping[str, tuple[Any, Any]]  # "layers.0.attn.q" -> ([in, r], [r, out])
-  tags: Any | None = None  # [6, D]
-  head_tags: Any | None = None  # [D, 6], where the head is not tied
-  metadata: Mapping[str, str] = {}
+  """An adapter cannot be read, or was made for another model. The message is one line."""
 
 
 def signature(config: ModelConfig) -> dict[str, int]:
-  """What an adapter must agree on with the model that it is put on."""
+  """The sizes in which an adapter must match the model that it is put on."""
   return {
     "layers": config.n_layers,
     "d_model": config.d_model,
@@ -46,7 +40,7 @@ def signature(config: ModelConfig) -> dict[str, int]:
 
 
 def write_adapter(path: Path, adapter: Adapter, config: ModelConfig) -> None:
-  """Writes one safetensors file, bfloat16; nothing half-written."""
+  """Writes an adapter as one safetensors file in bfloat16, atomically."""
   arrays = {} if adapter.tags is None else {"embed.tags": adapter.tags}
   arrays |= {} if adapter.head_tags is None else {"head.tags": adapter.head_tags}
   for name, (a, b) in adapter.factors.items():
@@ -57,16 +51,31 @@ def write_adapter(path: Path, adapter: Adapter, config: ModelConfig) -> None:
     save_file({k: np.asarray(v).astype(ml_dtypes.bfloat16) for k, v in arrays.items()}, temporary, header)
 
 
+def save_adapter(path: Path, model: Transformer, metadata: Mapping[str, str]) -> None:
+  """Writes the updates and tag rows of a model, whose layers may be stacked (`write_adapter`)."""
+  write_adapter(path, adapter_of(model)._replace(metadata=metadata), model.config)
+
+
+def load_adapter(path: Path, model: Transformer) -> Mapping[str, str]:
+  """Puts the adapter of a file on a model, in place; returns the file's metadata.
+
+  Raises AdapterError if the file cannot be read or does not fit; the model is then unchanged.
+  """
+  adapter = read_adapter(path, model.config)
+  put(adapter, model)
+  return adapter.metadata
+
+
 def read_metadata(path: Path) -> dict[str, str]:
-  """The header of an adapter's file. Raises AdapterError, one line, if it cannot be read."""
+  """The header of an adapter's file. Raises AdapterError if it cannot be read."""
   return _header(path)[0]
 
 
 def weights_of(path: Path) -> Path | None:
-  """The folder beside an adapter's file with the weights that it belongs to, where these were trained too;
-  else None.
+  """The folder of the trained weights that an adapter belongs to, next to its file; None if only the adapter
+  was trained.
 
-  Raises AdapterError, one line, if the file cannot be read or the folder is gone.
+  Raises AdapterError if the file cannot be read or the folder is missing.
   """
   name = read_metadata(path).get("base")
   if name is None:
@@ -80,57 +89,56 @@ def weights_of(path: Path) -> Path | None:
 
 
 def has_tags(path: Path) -> bool:
-  """Whether an adapter's file holds tag rows: whether it is one of PASTA. Raises as `read_metadata`."""
+  """Whether an adapter's file has tag rows, that is, whether it is a PASTA adapter. Raises as
+  `read_metadata`."""
   return "embed.tags" in _header(path)[1]
 
 
 def _header(path: Path) -> tuple[dict[str, str], list[str]]:
-  """Metadata and names of arrays."""
+  """(metadata, names of the arrays)."""
   if not path.is_file():
     raise AdapterError(f"no adapter file at {path}")
   try:
     with safe_open(path, "numpy") as file:
       return file.metadata() or {}, list(file.keys())
   except (SafetensorError, OSError) as error:
-    raise AdapterError(f"{path} is no readable safetensors file: {error}") from None
+    raise AdapterError(f"{path} is not a readable safetensors file: {error}") from None
 
 
 def read_adapter(path: Path, config: ModelConfig) -> Adapter:
-  """A file's adapter, float32. Raises AdapterError, one line, if it cannot be read or does not fit the
-  model."""
+  """The adapter of a file, in float32. Raises AdapterError if it cannot be read or does not fit the model."""
   metadata = read_metadata(path)
   try:
     with safe_open(path, "numpy") as file:
       arrays = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
   except (SafetensorError, OSError) as error:
-    raise AdapterError(f"{path} is no readable safetensors file: {error}") from None
+    raise AdapterError(f"{path} is not a readable safetensors file: {error}") from None
   if metadata.get("format") != FORMAT:
-    raise AdapterError(f"{path} is no pasta-jax adapter (format {metadata.get('format')!r}, not {FORMAT!r})")
+    raise AdapterError(
+      f"{path} is not a pasta-jax adapter (format {metadata.get('format')!r}, not {FORMAT!r})"
+    )
   try:
-    theirs, scale = dict(json.loads(metadata["model"])), float(metadata["scale"])
+    model, scale = dict(json.loads(metadata["model"])), float(metadata["scale"])
   except (KeyError, ValueError, TypeError):
-    raise AdapterError(f"{path}: its header names no model or no scale") from None
+    raise AdapterError(f"{path}: the header has no model or no scale") from None
   for key, value in signature(config).items():
-    if theirs.get(key) != value:
-      raise AdapterError(
-        f"{path} was made for another model: its {key} is {theirs.get(key)}, this one's {value}"
-      )
+    if model.get(key) != value:
+      raise AdapterError(f"{path} was made for another model: {key} is {model.get(key)}, not {value}")
 
   tags = arrays.pop("embed.tags", None)
   head_tags = None if config.tie_embeddings else arrays.pop("head.tags", None)
-  if tags is not None and (at := tuple(theirs.get("tags", ()))) != config.tag_ids:
-    there, here = (
-      f"rows {', '.join(map(str, i))}" if i else "rows of their own" for i in (at, config.tag_ids)
+  if tags is not None and (ids := tuple(model.get("tags", ()))) != config.tag_ids:
+    theirs, ours = (
+      f"vocabulary rows {', '.join(map(str, i))}" if i else "additional vocabulary rows"
+      for i in (ids, config.tag_ids)
     )
-    raise AdapterError(
-      f"{path} has its tags in {there} of the vocabulary, this model in {here}: train it anew"
-    )
+    raise AdapterError(f"{path} has its tags in {theirs}, this model in {ours}: train a new adapter")
   if tags is not None and (tags.ndim != 2 or tags.shape[1] != config.d_model):
-    raise AdapterError(f"{path}: embed.tags is {tags.shape}, not rows of {config.d_model}")
+    raise AdapterError(f"{path}: embed.tags has shape {tags.shape}, its rows need width {config.d_model}")
   if not config.tie_embeddings and (None if tags is None else tags.shape[::-1]) != (
     None if head_tags is None else head_tags.shape
   ):
-    raise AdapterError(f"{path}: embed.tags and head.tags do not fit together, or one is missing")
+    raise AdapterError(f"{path}: embed.tags and head.tags do not match, or one is missing")
   factors = {}
   for kernel, (n_in, n_out) in (
     (k, s) for k, s in param_shapes(config).items() if k.startswith("layers.") and k.endswith(".kernel")
@@ -138,27 +146,24 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
     name = kernel.removesuffix(".kernel")
     a, b = arrays.pop(f"{name}.lora_a", None), arrays.pop(f"{name}.lora_b", None)
     if (a is None) != (b is None):
-      raise AdapterError(f"{path} holds only one factor of {name}")
+      raise AdapterError(f"{path} has only one factor of {name}")
     if a is not None and b is not None:
       if a.ndim != 2 or a.shape[0] != n_in or b.shape != (a.shape[1], n_out):
-        raise AdapterError(f"{path}: factors of {name} are {a.shape} and {b.shape}, its kernel {n_in, n_out}")
+        raise AdapterError(
+          f"{path}: factors of {name} have shapes {a.shape} and {b.shape}, its kernel {n_in, n_out}"
+        )
       factors[name] = a, b
   if arrays:
-    raise AdapterError(f"{path} holds {min(arrays)}, which this model does not have")
+    raise AdapterError(f"{path} has {min(arrays)}, which this model does not have")
   return Adapter(scale, factors, tags, head_tags, metadata)
 
 
-def merged_kernel(kernel: Any, factors: tuple[Any, Any] | None, scale: float) -> Any:
-  """A kernel with its low-rank update added; leading layer axes pass through."""
-  return kernel if factors is None else kernel + scale * (factors[0] @ factors[1])
-
-
 class Merged(Mapping[str, np.ndarray]):
-  """Parameters with an adapter in them: updates added, tags among the vocabulary's rows, where
-  `config.tag_ids` says.
+  """Parameters with an adapter merged into them: updates added to kernels, tag rows written to the vocabulary
+  at `config.tag_ids`.
 
-  Nothing is held: each array is made when it is asked for. With `untied` a tied head is one of its own,
-  stored [D, V].
+  Lazy: each array is computed when it is read. With `untied` a tied head becomes a separate one, stored [D,
+  V].
   """
 
   def __init__(
@@ -187,7 +192,7 @@ class Merged(Mapping[str, np.ndarray]):
     return out
 
   def read_into(self, name: str, out: np.ndarray) -> None:
-    """Fills `out`, of the parameter's shape and any float type."""
+    """Fills `out`, which has the parameter's shape and any float dtype."""
     tags = head_tags = factors = None
     if self._adapter is not None:
       tags, head_tags = self._adapter.tags, self._adapter.head_tags

@@ -1,5 +1,4 @@
-"""Decoders from weights: flat named arrays in, NNX modules out, and the forms that training and decoding
-use."""
+"""Models from weights: named arrays in, NNX modules out, in the forms that training and decoding use."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,13 +9,15 @@ import numpy as np
 from flax import nnx
 
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.transformer import Embedder, Linear, RMSNorm, Transformer
-from pasta_jax.weights.adapter import Adapter, Merged, merged_kernel
+from pasta_jax.model.lora import Adapter, adapter_of, merged_kernel
+from pasta_jax.model.products import check_product
+from pasta_jax.model.transformer import Embedder, Linear, RMSNorm, Transformer, stack, unstack
+from pasta_jax.weights.adapter import Merged
 from pasta_jax.weights.arrays import aligned_empty, read_into, reading
 
 
 def abstract(config: ModelConfig, dtype: Any, *, stacked: bool = False) -> Transformer:
-  """The model with shapes in the place of arrays."""
+  """The model with `jax.ShapeDtypeStruct` in place of arrays."""
   make = lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype)
   return nnx.eval_shape(lambda: stack(make()) if stacked else make())
 
@@ -28,17 +29,29 @@ def from_params(
   *,
   stacked: bool = False,
   put: Callable[[str, np.ndarray], jax.Array] = lambda name, x: jax.device_put(x),
+  product: str = "xla",
 ) -> Transformer:
-  """A decoder that holds `params`, named as `checkpoint.Checkpoint` names them ("layers.0.attn.q.kernel").
+  """A model with the given `params`, named as in `arrays.param_shapes` ("layers.0.attn.q.kernel").
 
-  Matrices are cast to `dtype`, norm scales and biases stay float32. Parameters that are read when they are
-  asked for are read one by one, straight into that type. `stacked`: in the form of `stack`. `put(name,
-  array)` brings an array to where it is to lie, before the next one is read; the default leaves it where host
-  and device are one.
+  Matrices are cast to `dtype`; norm scales and biases stay float32. Lazy parameters are read one by one,
+  directly into that dtype.
 
-  Raises ValueError naming the first parameter that is missing, left over or of the wrong shape.
+  Args:
+    stacked: return the model in the form of `transformer.stack`. put: (name, array) -> the array on its
+      devices; called for each array before the next one is read. The default
+      does not copy if host and device share memory.
+    product: the matrix product of all linear modules, a key of `products.PRODUCTS`; training needs "xla".
+
+  Raises:
+    ValueError: names the first parameter that is missing, unexpected or of another shape, or the unknown
+    product.
   """
-  graph, state = nnx.split(abstract(config, dtype, stacked=stacked))
+  check_product(product)
+  model = abstract(config, dtype, stacked=stacked)
+  for _, module in nnx.iter_modules(model):
+    if isinstance(module, Linear):
+      module.product = product
+  graph, state = nnx.split(model)
   left = set(params)
 
   def read(name: str, out: np.ndarray) -> None:
@@ -67,65 +80,23 @@ def from_params(
   return nnx.merge(graph, state)
 
 
-def stack(model: Transformer) -> Transformer:
-  """The same model with its layers in one module whose leaves have a leading layer axis (for `lax.scan`)."""
-  graphs, states = zip(*(nnx.split(layer) for layer in model.layers))
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-  return _with_layers(model, nnx.merge(graphs[0], stacked))
-
-
-def unstack(model: Transformer) -> Transformer:
-  """The inverse of `stack`."""
-  graph, state = nnx.split(model.layers)
-  n = model.config.n_layers
-  one = lambda i: nnx.merge(graph, jax.tree.map(lambda x: x[i], state))
-  return _with_layers(model, nnx.List([one(i) for i in range(n)]))
-
-
-def _with_layers(model: Transformer, layers: Any) -> Transformer:
-  """A shallow copy of the model around other layers."""
-  copy = nnx.merge(*nnx.split(model))
-  copy.layers = nnx.data(layers)
-  return copy
-
-
-def linears(model: Transformer) -> dict[str, Linear]:
-  """The linear modules inside the layers, by path ("layers.0.attn.q"); one entry each where stacked."""
-  return {
-    ".".join(map(str, path)): module
-    for path, module in nnx.iter_modules(model)
-    if isinstance(module, Linear) and path[0] == "layers"
-  }
-
-
-def adapter_of(model: Transformer) -> Adapter:
-  """The updates and tag rows that a model has, its layers stacked or not."""
-  model = model if isinstance(model.layers, nnx.List) else unstack(model)
-  found = {name: m for name, m in linears(model).items() if m.lora_a is not None and m.lora_b is not None}
-  value = lambda param: None if param is None else param[...]
-  return Adapter(
-    scale=next((m.lora_scale for m in found.values()), 1.0),
-    factors={name: (m.lora_a[...], m.lora_b[...]) for name, m in found.items()},  # type: ignore[index]
-    tags=value(model.embed.tags),
-    head_tags=value(model.head_tags),
-  )
-
-
 def for_decoding(
-  config: ModelConfig, params: Mapping[str, Any], adapter: Adapter | None, dtype: Any
+  config: ModelConfig, params: Mapping[str, Any], adapter: Adapter | None, dtype: Any, *, product: str = "xla"
 ) -> Transformer:
-  """The form that decodes fastest: updates merged, tags in the tables, head untied and stored as [D, V].
+  """The form that decodes fastest: updates merged, tags in the embedding table, head untied and stored as [D,
+  V].
 
-  A separate head costs V x D weights of memory; a matrix product with the embedding's transpose would cost
-  a transposition each step.
+  A separate head costs V x D weights of memory; a product with the transposed embedding would cost a
+  transposition in each step. `product` is the matrix product of all linear modules, a key of
+  `products.PRODUCTS`. Raises as `from_params`.
   """
-  whole = Merged(config, params, adapter, untied=True)
-  return from_params(whole.config, whole, dtype)
+  merged = Merged(config, params, adapter, untied=True)
+  return from_params(merged.config, merged, dtype, product=product)
 
 
 def to_params(model: Transformer, *, updates: bool = True) -> dict[str, jax.Array]:
-  """The inverse of `from_params`, low-rank updates merged, or left out; tag rows that are kept apart are left
-  out."""
+  """The inverse of `from_params`: low-rank updates are merged into the kernels, or left out if not `updates`;
+  separate tag rows are left out."""
   if not isinstance(model.layers, nnx.List):
     model = unstack(model)
   adapter = adapter_of(model) if updates else None

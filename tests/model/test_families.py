@@ -13,6 +13,7 @@ from test_export import with_adapter, write_adapter
 from test_model import Letters, decoding_form, logits, nested_layout, torch_logits
 
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model.transformer import stack
 from pasta_jax.weights import build
 from pasta_jax.weights.arrays import WeightsError
 from pasta_jax.weights.checkpoint import load_checkpoint
@@ -269,7 +270,7 @@ def test_forms_of_the_model_agree(name: str, folder):
   model = build.from_params(loaded.config, loaded.params)
   tokens, positions, mask = nested_layout()
   expected = logits(model, tokens, positions, mask)
-  stacked = build.stack(model)
+  stacked = stack(model)
   np.testing.assert_allclose(logits(stacked, tokens, positions, mask), expected, atol=1e-4)
   np.testing.assert_allclose(logits(decoding_form(stacked), tokens, positions, mask), expected, atol=1e-4)
   params = build.to_params(stacked)

@@ -15,11 +15,13 @@ from safetensors.numpy import load_file, save_file
 
 from pasta_jax.lang.layout import PositionRule, is_visible, layout
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model import lora
 from pasta_jax.model.attention import MASK_VALUE, causal_mask, dense_attention, sliding_window_mask
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.transformer import LoraParam, TagParam, Transformer, matmul
-from pasta_jax.weights import build, lora
-from pasta_jax.weights.adapter import AdapterError
+from pasta_jax.model.products import matmul
+from pasta_jax.model.transformer import LoraParam, TagParam, Transformer, stack, unstack
+from pasta_jax.weights import build
+from pasta_jax.weights.adapter import AdapterError, load_adapter, save_adapter
 from pasta_jax.weights.arrays import param_shapes
 
 # All widths differ, so that a transposed or exchanged matrix cannot pass; three layers show their order.
@@ -186,7 +188,7 @@ def test_smollm2_equals_transformers(smollm2_checkpoint):
     min_new_tokens=20,
   ).numpy()
   assert written.shape == (1, len(prompt) + 20)
-  ours = build.stack(build.from_params(config, smollm2_checkpoint.params))
+  ours = stack(build.from_params(config, smollm2_checkpoint.params))
   actual, expected = logits(ours, written), torch_logits(theirs, written)
   np.testing.assert_allclose(actual, expected, atol=2e-3, rtol=1e-3)
   np.testing.assert_array_equal(actual[0, len(prompt) - 1 : -1].argmax(-1), written[0, len(prompt) :])
@@ -205,7 +207,7 @@ def trained_form(config: ModelConfig, *, rank: int = 4, annotated: bool = True) 
     if model.head_tags is not None:
       model.head_tags[...] = jnp.asarray(rng.normal(size=(config.d_model, 6)), jnp.float32)
   lora.add_lora(model, rank, 2.0 * rank, nnx.Rngs(3))
-  for module in build.linears(model).values():
+  for module in lora.linears(model).values():
     module.lora_b[...] = jnp.asarray(rng.normal(size=module.lora_b.shape) * 0.1, jnp.float32)
   return model
 
@@ -213,7 +215,7 @@ def trained_form(config: ModelConfig, *, rank: int = 4, annotated: bool = True) 
 def decoding_form(model: Transformer) -> Transformer:
   """Of a model in memory, as of weights and an adapter."""
   return build.for_decoding(
-    model.config, build.to_params(model, updates=False), build.adapter_of(model), jnp.float32
+    model.config, build.to_params(model, updates=False), lora.adapter_of(model), jnp.float32
   )
 
 
@@ -221,18 +223,18 @@ def decoding_form(model: Transformer) -> Transformer:
 def test_stacked_layers_and_remat_change_nothing(config: ModelConfig):
   model, tokens = trained_form(config), random_tokens(2, 40)
   expected = logits(model, tokens)
-  stacked = build.stack(model)
+  stacked = stack(model)
   assert not isinstance(stacked.layers, nnx.List) and stacked.layers.attn.q.kernel.shape[0] == 3
   assert isinstance(model.layers, nnx.List)
-  for form in (stacked, build.unstack(stacked)):
+  for form in (stacked, unstack(stacked)):
     np.testing.assert_allclose(logits(form, tokens), expected, atol=1e-5)
     np.testing.assert_allclose(logits(form, tokens, remat="full"), expected, atol=1e-5)
-  again = nnx.state(build.unstack(stacked))
+  again = nnx.state(unstack(stacked))
   jax.tree.map(np.testing.assert_array_equal, again, nnx.state(model))
 
 
 def test_remat_gives_the_same_gradients():
-  graph, state = nnx.split(build.stack(trained_form(TIED)))
+  graph, state = nnx.split(stack(trained_form(TIED)))
   tokens, positions = jnp.asarray(random_tokens(1, 20)), jnp.arange(20)[None]
 
   def loss(state, remat):
@@ -253,7 +255,7 @@ def test_caches_and_collected_come_in_the_layers_form():
 
   arguments = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # one token, no leading axis
   _, listed = model(*arguments, attend, [jnp.float32(10 * i) for i in range(3)])
-  _, scanned = build.stack(model)(*arguments, attend, jnp.arange(3.0) * 10)
+  _, scanned = stack(model)(*arguments, attend, jnp.arange(3.0) * 10)
   assert [float(x) for x in listed] == [1, 11, 21]
   np.testing.assert_array_equal(scanned, [1, 11, 21])
 
@@ -279,10 +281,10 @@ def test_decoding_form_gives_the_training_forms_logits(config: ModelConfig, anno
   tokens[:, -6:] = size - 6 + np.arange(6)
   expected = logits(model, tokens)
   assert expected.shape[-1] == size
-  for form in (model, build.stack(model)):
+  for form in (model, stack(model)):
     decoding = decoding_form(form)
     assert decoding.config.vocab_size == size and decoding.head is not None and decoding.embed.tags is None
-    assert decoding.head_tags is None and all(m.lora_a is None for m in build.linears(decoding).values())
+    assert decoding.head_tags is None and all(m.lora_a is None for m in lora.linears(decoding).values())
     np.testing.assert_allclose(logits(decoding, tokens), expected, atol=1e-4, rtol=1e-4)
   jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
 
@@ -389,11 +391,11 @@ def test_parameters_that_do_not_fit_are_named(changes: dict, message: str):
 def test_adapter_is_read_back_equal_in_bfloat16(config: ModelConfig, stacked: bool, tmp_path: Path):
   model = trained_form(config)
   path = tmp_path / "adapter.safetensors"
-  lora.save_adapter(path, build.stack(model) if stacked else model, {"note": "é"})
+  save_adapter(path, stack(model) if stacked else model, {"note": "é"})
   assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
   loaded = build.from_params(config, random_params(config))
-  assert lora.load_adapter(path, loaded)["note"] == "é"
+  assert load_adapter(path, loaded)["note"] == "é"
   expected = jax.tree.map(np.asarray, nnx.state(model, nnx.Any(LoraParam, TagParam)))
   actual = nnx.state(loaded, nnx.Any(LoraParam, TagParam))
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(actual))
@@ -415,24 +417,26 @@ def rewrite(path: Path, header: dict | None = None, **changes: np.ndarray | None
 
 BREAKAGES = {
   "no adapter file at": lambda p: p.unlink(),
-  "no readable safetensors file": lambda p: p.write_bytes(p.read_bytes()[:-5]),
-  "is no readable safetensors file": lambda p: p.write_bytes(b"hello"),
-  "is no pasta-jax adapter": lambda p: rewrite(p, {"format": "pasta-jax-adapter-0"}),
-  "no pasta-jax adapter .format None": lambda p: save_file({"x": np.ones(3)}, p),
-  "names no model": lambda p: rewrite(p, {"model": None}),
-  "header names no model or": lambda p: rewrite(p, {"model": "{"}),
+  "not a readable safetensors file": lambda p: p.write_bytes(p.read_bytes()[:-5]),
+  "is not a readable safetensors file": lambda p: p.write_bytes(b"hello"),
+  "is not a pasta-jax adapter": lambda p: rewrite(p, {"format": "pasta-jax-adapter-0"}),
+  "not a pasta-jax adapter .format None": lambda p: save_file({"x": np.ones(3)}, p),
+  "header has no model": lambda p: rewrite(p, {"model": None}),
+  "the header has no model or": lambda p: rewrite(p, {"model": "{"}),
   "no scale": lambda p: rewrite(p, {"scale": "large"}),
-  "made for another model: its d_ff is 41, this one's 40": lambda p: rewrite(
+  "made for another model: d_ff is 41, not 40": lambda p: rewrite(
     p, {"model": '{"layers": 3, "d_model": 24, "d_ff": 41}'}
   ),
   "only one factor of layers.1.attn.v": lambda p: rewrite(p, **{"layers.1.attn.v.lora_b": None}),
   "only one factor of layers.2.mlp.up": lambda p: rewrite(p, **{"layers.2.mlp.up.lora_a": None}),
-  "factors of layers.0.attn.q are": lambda p: rewrite(p, **{"layers.0.attn.q.lora_a": np.ones((4, 24), "f")}),
-  "factors of layers.0.attn.k are": lambda p: rewrite(p, **{"layers.0.attn.k.lora_a": np.ones(24, "f")}),
+  "factors of layers.0.attn.q have": lambda p: rewrite(
+    p, **{"layers.0.attn.q.lora_a": np.ones((4, 24), "f")}
+  ),
+  "factors of layers.0.attn.k have": lambda p: rewrite(p, **{"layers.0.attn.k.lora_a": np.ones(24, "f")}),
   "layers.3.attn.q.lora_a, which this model": lambda p: rewrite(
     p, **{"layers.3.attn.q.lora_a": np.ones((24, 4), "f"), "layers.3.attn.q.lora_b": np.ones((4, 48), "f")}
   ),
-  "embed.tags is .6, 23.": lambda p: rewrite(p, **{"embed.tags": np.ones((6, 23), "f")}),
+  "embed.tags has shape .6, 23.": lambda p: rewrite(p, **{"embed.tags": np.ones((6, 23), "f")}),
   "embed.tags and head.tags": lambda p: rewrite(p, **{"head.tags": None}),
 }
 
@@ -441,7 +445,7 @@ BREAKAGES = {
 def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
   """An adapter's file, of the untied model."""
   path = tmp_path_factory.mktemp("saved") / "adapter.safetensors"
-  lora.save_adapter(path, trained_form(UNTIED), {})
+  save_adapter(path, trained_form(UNTIED), {})
   return path.read_bytes()
 
 
@@ -452,21 +456,21 @@ def test_adapter_that_does_not_fit_is_refused(message: str, saved: bytes, tmp_pa
   BREAKAGES[message](path)
   model = build.from_params(UNTIED, random_params(UNTIED))
   with pytest.raises(AdapterError, match=message) as caught:
-    lora.load_adapter(path, model)
+    load_adapter(path, model)
   assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-  assert model.embed.tags is None and all(m.lora_a is None for m in build.linears(model).values())
+  assert model.embed.tags is None and all(m.lora_a is None for m in lora.linears(model).values())
 
 
 def test_adapter_of_an_untied_model_does_not_go_on_a_tied_one(saved: bytes, tmp_path: Path):
   path = tmp_path / "adapter.safetensors"
   path.write_bytes(saved)
   with pytest.raises(AdapterError, match="head.tags, which this model does not have"):
-    lora.load_adapter(path, build.from_params(TIED, random_params(TIED)))
+    load_adapter(path, build.from_params(TIED, random_params(TIED)))
 
 
 def test_a_failing_save_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
   path = tmp_path / "adapter.safetensors"
-  lora.save_adapter(path, trained_form(TIED), {})
+  save_adapter(path, trained_form(TIED), {})
   before = path.read_bytes()
 
   def fail(_arrays, file, _header):
@@ -475,5 +479,5 @@ def test_a_failing_save_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pyte
 
   monkeypatch.setattr("pasta_jax.weights.adapter.save_file", fail)
   with pytest.raises(OSError, match="disk full"):
-    lora.save_adapter(path, trained_form(TIED), {})
+    save_adapter(path, trained_form(TIED), {})
   assert path.read_bytes() == before

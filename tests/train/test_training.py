@@ -26,16 +26,17 @@ from pasta_jax.lang.layout import NO_TARGET, PositionRule, layout
 from pasta_jax.lang.program import Promise
 from pasta_jax.lang.thread import Thread
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model import lora
 from pasta_jax.model.attention import causal_mask, dense_attention
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.transformer import REMAT
+from pasta_jax.model.transformer import REMAT, stack, unstack
 from pasta_jax.train import loop, sft
 from pasta_jax.train.attention import attention_mask
 from pasta_jax.train.losses import sft_loss, token_log_likelihood
 from pasta_jax.train.state import Checkpoints, TrainState, compute_model, make_model
 from pasta_jax.utils.jsonl import DataError, read_jsonl
-from pasta_jax.weights import build, lora
-from pasta_jax.weights.adapter import Merged, read_adapter, weights_of
+from pasta_jax.weights import build
+from pasta_jax.weights.adapter import Merged, load_adapter, read_adapter, save_adapter, weights_of
 from pasta_jax.weights.arrays import WeightsError
 from pasta_jax.weights.checkpoint import load_checkpoint
 
@@ -449,7 +450,7 @@ def test_a_run_leaves_what_it_promises(whole_run: Path, tiny: Path, checkpoint):
   assert ["validation_loss" in line for line in lines] == [False, False, False, True, False, True]
   assert json.loads((whole_run / "config.json").read_text())["train"]["length"] == LENGTH
   model = build.from_params(checkpoint.config, checkpoint.params)
-  metadata = lora.load_adapter(whole_run / "adapter.safetensors", model)
+  metadata = load_adapter(whole_run / "adapter.safetensors", model)
   assert json.loads(metadata["positions"])["strategy"] == "pred_10x"
   assert json.loads(metadata["train"])["lora_rank"] == 2
   assert np.abs(model.layers[1].mlp.down.lora_b[...]).max() > 0  # trained
@@ -634,9 +635,9 @@ def test_loss_falls_and_the_base_stays(tiny, tmp_path, checkpoint):
     sft.train(config, tmp_path / "run")
   losses = [line["loss"] for line in metric_lines(tmp_path / "run")]
   assert len(losses) == 20 and losses[-1] < 0.8 * losses[0] and np.mean(losses[-5:]) < np.mean(losses[:5])
-  model = build.unstack(seen["model"])
+  model = unstack(seen["model"])
   np.testing.assert_array_equal(model.embed.embedding[...], checkpoint.params["embed.embedding"])
-  for name, module in build.linears(model).items():
+  for name, module in lora.linears(model).items():
     np.testing.assert_array_equal(module.kernel[...], checkpoint.params[f"{name}.kernel"])
     assert np.abs(module.lora_b[...]).max() > 0
 
@@ -653,7 +654,7 @@ def test_baseline_has_no_tags(tiny, tmp_path, checkpoint, vocabulary):
   tensors = load_file(tmp_path / "adapter.safetensors")
   assert tensors and not any("tags" in name for name in tensors)
   model = build.from_params(checkpoint.config, checkpoint.params)
-  lora.load_adapter(tmp_path / "adapter.safetensors", model)
+  load_adapter(tmp_path / "adapter.safetensors", model)
   assert len(model.embed.embedding[...]) == checkpoint.config.vocab_size
 
 
@@ -665,7 +666,7 @@ def test_an_adapter_is_merged_where_every_parameter_is_trained(tmp_path):
   config = settings(tmp_path)
   graph, trainable, frozen = make_model(checkpoint, vocabulary, config.train)
   moved = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng(x.size).normal(size=x.shape), trainable)
-  lora.save_adapter(tmp_path / "adapter.safetensors", nnx.merge(graph, moved, frozen), {})
+  save_adapter(tmp_path / "adapter.safetensors", nnx.merge(graph, moved, frozen), {})
   tokens = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size + 6, (1, 24))
   low_rank, full = [], []
   for out, rank in ((low_rank, 2), (full, 0)):
@@ -676,7 +677,7 @@ def test_an_adapter_is_merged_where_every_parameter_is_trained(tmp_path):
     hidden, _ = model(jnp.asarray(tokens), jnp.arange(24)[None], dense_attention(causal_mask(24)))
     out.append(np.asarray(model.logits(hidden)))
   np.testing.assert_allclose(full[0], low_rank[0], atol=1e-4, rtol=1e-4)
-  assert not build.linears(model)["layers.attn.q"].lora_a
+  assert not lora.linears(model)["layers.attn.q"].lora_a
 
 
 @pytest.mark.parametrize("annotated", [True, False])
@@ -700,7 +701,7 @@ def test_full_training_leaves_a_model_that_others_load(
     > 0
   )
   model = build.from_params(loaded.config, loaded.params)
-  lora.load_adapter(tmp_path / "adapter.safetensors", model)
+  load_adapter(tmp_path / "adapter.safetensors", model)
   assert (model.embed.tags is not None) == annotated
   assert weights_of(tmp_path / "adapter.safetensors") == tmp_path / "model"
   tokens = np.random.default_rng(0).integers(0, checkpoint.tokenizer.vocab_size, (1, 24))
@@ -712,7 +713,7 @@ def test_full_training_leaves_a_model_that_others_load(
     ]  # tags' rows are the adapter's
 
   want = logits(trained[0])
-  np.testing.assert_array_equal(logits(build.stack(model)), want)
+  np.testing.assert_array_equal(logits(stack(model)), want)
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
   with torch.inference_mode():

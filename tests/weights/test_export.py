@@ -15,9 +15,10 @@ from configs.smollm2_135m import get_config
 from pasta_jax.decode.generator import Model
 from pasta_jax.lang.layout import PositionRule, is_visible, layout
 from pasta_jax.lang.syntax import TAG_TEXTS, TOKEN_TEXTS
+from pasta_jax.model import lora
 from pasta_jax.train.state import make_model
-from pasta_jax.weights import build, lora
-from pasta_jax.weights.adapter import AdapterError, Merged, read_adapter
+from pasta_jax.weights import build
+from pasta_jax.weights.adapter import AdapterError, Merged, load_adapter, read_adapter, save_adapter
 from pasta_jax.weights.arrays import WeightsError
 from pasta_jax.weights.checkpoint import load_checkpoint
 from pasta_jax.weights.export import export
@@ -56,9 +57,9 @@ def write_adapter(path: Path, source: Path, seed: int = 0) -> Path:
   rows = lambda: rng.normal(size=(6, checkpoint.config.d_model)).astype("f")
   lora.add_tags(model, rows(), rows())
   lora.add_lora(model, 3, 6.0, nnx.Rngs(seed))
-  for module in build.linears(model).values():
+  for module in lora.linears(model).values():
     module.lora_b[...] = jnp.asarray(rng.normal(size=module.lora_b.shape) * 0.1, jnp.float32)
-  lora.save_adapter(
+  save_adapter(
     path,
     model,
     {"positions": json.dumps({"strategy": RULE.strategy, "fixed": RULE.fixed}), "speeds": "[0, 1]"},
@@ -96,7 +97,7 @@ def program(vocabulary):
 def with_adapter(source: Path, adapter: Path):
   checkpoint = load_checkpoint(source)
   model = build.from_params(checkpoint.config, checkpoint.params)
-  lora.load_adapter(adapter, model)
+  load_adapter(adapter, model)
   return checkpoint, model
 
 
@@ -137,7 +138,7 @@ def test_transformers_gives_the_same_logits(place: str, made):
   theirs = transformers.AutoModelForCausalLM.from_pretrained(merged, attn_implementation="eager").eval()
   expected = logits(model, tokens, positions, mask)
   np.testing.assert_allclose(torch_logits(theirs, tokens, positions, mask), expected, atol=1e-4, rtol=1e-4)
-  for module in build.linears(model).values():
+  for module in lora.linears(model).values():
     module.lora_b[...] = jnp.zeros(module.lora_b.shape)
   assert np.abs(expected - logits(model, tokens, positions, mask)).max() > 0.1  # the updates matter
   tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
@@ -230,8 +231,8 @@ def test_an_adapter_whose_tags_stand_elsewhere_is_refused(made, tmp_path: Path):
   other = write_adapter(tmp_path / "other.safetensors", source)
   checkpoint = load_checkpoint(made("reserved entries")[0])
   model = build.from_params(checkpoint.config, checkpoint.params)
-  with pytest.raises(AdapterError, match="rows of their own of the vocabulary, this model in rows 5, 6, 3"):
-    lora.load_adapter(other, model)
+  with pytest.raises(AdapterError, match="additional vocabulary rows, this model in vocabulary rows 5, 6, 3"):
+    load_adapter(other, model)
   assert model.embed.tags is None
 
 

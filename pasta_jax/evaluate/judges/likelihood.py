@@ -10,8 +10,8 @@ from pasta_jax.data.packing import concatenate, fill_rows, pack_row
 from pasta_jax.decode.generator import Model
 from pasta_jax.lang.layout import layout
 from pasta_jax.lang.thread import Thread
+from pasta_jax.model.transformer import stack
 from pasta_jax.train.losses import token_log_likelihood
-from pasta_jax.weights.build import stack
 
 ROW = 1024  # tokens of a packed row; a longer text gets rows of the next power of two
 ROWS = 2  # of a batch
