@@ -1,0 +1,125 @@
+"""Attention in decoding, by name: where a kernel for prefill or for decode steps goes in.
+
+A decode step runs the model on one token of each of W branches, as a `jax.vmap` over branches that share the
+key-value pool; batch decoding adds a `jax.vmap` over requests, each with a pool of its own.
+`make_decode_attend` makes the attention of one branch, `make_prefill_attend` that of a prompt. Both return an
+`Attend` (see `model.transformer`), which is called once per layer.
+
+To add a kernel for decode steps, write a function as `xla_decode` with the same contract and add it to
+`DECODE`; for prefill, the same with `xla_prefill` and `PREFILL`. A kind that has no prefill of its own uses
+"xla" there. A kernel that should read the pool once for all branches defines its own batching rule
+(`jax.custom_batching.custom_vmap`): it then gets queries [W, K, G, H] and masks [W, P] with an unbatched
+pool. tests/decode/test_decode_attention.py compares every kind with float64.
+
+Letters: P pool entries, K key-value heads, G query heads per key-value head, H head width, T tokens of the
+padded prompt.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pasta_jax.model.attention import (
+  MASK_VALUE,
+  causal_mask,
+  dense_attention,
+  layer_mask,
+  sliding_window_mask,
+)
+from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.transformer import Attend, soft_cap
+
+
+def xla_decode(visible: jax.Array, window_mask: jax.Array | None, softcap: float) -> Attend:
+  """Attention of one branch's token to itself and to the pool entries that it sees.
+
+  Args:
+    visible: [P] boolean, the pool entries that the branch sees. It may be False everywhere. Unused entries
+      are never
+      visible; what they contain is undefined.
+    window_mask: [P] boolean, the entries in the token's sliding window; None in models without a window. It
+      applies
+      to local layers only (`layer_mask`).
+    softcap: scores become softcap * tanh(score / softcap); 0 means no cap. It applies before masking.
+
+  Returns:
+    attend(cache, q, k, v, local) -> (context, (k, v)). `cache` is the layer's pool: keys [K, H, P] and values
+    [K, P, H], in the dtype of the weights. `q` [K, G, H], `k` [K, H] and `v` [K, H] are the token's own,
+    float32; `q` is scaled. The token always sees itself: its own key and value are not in the pool yet.
+    `context` is [K, G, H] float32; `k` and `v` are returned in the pool's dtype, and the step writes them to
+    the pool.
+  """
+
+  def attend(cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, local) -> tuple[jax.Array, Any]:
+    mask = layer_mask(visible, window_mask, local)
+    keys, values = cache
+    q, k, v = q.astype(keys.dtype), k.astype(keys.dtype), v.astype(values.dtype)
+    scores = jnp.einsum("kgh,khp->kgp", q, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, soft_cap(scores, softcap), MASK_VALUE)
+    own = soft_cap(jnp.einsum("kgh,kh->kg", q, k, preferred_element_type=jnp.float32), softcap)
+    peak = jnp.maximum(jnp.max(scores, axis=-1), own)
+    weights, own_weight = jnp.exp(scores - peak[..., None]), jnp.exp(own - peak)
+    weights = jnp.where(mask, weights, 0.0)
+    context = jnp.einsum(
+      "kgp,kph->kgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )
+    context = context + own_weight[..., None] * v[:, None].astype(jnp.float32)
+    return context / (jnp.sum(weights, axis=-1) + own_weight)[..., None], (k, v)
+
+  return attend
+
+
+def xla_prefill(positions: jax.Array, config: ModelConfig, dtype: Any) -> Attend:
+  """Causal attention over a prompt.
+
+  Args:
+    positions: [1, T] int32. Padding comes after the prompt, so that no token of the prompt sees it.
+    config: for the sliding window of local layers and the soft cap of scores.
+    dtype: the dtype of the products' operands; they accumulate in float32.
+
+  Returns:
+    attend(cache, q, k, v, local) -> (context, (k, v)), with q [1, T, K, G, H], k and v [1, T, K, H], and
+    context [1, T, K, G, H], all float32. `cache` is unused. The interpreter copies the keys and values to the
+    pool.
+  """
+  return dense_attention(
+    causal_mask(positions.shape[-1]),
+    dtype,
+    window_mask=sliding_window_mask(positions, positions, config.window),
+    softcap=config.attention_softcap,
+  )
+
+
+DECODE: dict[str, Callable[[jax.Array, jax.Array | None, float], Attend]] = {"xla": xla_decode}
+PREFILL: dict[str, Callable[[jax.Array, ModelConfig, Any], Attend]] = {"xla": xla_prefill}
+KINDS = ("auto", *DECODE)
+
+
+def _resolve(kind: str) -> str:
+  """The kind that "auto" stands for on this machine, or `kind`. Raises ValueError for an unknown one."""
+  if kind == "auto":
+    return "xla"
+  if kind not in DECODE:
+    raise ValueError(f"unknown attention {kind!r} for decoding: choose one of auto, {', '.join(DECODE)}")
+  return kind
+
+
+def make_decode_attend(
+  kind: str, visible: jax.Array, window_mask: jax.Array | None, softcap: float
+) -> Attend:
+  """`attend` of one branch in a decode step, computed by `kind`, one of `KINDS`; see `xla_decode` for the
+  contract.
+
+  Raises ValueError for an unknown kind.
+  """
+  return DECODE[_resolve(kind)](visible, window_mask, softcap)
+
+
+def make_prefill_attend(kind: str, positions: jax.Array, config: ModelConfig, dtype: Any) -> Attend:
+  """`attend` of a prefill, computed by `kind`, one of `KINDS`; see `xla_prefill` for the contract.
+
+  Raises ValueError for an unknown kind.
+  """
+  return PREFILL.get(_resolve(kind), xla_prefill)(positions, config, dtype)
