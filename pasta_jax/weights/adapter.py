@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.utils.files import atomic_path
 from pasta_jax.model.lora import Adapter, adapter_of, merged_kernel, put
 from pasta_jax.model.transformer import Transformer
+from pasta_jax.utils.files import atomic_path
 from pasta_jax.weights.arrays import aligned_empty, param_shapes, read_into
 
 FORMAT = "pasta-jax-adapter-1"
