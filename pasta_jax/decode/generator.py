@@ -113,8 +113,8 @@ class Model:
       max_depth=d.max_depth,
       max_topic=d.max_topic,
       tail=d.max_topic + 8,
-      widths=widths,
-      buckets=buckets,
+      branch_widths=widths,
+      kv_buckets=buckets,
     )
     self.sampling = SamplingConfig(
       temperature=d.temperature,
@@ -142,7 +142,7 @@ class Model:
     if key not in self._interpreters:
       limits = dataclasses.replace(self.limits, max_new_tokens=key[1])
       if not parallel:
-        limits = dataclasses.replace(limits, widths=(self._narrowest,), max_threads=1)
+        limits = dataclasses.replace(limits, branch_widths=(self._narrowest,), max_threads=1)
       features = StepFeatures(rule=self.rule, guard=self._guard, promises=parallel, no_repeat=self._no_repeat)
       self._interpreters[key] = Interpreter(self.model, self.vocabulary, limits, features)
     return self._interpreters[key]

@@ -134,8 +134,8 @@ class Interpreter:
   ) -> tuple[State, dict[str, jax.Array]]:
     model = nnx.merge(self.graph, params)
     capacity = state.log.token.shape[0]
-    narrower = max((w for w in self.limits.widths if w < width), default=0)
-    widest = width == self.limits.widths[-1]
+    narrower = max((w for w in self.limits.branch_widths if w < width), default=0)
+    widest = width == self.limits.branch_widths[-1]
 
     def goes_on(carry):
       state, left = carry
@@ -160,24 +160,24 @@ class Interpreter:
     """
     if not prompt:
       raise DecodeError("the prompt is empty")
-    longest = self.limits.buckets[-1] - self.limits.widths[-1]
+    longest = self.limits.kv_buckets[-1] - self.limits.branch_widths[-1]
     if len(prompt) > longest:
       raise DecodeError(
         f"the prompt has {len(prompt)} tokens, the pool has room for {longest}: shorten it, or "
         "raise decode.kv_capacity"
       )
-    size = min(padded_length(len(prompt)), self.limits.buckets[-1])
+    size = min(padded_length(len(prompt)), self.limits.kv_buckets[-1])
     padded = np.zeros(size, np.int32)
     padded[: len(prompt)] = prompt
-    capacity = capacity or next(c for c in self._capacities() if c >= size + self.limits.widths[-1])
+    capacity = capacity or next(c for c in self._capacities() if c >= size + self.limits.branch_widths[-1])
     return self._prefill(
       self.params, padded, np.int32(len(prompt)), np.uint32(seed & 0xFFFFFFFF), capacity=capacity
     )
 
   def _capacities(self) -> list[int]:
     """Array lengths of the pool: the buckets, and one with room for the lanes of a step behind the last."""
-    last = self.limits.buckets[-1]
-    return [*self.limits.buckets, last + -(-self.limits.widths[-1] // 128) * 128]
+    last = self.limits.kv_buckets[-1]
+    return [*self.limits.kv_buckets, last + -(-self.limits.branch_widths[-1] // 128) * 128]
 
   def compiled(self) -> int:
     """How many programs have been compiled so far."""
@@ -195,11 +195,11 @@ class Interpreter:
     `note(done, total)` is told of progress.
     """
     features, numbers = specialise(self.features, sampling), as_arrays(sampling)
-    state = self.start([1] * min(prompt_length, self.limits.buckets[-1] - self.limits.widths[-1]))
-    most = prompt_length + self.limits.max_new_tokens + self.limits.widths[-1]
+    state = self.start([1] * min(prompt_length, self.limits.kv_buckets[-1] - self.limits.branch_widths[-1]))
+    most = prompt_length + self.limits.max_new_tokens + self.limits.branch_widths[-1]
     sizes = [c for c in self._capacities() if c >= state.log.token.shape[0]]
     sizes = [c for i, c in enumerate(sizes) if i == 0 or sizes[i - 1] < most]
-    shapes = [(size, width) for size in sizes for width in self.limits.widths]
+    shapes = [(size, width) for size in sizes for width in self.limits.branch_widths]
     for done, (size, width) in enumerate(shapes):
       note(done, len(shapes))
       if size > state.log.token.shape[0]:
@@ -223,7 +223,7 @@ class Interpreter:
     features, numbers = specialise(self.features, sampling), as_arrays(sampling)
     runnable, used, finish = 1, len(prompt) - 1, UNFINISHED
     while finish == UNFINISHED:
-      width = next((w for w in self.limits.widths if w >= runnable), self.limits.widths[-1])
+      width = next((w for w in self.limits.branch_widths if w >= runnable), self.limits.branch_widths[-1])
       size = state.log.token.shape[0]
       if used + width > size:
         state = self._grow(state, capacity=next(c for c in self._capacities() if c > size))

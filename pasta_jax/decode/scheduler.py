@@ -80,9 +80,9 @@ class Scheduler:
     """
     it = self.interpreter
     need = max(prompt_length + it.limits.max_new_tokens + self.branch_width, padded_length(prompt_length))
-    if need > it.limits.buckets[-1] + self.branch_width:
+    if need > it.limits.kv_buckets[-1] + self.branch_width:
       raise DecodeError(
-        f"a prompt and its response may take {need} pool entries, decode.kv_capacity is {it.limits.buckets[-1]}"
+        f"a prompt and its response may take {need} pool entries, decode.kv_capacity is {it.limits.kv_buckets[-1]}"
       )
     step = max(
       128, 1 << (need - 1).bit_length() - 2

@@ -7,21 +7,21 @@ from pasta_jax.lang.layout import PositionRule
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """Bounds of one response. None of the results depends on `widths` or `buckets`: they are shapes only."""
+  """Bounds of one response. None of the results depends on `branch_widths` or `kv_buckets`: they are shapes only."""
 
   max_new_tokens: int = 512  # entries written to the pool behind the prompt, over all threads
   max_threads: int = 24  # the main thread included
   max_depth: int = 2  # levels of chunks
   max_topic: int = 12  # tokens of a guarded topic
   tail: int = 0  # guarded promises are opened only while this many tokens are left for each live thread
-  widths: tuple[int, ...] = (1, 2, 4, 8)  # branches a step can hold; the last is the number of slots
-  buckets: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)  # pool entries; the last is its capacity
+  branch_widths: tuple[int, ...] = (1, 2, 4, 8)  # branches a step can hold; the last is the number of slots
+  kv_buckets: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)  # pool entries; the last is its capacity
 
   def __post_init__(self):
     for name in ("max_new_tokens", "max_threads", "max_topic"):
       if getattr(self, name) < 1:
         raise ValueError(f"decode.{name} must be at least 1, not {getattr(self, name)}")
-    for name in ("widths", "buckets"):
+    for name in ("branch_widths", "kv_buckets"):
       value = getattr(self, name)
       if not value or list(value) != sorted(set(value)) or value[0] < 1:
         raise ValueError(f"decode.{name} must be positive and increasing, not {value}")

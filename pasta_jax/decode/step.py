@@ -336,7 +336,7 @@ def end_of_round(state: State, limits: Limits, features: StepFeatures) -> State:
   complete = (status[0] == DONE) & ~(running & ~last).any() & ~(status == WAITING).any()
   todo = running.sum()
   new = state.used - state.prompt
-  capacity = limits.buckets[-1]
+  capacity = limits.kv_buckets[-1]
   finish = jnp.where(
     complete,
     STOP,

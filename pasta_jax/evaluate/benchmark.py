@@ -95,8 +95,8 @@ def step_timer(
   limits = Limits(
     max_new_tokens=10**6,
     max_threads=1 if sequential else 24,
-    widths=(width,),
-    buckets=(256, capacity) if capacity > 256 else (capacity,),
+    branch_widths=(width,),
+    kv_buckets=(256, capacity) if capacity > 256 else (capacity,),
   )
   # The tags' rows are zeros, so that none is ever likeliest: every branch stays alive.
   it = Interpreter(
@@ -126,7 +126,9 @@ def batch_timer(
   """A function that decodes some tokens of each of several requests and returns the seconds of a step."""
   model = _model(checkpoint, dtype)
   width = 1
-  limits = Limits(max_new_tokens=FLAGS.steps, max_threads=1, widths=(width,), buckets=(256, capacity))
+  limits = Limits(
+    max_new_tokens=FLAGS.steps, max_threads=1, branch_widths=(width,), kv_buckets=(256, capacity)
+  )
   it = Interpreter(model, vocabulary, limits, StepFeatures(promises=False, guard=False, no_repeat=NO_REPEAT))
   features, numbers = specialise(it.features, SAMPLING), as_arrays(SAMPLING)
   decoder = Scheduler(it, batch_size=requests, branch_width=width)

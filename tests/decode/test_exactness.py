@@ -26,7 +26,9 @@ from pasta_jax.decode.trace import Trace
 from pasta_jax.lang.cost import clocks
 from pasta_jax.lang.layout import NO_TARGET, PositionRule, is_visible, layout
 
-LIMITS = Limits(max_new_tokens=80, max_threads=48, max_depth=3, max_topic=4, widths=(4,), buckets=(128,))
+LIMITS = Limits(
+  max_new_tokens=80, max_threads=48, max_depth=3, max_topic=4, branch_widths=(4,), kv_buckets=(128,)
+)
 FIXED = 17  # no multiple of ten
 # Of scores of about one; a storm's tag columns are eight times as large, and so is its rounding.
 TOLERANCE = 1e-4

@@ -18,7 +18,9 @@ from pasta_jax.lang.thread import Thread, read
 
 VOCABULARY = tiny.VOCABULARY
 
-ROOMY = Limits(max_new_tokens=64, max_threads=24, max_depth=3, max_topic=4, widths=(8,), buckets=(128,))
+ROOMY = Limits(
+  max_new_tokens=64, max_threads=24, max_depth=3, max_topic=4, branch_widths=(8,), kv_buckets=(128,)
+)
 
 
 @functools.cache
@@ -61,35 +63,35 @@ _CASES = {
     True,
     ROOMY,
     SamplingConfig(temperature=1.0, min_p=0.02, repetition_penalty=1.3),
-    [dict(widths=w) for w in [(8,), (1,), (3,), (1, 2, 4, 8)]],
+    [dict(branch_widths=w) for w in [(8,), (1,), (3,), (1, 2, 4, 8)]],
     {"stop", "length"},
   ),
   "no repeats": (
     True,
     ROOMY,
     SamplingConfig(temperature=0.5),
-    [dict(widths=w) for w in [(8,), (1,), (3,)]],
+    [dict(branch_widths=w) for w in [(8,), (1,), (3,)]],
     {"stop", "length"},
   ),
   "few threads": (
     False,
-    Limits(max_new_tokens=48, max_threads=4, max_depth=2, buckets=(96,)),
+    Limits(max_new_tokens=48, max_threads=4, max_depth=2, kv_buckets=(96,)),
     _SAMPLED,
-    [dict(widths=w) for w in [(3,), (1, 2)]],
+    [dict(branch_widths=w) for w in [(3,), (1, 2)]],
     {"stop", "length"},
   ),
   "few, guarded": (
     True,
-    Limits(max_new_tokens=60, max_threads=4, max_depth=2, buckets=(96,)),
+    Limits(max_new_tokens=60, max_threads=4, max_depth=2, kv_buckets=(96,)),
     _SAMPLED,
-    [dict(widths=w) for w in [(1,), (3,)]],
+    [dict(branch_widths=w) for w in [(1,), (3,)]],
     {"stop", "length"},
   ),
   "small pool": (
     False,
     Limits(max_new_tokens=500, max_threads=24, max_depth=3),
     _SAMPLED,
-    [dict(widths=(2,), buckets=(48, 96)), dict(widths=(5,), buckets=(96,))],
+    [dict(branch_widths=(2,), kv_buckets=(48, 96)), dict(branch_widths=(5,), kv_buckets=(96,))],
     {"stop", "pool"},
   ),
 }
@@ -136,7 +138,9 @@ def test_the_schedule_changes_nothing(case):
 
 # Totality.
 
-_SMALL = Limits(max_new_tokens=96, max_threads=8, max_depth=2, max_topic=4, widths=(2,), buckets=(128,))
+_SMALL = Limits(
+  max_new_tokens=96, max_threads=8, max_depth=2, max_topic=4, branch_widths=(2,), kv_buckets=(128,)
+)
 
 
 def recount(trace: Trace) -> tuple[int, int, list[int]]:
@@ -161,7 +165,7 @@ def check_bounds(trace: Trace, limits: Limits, guard: bool):
   written = sum(int((t.entries >= 0).sum()) for t in trace.threads)
   assert trace.finish_reason in ("stop", "length", "pool")
   assert 0 <= written <= limits.max_new_tokens
-  assert len(trace.prompt) + written <= limits.buckets[-1]
+  assert len(trace.prompt) + written <= limits.kv_buckets[-1]
   assert trace.cost.total_tokens <= limits.max_new_tokens + len(trace.threads)
   assert len(trace.threads) <= limits.max_threads and trace.thread.depth <= limits.max_depth
   assert trace.steps <= limits.max_new_tokens
@@ -190,7 +194,7 @@ def check_bounds(trace: Trace, limits: Limits, guard: bool):
     ({"max_threads": 1}, True),
     ({"max_depth": 0}, False),
     ({"max_topic": 1, "max_threads": 3}, True),
-    ({"buckets": (9,), "widths": (1,)}, False),
+    ({"kv_buckets": (9,), "branch_widths": (1,)}, False),
   ],
   ids=lambda x: str(x).replace(" ", ""),
 )
@@ -224,12 +228,12 @@ def test_every_response_ends_within_its_limits(changed, guard):
     assert not tally["promises"] and (guard or tally["refused"]), tally
   if limits.max_threads == 3:
     assert tally["full"], tally
-  if limits.buckets == (9,):
+  if limits.kv_buckets == (9,):
     assert tally["pool"], tally
 
 
 def test_a_prompt_as_long_as_the_pool_allows():
-  limits = dataclasses.replace(_SMALL, buckets=(9,), widths=(1,))
+  limits = dataclasses.replace(_SMALL, kv_buckets=(9,), branch_widths=(1,))
   run = with_params(interpreter(limits, False), tiny.weights(0, "storm"))
   trace = run.run([1] * 8, SamplingConfig(temperature=1.0))
   assert trace.finish_reason in ("pool", "stop") and trace.prompt.tolist() == [1] * 8
@@ -251,10 +255,10 @@ def test_promises_need_rows_for_their_tags():
     {"max_new_tokens": 0},
     {"max_threads": 0},
     {"max_topic": 0},
-    {"widths": ()},
-    {"widths": (2, 1)},
-    {"widths": (0, 1)},
-    {"buckets": (64, 64)},
+    {"branch_widths": ()},
+    {"branch_widths": (2, 1)},
+    {"branch_widths": (0, 1)},
+    {"kv_buckets": (64, 64)},
   ],
   ids=str,
 )

@@ -9,7 +9,7 @@ from pasta_jax.decode.interpreter import DecodeError, Interpreter
 from pasta_jax.decode.scheduler import Scheduler, pool_groups
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 
-LIMITS = Limits(max_new_tokens=70, max_threads=6, widths=(1, 2, 4), buckets=(256, 512, 1024))
+LIMITS = Limits(max_new_tokens=70, max_threads=6, branch_widths=(1, 2, 4), kv_buckets=(256, 512, 1024))
 SAMPLED = SamplingConfig(temperature=1.0, seed=3)
 RNG = np.random.default_rng(0)
 # Some need larger pools than others; the long ones come in between.

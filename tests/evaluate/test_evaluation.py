@@ -81,7 +81,10 @@ def test_means_of_nothing_are_not_a_number():
 
 def test_a_record_says_what_the_trace_says():
   run = Interpreter(
-    tiny.model(), tiny.VOCABULARY, Limits(max_new_tokens=60, widths=(4,), buckets=(256,)), StepFeatures()
+    tiny.model(),
+    tiny.VOCABULARY,
+    Limits(max_new_tokens=60, branch_widths=(4,), kv_buckets=(256,)),
+    StepFeatures(),
   )
   promised = 0
   for seed in range(100):  # some are cut off while a sync waits

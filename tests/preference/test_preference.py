@@ -25,7 +25,7 @@ from pasta_jax.train.preference_loss import LOSSES, default_beta, preference_los
 from pasta_jax.train.sharding import AXES, make_mesh
 from pasta_jax.train.state import TrainState
 
-LIMITS = Limits(max_new_tokens=40, max_threads=6, max_depth=2, widths=(2,), buckets=(128,))
+LIMITS = Limits(max_new_tokens=40, max_threads=6, max_depth=2, branch_widths=(2,), kv_buckets=(128,))
 SAMPLED = SamplingConfig(temperature=1.0)
 MESH = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
 ROWS, LENGTH, LEVELS = 3, 112, 3

@@ -81,10 +81,10 @@ class Threads:
 def _check(generator: Model, length: int) -> None:
   """Raises DecodeError unless a prompt of so many tokens and the longest response fit the pool."""
   limits = generator.limits
-  if length + limits.max_new_tokens > limits.buckets[-1]:
+  if length + limits.max_new_tokens > limits.kv_buckets[-1]:
     raise DecodeError(
       f"it has {length} tokens and its answer up to {limits.max_new_tokens}, the pool has room for "
-      f"{limits.buckets[-1]}: shorten it, or raise decode.kv_capacity"
+      f"{limits.kv_buckets[-1]}: shorten it, or raise decode.kv_capacity"
     )
 
 
