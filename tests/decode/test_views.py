@@ -460,7 +460,7 @@ def test_figures_table_holds_the_figures(trip):
     ("Peak parallelism", c.peak_parallelism),
     ("Decode steps", trip.steps),
     ("Longest path", c.longest_path),
-    ("Theoretical speed-up", f"{c.theoretical_speedup:.2f}×"),
+    ("Theoretical parallelism", f"{c.theoretical_speedup:.2f}×"),
     ("Wall clock", "7.42 s"),
     ("Measured speed-up", "1.61×"),
     ("Finish reason", "stop"),

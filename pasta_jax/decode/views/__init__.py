@@ -1,1 +1,1 @@
-"""What people look at: the live view of the branches and timelines."""
+"""What users look at: the live view of the branches (`live`), and the timeline of a response (`timeline`)."""

@@ -1,4 +1,4 @@
-"""The terminal: branches side by side while they are written, and a table of figures behind the answer."""
+"""The terminal: branches side by side while they are written, and a table of figures after the answer."""
 
 import re
 import time
@@ -31,8 +31,8 @@ HUES = (
   "#bd8a5c",
 )
 
-Mood = Literal["writing", "waiting", "done", "cut off"]
-MARKS: dict[Mood, str] = {"writing": "▸", "waiting": "◌", "done": "✓", "cut off": "✂"}
+Status = Literal["writing", "waiting", "done", "cut off"]
+MARKS: dict[Status, str] = {"writing": "▸", "waiting": "◌", "done": "✓", "cut off": "✂"}
 
 _COLUMN = 32  # a chunk's panel is at least this wide, where the terminal is
 _TALLEST = 12  # lines of a chunk's panel, with its border
@@ -44,8 +44,8 @@ def colour(number: int) -> str:
   return HUES[hue(number)] if number else "default"
 
 
-def mood(trace: Trace, number: int, vocabulary: Vocabulary) -> Mood:
-  """What a thread is doing: waiting is for a slot, or at a sync for chunks."""
+def status_of(trace: Trace, number: int, vocabulary: Vocabulary) -> Status:
+  """What a thread is doing. It waits for its first turn, or at a sync for chunks."""
   t = trace.threads[number]
   if t.finished:
     return "done"
@@ -59,13 +59,13 @@ def mood(trace: Trace, number: int, vocabulary: Vocabulary) -> Mood:
 def _styled(trace: Trace, number: int, vocabulary: Vocabulary, cursor: bool) -> Text:
   """A thread's own text; its promises are placeholders in the colours of their chunks.
 
-  Blank lines are left out.
+  Empty lines are dropped.
   """
   out = Text(overflow="fold")
   parts = pieces(trace, number, vocabulary)
   for k, piece in enumerate(parts):
     if piece.kind == "text":
-      # Lines are scarce: no empty ones, and placeholders that only blanks keep apart stand in one.
+      # Lines are scarce: empty ones are dropped, and placeholders with only white space between share a line.
       between = not piece.text.strip() and 0 < k < len(parts) - 1
       out.append(" " if between else re.sub(r"\n\s*\n", "\n", piece.text).replace("\t", "  "))
     elif piece.kind == "sync":
@@ -84,7 +84,7 @@ def _styled(trace: Trace, number: int, vocabulary: Vocabulary, cursor: bool) -> 
 
 
 def _tail(text: Text, console: Console, width: int, lines: int) -> tuple[Text, int]:
-  """(the end of the text that fits, lines that the whole text takes)."""
+  """(the last lines of the text, number of lines of the whole text)."""
   wrapped = text.wrap(console, max(width, 1), overflow="fold")
   kept = list(wrapped)[-lines:] if lines > 0 else []
   if kept and len(wrapped) > lines:
@@ -97,7 +97,7 @@ def _tail(text: Text, console: Console, width: int, lines: int) -> tuple[Text, i
 
 
 class _Frame:
-  """One picture of a trace, laid out when it is drawn: for the terminal's size at that moment."""
+  """One picture of a trace; the layout is computed when it is drawn, for the terminal's size at that moment."""
 
   def __init__(self, trace: Trace, vocabulary: Vocabulary, seconds: float):
     self.trace, self.vocabulary, self.seconds = trace, vocabulary, seconds
@@ -108,27 +108,27 @@ class _Frame:
     trace = self.trace
     rows: list[Text | Panel | Table] = []
     left = height - 1  # the status line
-    moods = {t.number: mood(trace, t.number, self.vocabulary) for t in trace.threads}
+    statuses = {t.number: status_of(trace, t.number, self.vocabulary) for t in trace.threads}
     if left >= _LOWEST and trace.threads:
       chunks = [t for t in trace.threads if t.number]
       columns = max(min(width // _COLUMN, len(chunks)), 1)
       main_most = left if not chunks else max(min(left // 3, left - _LOWEST), _LOWEST)
-      main, used = self._main(console, width, main_most, moods[0])
+      main, used = self._main(console, width, main_most, statuses[0])
       rows.append(main)
       left -= used
       if chunks:
-        rows += self._chunks(console, chunks, moods, width, left, columns)
-    rows.append(self._status(moods, width))
+        rows += self._chunks(console, chunks, statuses, width, left, columns)
+    rows.append(self._status(statuses, width))
     yield Group(*rows)
 
-  def _main(self, console: Console, width: int, most: int, mood_: Mood) -> tuple[Panel, int]:
-    text = _styled(self.trace, 0, self.vocabulary, mood_ == "writing")
+  def _main(self, console: Console, width: int, most: int, status: Status) -> tuple[Panel, int]:
+    text = _styled(self.trace, 0, self.vocabulary, status == "writing")
     tail, lines = _tail(text, console, width - 4, most - 2)
     height = min(max(lines, 1) + 2, most)
     title = Text.assemble(
-      (MARKS[mood_] + " ", "bold"),
+      (MARKS[status] + " ", "bold"),
       ("main thread", "bold"),
-      ("  waits for its chunks" if mood_ == "waiting" else "", "dim"),
+      ("  waits for its chunks" if status == "waiting" else "", "dim"),
     )
     title.truncate(max(width - 6, 1), overflow="ellipsis")
     return Panel(
@@ -138,27 +138,27 @@ class _Frame:
       title_align="left",
       width=width,
       height=height,
-      border_style="default" if mood_ == "writing" else "dim",
+      border_style="default" if status == "writing" else "dim",
     ), height
 
   def _chunks(
     self,
     console: Console,
     chunks: list[ThreadTrace],
-    moods: dict[int, Mood],
+    statuses: dict[int, Status],
     width: int,
     left: int,
     columns: int,
   ) -> list[Table | Text]:
-    """Panels as far as they fit; finished chunks make room first, and are named on a line of their own."""
+    """As many panels as fit; finished chunks give up theirs first, and are named on a line of their own."""
     shown, summed_up = chunks, []
     if -(-len(shown) // columns) * (_LOWEST + 1) > left:
       room = max((left - 1) // (_LOWEST + 1), 0) * columns
-      # Who writes comes first, then who waits, then who finished last.
+      # Writing chunks come first, then waiting ones, then those that finished last.
       urgent = sorted(
         chunks,
         key=lambda t: (
-          {"writing": 0, "waiting": 1}.get(moods[t.number], 2),
+          {"writing": 0, "waiting": 1}.get(statuses[t.number], 2),
           -int(t.rounds[-1]) if t.length else 0,
         ),
       )
@@ -167,7 +167,7 @@ class _Frame:
       summed_up = [t for t in chunks if t.number not in chosen]
     out: list[Table | Text] = []
     if summed_up and left > 0:
-      out.append(self._names(summed_up, moods, width))
+      out.append(self._names(summed_up, statuses, width))
       left -= 1
     if not shown:
       return out
@@ -175,7 +175,7 @@ class _Frame:
     wide = [width // columns + (i < width % columns) for i in range(columns)]
     most = min(left // -(-len(shown) // columns), _TALLEST)
     texts = {
-      t.number: _styled(self.trace, t.number, self.vocabulary, moods[t.number] == "writing") for t in shown
+      t.number: _styled(self.trace, t.number, self.vocabulary, statuses[t.number] == "writing") for t in shown
     }
     needed = max(len(text.wrap(console, max(wide[-1] - 4, 1), overflow="fold")) for text in texts.values())
     height = max(min(needed + 2, most), _LOWEST)
@@ -185,23 +185,23 @@ class _Frame:
     for start in range(0, len(shown), columns):
       grid.add_row(
         *(
-          self._panel(console, t, texts[t.number], moods[t.number], w, height)
+          self._panel(console, t, texts[t.number], statuses[t.number], w, height)
           for t, w in zip(shown[start : start + columns], wide)
         )
       )
     return [grid, *out]
 
   def _panel(
-    self, console: Console, thread: ThreadTrace, text: Text, mood_: Mood, width: int, height: int
+    self, console: Console, thread: ThreadTrace, text: Text, status: Status, width: int, height: int
   ) -> Panel:
     tint = colour(thread.number)
     body, _ = _tail(text, console, width - 4, height - 2)
     path = ".".join(str(i + 1) for i in thread.path) if len(thread.path) > 1 else ""
     title = Text.assemble(
-      (f"{MARKS[mood_]} ", tint), (f"{path} " if path else "", "dim"), (_topic(thread), f"bold {tint}")
+      (f"{MARKS[status]} ", tint), (f"{path} " if path else "", "dim"), (_topic(thread), f"bold {tint}")
     )
     title.truncate(max(width - 6, 1), overflow="ellipsis")
-    if mood_ != "writing":
+    if status != "writing":
       body.stylize("dim")
     return Panel(
       body,
@@ -212,14 +212,14 @@ class _Frame:
       subtitle_align="right",
       width=width,
       height=height,
-      border_style=tint if mood_ == "writing" else f"dim {tint}",
+      border_style=tint if status == "writing" else f"dim {tint}",
     )
 
-  def _names(self, threads: list[ThreadTrace], moods: dict[int, Mood], width: int) -> Text:
+  def _names(self, threads: list[ThreadTrace], statuses: dict[int, Status], width: int) -> Text:
     out = Text(" ", no_wrap=True, overflow="ellipsis")
     for k, t in enumerate(threads):
       entry = Text.assemble(
-        (f"{MARKS[moods[t.number]]} {_topic(t)}", colour(t.number)), (f" {t.length}  ", "dim")
+        (f"{MARKS[statuses[t.number]]} {_topic(t)}", colour(t.number)), (f" {t.length}  ", "dim")
       )
       rest = f"+ {len(threads) - k} more"
       if out.cell_len + entry.cell_len + (len(rest) if k < len(threads) - 1 else 0) > width and k:
@@ -229,10 +229,10 @@ class _Frame:
     out.truncate(width, overflow="ellipsis")
     return out
 
-  def _status(self, moods: dict[int, Mood], width: int) -> Text:
+  def _status(self, statuses: dict[int, Status], width: int) -> Text:
     trace = self.trace
     tokens = sum(t.length for t in trace.threads)
-    live = sum(m == "writing" for m in moods.values())
+    live = sum(m == "writing" for m in statuses.values())
     rate = f"{tokens / self.seconds:.1f}" if self.seconds > 0 else "–"
     out = Text(" ", no_wrap=True, overflow="ellipsis")
     values = [
@@ -255,7 +255,7 @@ def _topic(thread: ThreadTrace) -> str:
 
 
 def _progress(thread: ThreadTrace, width: int) -> Text:
-  """A bar of own tokens against the promise's number, and both as figures."""
+  """A bar of own tokens relative to the number in the promise, and both numbers."""
   tint = colour(thread.number)
   if thread.declared is None:
     return Text(f"{thread.length} tokens", style=tint)
@@ -268,14 +268,14 @@ def _progress(thread: ThreadTrace, width: int) -> Text:
 
 
 class LiveView:
-  """Shows a response in the terminal while it is written; it vanishes when the block is left.
+  """Shows a response in the terminal while it is written; the view is erased when the block ends.
 
       with LiveView(vocabulary) as view:
-        trace = interpreter.run(prompt, watch=view.update)
+        model.generate(prompt, on_step=view.update)
 
-  The main thread stands above, with placeholders for its promises; the chunks stand below, as many side by
-  side as the terminal is wide. It never takes more lines than the terminal has. Where the console is no
-  terminal, nothing is printed at all.
+  The main thread is at the top, with placeholders for its promises; the chunks are below, side by side as the
+  terminal's width allows. The view never has more lines than the terminal. If the console is not a terminal,
+  nothing is printed.
   """
 
   def __init__(
@@ -298,7 +298,7 @@ class LiveView:
     self._start = self._clock()
     self._drawn = float("-inf")
     if self.console.is_terminal and not self.console.is_dumb_terminal:
-      # Drawn when a trace comes, by no thread of its own: nothing moves in between.
+      # Drawn when a trace arrives; a thread that refreshes in between would have nothing to draw.
       self._live = Live(
         console=self.console, auto_refresh=False, transient=True, screen=False, vertical_overflow="crop"
       )
@@ -313,9 +313,9 @@ class LiveView:
       self._live = None
 
   def update(self, trace: Trace, elapsed_seconds: float | None = None) -> None:
-    """Draws the trace so far, unless one was drawn a moment ago; a finished one is always drawn.
+    """Draws the trace so far, at most `frames_per_second` times a second; a finished trace is always drawn.
 
-    Time counts from the block's start unless it is given.
+    Time counts from the start of the block unless it is given.
     """
     if self._live is None:
       return
@@ -327,15 +327,15 @@ class LiveView:
     self._live.update(self.frame(trace, seconds), refresh=True)
 
   def frame(self, trace: Trace, elapsed_seconds: float) -> _Frame:
-    """What `update` draws, as something that rich can print."""
+    """What `update` draws, as a rich renderable."""
     return _Frame(trace, self.vocabulary, elapsed_seconds)
 
 
 def figures_table(trace: Trace, seconds: float | None = None, speedup: float | None = None) -> Table:
-  """The figures of a finished response, to be printed behind it.
+  """The figures of a finished response, printed after it.
 
-  `seconds` is the wall clock of the response; `speedup` what the same model needs one token at a time,
-  over that. Where one is None its row is left out.
+  `seconds` is the wall clock of the response; `speedup` the time of the same model one token at a time divided
+  by it. The row of a figure that is None is left out.
   """
   c = trace.cost
   table = Table(box=box.HORIZONTALS, border_style="dim", show_header=False, padding=(0, 1))
@@ -351,9 +351,9 @@ def figures_table(trace: Trace, seconds: float | None = None, speedup: float | N
   row("Promises", f"{c.n_promises}", f"{trace.refused} refused" if trace.refused else "")
   row("Peak parallelism", f"{c.peak_parallelism}", "threads that write at once", last=True)
   row("Decode steps", f"{trace.steps}")
-  row("Longest path", f"{c.longest_path}", "steps, with a slot for every branch")
+  row("Longest path", f"{c.longest_path}", "steps, with unlimited branches")
   row(
-    "Theoretical speed-up",
+    "Theoretical parallelism",
     f"{c.theoretical_speedup:.2f}×",
     "shown tokens over longest path",
     _verdict(c.theoretical_speedup),

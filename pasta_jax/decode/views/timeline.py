@@ -1,50 +1,51 @@
-"""A response as a picture, in SVG and HTML without external resources: a lane a thread, time left to right.
+"""A response as a picture, in SVG and HTML without external resources: one lane per thread, time left to right.
 
-Time is counted in rounds: a token's round is its clock on a machine with enough branches, so the picture does
-not depend on how wide the machine was.
+Time is counted in rounds: a token's round is its clock on a machine with unlimited branches, so the picture does
+not depend on the width of the steps.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
+from pathlib import Path
 from typing import Literal
 
 from pasta_jax.decode.trace import ThreadTrace, Trace
 from pasta_jax.lang.thread import Thread, read
 from pasta_jax.lang.vocabulary import Vocabulary
 
-# What the threads of a response say: shared by all views.
+# What the threads of a response contain: shared by all views.
 
-N_HUES = 10  # chunks take turns
+N_HUES = 10  # colours, used in turn
 
-# Controls but newline and tab (a terminal may obey them, XML forbids most), and what is no character.
+# Control characters except newline and tab (terminals interpret them, XML forbids most), and non-characters.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def printable(text: str) -> str:
-  """The text without characters that a terminal would obey or that XML forbids."""
+  """The text without characters that a terminal interprets or that XML forbids."""
   return _UNSAFE.sub("", text)
 
 
 def hue(number: int) -> int:
-  """The colour of a chunk, in [0, N_HUES): the same in every view. `number` is its thread's, from 1."""
+  """The colour of a chunk, in [0, N_HUES), the same in every view. `number` is its thread's number, from 1."""
   return (number - 1) % N_HUES
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-  """A stretch of a thread, as a reader of the thread alone would want it."""
+  """A part of a thread, as a reader of this thread alone sees it."""
 
   kind: Literal["text", "promise", "sync"]
   text: str  # of a promise: its topic
-  child: int | None = None  # thread that keeps the promise; None: cut off, refused, or not read back yet
+  child: int | None = None  # thread that keeps the promise; None: cut off, refused, or not read back
   declared: int | None = None  # number of a promise
   closed: bool = True  # False for a promise that is still being written
 
 
 def pieces(trace: Trace, number: int, vocabulary: Vocabulary) -> list[Piece]:
-  """Thread `number` in order: text, promises, syncs. Ill-formed tags leave nothing."""
+  """Thread `number` in order: text, promises, syncs. Ill-formed tags are left out."""
   tokens = [int(t) for t in trace.threads[number].tokens]
   reading = read(Thread(tuple(tokens)), vocabulary.table, is_main=number == 0)
   children = {c.fork_index: c for c in trace.threads if c.parent == number}
@@ -113,7 +114,7 @@ def joins(trace: Trace, vocabulary: Vocabulary) -> dict[int, tuple[int, int]]:
 
 
 def by_tree(trace: Trace) -> Iterator[ThreadTrace]:
-  """The threads, each chunk below the thread that promised it."""
+  """The threads, each chunk after the thread that promised it."""
 
   def below(parent: int) -> Iterator[ThreadTrace]:
     for child in trace.threads:
@@ -197,12 +198,12 @@ _SVG_STYLE = f"""
 
 
 def timeline_style() -> str:
-  """The style sheet inside each timeline; a page with many of them may hold it once."""
+  """The style sheet inside each timeline; a page with many timelines may include it once."""
   return _SVG_STYLE
 
 
 def _n(x: float) -> str:
-  """A coordinate, short."""
+  """A coordinate, in as few characters as possible."""
   return f"{x:.2f}".rstrip("0").rstrip(".")
 
 
@@ -211,7 +212,7 @@ def _attribute(text: str) -> str:
 
 
 def _tooltip(text: str) -> str:
-  """One token, blanks made visible at its ends and line breaks everywhere."""
+  """One token, with white space at its ends and all line breaks made visible."""
   text = printable(text).replace("\n", "↵").replace("\t", "⇥")
   body = text.strip(" ")
   blanks = len(text) - len(text.lstrip(" "))
@@ -225,7 +226,7 @@ def _shorten(text: str, width: float, size: float) -> str:
 
 
 def reserve(thread: ThreadTrace) -> tuple[int, int]:
-  """(positions of the number in its promise that are left over, own tokens that stand beyond it)."""
+  """(unused positions of the number in its promise, own tokens beyond that number)."""
   if thread.declared is None or not thread.length:
     return 0, 0
   offsets = thread.positions - thread.positions[0]
@@ -234,21 +235,21 @@ def reserve(thread: ThreadTrace) -> tuple[int, int]:
 
 
 def length_label(thread: ThreadTrace) -> str:
-  """Own tokens against the number in the promise, for people."""
+  """Own tokens and the number in the promise, in words."""
   if thread.number == 0 or thread.declared is None:
     return f"{thread.length} tokens"
   return f"{thread.length} tokens, {thread.declared} reserved"
 
 
 def figures(trace: Trace) -> list[tuple[str, str]]:
-  """(name, value) of what the caption shows."""
+  """(name, value) of the figures in the caption."""
   c = trace.cost
   return [
     ("tokens", f"{c.total_tokens}"),
     ("shown to the reader", f"{c.text_tokens}"),
     ("decode steps", f"{trace.steps}"),
     ("longest path", f"{c.longest_path}"),
-    ("theoretical speed-up", f"{c.theoretical_speedup:.2f}×"),
+    ("theoretical parallelism", f"{c.theoretical_speedup:.2f}×"),
     ("promises", f"{c.n_promises}"),
     ("at once, at most", f"{c.peak_parallelism}"),
     ("finish", trace.finish_reason),
@@ -257,12 +258,12 @@ def figures(trace: Trace) -> list[tuple[str, str]]:
 
 
 class _Plot:
-  """Where rounds and lanes lie."""
+  """Coordinates of rounds and lanes."""
 
   def __init__(self, trace: Trace):
     self.lanes = {t.number: i for i, t in enumerate(by_tree(trace))}
     self.end = max((int(t.rounds[-1]) for t in trace.threads if t.length), default=0)
-    # What was reserved and not used may reach past the end, but must not squeeze the rest.
+    # Unused reserved positions may extend past the end, but must not compress the rest.
     wanted = max((int(t.rounds[-1]) + reserve(t)[0] for t in trace.threads if t.length), default=0)
     self.rounds = max(min(wanted, int(1.12 * self.end)), self.end, 24)
     self.cell = (WIDTH - _LEFT - _RIGHT) / self.rounds
@@ -283,7 +284,7 @@ def _kind(number: int) -> str:
 
 
 def _fork(plot: _Plot, thread: ThreadTrace, parent: ThreadTrace) -> str:
-  """From the promise's end, down, and into the chunk's bar from the left."""
+  """A curve from the promise's end, down, and into the chunk's bar from the left."""
   x0, y0 = plot.x(int(parent.rounds[thread.fork_index]) + 1) - plot.gap, plot.y(parent.number) + _BAR / 2
   x1, y1 = plot.x(int(thread.rounds[0])), plot.y(thread.number)
   bow = min(10 + 0.05 * (y1 - y0), 26)
@@ -297,13 +298,13 @@ def _fork(plot: _Plot, thread: ThreadTrace, parent: ThreadTrace) -> str:
 
 
 def _resumed(thread: ThreadTrace, at: int, latest: int) -> int:
-  """Round from which a sync's thread goes on; `latest` is the last round of what it joins."""
+  """The round in which the thread of a sync resumes; `latest` is the last round of the chunks that it joins."""
   after = int(thread.rounds[at + 1]) if at + 1 < thread.length else int(thread.rounds[at]) + 1
   return max(after, latest + 1)
 
 
 def _join(plot: _Plot, thread: ThreadTrace, into: int, resumed: int) -> str:
-  """From the chunk's end along its lane, then round a corner and up to the sync."""
+  """A line from the chunk's end along its lane, then around a corner and up to the sync."""
   x0, y0 = plot.x(int(thread.rounds[-1]) + 1), plot.y(thread.number)
   x1, y1 = plot.x(resumed), plot.y(into) + _BAR / 2
   r = min(_CORNER, x1 - x0, y0 - y1)
@@ -343,10 +344,10 @@ def _lane(plot: _Plot, thread: ThreadTrace, vocabulary: Vocabulary) -> str:
         f'<line class="wait stroke" x1="{_n(plot.x(rounds[start - 1] + 1) + 2)}" x2="{_n(x0 - 2)}" '
         f'y1="{_n(y)}" y2="{_n(y)}"/>'
       )
-    # Opaque beneath the tinted bed: curves pass behind bars.
+    # An opaque rectangle below the tinted one, so that curves pass behind bars.
     shape = f'x="{_n(x0)}" y="{_n(top)}" width="{_n(x1 - x0)}" height="{_BAR}" {corner}'
     out.append(f'<rect class="halo" {shape}/><rect class="fill bed" {shape}/>')
-  if thread.tokens[-1] == vocabulary.tags.sync and rounds[-1] < plot.end:  # still waits, or was cut off so
+  if thread.tokens[-1] == vocabulary.tags.sync and rounds[-1] < plot.end:  # waiting, or cut off while waiting
     out.append(
       f'<line class="wait stroke" x1="{_n(plot.x(rounds[-1] + 1) + 2)}" '
       f'x2="{_n(plot.x(plot.end + 1))}" y1="{_n(y)}" y2="{_n(y)}"/>'
@@ -379,7 +380,7 @@ def _lane(plot: _Plot, thread: ThreadTrace, vocabulary: Vocabulary) -> str:
 
 
 def _scale(plot: _Plot) -> str:
-  """Grid lines and their rounds."""
+  """Grid lines, labelled with their rounds."""
   y = plot.bottom + 19
   step = next(s for s in (k * 10**e for e in range(9) for k in (1, 2, 5)) if s * plot.cell >= 64)
   out = []
@@ -393,7 +394,7 @@ def _scale(plot: _Plot) -> str:
 
 def _caption(cells: Sequence[tuple[str, str]]) -> str:
   out, x = [], 24.0
-  # Room by content: a value's digits are larger than its name's.
+  # Column widths by content: values are set in larger type than names.
   widths = [max(len(name) * 6.1, len(value) * 12.5) for name, value in cells]
   between = (WIDTH - 48 - sum(widths)) / max(len(cells) - 1, 1)
   for (name, value), width in zip(cells, widths):
@@ -436,11 +437,11 @@ def _legend(y: float, *, beyond: bool) -> str:
 def timeline_svg(
   trace: Trace, vocabulary: Vocabulary, caption: Sequence[tuple[str, str]] | None = None
 ) -> str:
-  """A response, finished or so far, as a self-contained SVG document; well-formed XML whatever the text is.
+  """A response, finished or so far, as a self-contained SVG document; well-formed XML for any text.
 
-  One `<g class="lane" data-thread="…">` a thread, a `<path class="edge … fork">` a promise that was kept, and
-  a `<path class="edge … join">` a chunk that a sync joined. Chunks that the end of the response joins have
-  no curve. Colours follow the reader's light or dark scheme. `caption` takes the place of `figures(trace)`.
+  One `<g class="lane" data-thread="…">` per thread, one `<path class="edge … fork">` per promise that was kept,
+  and one `<path class="edge … join">` per chunk that a sync joined. Chunks that the end of the response joins
+  have no curve. Colours follow the reader's light or dark scheme. `caption` replaces `figures(trace)`.
   """
   plot = _Plot(trace)
   joined = {c: at for c, at in joins(trace, vocabulary).items() if trace.threads[c].finished}
@@ -458,7 +459,7 @@ def timeline_svg(
     here = [c for c in joined if joined[c] == where]
     edges += [_join(plot, trace.threads[c], parent, resumed) for c in here]
     names = ", ".join(printable(trace.threads[c].topic) for c in here)
-    # Where curves run together they are the parent's.
+    # Where curves coincide they have the parent's colour.
     edges.append(
       f'<g class="{_kind(parent)}"><path class="edge stroke trunk" '
       f'd="M{_n(x)},{_n(max(map(plot.y, here)) - _CORNER)} V{_n(y)}"/></g>'
@@ -541,7 +542,7 @@ def timeline_html(
 ) -> str:
   """A self-contained page: the timeline, and below it the answer in reading order.
 
-  Chunks are tinted as their lanes; pointing at a chunk's text fades the other lanes.
+  Chunks have the colour of their lanes; pointing at the text of a chunk fades the other lanes.
   """
   fade = "\n".join(
     f'main:has(.chunk[data-thread="{t.number}"]:hover:not(:has(.chunk:hover))) '
@@ -557,3 +558,14 @@ def timeline_html(
     f'<div class="scroll">\n{timeline_svg(trace, vocabulary)}</div>\n<article>{answer}</article>\n'
     f"</main>\n</body>\n</html>\n"
   )
+
+
+def write_timeline(path: str | Path, trace: Trace, vocabulary: Vocabulary) -> None:
+  """Writes `timeline_html` or `timeline_svg`, by the suffix of `path`. Raises ValueError for another suffix."""
+  path = Path(path)
+  if path.suffix not in (".html", ".svg"):
+    raise ValueError(f"timeline {path}: the name must end in .html or .svg")
+  draw: Callable[..., str] = timeline_html if path.suffix == ".html" else timeline_svg
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(draw(trace, vocabulary), "utf-8")
+  temporary.replace(path)
