@@ -1,4 +1,6 @@
-"""Decoding: the interpreter of PASTA-LANG, resident on the device.
+"""Decoding: the interpreter of PASTA-LANG, which runs on the device.
 
-Read in this order: config, state, step (with sampling and guard), interpreter, trace, generate.
+Read in this order: settings, state, step (with sampling and guard), interpreter (the compiled programs),
+scheduler (the host's loop: requests, batches, streaming; the door for a server), trace and record (what came
+out), generator (`Model`: from text to a response), command (`--mode=decode`). `views` draws traces.
 """

@@ -1,4 +1,4 @@
-"""From a prompt's text to a response: weights, adapter, vocabulary and interpreters behind one object."""
+"""From the text of a prompt to a response: `Model` holds weights, adapter, vocabulary and interpreters."""
 
 import dataclasses
 import hashlib
@@ -12,13 +12,18 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.decode.interpreter import DecodeError, Interpreter
+from pasta_jax.decode.record import to_record
+from pasta_jax.decode.scheduler import EVERY, Scheduler, decode
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 from pasta_jax.decode.trace import Trace
+from pasta_jax.decode.views.timeline import write_timeline
 from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import DTYPES, set_matmul_precision
+from pasta_jax.utils.environment import cache_folder, use_compilation_cache
 from pasta_jax.weights import build
 from pasta_jax.weights.adapter import read_adapter, weights_of
-from pasta_jax.weights.checkpoint import load_checkpoint
+from pasta_jax.weights.checkpoint import DEFAULT_MODEL, load_checkpoint
 
 EMBEDDED = {
   name: f"smollm2_135m_{name}.safetensors"
@@ -26,21 +31,36 @@ EMBEDDED = {
 }
 EMBEDDED |= {name: f"{name}.safetensors" for name in ("gemma3_270m_pasta", "gemma3_270m_baseline")}
 
+DEFAULT_ADAPTERS = {"smollm2-135m-instruct": "pasta", "gemma3-270m": "gemma3_270m_pasta"}  # by source
+
+Prompt = str | Sequence[Mapping[str, str]]  # a user's text, or messages with `role` and `content`
+
 
 @dataclasses.dataclass(frozen=True)
 class Response:
   """One decoded prompt."""
 
   trace: Trace
-  seconds: float  # wall clock, prefill included, compilation excluded if the shapes were warm
+  seconds: float  # wall clock, prefill included; compilation too, unless the programs were compiled before
+  vocabulary: Vocabulary = dataclasses.field(repr=False)
 
   @property
   def text(self) -> str:
+    """The response in reading order."""
     return self.trace.text
+
+  @property
+  def record(self) -> dict:
+    """Text and figures, ready for JSON (`decode.record.to_record`)."""
+    return to_record(self.trace, self.vocabulary)
+
+  def timeline(self, path: str | Path) -> None:
+    """Draws the response: a page for a path that ends in .html, a picture for .svg. Raises ValueError otherwise."""
+    write_timeline(path, self.trace, self.vocabulary)
 
 
 def adapter_path(name: str) -> Path | None:
-  """The file of an adapter: "" for none, a name in `EMBEDDED` for one in this package, else a path."""
+  """The file of an adapter: None for "", a name in `EMBEDDED` for one of this package, otherwise a path."""
   if not name:
     return None
   if name in EMBEDDED:
@@ -49,23 +69,21 @@ def adapter_path(name: str) -> Path | None:
 
 
 def source_of(config, adapter: str | Path) -> str | Path:
-  """Where the weights under an adapter are: beside it, after full training; else where `config.model.source`
-  says.
-
-  Raises AdapterError, one line, if the adapter cannot be read.
+  """The source of the weights that an adapter belongs to: `config.model.source`, or, after full training, the
+  weights beside the adapter. Raises AdapterError, one line, if the adapter cannot be read.
   """
   path = adapter_path(str(adapter))
   return (weights_of(path) if path else None) or config.model.source
 
 
 def adapter_digest(name: str) -> str | None:
-  """sha256 of an adapter's file; None where there is none."""
+  """sha256 of an adapter's file; None if there is none."""
   path = adapter_path(name)
   return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
 
 
 def with_speed(message: Mapping[str, str], speed: int) -> dict[str, str]:
-  """A user's message with the wanted speed as training and decoding write it; as it is for a negative one."""
+  """A user's message with the requested speed, in the form used in training; unchanged for a negative speed."""
   if speed < 0:
     return dict(message)
   return {**message, "content": f"{message['content']}\n\n(speed {speed})"}
@@ -74,9 +92,10 @@ def with_speed(message: Mapping[str, str], speed: int) -> dict[str, str]:
 class Model:
   """A loaded model that answers prompts, in parallel or sequentially, with the same weights.
 
-  Made from a config's `model`, `positions` and `decode` parts (configs/smollm2_135m.py documents the fields).
-  Raises WeightsError or AdapterError when something cannot be loaded; DecodeError for a prompt that cannot
-  be decoded.
+      model = pasta_jax.load(); print(model.generate("Compare trains and planes.").text)
+
+  Made by `load`, or from the sections `model`, `positions` and `decode` of a config. Raises WeightsError or
+  AdapterError when something cannot be loaded; DecodeError for a prompt that cannot be decoded.
   """
 
   def __init__(self, config, *, adapter: str | None = None, dtype: str = ""):
@@ -95,15 +114,17 @@ class Model:
     merge = None if path is None else read_adapter(path, checkpoint.config)
     self.has_tags = bool(metadata) or merge is not None and merge.tags is not None
     metadata = {**metadata, **(merge.metadata if merge else {})}
-    self.speed = d.speed if adapter is None else -1  # wanted of the config's own adapter
+    self.speed = d.speed if adapter is None else -1  # requested of the config's own adapter
     if "positions" in metadata and self.has_tags:
       self.rule = PositionRule(**json.loads(metadata["positions"]))
-    self.speeds: tuple[int, ...] = tuple(json.loads(metadata.get("speeds", "[]")))  # that it was trained for
+    self.speeds: tuple[int, ...] = tuple(
+      json.loads(metadata.get("speeds", "[]"))
+    )  # that the adapter was trained for
     self.model = build.for_decoding(checkpoint.config, checkpoint.params, merge, jnp.dtype(d.dtype))
-    # XLA's CPU backend multiplies one bfloat16 row slower than two, so there a step holds two at least.
+    # XLA's CPU backend multiplies one bfloat16 row more slowly than two: a step has at least two branches there.
     self._narrowest = 2 if d.dtype == "bfloat16" and jax.default_backend() == "cpu" else 1
-    slots = max(d.max_branches, self._narrowest)
-    widths = tuple(w for w in (1, 2, 4, 8, 16, 32, 64) if self._narrowest <= w < slots) + (slots,)
+    widest = max(d.max_branches, self._narrowest)
+    widths = tuple(w for w in (1, 2, 4, 8, 16, 32, 64) if self._narrowest <= w < widest) + (widest,)
     buckets = tuple(b for b in (256, 512, 1024, 2048, 4096, 8192, 16384) if b < d.kv_capacity) + (
       d.kv_capacity,
     )
@@ -126,12 +147,13 @@ class Model:
       promise_bias=d.promise_bias,
     )
     self._guard, self._no_repeat = d.guard, d.no_repeat
+    self._batch_size, self._branch_width = d.batch_size, min(d.max_branches, 4)
     self._interpreters: dict[tuple[bool, int], Interpreter] = {}
 
   def interpreter(self, parallel: bool, max_new_tokens: int | None = None) -> Interpreter:
-    """The interpreter that writes promises, or the one that never does: ordinary decoding.
+    """The interpreter that writes promises, or, without `parallel`, the one of ordinary decoding.
 
-    `max_new_tokens` in place of the config's.
+    `max_new_tokens` replaces the config's.
     """
     if parallel and not self.has_tags:
       raise DecodeError(
@@ -147,9 +169,19 @@ class Model:
       self._interpreters[key] = Interpreter(self.model, self.vocabulary, limits, features)
     return self._interpreters[key]
 
-  def encode(self, prompt: str | Sequence[Mapping[str, str]], speed: int = -1) -> list[int]:
-    """Tokens of a user's prompt, or of a conversation (`role`, `content`) that ends with one, in the model's
-    chat form; with the wanted `speed` in it, if one is given."""
+  def scheduler(
+    self, *, parallel: bool = True, batch_size: int | None = None, branch_width: int | None = None
+  ) -> Scheduler:
+    """A scheduler for many requests; sizes that are not given are the settings' (`decode.batch_size`)."""
+    return Scheduler(
+      self.interpreter(parallel),
+      batch_size=self._batch_size if batch_size is None else batch_size,
+      branch_width=(branch_width or self._branch_width) if parallel else 1,
+    )
+
+  def encode(self, prompt: Prompt, speed: int = -1) -> list[int]:
+    """The tokens of a user's prompt, or of a conversation (`role`, `content`) that ends with one, in the model's
+    chat form. A `speed` that is not negative is requested in the prompt."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages[-1]["content"].strip():
       raise DecodeError("the prompt is empty")
@@ -164,17 +196,64 @@ class Model:
 
   def generate(
     self,
-    prompt: str | Sequence[Mapping[str, str]],
+    prompt: Prompt,
     *,
     parallel: bool = True,
     speed: int = -1,
     sampling: SamplingConfig | None = None,
-    watch: Callable[[Trace], None] | None = None,
-    every: int = 16,
+    on_step: Callable[[Trace], None] | None = None,
+    every: int = EVERY,
   ) -> Response:
-    """Decodes one prompt; `watch` sees the trace grow, every `every` decode steps at least."""
+    """Answers one prompt.
+
+    `on_step` is called with the trace so far at least every `every` decode steps, and at the end. `sampling`
+    replaces the settings' numbers. Without `parallel` the same weights write one token at a time.
+    """
     tokens = self.encode(prompt, speed)
     interpreter = self.interpreter(parallel)
     started = time.perf_counter()
-    trace = interpreter.run(tokens, sampling or self.sampling, watch=watch, every=every)
-    return Response(trace, time.perf_counter() - started)
+    trace = decode(interpreter, tokens, sampling or self.sampling, on_step=on_step, every=every)
+    return Response(trace, time.perf_counter() - started, self.vocabulary)
+
+  def generate_batch(
+    self,
+    prompts: Sequence[Prompt],
+    *,
+    parallel: bool = True,
+    speed: int = -1,
+    sampling: SamplingConfig | None = None,
+    batch_size: int | None = None,
+    on_finish: Callable[[int, Response], None] | None = None,
+  ) -> list[Response]:
+    """Answers prompts, several at once, in their order. `on_finish(i, response)` is called as each one ends.
+
+    `Response.seconds` counts from the start of all. The responses are those of `generate` (in float32, token by
+    token).
+    """
+    tokens = [self.encode(prompt, speed) for prompt in prompts]
+    scheduler = self.scheduler(parallel=parallel, batch_size=batch_size)
+    responses: dict[int, Response] = {}
+    started = time.perf_counter()
+
+    def finished(i: int, trace: Trace) -> None:
+      responses[i] = Response(trace, time.perf_counter() - started, self.vocabulary)
+      if on_finish:
+        on_finish(i, responses[i])
+
+    scheduler.run(tokens, sampling or self.sampling, on_finish=finished)
+    return [responses[i] for i in range(len(prompts))]
+
+
+def load(source: str | Path = DEFAULT_MODEL, adapter: str | None = None, **settings) -> Model:
+  """The model of `pasta_jax.load`, which documents the arguments."""
+  from configs.smollm2_135m import get_config
+
+  config = get_config()
+  config.model.source = str(source)
+  config.model.adapter = DEFAULT_ADAPTERS.get(str(source), "") if adapter is None else str(adapter)
+  if unknown := sorted(settings.keys() - config.decode.keys()):
+    raise DecodeError(f"there is no setting decode.{unknown[0]}: there are {', '.join(config.decode)}")
+  config.decode.update(settings)
+  if not jax.config.read("jax_compilation_cache_dir"):
+    use_compilation_cache(cache_folder() / "compiled")
+  return Model(config)

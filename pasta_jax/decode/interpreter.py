@@ -1,8 +1,13 @@
-"""The interpreter: prefill, then segments of a compiled loop on the device, steered and drained by the host.
+"""The compiled programs of one model: prefill, and segments of a loop over `decode.step`.
 
-A segment is a `lax.while_loop` over `step` for one width and one pool bucket. It runs until the request is
-finished, its steps are spent, the pool's bucket is full, or the number of live branches asks for another
-width; then the host reads a few scalars and starts the next segment.
+A segment is a `lax.while_loop` that stays on the device until the host has something to decide. The segment of
+one request ends when the request has finished, its steps are spent, the pool is full, or the number of
+runnable branches asks for another width. The segment of a batch has a request axis in front of every array of
+the state; it ends when enough of its requests have finished or its steps are spent. Its loop is written around
+a vmap of `step`; a vmap of the loop would select the whole state, pools included, at every step. A step of a
+finished request changes nothing.
+
+The host's side, which starts segments and reads traces, is `decode.scheduler`.
 """
 
 import dataclasses
@@ -15,33 +20,37 @@ import numpy as np
 from flax import nnx
 
 from pasta_jax.decode.sampling import Sampling, as_arrays
-from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
-from pasta_jax.decode.state import UNFINISHED, State, grow, initial, summary
+from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures, specialise
+from pasta_jax.decode.state import STOP, UNFINISHED, State, grow, initial, reseed, summary
 from pasta_jax.decode.step import Tables, step
-from pasta_jax.decode.trace import Trace, read_trace
 from pasta_jax.lang import automaton
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.attention import causal_mask, dense_attention, sliding_window_mask
 from pasta_jax.model.transformer import Transformer
 
 PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-
-
-def padded_length(prompt_length: int) -> int:
-  """What a prompt is padded to: prompts of one padded length share compiled programs."""
-  return next((b for b in PROMPT_BUCKETS if b >= prompt_length), prompt_length)
+UNBOUNDED = 1 << 30  # steps of a segment that only ends for another reason
 
 
 class DecodeError(ValueError):
-  """A request that cannot be decoded; the message says why."""
+  """A request that cannot be decoded; the message says why, in one line."""
+
+
+def padded_length(prompt_length: int) -> int:
+  """The length that a prompt is padded to: prompts of one padded length share compiled programs."""
+  return next((b for b in PROMPT_BUCKETS if b >= prompt_length), prompt_length)
+
+
+def capacity_of(state: State) -> int:
+  """Entries of the pool."""
+  return state.log.token.shape[-1]
 
 
 def penalised_tokens(vocabulary: Vocabulary) -> np.ndarray:
-  """[V] bool, True where a token is penalised for repetition: ordinary tokens with a word of four letters or
-  more.
+  """[V] bool, True where the repetition penalty applies: ordinary tokens that are words of four letters or more.
 
-  Digits, punctuation, blanks, short function words and the tags are spared: text needs them again and again,
-  and tags must not depend on what was said before.
+  Digits, punctuation, white space, short function words and tags are exempt: text repeats them legitimately,
+  and tags must not depend on the words written before.
   """
   table = vocabulary.table
   penalised = np.zeros(vocabulary.size, bool)
@@ -52,21 +61,14 @@ def penalised_tokens(vocabulary: Vocabulary) -> np.ndarray:
   return penalised
 
 
-def specialise(features: StepFeatures, sampling: SamplingConfig) -> StepFeatures:
-  """The switches with only those parts of sampling compiled in that the numbers ask for."""
-  return dataclasses.replace(
-    features,
-    greedy=sampling.temperature == 0,
-    use_top_k_p=sampling.top_k > 0 or sampling.top_p < 1,
-    use_repetition_penalty=sampling.repetition_penalty != 1,
-  )
-
-
 @dataclasses.dataclass
 class Interpreter:
-  """Decodes requests with one model. Compiled segments are kept for as long as it lives.
+  """The programs of `model`, compiled on first use for each static shape and kept as long as this object.
 
-  `model` is in the form of `build.for_decoding`. `limits` and `features` are compiled in.
+  `model` has the form of `weights.build.for_decoding`. `limits` and `features` are compiled in; the features of
+  a request are `specialise(features, its sampling)`. The weights are read from `params` at every call. A state
+  that is passed to `segment`, or a batch passed to `batch_segment` or `insert`, is donated: its buffers are
+  reused for the result.
   """
 
   model: Transformer
@@ -81,38 +83,36 @@ class Interpreter:
         f"the model has {rows} vocabulary rows and no tags: load a PASTA adapter, or decode without promises"
       )
     table = self.vocabulary.table
-    self.tables = Tables(
-      *(
-        jnp.asarray(x[:rows])
-        for x in (table.classes, table.value, table.scale, penalised_tokens(self.vocabulary))
-      ),
-      async_tag=jnp.int32(table.tags.async_),
-      open_tag=jnp.int32(table.tags.open),
-    )
+    per_token = (table.classes, table.value, table.scale, penalised_tokens(self.vocabulary))
+    tags = {"async_tag": jnp.int32(table.tags.async_), "open_tag": jnp.int32(table.tags.open)}
+    self.tables = Tables(*(jnp.asarray(x[:rows]) for x in per_token), **tags)
     self.graph, self.params = nnx.split(self.model)
-    self._prefill = jax.jit(self._prefill_pure, static_argnames=("capacity",))
-    self._segment = jax.jit(self._segment_pure, static_argnames=("width", "features"), donate_argnums=(1,))
-    self._grow = jax.jit(grow, static_argnames=("capacity",))
+    shape = ("width", "features")
+    self._prefill = jax.jit(self._prefill_pure, static_argnames="capacity")
+    self._segment = jax.jit(self._segment_pure, static_argnames=shape, donate_argnums=1)
+    self._batch_segment = jax.jit(self._batch_segment_pure, static_argnames=shape, donate_argnums=1)
+    self._grow = jax.jit(grow, static_argnames="capacity")
+    self._insert = jax.jit(
+      lambda batch, one, row: jax.tree.map(lambda b, x: b.at[row].set(x), batch, one), donate_argnums=0
+    )
+    self._take = jax.jit(lambda batch, rows: jax.tree.map(lambda x: x[rows], batch))
+    self.reseed = jax.jit(reseed)
 
-  # Pure functions, compiled once for each static shape.
+  # Pure functions.
 
-  def _prefill_pure(
-    self, params: Any, prompt: jax.Array, length: jax.Array, seed: jax.Array, *, capacity: int
-  ) -> State:
+  def _prefill_pure(self, params: Any, prompt: jax.Array, length, seed, *, capacity: int) -> State:
     model = nnx.merge(self.graph, params)
-    size = prompt.shape[0]
-    positions = jnp.arange(size)[None]
+    positions = jnp.arange(prompt.shape[0])[None]
     attend = dense_attention(
-      causal_mask(size),
+      causal_mask(prompt.shape[0]),
       model.dtype,
       softcap=model.config.attention_softcap,
       window_mask=sliding_window_mask(positions, positions, model.config.window),
     )
     _, cached = model(prompt[None], positions, attend)
-    dtype = model.dtype
     return initial(
-      [k[0].astype(dtype) for k, _ in cached],
-      [v[0].astype(dtype) for _, v in cached],
+      [k[0].astype(model.dtype) for k, _ in cached],
+      [v[0].astype(model.dtype) for _, v in cached],
       prompt,
       length,
       seed,
@@ -122,50 +122,42 @@ class Interpreter:
       recent=max(self.features.no_repeat - 1, 0),
     )
 
-  def _segment_pure(
-    self,
-    params: Any,
-    state: State,
-    sampling: Sampling,
-    steps: jax.Array,
-    *,
-    width: int,
-    features: StepFeatures,
-  ) -> tuple[State, dict[str, jax.Array]]:
+  def _step(self, params: Any, width: int, features: StepFeatures) -> Callable[[State, Sampling], State]:
     model = nnx.merge(self.graph, params)
-    capacity = state.log.token.shape[0]
+    return lambda state, sampling: step(
+      model, state, self.tables, sampling, width=width, limits=self.limits, features=features
+    )
+
+  def _segment_pure(self, params: Any, state: State, sampling: Sampling, steps, *, width: int, features):
+    advance = self._step(params, width, features)
     narrower = max((w for w in self.limits.branch_widths if w < width), default=0)
     widest = width == self.limits.branch_widths[-1]
 
     def goes_on(carry):
       state, left = carry
       fits = (state.runnable > narrower) & (widest | (state.runnable <= width))
-      return (state.finish == UNFINISHED) & (left > 0) & (state.used + width <= capacity) & fits
+      room = state.used + width <= capacity_of(state)
+      return (state.finish == UNFINISHED) & (left > 0) & room & fits
 
-    def body(carry):
-      state, left = carry
-      return step(
-        model, state, self.tables, sampling, width=width, limits=self.limits, features=features
-      ), left - 1
-
+    body = lambda carry: (advance(carry[0], sampling), carry[1] - 1)
     state, _ = jax.lax.while_loop(goes_on, body, (state, steps))
     return state, summary(state)
 
-  # The host's side.
+  def _batch_segment_pure(self, params: Any, states, sampling, enough, steps, *, width: int, features):
+    advance = jax.vmap(self._step(params, width, features))
+    goes_on = lambda carry: ((carry[0].finish != UNFINISHED).sum() < enough) & (carry[1] > 0)
+    body = lambda carry: (advance(carry[0], sampling), carry[1] - 1)
+    states, _ = jax.lax.while_loop(goes_on, body, (states, steps))
+    return states, states.finish
 
-  def start(self, prompt: Sequence[int], seed: int = 0, capacity: int | None = None) -> State:
-    """The state behind the prefill of a prompt, in the smallest bucket that holds it or in one of `capacity`.
+  # Programs.
+
+  def prefill(self, prompt: Sequence[int], seed: int = 0, capacity: int | None = None) -> State:
+    """The state after the prefill of a prompt, in a pool of `capacity` entries or of the smallest bucket.
 
     Raises DecodeError if the prompt is empty or too long.
     """
-    if not prompt:
-      raise DecodeError("the prompt is empty")
-    longest = self.limits.kv_buckets[-1] - self.limits.branch_widths[-1]
-    if len(prompt) > longest:
-      raise DecodeError(
-        f"the prompt has {len(prompt)} tokens, the pool has room for {longest}: shorten it, or "
-        "raise decode.kv_capacity"
-      )
+    self.check(prompt)
     size = min(padded_length(len(prompt)), self.limits.kv_buckets[-1])
     padded = np.zeros(size, np.int32)
     padded[: len(prompt)] = prompt
@@ -174,64 +166,88 @@ class Interpreter:
       self.params, padded, np.int32(len(prompt)), np.uint32(seed & 0xFFFFFFFF), capacity=capacity
     )
 
+  def check(self, prompt: Sequence[int]) -> None:
+    """Raises DecodeError if the prompt is empty or does not fit the pool."""
+    if not prompt:
+      raise DecodeError("the prompt is empty")
+    longest = self.limits.kv_buckets[-1] - self.limits.branch_widths[-1]
+    if len(prompt) > longest:
+      raise DecodeError(
+        f"the prompt has {len(prompt)} tokens, the pool has room for {longest}: shorten it, or "
+        "raise decode.kv_capacity"
+      )
+
+  def segment(self, state: State, sampling: Sampling, steps: int, *, width: int, features: StepFeatures):
+    """(the state after at most `steps` steps of `width` branches, `state.summary` on the device).
+
+    Needs `used + width` <= the pool's capacity; see the module's docstring for what else ends a segment.
+    """
+    return self._segment(self.params, state, sampling, np.int32(steps), width=width, features=features)
+
+  def batch_segment(
+    self, states: State, sampling: Sampling, enough: int, steps: int, *, width: int, features: StepFeatures
+  ) -> tuple[State, jax.Array]:
+    """(states, finish [R] int32) after at most `steps` steps, fewer once `enough` of R requests have finished.
+
+    Every array of `states` and `sampling` has a leading axis R. The pools must hold the longest responses.
+    """
+    counts = (np.int32(enough), np.int32(steps))
+    return self._batch_segment(self.params, states, sampling, *counts, width=width, features=features)
+
+  def grow(self, state: State) -> State:
+    """The state with a pool of the next size."""
+    size = capacity_of(state)
+    return self._grow(state, capacity=next(c for c in self._capacities() if c > size))
+
+  def insert(self, batch: Any, one: Any, row: int) -> Any:
+    """The batch with `one`, the same pytree without the request axis, in place of row `row`."""
+    return self._insert(batch, one, np.int32(row))
+
+  def take(self, batch: Any, rows: Sequence[int]) -> Any:
+    """The batch of these rows; a row may be taken more than once."""
+    return self._take(batch, np.asarray(rows, np.int32))
+
+  def stop(self, states: State, rows: Sequence[bool]) -> State:
+    """The batch with the requests of the rows that are True marked as finished."""
+    return states._replace(finish=jnp.where(np.asarray(rows), STOP, states.finish))
+
+  def row(self, states: State, row: int) -> State:
+    """One request of a batch, without its pool: what `read_trace` needs."""
+    return jax.tree.map(lambda x: x[row], states._replace(pool=None))  # type: ignore[arg-type]
+
   def _capacities(self) -> list[int]:
-    """Array lengths of the pool: the buckets, and one with room for the lanes of a step behind the last."""
+    """Sizes of the pool: the buckets, and one with room for the lanes of a step after the last entry."""
     last = self.limits.kv_buckets[-1]
     return [*self.limits.kv_buckets, last + -(-self.limits.branch_widths[-1] // 128) * 128]
 
+  # Compilation.
+
   def compiled(self) -> int:
-    """How many programs have been compiled so far."""
-    return sum(f._cache_size() for f in (self._prefill, self._segment, self._grow))
+    """The number of programs compiled so far."""
+    programs = (self._prefill, self._segment, self._batch_segment, self._grow, self._insert, self._take)
+    return sum(f._cache_size() for f in (*programs, self.reseed))
 
   def precompile(
     self,
     prompt_length: int,
     sampling: SamplingConfig = SamplingConfig(),
     *,
-    note: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
   ) -> None:
-    """Compiles everything that a prompt of this length may need, so that no timing holds a compilation.
+    """Compiles everything that one request with a prompt of this length may need.
 
-    `note(done, total)` is told of progress.
+    Timings taken afterwards include no compilation. `on_progress(done, total)` is called for each program.
     """
     features, numbers = specialise(self.features, sampling), as_arrays(sampling)
-    state = self.start([1] * min(prompt_length, self.limits.kv_buckets[-1] - self.limits.branch_widths[-1]))
-    most = prompt_length + self.limits.max_new_tokens + self.limits.branch_widths[-1]
-    sizes = [c for c in self._capacities() if c >= state.log.token.shape[0]]
-    sizes = [c for i, c in enumerate(sizes) if i == 0 or sizes[i - 1] < most]
-    shapes = [(size, width) for size in sizes for width in self.limits.branch_widths]
+    widths = self.limits.branch_widths
+    state = self.prefill([1] * min(prompt_length, self.limits.kv_buckets[-1] - widths[-1]))
+    longest = prompt_length + self.limits.max_new_tokens + widths[-1]
+    sizes = [c for c in self._capacities() if c >= capacity_of(state)]
+    sizes = [c for i, c in enumerate(sizes) if i == 0 or sizes[i - 1] < longest]
+    shapes = [(size, width) for size in sizes for width in widths]
     for done, (size, width) in enumerate(shapes):
-      note(done, len(shapes))
-      if size > state.log.token.shape[0]:
-        state = self._grow(state, capacity=size)
-      state, _ = self._segment(self.params, state, numbers, np.int32(0), width=width, features=features)
-    note(len(shapes), len(shapes))
-
-  def run(
-    self,
-    prompt: Sequence[int],
-    sampling: SamplingConfig = SamplingConfig(),
-    *,
-    watch: Callable[[Trace], None] | None = None,
-    every: int = 16,
-  ) -> Trace:
-    """Decodes one response.
-
-    `watch` is called with the trace so far at least every `every` steps, and at the end.
-    """
-    state = self.start(prompt, sampling.seed)
-    features, numbers = specialise(self.features, sampling), as_arrays(sampling)
-    runnable, used, finish = 1, len(prompt) - 1, UNFINISHED
-    while finish == UNFINISHED:
-      width = next((w for w in self.limits.branch_widths if w >= runnable), self.limits.branch_widths[-1])
-      size = state.log.token.shape[0]
-      if used + width > size:
-        state = self._grow(state, capacity=next(c for c in self._capacities() if c > size))
-      state, scalars = self._segment(
-        self.params, state, numbers, np.int32(every if watch else 1 << 30), width=width, features=features
-      )
-      scalars = jax.device_get(scalars)
-      runnable, used, finish = (int(scalars[k]) for k in ("runnable", "used", "finish"))
-      if watch:
-        watch(read_trace(state, self.vocabulary, self.features.rule))
-    return read_trace(state, self.vocabulary, self.features.rule)
+      on_progress(done, len(shapes))
+      if size > capacity_of(state):
+        state = self.grow(state)
+      state, _ = self.segment(state, numbers, 0, width=width, features=features)
+    on_progress(len(shapes), len(shapes))

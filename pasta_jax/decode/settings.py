@@ -1,4 +1,4 @@
-"""What can be chosen about decoding. Shapes and switches are compiled in; sampling numbers are not."""
+"""The settings of decoding. `Limits` and `StepFeatures` are compiled in; the numbers of `SamplingConfig` are not."""
 
 import dataclasses
 
@@ -7,15 +7,15 @@ from pasta_jax.lang.layout import PositionRule
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """Bounds of one response. None of the results depends on `branch_widths` or `kv_buckets`: they are shapes only."""
+  """Bounds of one response. `branch_widths` and `kv_buckets` are shapes only: no result depends on them."""
 
-  max_new_tokens: int = 512  # entries written to the pool behind the prompt, over all threads
+  max_new_tokens: int = 512  # pool entries written after the prompt, over all threads
   max_threads: int = 24  # the main thread included
   max_depth: int = 2  # levels of chunks
   max_topic: int = 12  # tokens of a guarded topic
-  tail: int = 0  # guarded promises are opened only while this many tokens are left for each live thread
-  branch_widths: tuple[int, ...] = (1, 2, 4, 8)  # branches a step can hold; the last is the number of slots
-  kv_buckets: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)  # pool entries; the last is its capacity
+  tail: int = 0  # a guarded promise is opened only while this many tokens are left for each live thread
+  branch_widths: tuple[int, ...] = (1, 2, 4, 8)  # branches of a step; the last is the largest number
+  kv_buckets: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)  # pool entries; the last is the capacity
 
   def __post_init__(self):
     for name in ("max_new_tokens", "max_threads", "max_topic"):
@@ -29,30 +29,28 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class StepFeatures:
-  """What the compiled step contains."""
+  """The parts that a compiled step contains."""
 
   rule: PositionRule = PositionRule()
   guard: bool = True  # only well-formed tags can be written (decode.guard)
   promises: bool = True  # False: the tags are never written; ordinary decoding
   greedy: bool = True
-  use_top_k_p: bool = False  # top-k or top-p is on
-  use_repetition_penalty: bool = False  # the repetition penalty is on
-  no_repeat: int = (
-    0  # no topic or run of so many tokens of any thread's earlier rounds is written again; 0: off
-  )
+  use_top_k_p: bool = False
+  use_repetition_penalty: bool = False
+  no_repeat: int = 0  # length of n-grams (and topics) of earlier rounds that no thread may repeat; 0: off
   return_logits: bool = False  # keep every step's logits in the trace (for tests: capacity x V floats)
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-  """How the next token is drawn. Temperature 0 takes the likeliest."""
+  """How the next token is drawn. Temperature 0 takes the most likely one."""
 
   temperature: float = 0.0
   top_k: int = 0  # 0: off
   top_p: float = 1.0
   min_p: float = 0.0
   repetition_penalty: float = 1.0
-  promise_bias: float = 0.0  # added to the logit of a promise's opening: more (or fewer) promises
+  promise_bias: float = 0.0  # added to the logit of a promise's opening tag
   seed: int = 0
 
   def __post_init__(self):
@@ -65,3 +63,13 @@ class SamplingConfig:
     ):
       if not ok:
         raise ValueError(f"decode.{name} must be {want}, not {getattr(self, name)}")
+
+
+def specialise(features: StepFeatures, sampling: SamplingConfig) -> StepFeatures:
+  """The features with only those parts of sampling that these numbers need."""
+  return dataclasses.replace(
+    features,
+    greedy=sampling.temperature == 0,
+    use_top_k_p=sampling.top_k > 0 or sampling.top_p < 1,
+    use_repetition_penalty=sampling.repetition_penalty != 1,
+  )

@@ -24,10 +24,9 @@ import rich.table
 from absl import app, flags
 from flax import nnx
 
-from pasta_jax.decode.interpreter import Interpreter, specialise
+from pasta_jax.decode.interpreter import UNBOUNDED, Interpreter
 from pasta_jax.decode.sampling import as_arrays
-from pasta_jax.decode.scheduler import Scheduler
-from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
+from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures, specialise
 from pasta_jax.decode.state import RUNNING, State, grow
 from pasta_jax.lang.automaton import ORDINARY
 from pasta_jax.lang.vocabulary import Vocabulary
@@ -55,7 +54,7 @@ SAMPLING, NO_REPEAT = SamplingConfig(repetition_penalty=1.1), 16  # what decodin
 
 def busy_state(interpreter: Interpreter, branches: int, capacity: int) -> State:
   """A state in which `branches` threads are running, each seeing half of a pool of `capacity` entries."""
-  state = interpreter.start([1] * 16)
+  state = interpreter.prefill([1] * 16)
   if capacity > state.log.token.shape[0]:
     state = grow(state, capacity)
   t = state.threads
@@ -112,7 +111,7 @@ def step_timer(
     state = jax.block_until_ready(jax.tree.map(jnp.copy, start))
     steps = min(FLAGS.steps, capacity // 2 // width - 1)
     started = time.perf_counter()
-    after, _ = it._segment(it.params, state, numbers, np.int32(steps), width=width, features=features)
+    after, _ = it.segment(state, numbers, steps, width=width, features=features)
     done = int(after.steps)
     return (time.perf_counter() - started) / max(done, 1)
 
@@ -131,13 +130,13 @@ def batch_timer(
   )
   it = Interpreter(model, vocabulary, limits, StepFeatures(promises=False, guard=False, no_repeat=NO_REPEAT))
   features, numbers = specialise(it.features, SAMPLING), as_arrays(SAMPLING)
-  decoder = Scheduler(it, batch_size=requests, branch_width=width)
   one = busy_state(it, 1, capacity)
+  batch = jax.tree.map(lambda x: jnp.stack([x] * requests), numbers)
 
   def measure() -> float:
     states = jax.block_until_ready(jax.tree.map(lambda x: jnp.stack([x] * requests), one))
     started = time.perf_counter()
-    after, finish = decoder._segment(it.params, states, numbers, np.int32(requests), features=features)
+    after, finish = it.batch_segment(states, batch, requests, UNBOUNDED, width=width, features=features)
     jax.block_until_ready(finish)
     return (time.perf_counter() - started) / int(after.steps.max())
 

@@ -124,7 +124,7 @@ def draw(
 
     seeds = [seed_of(c.seed, digest, speed, r.id) for r in todo]
     with bar:
-      decoder.run([encoded[r.prompt] for r in todo], sampling, seeds=seeds, done=done)
+      decoder.run([encoded[r.prompt] for r in todo], sampling, seeds=seeds, on_finish=done)
     seconds = time.perf_counter() - started
     print(f"{len(todo)} samples of {tokens} tokens in {seconds:.0f} s: {tokens / seconds:.0f} tokens/s")
   return {r.id: [rows[f"{r.id}#{k}"] for k in range(c.samples)] for r in requests}

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pasta_jax.decode.interpreter import Interpreter
+from pasta_jax.decode.scheduler import decode
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 from pasta_jax.decode.trace import Trace
 from pasta_jax.lang.cost import clocks
@@ -138,7 +139,7 @@ def test_decoding_agrees_with_one_dense_forward(strategy, guard, temperature, n)
 
   def check(tally, seed, prompt, kind):
     run.params = tiny.weights((seed, salt), kind)
-    trace = run.run(prompt, SamplingConfig(temperature=temperature, seed=seed))
+    trace = decode(run, prompt, SamplingConfig(temperature=temperature, seed=seed))
     tally.add(trace)
     tolerance = TOLERANCE * (8 if kind == "storm" else 1)
     check_teacher_forcing(run.params, trace, run.features.rule, tolerance)
@@ -178,7 +179,7 @@ def test_other_families_agree_with_one_dense_forward(family):
 
   def check(tally, seed, prompt):
     graph, run.params = tiny.other_family(config, tiny.weights((seed, 5)))
-    trace = run.run(prompt, SamplingConfig(temperature=1.0, seed=seed))
+    trace = decode(run, prompt, SamplingConfig(temperature=1.0, seed=seed))
     tally.add(trace)
     check_teacher_forcing(run.params, trace, run.features.rule, graph=graph)
     with contextlib.suppress(AssertionError):
@@ -386,7 +387,7 @@ def test_greedy_decoding_agrees_with_one_thread_at_a_time(strategy, guard, n):
 
   def check(tally, seed, prompt, kind):
     run.params = tiny.weights((seed, salt), kind)
-    trace = run.run(prompt)
+    trace = decode(run, prompt)
     tally.add(trace)
     reference = check_against_reference(run.params, trace, strategy, guard)
     tally["ties"] += reference.ties
@@ -403,10 +404,10 @@ def test_the_repetition_penalty_remembers_what_a_thread_sees():
 
   def check(tally, seed, prompt, kind, penalty):
     run.params = tiny.weights(seed, kind)
-    trace = run.run(prompt, SamplingConfig(repetition_penalty=penalty))
+    trace = decode(run, prompt, SamplingConfig(repetition_penalty=penalty))
     tally.add(trace)
     check_against_reference(run.params, trace, "pred_10x", False, penalty)
-    tally["another answer"] += trace.thread != run.run(prompt).thread
+    tally["another answer"] += trace.thread != decode(run, prompt).thread
 
   tally = tiny.over_programs(
     check,
@@ -457,7 +458,7 @@ def test_without_promises_decoding_is_ordinary():
     for tags in (True, False):
       run = without_promises(tags)
       run.params = params if tags else cut_tags(params)
-      trace = run.run(prompt)
+      trace = decode(run, prompt)
       assert len(trace.threads) == 1 and trace.steps == len(want)
       assert tiny.words(trace.threads[0].tokens) == tiny.words(want)
     tally["finished" if want[-1] == 0 else "cut"] += 1
@@ -474,7 +475,7 @@ def test_a_model_that_never_promises_decodes_as_if_promises_were_off(temperature
     traces = []
     for run in (interpreter("pred_10x", True), interpreter("pred_10x", False), without_promises(True)):
       run.params = params
-      traces.append(run.run(prompt, SamplingConfig(temperature=temperature, seed=seed)))
+      traces.append(decode(run, prompt, SamplingConfig(temperature=temperature, seed=seed)))
     first = traces[0].threads[0]
     for trace in traces:
       assert trace.steps == len(first.tokens) and len(trace.threads) == 1

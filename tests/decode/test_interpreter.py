@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pasta_jax.decode.interpreter import DecodeError, Interpreter
+from pasta_jax.decode.scheduler import decode
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 from pasta_jax.decode.trace import Trace
 from pasta_jax.lang.thread import Thread, read
@@ -110,7 +111,7 @@ def test_the_schedule_changes_nothing(case):
       with_params(interpreter(dataclasses.replace(limits, **s), guard, no_repeat=no_repeat), params)
       for s in shapes
     )
-    first, *others = (run.run(prompt, sampled) for run in runs)
+    first, *others = (decode(run, prompt, sampled) for run in runs)
     for other, shape in zip(others, shapes[1:]):
       assert result(other) == result(first), shape
       for a, b in zip(other.threads, first.threads):
@@ -206,7 +207,9 @@ def test_every_response_ends_within_its_limits(changed, guard):
   @tiny.examples(24)
   @given(tiny.seeds, tiny.prompts, st.sampled_from(["storm"] * 2 + ["clockwork"] * 2 + ["endless", "habits"]))
   def each(seed, prompt, kind):
-    trace = with_params(run, tiny.weights(seed, kind)).run(prompt, SamplingConfig(temperature=1.0, seed=seed))
+    trace = decode(
+      with_params(run, tiny.weights(seed, kind)), prompt, SamplingConfig(temperature=1.0, seed=seed)
+    )
     check_bounds(trace, limits, guard)
     tally.update(
       {
@@ -235,12 +238,12 @@ def test_every_response_ends_within_its_limits(changed, guard):
 def test_a_prompt_as_long_as_the_pool_allows():
   limits = dataclasses.replace(_SMALL, kv_buckets=(9,), branch_widths=(1,))
   run = with_params(interpreter(limits, False), tiny.weights(0, "storm"))
-  trace = run.run([1] * 8, SamplingConfig(temperature=1.0))
+  trace = decode(run, [1] * 8, SamplingConfig(temperature=1.0))
   assert trace.finish_reason in ("pool", "stop") and trace.prompt.tolist() == [1] * 8
   with pytest.raises(DecodeError, match="9 tokens, the pool has room for 8"):
-    run.run([1] * 9)
+    decode(run, [1] * 9)
   with pytest.raises(DecodeError, match="empty"):
-    run.run([])
+    decode(run, [])
 
 
 def test_promises_need_rows_for_their_tags():
@@ -291,7 +294,10 @@ def test_watching_shows_prefixes_and_changes_nothing():
     run = with_params(interpreter(), tiny.weights(seed))
     seen: list[Trace] = []
     sampled = SamplingConfig(temperature=1.0, seed=seed)
-    watched, alone = run.run(prompt, sampled, watch=seen.append, every=every), run.run(prompt, sampled)
+    watched, alone = (
+      decode(run, prompt, sampled, on_step=seen.append, every=every),
+      decode(run, prompt, sampled),
+    )
     assert result(watched) == result(alone) and watched.steps == alone.steps
     assert result(seen[-1]) == result(alone)
     for earlier, later in zip(seen, seen[1:]):
@@ -317,7 +323,7 @@ def test_draws_follow_from_seed_path_and_index():
   @given(tiny.seeds, tiny.prompts)
   def each(seed, prompt):
     with_params(run, tiny.weights(seed))
-    traces = [run.run(prompt, SamplingConfig(temperature=0.7, seed=s)) for s in (seed, seed, seed + 1)]
+    traces = [decode(run, prompt, SamplingConfig(temperature=0.7, seed=s)) for s in (seed, seed, seed + 1)]
     assert result(traces[0]) == result(traces[1])
     differ.append(result(traces[0]) != result(traces[2]))
     for t in traces[0].threads:
@@ -340,10 +346,10 @@ def test_a_distribution_cut_to_one_token_is_greedy():
   @given(tiny.seeds, tiny.prompts)
   def each(seed, prompt):
     run = with_params(interpreter(), tiny.weights(seed))
-    greedy = result(run.run(prompt))
+    greedy = result(decode(run, prompt))
     for one in (dict(top_k=1), dict(top_p=1e-6), dict(min_p=0.999999), dict(top_k=1, top_p=0.5, min_p=0.5)):
-      assert result(run.run(prompt, SamplingConfig(temperature=1.0, seed=seed, **one))) == greedy, one
-    assert result(run.run(prompt, SamplingConfig(temperature=1e-4, seed=seed))) == greedy
+      assert result(decode(run, prompt, SamplingConfig(temperature=1.0, seed=seed, **one))) == greedy, one
+    assert result(decode(run, prompt, SamplingConfig(temperature=1e-4, seed=seed))) == greedy
 
   each()
 
@@ -363,7 +369,7 @@ def test_draws_stay_inside_top_k_top_p_and_min_p():
   def each(seed, prompt, top_k, top_p, min_p, temperature):
     with_params(run, tiny.weights(seed))
     for numbers in (dict(top_k=top_k), dict(top_p=top_p), dict(min_p=min_p)):
-      trace = run.run(prompt, SamplingConfig(temperature=temperature, seed=seed, **numbers))
+      trace = decode(run, prompt, SamplingConfig(temperature=temperature, seed=seed, **numbers))
       for t in trace.threads:
         start = min(len(t.path), 1)
         entries = np.append(len(prompt) - 1, t.entries[:-1])[start:]
@@ -405,7 +411,7 @@ def test_no_run_of_tokens_comes_twice(promises, n):
   repeated = threads = 0
   for seed in range(20):
     plain.params = guarded.params = tiny.weights(seed, "habits" if promises else "silent")
-    before, trace = _grams(plain.run([1, 2]), n), guarded.run([1, 2])
+    before, trace = _grams(decode(plain, [1, 2]), n), decode(guarded, [1, 2])
     repeated += len({gram for gram, _ in before}) < len(before)
     threads += len(trace.threads) - 1
     rounds = collections.defaultdict(list)
@@ -424,7 +430,7 @@ def test_no_topic_is_promised_twice():
     topics[no_repeat] = 0
     for seed in range(24):
       run.params = tiny.weights(seed, ["habits", "endless"][seed % 2])
-      trace = run.run([1, 2], SamplingConfig(temperature=1.0, seed=seed))
+      trace = decode(run, [1, 2], SamplingConfig(temperature=1.0, seed=seed))
       kept = {}
       for chunk in trace.threads[1:]:
         parent = trace.threads[chunk.parent]
@@ -444,7 +450,7 @@ def test_the_bias_changes_how_often_promises_come():
     counts[bias] = 0
     for seed in range(8):
       run.params = tiny.weights(seed)
-      counts[bias] += run.run([1, 2], SamplingConfig(temperature=1.0, promise_bias=bias)).cost.n_promises
+      counts[bias] += decode(run, [1, 2], SamplingConfig(temperature=1.0, promise_bias=bias)).cost.n_promises
   assert counts[-4.0] < counts[0.0] < counts[4.0]
 
 
@@ -457,7 +463,7 @@ def test_no_promise_is_opened_where_it_would_be_cut_off():
     traces = []
     for seed in range(30):
       run.params = tiny.weights(seed)
-      traces.append(run.run([1, 2], SamplingConfig(temperature=1.0, seed=seed, promise_bias=2.0)))
+      traces.append(decode(run, [1, 2], SamplingConfig(temperature=1.0, seed=seed, promise_bias=2.0)))
     cut[tail] = sum(t.ill_formed > 0 for t in traces)
     assert any(t.finish_reason == "length" and t.cost.n_promises for t in traces)
   assert cut[12] < cut[0]

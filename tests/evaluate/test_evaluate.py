@@ -14,6 +14,7 @@ from helpers.folders import trained_config
 from configs.smollm2_135m import get_config
 from pasta_jax.data.prompts import conversation, read_prompts
 from pasta_jax.decode.generator import Model
+from pasta_jax.decode.scheduler import decode
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.likelihood import Likelihood
 from pasta_jax.evaluate.report import report
@@ -237,10 +238,10 @@ def test_skeletons(trained):
   assert [r["text"] for r in records] == [one.answer([c])[0]["text"] for c in conversations]
   assert all(r["steps"] == r["longest_path"] for r in records)
   # With an outline given, each point is written by a request of its own, and the figures follow.
-  outline = generator.interpreter(False, max_new_tokens=4).run(generator.encode("x"), generator.sampling)
+  outline = decode(generator.interpreter(False, max_new_tokens=4), generator.encode("x"), generator.sampling)
   points = ["First thing", "Second thing"]
   answers = [
-    generator.interpreter(False, max_new_tokens=n).run(generator.encode(p), generator.sampling)
+    decode(generator.interpreter(False, max_new_tokens=n), generator.encode(p), generator.sampling)
     for n, p in zip((6, 9), points)
   ]
   record = skeleton._record(outline, points, answers)
@@ -271,7 +272,7 @@ def test_likelihoods_are_the_decoders_own(trained):
   config, _ = trained
   generator = Model(config)
   prompts = [generator.encode(t) for t in ("Plan a trip.", "Why?", "Name three birds.")]
-  traces = [generator.interpreter(False).run(p, generator.sampling) for p in prompts]
+  traces = [decode(generator.interpreter(False), p, generator.sampling) for p in prompts]
   found = {}
   Likelihood(generator)(prompts, [t.threads[0].tokens.tolist() for t in traces], found.__setitem__)
   for i, trace in enumerate(traces):

@@ -8,6 +8,7 @@ from helpers import tiny
 
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.record import loops, to_record
+from pasta_jax.decode.scheduler import decode
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 from pasta_jax.evaluate.metrics.measures import bootstrap_interval, geometric_mean, summarise
 
@@ -89,7 +90,7 @@ def test_a_record_says_what_the_trace_says():
   promised = 0
   for seed in range(100):  # some are cut off while a sync waits
     run.params = tiny.weights(seed % 6, "habits")
-    trace = run.run([1, 2], SamplingConfig(temperature=1.0, seed=seed))
+    trace = decode(run, [1, 2], SamplingConfig(temperature=1.0, seed=seed))
     row = to_record(trace, tiny.VOCABULARY)
     assert row["promises"] == len(trace.threads) - 1 == trace.cost.n_promises
     assert row["longest_path"] == max(int(np.max(t.rounds, initial=0)) for t in trace.threads)

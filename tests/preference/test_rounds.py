@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from pasta_jax.data.prompts import read_prompts
 from pasta_jax.decode import command
 from pasta_jax.decode.generator import DecodeError, Model
+from pasta_jax.decode.scheduler import Scheduler
 from pasta_jax.evaluate.benchmark import step_cost
 from pasta_jax.preference import audit, front, rollout
 from pasta_jax.preference.rounds import optimise, policies
@@ -291,9 +292,9 @@ def test_one_policy_for_all_weights(start, whole, tmp_path, monkeypatch):
   config.model.adapter = str(adapter)
   (tmp_path / "one.jsonl").write_text(json.dumps(PROMPTS[3]) + "\n")
   # What the decoder is given is looked at, too: a model of random weights may answer the same to any speed.
-  decoded, run = [], command.Scheduler.run
+  decoded, run = [], Scheduler.run
   monkeypatch.setattr(
-    command.Scheduler,
+    Scheduler,
     "run",
     lambda self, prompts, *a, **k: decoded.extend(prompts) or run(self, prompts, *a, **k),
   )

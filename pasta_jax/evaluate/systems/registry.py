@@ -58,7 +58,7 @@ class Threads:
     decoder.run(
       [self.tokens(c) for c in conversations],
       self.generator.sampling,
-      done=lambda i, trace: done(i, self._record(trace)),
+      on_finish=lambda i, trace: done(i, self._record(trace)),
     )
 
   def one(self, conversation: Conversation) -> dict:
@@ -75,7 +75,7 @@ class Threads:
     interpreter = self.generator.interpreter(self.parallel)
     for length in lengths:
       tell = partial(_tell, note, length)
-      interpreter.precompile(length, self.generator.sampling, note=tell)
+      interpreter.precompile(length, self.generator.sampling, on_progress=tell)
 
 
 def _check(generator: Model, length: int) -> None:

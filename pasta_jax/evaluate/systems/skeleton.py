@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pasta_jax.decode.generator import Model
 from pasta_jax.decode.record import loops
-from pasta_jax.decode.scheduler import Scheduler
+from pasta_jax.decode.scheduler import Scheduler, decode
 from pasta_jax.decode.trace import Trace, to_json
 
 OUTLINE = """\
@@ -96,8 +96,7 @@ class Skeleton:
 
   def compiled(self) -> int:
     """How many programs have been compiled so far."""
-    interpreters = sum(i.compiled() for i in (self._outlines, self._points, self._plain))
-    return interpreters + sum(d.compiled() for d in self._decoders.values())
+    return sum(i.compiled() for i in (self._outlines, self._points, self._plain))
 
   def extra_tokens(self) -> int:
     """Tokens that an outline's request is longer than its question."""
@@ -107,7 +106,7 @@ class Skeleton:
     if not prompts:
       return []
     if self.batch_size == 1 and len(prompts) == 1:
-      return [interpreter.run(prompts[0], self.generator.sampling)]
+      return [decode(interpreter, prompts[0], self.generator.sampling)]
     requests = (
       self.batch_size if self.batch_size > 1 else next((b for b in BATCHES if b >= len(prompts)), BATCHES[-1])
     )
