@@ -14,6 +14,7 @@ from typing import Literal
 from pasta_jax.decode.trace import ThreadTrace, Trace
 from pasta_jax.lang.thread import Thread, read
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.utils.files import write_atomic
 
 # What the threads of a response contain: shared by all views.
 
@@ -566,6 +567,4 @@ def write_timeline(path: str | Path, trace: Trace, vocabulary: Vocabulary) -> No
   if path.suffix not in (".html", ".svg"):
     raise ValueError(f"timeline {path}: the name must end in .html or .svg")
   draw: Callable[..., str] = timeline_html if path.suffix == ".html" else timeline_svg
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(draw(trace, vocabulary), "utf-8")
-  temporary.replace(path)
+  write_atomic(path, draw(trace, vocabulary))
