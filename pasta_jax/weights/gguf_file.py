@@ -1,6 +1,6 @@
-"""Reads models of the families in `families` from GGUF files: architecture, weights and tokenizer.
+"""Reads models of `model.families` from GGUF files: architecture, weights and tokenizer.
 
-What a file leaves out is what llama.cpp takes for it, which knows more by the family than the file says.
+Defaults of missing metadata are llama.cpp's, which depend on the family.
 """
 
 import dataclasses
@@ -38,27 +38,28 @@ _NAMES = {
   "final_norm.scale": "output_norm.weight",
   "head.kernel": "output.weight",
 }
-# Families by GGUF's names of architectures. Mistral's files say llama.
+# Families by GGUF's names of architectures. Mistral's files use "llama".
 _FAMILIES = {family.removesuffix("_text"): family for family in FAMILIES if family != "mistral"}
-# Numbers that every layer shares: some architectures have a list of them, one for each.
+# Must be numbers that hold for all layers: some architectures have a list, with one number per layer.
 _COUNTS = (
   "embedding_length", "block_count", "attention.head_count", "attention.head_count_kv", "attention.key_length",
   "feed_forward_length", "context_length")  # fmt: skip
-# What Llama 3's files divide the frequencies of RoPE by, [H/2]; they name neither this kind of scaling nor
-# its numbers.
+# [H/2] divisors of RoPE's frequencies. Llama 3's files have this tensor and no metadata about their scaling.
 _ROPE_FACTORS = "rope_freqs.weight"
-# Of Gemma 2, whose first files do not say these.
+# Gemma 2's values, which its first files lack.
 _GEMMA2 = {"attention.sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-# Byte-level vocabularies whose texts begin with a token of their own, unless a file says otherwise.
+# Pre-tokenizers of byte-level vocabularies whose texts begin with a BOS token, unless the file says
+# otherwise.
 _WITH_BOS = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
 def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, StoredParams, Tokenizer]:
-  """Architecture, parameters (see `weights.param_shapes`) and tokenizer of a GGUF file, or of a model in
-  parts, if `path` is any of them.
+  """Architecture, parameters (see `arrays.param_shapes`) and tokenizer of a GGUF file, or of a split model if
+  `path` is one of its parts.
 
   Raises:
-    WeightsError: not GGUF, truncated, an architecture that is not known, or tensors that do not fit it.
+    WeightsError: the file is not GGUF or is truncated, the architecture is not supported, or tensors do not
+    fit it.
   """
   fields, tensors = read_container(path)
   refuse_unreadable(path, tensors.items())
@@ -71,14 +72,13 @@ def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, StoredParams, To
 
   def read(ours: str, theirs: str, rows: slice) -> np.ndarray:
     tensor = tensors[theirs]
-    chosen: slice | np.ndarray = rows
+    stored_rows: slice | np.ndarray = rows
     if fields["general.architecture"] == "llama" and ours.endswith((".attn.q.kernel", ".attn.k.kernel")):
-      every = np.arange(tensor.shape[0])[:, None]
-      chosen = _unpermute(every, config.n_heads if ".q." in ours else config.n_kv_heads)[rows, 0]
-    numbers = values(tensor, chosen)
-    return (
-      numbers - np.float32(config.norm_offset) if ours.endswith(".scale") else numbers
-    )  # stored as they are used
+      indices = np.arange(tensor.shape[0])[:, None]
+      stored_rows = _unpermute(indices, config.n_heads if ".q." in ours else config.n_kv_heads)[rows, 0]
+    numbers = values(tensor, stored_rows)
+    # GGUF stores the scales of norms with the offset included.
+    return numbers - np.float32(config.norm_offset) if ours.endswith(".scale") else numbers
 
   stored = {name: tensor.shape for name, tensor in tensors.items()}
   params = collect(config, path, lambda name: rename(name, _NAMES, "blk."), stored, read, progress)
@@ -86,10 +86,10 @@ def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, StoredParams, To
 
 
 def _unpermute(weight: np.ndarray, n_heads: int) -> np.ndarray:
-  """Rows of a query or key projection, back in Hugging Face's order.
+  """Rows of a query or key projection [out, D], in Hugging Face's order.
 
-  llama.cpp rotates neighbours (0, 1), (2, 3), …; its converter therefore interleaves the two halves of
-  each head's rows. Our RoPE rotates halves (i, i + H/2), as the weights were trained.
+  llama.cpp rotates the pairs (0, 1), (2, 3), …, so its converter interleaves the two halves of each head's
+  rows. Our RoPE rotates the pairs (i, i + H/2), as in the original weights.
   """
   out, d_model = weight.shape
   pairs = weight.reshape(n_heads, out // n_heads // 2, 2, d_model)
@@ -97,7 +97,7 @@ def _unpermute(weight: np.ndarray, n_heads: int) -> np.ndarray:
 
 
 def _config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> ModelConfig:
-  """The architecture, but for the scaling of RoPE that is a tensor (`_with_rope_factors`)."""
+  """The architecture, without a RoPE scaling that is stored as a tensor (`_with_rope_factors`)."""
   arch = str(fields.get("general.architecture"))
   if arch not in _FAMILIES:
     raise WeightsError(f"{path}: architecture {arch!r} is not supported, only {', '.join(_FAMILIES)}")
@@ -117,9 +117,8 @@ def _config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, StoredT
       given["attention.head_count"],
       given["block_count"],
     )
-    if (
-      last := f"blk.{n_layers - 1}.attn_norm.weight"
-    ) not in tensors:  # before millions of layers are described
+    # Checked before shapes are listed: a damaged file may claim millions of layers.
+    if (last := f"blk.{n_layers - 1}.attn_norm.weight") not in tensors:
       raise WeightsError(f"{path}: tensor {last} is missing")
     head_dim = given.get("attention.key_length", d_model // n_heads)
     if (rotated := given.get("rope.dimension_count", head_dim)) != head_dim:
@@ -149,18 +148,19 @@ def _config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, StoredT
 
 
 def _under(prefix: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields whose names begin so, without it."""
+  """The fields whose names start with a prefix, without that prefix."""
   return {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
 
 
 def _attention(family: str, given: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
-  """Windows, and what the later Gemmas have besides. Raises KeyError for what is missing."""
+  """The sliding window, and the further features of Gemma 2 and 3. Raises KeyError for missing fields."""
   if not has_local_layers(family):
     return {"window": given.get("attention.sliding_window", 0)}
   if family == "gemma2":
     given = _GEMMA2 | dict(given)
   n_layers, pattern = given["block_count"], given.get("attention.sliding_window_pattern")
-  largest = (family, n_layers) in (("gemma2", 46), ("gemma3_text", 62))  # 27B scales by its width
+  # The 27B models scale queries by D / N, not by the head width.
+  largest = (family, n_layers) in (("gemma2", 46), ("gemma3_text", 62))
   return {
     "window": given["attention.sliding_window"],
     "local_layers": (
@@ -175,8 +175,10 @@ def _attention(family: str, given: Mapping[str, Any], head_dim: int) -> dict[str
 
 
 def _rope_scaling(given: Mapping[str, Any]) -> RopeScaling | None:
-  """Raises ValueError for a kind that is not supported, KeyError if its factor is missing. The oldest files
-  have a factor alone, of "linear"."""
+  """The scaling that the metadata name. The oldest files have only a factor, of the kind "linear".
+
+  Raises ValueError for a kind that is not supported, KeyError if its factor is missing.
+  """
   factor = given.get("rope.scaling.factor", given.get("rope.scale_linear", 0.0))
   kind = given.get("rope.scaling.type", "linear" if factor else "none")
   if kind not in ("none", "linear"):
@@ -187,30 +189,29 @@ def _rope_scaling(given: Mapping[str, Any]) -> RopeScaling | None:
 
 
 def _with_rope_factors(path: Path, config: ModelConfig, factors: np.ndarray) -> ModelConfig:
-  """A model with Llama 3's scaling of RoPE, such that it divides the frequencies by `factors`.
+  """`config` with the RoPE scaling of Llama 3 that divides the frequencies by `factors` [H/2].
 
-  The slowest frequencies are divided by the whole factor; the bounds between which it fades are those of
-  every Llama 3.
+  The lowest frequencies are divided by the full factor; the ends of the ramp are the same in every Llama 3.
 
   Raises:
-    WeightsError: no such scaling divides by these factors, or the model has another one already.
+    WeightsError: no such scaling gives these factors, or the model has another scaling already.
   """
   if config.rope_scaling is None and factors.shape == (config.head_dim // 2,) and 1 <= factors.max() < np.inf:
     scaled = dataclasses.replace(config, rope_scaling=RopeScaling("llama3", _written(factors.max())))
     if np.allclose(config.rope_frequencies() / scaled.rope_frequencies(), factors, rtol=1e-4, atol=0):
       return scaled
   raise WeightsError(
-    f"{path}: tensor {_ROPE_FACTORS} holds factors of RoPE that are not Llama 3's: not supported"
+    f"{path}: tensor {_ROPE_FACTORS} has RoPE factors that are not Llama 3's, which is not supported"
   )
 
 
 def _written(stored: Any) -> float:
-  """The number that was stored as float32: 1e-5 comes back as 9.999999747e-06 without the detour over its
-  text."""
+  """The shortest decimal of a number that was stored as float32: 1e-5, not 9.999999747e-06."""
   return float(str(np.float32(stored)))
 
 
 def _tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
+  """The tokenizer in the metadata. Raises WeightsError if it is damaged or of another kind."""
   given = _under("tokenizer.ggml.", fields)
   if (model := given.get("model")) not in ("gpt2", "llama"):
     raise WeightsError(

@@ -1,5 +1,4 @@
-"""config.json of Hugging Face's folders: the architecture that one describes, and how ours is described in
-one."""
+"""config.json of Hugging Face folders: read as a `ModelConfig`, and written from one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,8 +11,7 @@ from pasta_jax.weights.arrays import WeightsError, read_json
 from pasta_jax.weights.tokenizer import Tokenizer
 
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
-# Of each family, whatever its config.json calls it: Gemma's first files said "gelu", and meant the
-# approximation.
+# config.json's names of activations. Gemma's first files say "gelu" but mean the approximation.
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu"}
 _COUNTS = (
   "vocab_size",
@@ -25,8 +23,7 @@ _COUNTS = (
   "intermediate_size",
   "max_position_embeddings",
 )
-# What is taken for a key that is left out, as transformers does. (One that is there and null is not left
-# out.)
+# Defaults of missing keys, as in transformers. (A key with the value null is not missing.)
 _LLAMA: dict[str, Any] = dict(
   rms_norm_eps=1e-6,
   rope_theta=1e4,
@@ -43,7 +40,7 @@ _GEMMA = _LLAMA | dict(
   head_dim=256,
 )
 _GEMMA2 = _GEMMA | dict(num_key_value_heads=4, sliding_window=4096, query_pre_attn_scalar=256)
-_USUAL: dict[str, dict[str, Any]] = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
   "llama": _LLAMA,
   "mistral": _LLAMA | dict(max_position_embeddings=131_072, num_key_value_heads=8, sliding_window=4096),
   "qwen2": _QWEN,
@@ -59,24 +56,28 @@ _USUAL: dict[str, dict[str, Any]] = {
     rope_local_base_freq=1e4,
   ),
 }
-# Models that see images, and the family of their text part.
-_WITH_IMAGES = {"gemma3": "gemma3_text"}
+# Models with a vision part, and the family of their text part.
+_VISION = {"gemma3": "gemma3_text"}
 
 
-def sees_images(raw: Mapping[str, Any]) -> bool:
-  """Whether a config.json is that of a model whose text part is one of several; its tensors have other
+def has_vision(raw: Mapping[str, Any]) -> bool:
+  """Whether a config.json describes a model with a vision part; the tensors of its text part have other
   names."""
-  return raw.get("model_type") in tuple(
-    _WITH_IMAGES
-  )  # which compares: a damaged file may have what has no hash
+  return raw.get("model_type") in tuple(_VISION)  # a tuple: the value in a damaged file may not be hashable
 
 
 def read_config(path: Path) -> ModelConfig:
-  """The architecture that the config.json at `path` describes, or its text part's where it sees images.
+  """The architecture in the config.json at `path`. Raises as `parse_config`, or if the file cannot be
+  read."""
+  return parse_config(read_json(path), path)
 
-  Raises WeightsError, one line, if it is none of the families', or does what the decoder does not.
+
+def parse_config(raw: dict[str, Any], path: Path) -> ModelConfig:
+  """The architecture in a config.json, or that of its text part if it has a vision part. `path` is for
+  messages.
+
+  Raises WeightsError, one line, if the family or a feature is not supported.
   """
-  raw = read_json(path)
   try:
     return _config(raw)
   except KeyError as error:
@@ -85,8 +86,8 @@ def read_config(path: Path) -> ModelConfig:
     raise WeightsError(f"{path}: {error}") from error
 
 
-def describe(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-  """config.json: the inverse of `read_config`."""
+def to_hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+  """The content of config.json: the inverse of `parse_config`."""
   family = family_of(config)
   activation = "gelu_pytorch_tanh" if config.activation == "gelu" else config.activation
   return dict(
@@ -96,23 +97,23 @@ def describe(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     num_key_value_heads=config.n_kv_heads, head_dim=config.head_dim, intermediate_size=config.d_ff,
     rms_norm_eps=config.norm_eps, tie_word_embeddings=config.tie_embeddings,
     max_position_embeddings=config.max_position, eos_token_id=tokenizer.eos_token_id,
-    bos_token_id=tokenizer.bos_id, **_described_rope(config), **_described_attention(config))  # fmt: skip
+    bos_token_id=tokenizer.bos_id, **_rope_fields(config), **_attention_fields(config))  # fmt: skip
 
 
 def _config(raw: dict[str, Any]) -> ModelConfig:
-  """Raises KeyError for what is missing, ValueError for what is not supported, other errors for what is
-  damaged."""
+  """Raises KeyError for missing fields, ValueError for features that are not supported, TypeError,
+  AttributeError or ZeroDivisionError for damaged fields."""
   if quantised := raw.get("quantization_config"):
     raise ValueError(
       f"weights quantised by {quantised.get('quant_method')!r} are not supported, only float32, "
       "float16 and bfloat16, and GGUF files"
     )
-  if sees_images(raw):
-    raw = raw["text_config"] | {"model_type": _WITH_IMAGES[raw["model_type"]]}
+  if has_vision(raw):
+    raw = raw["text_config"] | {"model_type": _VISION[raw["model_type"]]}
   kind = str(raw.get("model_type"))
   if kind not in FAMILIES:
     raise ValueError(f"architecture {raw.get('model_type')!r} is not supported, only {', '.join(FAMILIES)}")
-  raw = _USUAL[kind] | raw
+  raw = _DEFAULTS[kind] | raw
   for feature in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
     if raw.get(feature):
       raise ValueError(f"{feature} is not supported")
@@ -142,24 +143,24 @@ def _config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def _windows(raw: Mapping[str, Any], kind: str) -> dict[str, Any]:
-  """Which layers see a window alone, and how far."""
+  """The sliding window, and which layers are local."""
   window, kinds, n_layers = raw.get("sliding_window") or 0, raw.get("layer_types"), raw["num_hidden_layers"]
   if kind == "mistral":
     return {"window": window}
   if kinds and not set(kinds) <= {_LOCAL, _GLOBAL}:
     raise ValueError(f"layers of the kinds {', '.join(map(repr, kinds))} are not supported")
   if has_local_layers(kind):
-    usual = local_layers(kind, n_layers, raw.get("sliding_window_pattern"))
+    default = local_layers(kind, n_layers, raw.get("sliding_window_pattern"))
   elif raw.get("use_sliding_window"):  # Qwen
-    usual = tuple(i >= raw["max_window_layers"] for i in range(n_layers))
+    default = tuple(i >= raw["max_window_layers"] for i in range(n_layers))
   else:
     return {}
-  local = tuple(each == _LOCAL for each in kinds) if kinds else usual
+  local = tuple(each == _LOCAL for each in kinds) if kinds else default
   return {"window": window, "local_layers": local} if window and any(local) or has_local_layers(kind) else {}
 
 
 def _scores(raw: Mapping[str, Any]) -> dict[str, Any]:
-  """What the later Gemmas do to queries, scores and logits."""
+  """Scales and soft caps of Gemma 2 and 3."""
   return {
     "query_scale": raw["query_pre_attn_scalar"] ** -0.5,
     "attention_softcap": raw.get("attn_logit_softcapping") or 0.0,
@@ -167,7 +168,7 @@ def _scores(raw: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _described_attention(config: ModelConfig) -> dict[str, Any]:
+def _attention_fields(config: ModelConfig) -> dict[str, Any]:
   """The inverse of `_windows` and `_scores`."""
   out: dict[str, Any] = {"sliding_window": config.window or None}
   if config.local_layers:
@@ -184,9 +185,9 @@ def _described_attention(config: ModelConfig) -> dict[str, Any]:
 
 
 def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
-  """transformers 5 writes rope_parameters, of each kind of layer where kinds differ; before, rope_theta stood
-  alone and rope_scaling beside it. Who adds rope_scaling to a file by hand means it to hold, also where there
-  is both."""
+  """RoPE of the model and of its local layers. transformers 5 writes rope_parameters, nested by kind of layer
+  if the kinds differ; earlier versions write rope_theta and rope_scaling. If both are present, rope_scaling
+  wins: it was probably added by hand."""
   given = raw.get("rope_parameters") or {}
   nested = _GLOBAL in given or _LOCAL in given
   whole = given.get(_GLOBAL) or {} if nested else given
@@ -208,11 +209,11 @@ def _kind(rope: Mapping[str, Any]) -> str:
 
 
 def _rope_scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
-  """Raises KeyError for what is missing, ValueError for a kind that is not supported."""
+  """Raises KeyError for missing fields, ValueError for a kind that is not supported."""
   kind = _kind(rope)
   if kind == "default":
     return None
-  scaling = RopeScaling(kind, 1.0)  # refuses a kind before what it lacks is missed
+  scaling = RopeScaling(kind, 1.0)  # refuses an unknown kind before its fields are looked up
   if kind == "linear":
     return dataclasses.replace(scaling, factor=float(rope["factor"]))
   return RopeScaling(
@@ -224,8 +225,8 @@ def _rope_scaling(rope: Mapping[str, Any], context: int) -> RopeScaling | None:
   )
 
 
-def _described_rope(config: ModelConfig) -> dict[str, Any]:
-  """As transformers before and behind 5 read it."""
+def _rope_fields(config: ModelConfig) -> dict[str, Any]:
+  """The inverse of `_rope`, for transformers before and from version 5."""
   out: dict[str, Any] = {"rope_type": "default"}
   if s := config.rope_scaling:
     out = {"rope_type": s.kind, "factor": s.factor}

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.utils.files import atomic_folder
 from pasta_jax.weights.arrays import StoredParams, WeightsError, collect, param_shapes, read_json, rename
-from pasta_jax.weights.hf_config import describe, read_config, sees_images
+from pasta_jax.weights.hf_config import has_vision, parse_config, to_hf_config
 from pasta_jax.weights.tokenizer import Tokenizer
 
 _NAMES = {
@@ -31,7 +31,7 @@ _NAMES = {
   "attn.q_norm.scale": "self_attn.q_norm.weight",
   "attn.k_norm.scale": "self_attn.k_norm.weight",
   "attn.o.kernel": "self_attn.o_proj.weight",
-  "mlp_norm.scale": "post_attention_layernorm.weight",  # where no norm stands behind attention
+  "mlp_norm.scale": "post_attention_layernorm.weight",  # in models without post-norms
   "mlp.gate.kernel": "mlp.gate_proj.weight",
   "mlp.up.kernel": "mlp.up_proj.weight",
   "mlp.down.kernel": "mlp.down_proj.weight",
@@ -43,15 +43,15 @@ _NAMES_WITH_POST_NORMS = _NAMES | {
   "mlp_norm.scale": "pre_feedforward_layernorm.weight",
   "mlp_post_norm.scale": "post_feedforward_layernorm.weight",
 }
-# Of models that see images: what their text part's names begin with, and what these begin with in a folder of
-# its own.
+# In models with a vision part: prefixes of the text part's tensors -> the same in a folder of the text part
+# alone.
 _TEXT_PART = {
   "language_model.model.": "model.",
   "model.language_model.": "model.",
   "language_model.": "",
   "lm_head.": "lm_head.",
 }
-# Numbers that are weights as they stand; others stand for weights, by a scale that is somewhere else.
+# Types whose numbers are the weights themselves; other types are quantised, with scales in other tensors.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -59,28 +59,32 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 def load_hf_folder(
   folder: Path, progress: bool
 ) -> tuple[ModelConfig, StoredParams, Tokenizer, dict[str, str]]:
-  """Architecture, parameters (see `weights.param_shapes`), tokenizer, and what `save_hf_folder` got as
-  `pasta`.
+  """Architecture, parameters (see `arrays.param_shapes`), tokenizer, and the `pasta` of `save_hf_folder`.
+
+  The folder's tensors decide whether the head is tied.
 
   Raises:
-    WeightsError: a file is missing or damaged, an architecture or a feature that the decoder lacks (other kinds of
-      scaled RoPE, say), or tensors that do not fit config.json. The folder's own tensors say whether the head is tied.
+    WeightsError: a file is missing or damaged, the architecture or one of its features is not supported, or
+    the
+      tensors do not fit config.json.
   """
-  config = read_config(folder / "config.json")
+  described = read_json(folder / "config.json")
+  config = parse_config(described, folder / "config.json")
   tokenizer = Tokenizer.from_folder(folder, config.vocab_size)
-  with_images = sees_images(read_json(folder / "config.json"))
-  stored: dict[str, Any] = {}  # tensors, not yet read: they keep their file open, and mapped
+  stored: dict[str, Any] = {}  # tensors that are not read yet; they keep their files open and mapped
   for path in _shards(folder):
     file = _open(path)
-    for there in file.keys():  # noqa: SIM118  (not a dict)
-      name = _of_text(there) if with_images else there
-      if name is None or name.endswith("rotary_emb.inv_freq"):  # RoPE's table, which follows from the rest
+    for stored_name in file.keys():  # noqa: SIM118  (not a dict)
+      name = _text_part_name(stored_name) if has_vision(described) else stored_name
+      if name is None or name.endswith("rotary_emb.inv_freq"):  # RoPE's table, which config.json determines
         continue
       if name in stored:
-        raise WeightsError(f"{path}: tensor {name} is in another file already")
-      stored[name] = file.get_slice(there)
+        raise WeightsError(f"{path}: tensor {name} is also in another file")
+      stored[name] = file.get_slice(stored_name)
       if (kind := stored[name].get_dtype()) not in _DTYPES:
-        raise WeightsError(f"{path}: tensor {there} holds {kind}: only {', '.join(_DTYPES)} can be read")
+        raise WeightsError(
+          f"{path}: tensor {stored_name} has type {kind}: only {', '.join(_DTYPES)} can be read"
+        )
   config = _tied(config, stored)
   params = collect(
     config,
@@ -90,7 +94,7 @@ def load_hf_folder(
     lambda _, theirs, rows: stored[theirs][rows],
     progress,
   )
-  return config, params, tokenizer, _pasta(folder / "config.json", tokenizer)
+  return config, params, tokenizer, _pasta(described, folder / "config.json", tokenizer)
 
 
 def save_hf_folder(
@@ -103,14 +107,11 @@ def save_hf_folder(
   pasta: Mapping[str, str] | None = None,
   file_bytes: int = 4 << 30,
 ) -> list[Path]:
-  """Writes a model so that `load_hf_folder` and `transformers` read it; returns the files of its tensors,
-  which hold about `file_bytes` each at most, and of which one is in memory at a time.
+  """Writes a model for `load_hf_folder` and `transformers`, atomically, replacing an existing folder. Returns
+  the files of its tensors: each has about `file_bytes` at most, and one at a time is in memory.
 
-  `pasta` is for weights with PASTA's tags among the rows of the vocabulary, at `config.tag_ids`: the metadata
-  of their adapter, which goes into config.json; the tokenizer then knows the tags.
-
-  The folder is made under another name first: it is there whole or not at all. One that stood there before
-  is replaced.
+  `pasta` is for weights with PASTA's tags in the vocabulary, at `config.tag_ids`: the metadata of their
+  adapter, which config.json keeps; the tokenizer then has the tags as tokens.
   """
   parts: list[list[str]] = [[]]
   size = 0
@@ -139,14 +140,14 @@ def save_hf_folder(
       (temporary / _INDEX).write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
       )
-    described = describe(config, tokenizer) | {"dtype": dtype} | ({"pasta": dict(pasta)} if pasta else {})
+    described = to_hf_config(config, tokenizer) | {"dtype": dtype} | ({"pasta": dict(pasta)} if pasta else {})
     (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     tokenizer.save(temporary, config.tag_ids if pasta else ())
   return [folder / file for file in files]
 
 
 def _shards(folder: Path) -> list[Path]:
-  """The weight files: the single one, else those that the index names, else all *.safetensors."""
+  """The weight files: the single one, otherwise those in the index, otherwise all *.safetensors."""
   if (folder / _SINGLE).exists():
     return [folder / _SINGLE]
   if (folder / _INDEX).exists():
@@ -166,14 +167,14 @@ def _open(path: Path) -> Any:
     raise WeightsError(f"{path}: truncated, damaged or missing ({error})") from error
 
 
-def _of_text(name: str) -> str | None:
-  """A tensor's name in a folder of the text part alone; None for what sees."""
+def _text_part_name(name: str) -> str | None:
+  """A tensor's name in a folder of the text part alone; None for tensors of the vision part."""
   return next((new + name.removeprefix(old) for old, new in _TEXT_PART.items() if name.startswith(old)), None)
 
 
 def _tied(config: ModelConfig, stored: dict[str, Any]) -> ModelConfig:
-  """`config`, after what is stored twice was taken out of `stored`. A head that was trained apart from the
-  embeddings is not tied, whatever config.json says (transformers 5 does the same)."""
+  """`config`, with `tie_embeddings` as the tensors have it: a head that differs from the embeddings is not
+  tied, whatever config.json says (as in transformers 5). Removes the copy of a tied head from `stored`."""
   embedding, head = _NAMES["embed.embedding"], _NAMES["head.kernel"]
   if not config.tie_embeddings or head not in stored:
     return config
@@ -190,19 +191,20 @@ def _tied(config: ModelConfig, stored: dict[str, Any]) -> ModelConfig:
 
 
 def peft_prefix(folder: Path) -> str:
-  """What transformers' modules of a folder's text part begin with, in place of "model."."""
-  described = folder / "config.json"
-  return "model.language_model." if described.is_file() and sees_images(read_json(described)) else "model."
+  """Prefix of the text part's modules in transformers: "model.", or a longer one in models with a vision
+  part."""
+  path = folder / "config.json"
+  return "model.language_model." if path.is_file() and has_vision(read_json(path)) else "model."
 
 
-def _pasta(path: Path, tokenizer: Tokenizer) -> dict[str, str]:
-  """What config.json says of the adapter that was merged into the weights; {} where none was."""
-  found = read_json(path).get("pasta", {})
-  if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
-    raise WeightsError(f"{path}: pasta holds no metadata of an adapter")
-  if found and not tokenizer.knows_tags:
-    raise WeightsError(f"{path} speaks of PASTA's tags, which the tokenizer beside it does not have")
-  return found
+def _pasta(described: Mapping[str, Any], path: Path, tokenizer: Tokenizer) -> dict[str, str]:
+  """Metadata of the adapter that was merged into the weights, from config.json; {} if there was none."""
+  metadata = described.get("pasta", {})
+  if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    raise WeightsError(f"{path}: pasta is not the metadata of an adapter")
+  if metadata and not tokenizer.knows_tags:
+    raise WeightsError(f"{path} mentions PASTA's tags, which the tokenizer in the same folder does not have")
+  return metadata
 
 
 def hf_name(config: ModelConfig, name: str) -> str:

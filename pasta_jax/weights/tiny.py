@@ -1,5 +1,5 @@
-"""A model of random weights and a tokenizer of bytes: every mode in seconds, with nothing to fetch. It writes
-noise."""
+"""A model with random weights and a byte tokenizer, to run every mode in seconds without a download. Its
+output is noise."""
 
 import numpy as np
 import tokenizers
@@ -17,7 +17,7 @@ _TEMPLATE = (
 
 
 def tiny_model() -> tuple[ModelConfig, dict[str, np.ndarray], Tokenizer]:
-  """Always the same one: architecture, parameters (see `weights.param_shapes`) and tokenizer."""
+  """Architecture, parameters (see `arrays.param_shapes`) and tokenizer; the same on every call."""
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   backend = tokenizers.Tokenizer(
     models.BPE({token: i for i, token in enumerate((*_CONTROLS, *alphabet))}, [])

@@ -1,9 +1,9 @@
-"""Text to tokens and back, exactly, with control tokens kept out of the hands of whoever wrote the text.
+"""Text to tokens and back, without loss, and without control tokens from untrusted text.
 
-Two kinds of BPE are supported: byte-level (Llama 3, SmolLM2, Qwen), and SentencePiece's with bytes to fall
-back on (Gemma, Llama 2). In both each ordinary token is a run of bytes, so the bytes of a text's tokens, put
-together, are the text. Llama 2 puts a blank before every text: here conversations have these blanks, and a
-text encoded by itself not.
+Two kinds of BPE are supported: byte-level (Llama 3, SmolLM2, Qwen), and SentencePiece with byte fallback
+(Gemma, Llama 2). In both, each ordinary token is a sequence of bytes, and the concatenated bytes of a text's
+tokens are the text. Llama 2 adds a leading blank to every text: here only texts of conversations get it, not
+a text that is encoded alone.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pasta_jax.weights import tokenizer_forms as forms
 from pasta_jax.weights.arrays import WeightsError, read_json, read_text
 from pasta_jax.weights.sentencepiece_file import read_pieces
 
-# What Hugging Face calls tokens: templates write them by these names.
+# Hugging Face's names of tokens, which templates use.
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -29,16 +29,16 @@ class Tokenizer:
   """A BPE vocabulary with its chat template.
 
   Attributes:
-    vocab_size: number of ids, control tokens included. A model may have more (padded) embeddings.
-    eos_id: the token that ends an assistant's turn: the one that a file names as that, else the control token that the
-      chat template puts behind an assistant's text, else the one that ends a text.
-    end_ids: every token that ends a text, `eos_id` among them, in order.
-    bos_id: the token that may begin a text, or None. `encode` never adds it; a chat template may.
-    special_ids: the control tokens: `encode` never yields them.
-    tag_ids: the entries that PASTA's tags take: their own, where weights were saved with them, else the first six that
-      the vocabulary holds for others to use; () where it has none.
-    knows_tags: whether they are the tags' own.
-    chat_template: Jinja source, "" for a base model (but Gemma's, whose turn marks say enough).
+    vocab_size: number of ids, control tokens included. A model may have more (padded) embeddings. eos_id: the
+      token that ends an assistant's turn: the one that a file names so, otherwise the control token that the
+      chat template writes after an assistant's text, otherwise the one that ends a text.
+    end_ids: every token that ends a text, `eos_id` among them, in order. bos_id: the token that may begin a
+      text, or None. `encode` never adds it; a chat template may. special_ids: the control tokens, which
+      `encode` never returns. tag_ids: the entries of PASTA's tags: the tags themselves if the weights were
+      saved with them, otherwise the first
+      six reserved entries of the vocabulary; () if it has none.
+    knows_tags: whether they are the tags themselves.
+    chat_template: Jinja source; "" for a base model, except Gemma's (`chat.template_without_one`).
   """
 
   def __init__(
@@ -55,40 +55,39 @@ class Tokenizer:
     prefix: str = "",
     stored: Mapping[str, Any] | None = None,
   ):
-    """Takes over `backend` and changes its settings.
+    """Takes ownership of `backend` and changes its settings.
 
     Args:
       eos_id: the token that ends a text.
-      eot_id: the token that ends an assistant's turn, if it is known.
-      end_ids: further tokens that end a text; those that are no tokens are passed over.
-      named: further tokens by Hugging Face's names for them ("pad_token").
-      pieces: entries are SentencePiece's, not byte-level ones.
-      prefix: where conversations get blanks (`tokenizer_forms.without_prefix`).
-      stored: the parts of tokenizer.json that `save` writes so that others put the blanks there too.
+      eot_id: the token that ends an assistant's turn, if known.
+      end_ids: further tokens that end a text; ids outside the vocabulary are ignored.
+      named: further tokens by Hugging Face's names ("pad_token").
+      pieces: whether entries are SentencePiece's, not byte-level.
+      prefix: which texts of a conversation get a leading blank (`tokenizer_forms.without_prefix`).
+      stored: components of tokenizer.json that `save` writes, so that other engines add the same blanks.
 
     Raises:
-      ValueError: `eos_id`, `eot_id` or `bos_id` is no token.
+      ValueError: `eos_id`, `eot_id` or `bos_id` is not in the vocabulary.
     """
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True  # in the words of `tokenizers`: treat them as ordinary text
+    backend.encode_special_tokens = True  # which means: treat their texts as ordinary text
     added = backend.get_added_tokens_decoder()
     vocab = backend.get_vocab(with_added_tokens=True)
     self._backend = backend
     texts = forms.texts_for_tags(vocab)
     self.tag_ids, self.knows_tags = tuple(vocab[text] for text in texts), texts == list(TOKEN_TEXTS)
     self.special_ids = frozenset(index for index, token in added.items() if token.special)
-    # Added tokens are texts as they are; but Gemma's files call runs of blanks that, in the writing of
-    # pieces.
-    as_they_are = self.special_ids if pieces else added.keys()
+    # Added tokens are literal text, but Gemma's files list runs of blanks as added tokens, written as pieces.
+    literal = self.special_ids if pieces else added.keys()
     self._bytes = [b""] * (max(vocab.values(), default=-1) + 1)
     for token, index in vocab.items():
       self._bytes[index] = (
         token.encode()
-        if index in as_they_are
+        if index in literal
         else (forms.bytes_of_piece if pieces else forms.bytes_of_word)(token)
       )
-    # A text may hold the very character that pieces write for a blank: it is spelled out in bytes.
+    # If a text contains the character `BLANK` itself, it is encoded as its bytes.
     self._blank = [vocab.get(f"<0x{byte:02X}>", -1) for byte in forms.BLANK.encode()] if pieces else []
     if min(self._blank, default=0) < 0:
       raise ValueError("the vocabulary of pieces lacks tokens for single bytes")
@@ -107,8 +106,8 @@ class Tokenizer:
     single = {self._bytes[index] for index in range(self.vocab_size) if index not in self.special_ids}
     self._absent = bytes(byte for byte in range(256) if bytes([byte]) not in single)
     if eot_id is None and self.chat_template:
-      behind = chat.end_of_turn(self.chat_template, self._texts(), self._any_control)
-      eot_id = self._controls[behind] if behind is not None else None
+      end = chat.end_of_turn(self.chat_template, self._texts(), self._any_control)
+      eot_id = self._controls[end] if end is not None else None
     self.eos_id = eos_id if eot_id is None else eot_id
     self.end_ids = tuple(sorted({self.eos_id, eos_id, *filter(self._is_token, end_ids)}))
 
@@ -130,15 +129,15 @@ class Tokenizer:
     pre: str = "",
     scores: Sequence[float] | None = None,
   ) -> "Tokenizer":
-    """From GGUF metadata: of a "gpt2" tokenizer `merges`, pairs such as "h e", best first, and its
-    pre-tokenizer; of SentencePiece's ("llama") the pieces' `scores`, and whether conversations have blanks
-    before their texts.
+    """From GGUF metadata. A "gpt2" tokenizer has `merges`, which are pairs such as "h e", best first, and a
+    pre-tokenizer `pre`. SentencePiece's ("llama") has the `scores` of its pieces, and `prefix`: whether texts
+    of conversations get a leading blank.
 
-    `eos_id` ends a text and `eot_id` a turn; one of them must be there. `add_bos`: other engines are to put
-    `bos_id` before texts (`save`).
+    `eos_id` ends a text and `eot_id` a turn; one of them is required. With `add_bos` the saved tokenizer
+    tells other engines to add `bos_id` before texts (`save`).
 
     Raises:
-      ValueError: an unknown pre-tokenizer, or lists that contradict each other.
+      ValueError: an unknown pre-tokenizer, or lists that do not match.
     """
     if scores is not None and len(scores) != len(tokens):
       raise ValueError(f"{len(tokens)} tokens, but {len(scores)} scores")
@@ -153,8 +152,8 @@ class Tokenizer:
       backend = forms.backend_of_pieces(tokens, kinds, scores)
     if add_bos and bos_id is not None and 0 <= bos_id < len(tokens):
       backend.post_processor = forms.beginning_with(tokens[bos_id], bos_id)
-    # Files name any token for padding, "!" say; transformers would make a control token of what it is told
-    # of.
+    # Only control tokens: some files name an ordinary token such as "!" for padding, and transformers would
+    # turn that into a control token.
     named = {
       name: index
       for name, index in (("pad_token", pad_id), ("unk_token", unk_id))
@@ -175,17 +174,18 @@ class Tokenizer:
 
   @classmethod
   def from_folder(cls, folder: Path, rows: int | None = None) -> "Tokenizer":
-    """From a folder in Hugging Face's format: its tokenizer.json, else SentencePiece's tokenizer.model; with
-    what tokenizer_config.json, special_tokens_map.json and generation_config.json say of its tokens. A
-    `chat_template.jinja` takes precedence over the config's.
+    """From a folder in Hugging Face's format: its tokenizer.json, otherwise SentencePiece's tokenizer.model,
+    with the names of tokens in tokenizer_config.json, special_tokens_map.json and generation_config.json. A
+    `chat_template.jinja` takes precedence over the template in the config.
 
-    If a byte-level `tokenizer.json` has a normaliser, texts are exact up to that normaliser only.
+    If a byte-level `tokenizer.json` has a normaliser, texts are exact only up to that normaliser.
 
     Args:
-      rows: how many embeddings the model has: tokens that were added beyond them are left out.
+      rows: number of embeddings of the model; added tokens without one are left out.
 
     Raises:
-      WeightsError: a file is missing or damaged, of another kind, has more tokens than `rows`, or names no token that
+      WeightsError: a file is missing, damaged or not supported, has more tokens than `rows`, or names no
+      token that
         ends a text.
     """
     config, texts, source = _described(folder)
@@ -207,9 +207,11 @@ class Tokenizer:
       }
       if "eos_token" not in named:
         raise WeightsError(f"{source}: eos_token {texts.get('eos_token')!r} is not a token of the vocabulary")
-    beside = folder / "chat_template.jinja"
+    template_file = folder / "chat_template.jinja"
     with _faults_in(folder / "tokenizer_config.json"):
-      template = read_text(beside) if beside.exists() else chat.template_in(config.get("chat_template"))
+      template = (
+        read_text(template_file) if template_file.exists() else chat.template_in(config.get("chat_template"))
+      )
     end_ids = _generation_ends(folder / "generation_config.json")
     with _faults_in(path):
       return cls(
@@ -217,15 +219,15 @@ class Tokenizer:
       )
 
   def save(self, folder: Path, tag_ids: Sequence[int] = ()) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and generation_config.json, which `from_folder` and
-    Hugging Face read, into an existing folder; with the tags, if their ids are given, as entries of the
-    vocabulary (`pasta_jax.lang.syntax.TOKEN_TEXTS`)."""
+    """Writes tokenizer.json, tokenizer_config.json and generation_config.json to an existing folder, for
+    `from_folder` and Hugging Face; with the tags (`lang.syntax.TOKEN_TEXTS`) as vocabulary entries, if their
+    ids are given."""
     parts = json.loads(self._backend.to_str()) | self._stored
     if tag_ids:
       forms.name_tags(parts, dict(zip(tag_ids, TOKEN_TEXTS)), self.vocab_size)
     _write(folder / "tokenizer.json", parts)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._texts()}
-    if "eos_token" not in self.chat_template:  # a template that writes it means the one that was named
+    if "eos_token" not in self.chat_template:  # a template that writes it expects the original one
       config["eos_token"] = self._literal(self.eos_id)
     config |= {"chat_template": self.chat_template} if self.chat_template else {}
     _write(folder / "tokenizer_config.json", config)
@@ -234,20 +236,22 @@ class Tokenizer:
 
   @property
   def eos_token_id(self) -> int | list[int]:
-    """`end_ids` as Hugging Face's files write them."""
+    """`end_ids` in the form of Hugging Face's files."""
     return list(self.end_ids) if len(self.end_ids) > 1 else self.eos_id
 
   def encode(self, text: str) -> list[int]:
-    """Ordinary tokens of a text: no control token, whatever the text looks like, and none added around it.
+    """The ordinary tokens of a text: no control tokens, even if the text contains theirs, and none added
+    around it.
 
     Raises:
-      ValueError: the text has a character that this vocabulary cannot express (SmolLM2 lacks six control
-        characters and the unassigned planes 4 to 11). Dropping it silently would change the text.
+      ValueError: the vocabulary cannot encode a character of the text (SmolLM2 lacks six control characters
+      and the
+        unassigned planes 4 to 11). Dropping it silently would change the text.
     """
     raw = text.encode()
     if raw.translate(None, self._absent) != raw:
-      lost = next(char for char in text if set(char.encode()) & set(self._absent))
-      raise ValueError(f"the vocabulary has no token for the character U+{ord(lost):04X}")
+      missing = next(char for char in text if set(char.encode()) & set(self._absent))
+      raise ValueError(f"the vocabulary has no token for the character U+{ord(missing):04X}")
     if self._blank and forms.BLANK in text:
       first, *rest = (
         self._backend.encode(part, add_special_tokens=False).ids for part in text.split(forms.BLANK)
@@ -258,36 +262,37 @@ class Tokenizer:
   def token_bytes(self, index: int) -> bytes:
     """Bytes of one token; for a control token, its literal text. Raises ValueError outside the vocabulary.
 
-    A token may end in the middle of a character: decode bytes, not tokens, when streaming.
+    A token may end inside a character: when streaming, decode bytes, not tokens.
     """
     if not 0 <= index < self.vocab_size:
       raise ValueError(f"token {index} is not in the vocabulary of {self.vocab_size}")
     return self._bytes[index]
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Text of tokens, control tokens as their literal text. Bytes that form no character become U+FFFD."""
+    """Text of tokens, with control tokens as their literal text. Invalid bytes become U+FFFD."""
     return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
   def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Tokens of a conversation up to where the assistant begins to write.
+    """Tokens of a conversation, up to the point where the assistant begins to write.
 
-    The same tokens as Hugging Face's `apply_chat_template(..., add_generation_prompt=True)`, except
-    that control tokens come from the template alone: their look-alikes in a content stay text.
+    The same tokens as from Hugging Face's `apply_chat_template(..., add_generation_prompt=True)`, except that
+    control tokens come from the template only: their texts in a message's content are encoded as ordinary
+    text.
 
     Args:
-      messages: each with "role" (system, user, assistant or tool) and "content" (text); no other
-        key reaches the template.
+      messages: each with "role" (system, user, assistant or tool) and "content" (text). Other keys are
+        ignored.
 
     Raises:
-      ValueError: no chat template, a message of another form, or one that the template refuses.
+      ValueError: there is no chat template, a message is malformed, or the template refuses the conversation.
     """
     ids: list[int] = []
     if not self.chat_template:
       raise ValueError("this tokenizer has no chat template")
     safe, shield = chat.shielded(messages, self._any_control)
     text = chat.render(self.chat_template, safe, self._texts())
-    # Text between two control tokens is encoded in one piece, as Hugging Face does: where template and
-    # content meet, characters of both may belong to one token.
+    # Text between two control tokens is encoded as a whole, as in Hugging Face: a token may span the border
+    # between template and content.
     for i, piece in enumerate(re.split(f"({self._any_control})", text)):
       if piece in self._controls:
         ids.append(self._controls[piece])
@@ -296,15 +301,15 @@ class Tokenizer:
     return ids
 
   def _with_prefix(self, text: str, *, is_first: bool) -> str:
-    """A text of a conversation with the blank that Hugging Face puts before it."""
+    """A text of a conversation, with the leading blank that Hugging Face adds."""
     if not text or not self._prefix or self._prefix == "first" and not is_first:
       return text
     return text if self._prefix != "every" and text.startswith((" ", forms.BLANK)) else " " + text
 
   def digit_values(self) -> dict[int, tuple[int, int]]:
-    """Token → (value, 10 ** number of digits) for ordinary tokens made of ASCII digits and nothing else.
+    """Token → (value, 10 ** number of digits), for ordinary tokens that consist of ASCII digits.
 
-    Reading digit tokens left to right: number = number * 10 ** digits + value.
+    To read digit tokens from left to right: number = number * 10 ** digits + value.
     """
     return {
       index: (int(raw), 10 ** len(raw))
@@ -319,7 +324,7 @@ class Tokenizer:
     return self.token_bytes(index).decode(errors="replace")
 
   def _texts(self) -> dict[str, str]:
-    """Texts of the tokens that have names."""
+    """Texts of the named tokens, by name."""
     return {name: self._literal(index) for name, index in self._named.items()}
 
 
@@ -328,28 +333,30 @@ class Tokenizer:
 
 @contextlib.contextmanager
 def _faults_in(path: Path) -> Iterator[None]:
-  """Whatever fails on what stands in this file becomes one line that names it."""
+  """Turns every error about a file's content into a WeightsError of one line that names the file."""
   try:
     yield
   except WeightsError:
     raise
   except ValueError as error:
     raise WeightsError(f"{path}: {error}") from error
-  except (AttributeError, TypeError, LookupError) as error:  # a list where a record should be, and the like
+  except (AttributeError, TypeError, LookupError) as error:  # for example a list instead of an object
     raise WeightsError(f"{path}: damaged ({type(error).__name__}: {error})") from error
 
 
 def _described(folder: Path) -> tuple[dict[str, Any], dict[str, str], Path]:
-  """tokenizer_config.json, the texts of tokens by their names, and the file to name if these are wrong.
+  """(content of tokenizer_config.json, texts of the named tokens by name, the file to blame if these are
+  wrong).
 
-  Names stand there or in special_tokens_map.json, which counts first if the other does not describe its
-  tokens: so does transformers. The config may be missing if the map names the end of a text.
+  Names are in tokenizer_config.json or in special_tokens_map.json; the latter takes precedence if the former
+  has no `added_tokens_decoder`, as in transformers. The config may be missing if the map names the end of a
+  text.
   """
-  path, beside = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
-  further = read_json(beside) if beside.exists() else {}
-  config = read_json(path) if path.exists() or not further.get("eos_token") else {}
-  source = path if path.exists() else beside
-  first, second = (config, further) if "added_tokens_decoder" in config else (further, config)
+  path, map_path = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+  names = read_json(map_path) if map_path.exists() else {}
+  config = read_json(path) if path.exists() or not names.get("eos_token") else {}
+  source = path if path.exists() else map_path
+  first, second = (config, names) if "added_tokens_decoder" in config else (names, config)
   texts = {}
   for name in _NAMES:
     entry = second.get(name) if first.get(name) is None else first[name]
@@ -364,7 +371,8 @@ def _described(folder: Path) -> tuple[dict[str, Any], dict[str, str], Path]:
 def _of_json(
   parts: Mapping[str, Any], rows: int | None, ends: Sequence[str]
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-  """tokenizer.json as what `Tokenizer` takes. Raises ValueError if it is of another kind."""
+  """(backend, further arguments of `Tokenizer`) of a tokenizer.json. Raises ValueError if it is not
+  supported."""
   model, prefix = parts.get("model") or {}, ""
   stored = {key: parts.get(key) for key in ("normalizer", "pre_tokenizer")}
   byte_level = [
@@ -372,7 +380,7 @@ def _of_json(
   ]
   pieces = bool(not byte_level and model.get("byte_fallback"))
   if model.get("type") != "BPE" or not (byte_level or pieces):
-    raise ValueError("not a BPE tokenizer of bytes, or of pieces with bytes to fall back on")
+    raise ValueError("not a BPE tokenizer, byte-level or with byte fallback")
   if any(part.get("add_prefix_space") for part in byte_level):
     raise ValueError("add_prefix_space changes the text, and is not supported")
   if pieces:
@@ -388,7 +396,8 @@ def _of_json(
 def _of_pieces(
   folder: Path, config: Mapping[str, Any], texts: Mapping[str, str], rows: int | None
 ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-  """tokenizer.model as what `Tokenizer` takes. Raises ValueError if it is of another kind."""
+  """(backend, further arguments of `Tokenizer`) of a tokenizer.model. Raises ValueError if it is not
+  supported."""
   bos, eos = texts.get("bos_token"), texts.get("eos_token")
   ends = [text for text in (bos, eos) if text is not None]
   tokens, kinds, scores, prefix = read_pieces(folder, config, texts.values(), ends, rows)
@@ -400,11 +409,11 @@ def _of_pieces(
 
 
 def _generation_ends(path: Path) -> list[int]:
-  """The tokens that end a text by a generation_config.json, which may be missing."""
+  """The tokens that end a text according to generation_config.json, which may be missing."""
   given = read_json(path).get("eos_token_id") if path.exists() else None
   ids = given if isinstance(given, list) else [] if given is None else [given]
   if not all(type(index) is int for index in ids):
-    raise WeightsError(f"{path}: eos_token_id {given!r} is neither a token nor a list of them")
+    raise WeightsError(f"{path}: eos_token_id {given!r} is neither a token nor a list of tokens")
   return ids
 
 

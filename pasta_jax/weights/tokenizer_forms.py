@@ -1,5 +1,4 @@
-"""Forms that tokenizers are stored in: Hugging Face's tokenizer.json, and lists of tokens (GGUF,
-SentencePiece)."""
+"""Storage formats of tokenizers: Hugging Face's tokenizer.json, and lists of tokens (GGUF, SentencePiece)."""
 
 import functools
 import re
@@ -11,11 +10,11 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 
 from pasta_jax.lang.syntax import TOKEN_TEXTS
 
-# Kinds of tokens, in GGUF and in SentencePiece's files.
+# Kinds of tokens in GGUF and in SentencePiece's files.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
-BLANK = "\u2581"  # what SentencePiece writes for a blank
-# Some files call these user-defined, like words that are to stay whole. ("</s>" is not among them: in Gemma's
-# vocabulary it is HTML. Where it ends a text, it is named.)
+BLANK = "\u2581"  # SentencePiece's character for a blank
+# Control tokens that some files list as user-defined, like words that must not be split. "</s>" is not among
+# them: in Gemma's vocabulary it is HTML, and where it ends a text, files name it as such.
 _TURN_MARKS = (
   "<start_of_turn>",
   "<end_of_turn>",
@@ -24,12 +23,11 @@ _TURN_MARKS = (
   "<|eot_id|>",
   "<|endoftext|>",
 )
-# Entries that vocabularies hold for others to use: Gemma's, Llama 3's, Mistral's, and what fills Qwen's GGUF
-# files up.
+# Reserved vocabulary entries of Gemma, Llama 3 and Mistral, and the padding entries of Qwen's GGUF files.
 _RESERVED = (r"<unused(\d+)>", r"<\|reserved_special_token_(\d+)\|>", r"\[control_(\d+)\]", r"\[PAD(\d+)\]")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's tokens for single bytes
-# How byte-level vocabularies cut a text before they merge, by GGUF's names: Llama 3's and Qwen's differ in
-# digits, Mistral's (since Nemo) knows capitals and no English endings.
+# Pre-tokenizers of byte-level vocabularies, by GGUF's names. Llama 3's and Qwen's differ in digits; Mistral's
+# (since Nemo) splits by case and has no English contractions.
 _CUTS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
   r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -42,18 +40,15 @@ _CUT_AS = {
   r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 _ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
-_WHOLE_WORDS = (
-  "llama-bpe",
-  "tekken",
-)  # in which a word that is an entry is one token, whatever the merges say
+_WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a vocabulary entry is one token, whatever the merges
 
 
 # --- lists of tokens ---
 
 
 def kinds_of(tokens: Sequence[str], kinds: Sequence[int], named: Collection[int]) -> list[int]:
-  """Kinds as they are meant. Control tokens are, whatever a file says: those that are `named` as the end of a
-  text or turn, the marks of turns, the unknown token, which no text yields, and the entries of the tags."""
+  """Kinds of tokens, corrected. Always control tokens, whatever the file says: the `named` ids, which end a
+  text or a turn; the turn tokens; the unknown token; the entries of PASTA's tags."""
   tags = frozenset(texts_for_tags({token: index for index, token in enumerate(tokens)}))
   return [
     CONTROL
@@ -66,10 +61,10 @@ def kinds_of(tokens: Sequence[str], kinds: Sequence[int], named: Collection[int]
 def backend_of_bytes(
   tokens: Sequence[str], kinds: Sequence[int], merges: Iterable[str], pre: str
 ) -> tokenizers.Tokenizer:
-  """A byte-level BPE: `merges` are pairs such as "h e", best first; `pre` is GGUF's name of the
+  """A byte-level BPE. `merges` are pairs such as "h e", best first; `pre` is GGUF's name of the
   pre-tokenizer.
 
-  Raises ValueError for one that is not known, or merges that do not fit the tokens.
+  Raises ValueError for an unknown pre-tokenizer, or for merges that do not fit the tokens.
   """
   cut, whole = _cutter(pre), _ALIASES.get(pre, pre) in _WHOLE_WORDS
   vocab = {token: index for index, token in enumerate(tokens)}
@@ -83,8 +78,9 @@ def backend_of_bytes(
 def backend_of_pieces(
   tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float]
 ) -> tokenizers.Tokenizer:
-  """SentencePiece's BPE, without a blank before texts. Raises ValueError if the lists make no vocabulary."""
-  # What stays whole is looked for in the text as it is, before its blanks are marked.
+  """SentencePiece's BPE, without a leading blank of texts. Raises ValueError if the lists are not a
+  vocabulary."""
+  # User-defined tokens are searched in the text before its blanks are replaced.
   tokens = [
     token.replace(BLANK, " ") if kind == USER_DEFINED else token for token, kind in zip(tokens, kinds)
   ]
@@ -99,7 +95,8 @@ def backend_of_pieces(
 
 
 def beginning_with(token: str, index: int) -> processors.PostProcessor:
-  """What puts a token before every text, where it is asked for: `Tokenizer.encode` never does."""
+  """A post-processor that adds a token before every text, for other engines: `Tokenizer.encode` does not use
+  it."""
   return processors.TemplateProcessing(
     single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 {token}:1 $B:1", special_tokens=[(token, index)]
   )
@@ -108,7 +105,7 @@ def beginning_with(token: str, index: int) -> processors.PostProcessor:
 def merges_of_pieces(
   vocab: Mapping[str, int], scores: Sequence[float], kinds: Sequence[int]
 ) -> list[tuple[str, str]]:
-  """The pairs that SentencePiece merges, best first: any two pieces that make up a third, by the third's
+  """The pairs that SentencePiece merges, best first: any two pieces whose concatenation is a piece, by its
   score."""
   found = []
   for piece, index in vocab.items():
@@ -128,7 +125,7 @@ def _backend(vocab: dict[str, int], merges: Iterable[Sequence[str]], **settings:
 
 
 def _cutter(pre: str) -> pre_tokenizers.PreTokenizer:
-  """The pre-tokenizer that GGUF calls `pre`. Raises ValueError for one that is not known."""
+  """The pre-tokenizer that GGUF calls `pre`. Raises ValueError for an unknown name."""
   if pre == "smollm":
     return pre_tokenizers.Sequence(
       [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -146,7 +143,7 @@ def _cutter(pre: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _add(backend: tokenizers.Tokenizer, tokens: Sequence[str], kinds: Sequence[int]) -> None:
-  """Makes control tokens of those that are, and keeps whole those that are to stay so."""
+  """Adds the control tokens, and the user-defined tokens, which must not be split."""
   for wanted, special in ((CONTROL, True), (USER_DEFINED, False)):
     texts = [token for token, kind in zip(tokens, kinds) if kind == wanted]
     backend.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in texts])
@@ -154,10 +151,10 @@ def _add(backend: tokenizers.Tokenizer, tokens: Sequence[str], kinds: Sequence[i
 
 # --- tokenizer.json ---
 
-# How SentencePiece writes blanks; and one more before every text, as Llama 2 has it.
+# Normalisers: SentencePiece's blanks; the same with a leading blank of every text, as in Llama 2.
 _BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": BLANK}
 _PREFIXED = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": BLANK}, _BLANKS]}
-# And what takes that one away from a text that is read.
+# The decoder that removes the leading blank again.
 _STRIPPED = {
   "type": "Sequence",
   "decoders": [
@@ -167,7 +164,7 @@ _STRIPPED = {
     {"type": "Strip", "content": " ", "start": 1, "stop": 0},
   ],
 }
-# The parts that put a blank before texts, by where they do (`without_prefix`).
+# The components that add a leading blank, by which texts get one (see `without_prefix`).
 PREFIXES: dict[str, dict[str, Any]] = {
   "": {},
   "every": {"normalizer": _PREFIXED, "decoder": _STRIPPED},
@@ -180,36 +177,35 @@ PREFIXES: dict[str, dict[str, Any]] = {
 
 
 def without_prefix(parts: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-  """tokenizer.json of pieces, such that it puts no blank before a text, and where it did: "" nowhere, "every"
-  text between control tokens has one, or every one that does not "begin" with a blank, or the "first" one of
-  these.
+  """(tokenizer.json of pieces, changed to add no leading blank; which texts between control tokens got one):
+  "" none, "every" text, those that do not "begin" with a blank, or only the "first" of those.
 
-  Raises ValueError if it changes more of a text than its blanks.
+  Raises ValueError if its normaliser changes more than blanks.
   """
   normaliser, cutter = parts.get("normalizer"), parts.get("pre_tokenizer") or {}
   if cutter.get("type") == "Metaspace" and cutter.get("replacement") == BLANK and normaliser is None:
     scheme = cutter.get("prepend_scheme") or ("always" if cutter.get("add_prefix_space", True) else "never")
-    whole = {
+    unprefixed = {
       "type": "Metaspace",
       "replacement": BLANK,
       "prepend_scheme": "never",
       "split": cutter.get("split", True),
     }
-    return {**parts, "pre_tokenizer": whole}, {"never": "", "always": "begin", "first": "first"}[scheme]
+    return {**parts, "pre_tokenizer": unprefixed}, {"never": "", "always": "begin", "first": "first"}[scheme]
   if normaliser == _BLANKS:
     return dict(parts), ""
   if normaliser == _PREFIXED:
     return {**parts, "normalizer": _BLANKS}, "every"
-  raise ValueError("its normaliser changes more of a text than its blanks, which is not supported")
+  raise ValueError("its normaliser changes more than blanks, which is not supported")
 
 
 def texts_for_tags(vocab: Mapping[str, int]) -> list[str]:
-  """See `Tokenizer.tag_ids`."""
+  """The vocabulary entries that PASTA's tags take (see `Tokenizer.tag_ids`); [] if there are too few."""
   if all(text in vocab for text in TOKEN_TEXTS):
     return list(TOKEN_TEXTS)
-  few = [text for text in vocab if text[:1] in ("<", "[")]
+  candidates = [text for text in vocab if text[:1] in ("<", "[")]
   for pattern in _RESERVED:
-    numbered = sorted((int(found[1]), text) for text in few if (found := re.fullmatch(pattern, text)))
+    numbered = sorted((int(found[1]), text) for text in candidates if (found := re.fullmatch(pattern, text)))
     if len(numbered) >= len(TOKEN_TEXTS):
       return [text for _, text in numbered[: len(TOKEN_TEXTS)]]
   return []
@@ -231,13 +227,13 @@ def _added(index: int, content: str, special: bool) -> dict[str, Any]:
 def prepared(
   parts: Mapping[str, Any], rows: int | None, named: Collection[str], *, pieces: bool
 ) -> dict[str, Any]:
-  """tokenizer.json as it is used here.
+  """tokenizer.json as `Tokenizer` uses it.
 
-  The entries of the tags and those `named` as the begin and end of texts become control tokens, so that no
-  text yields them. Added tokens that have no row among `rows` embeddings are left out: they are for more than
-  text, images say.
+  The entries of the tags, and those `named` as begin and end of texts, become control tokens, so that no text
+  encodes to them. Added tokens without one of the `rows` embeddings are left out: they are for other inputs
+  than text, such as images.
 
-  Raises ValueError if one that has no row is an ordinary entry, or named.
+  Raises ValueError if a token without an embedding is an ordinary entry, or `named`.
   """
   vocab: dict[str, int] = parts["model"].get("vocab", {})
   added = {entry["content"]: entry for entry in parts.get("added_tokens") or ()}
@@ -248,7 +244,7 @@ def prepared(
     if gone & set(named) or max(vocab.values(), default=-1) >= rows:
       raise too_few(rows, size)
     added = {text: entry for text, entry in added.items() if text not in gone}
-  if pieces:  # a byte's token is not its name, should a text hold that
+  if pieces:  # a text such as "<0x0A>" must not encode to the token of that byte
     added = {
       text: entry
       for text, entry in added.items()
@@ -265,16 +261,16 @@ def prepared(
 
 
 def too_few(rows: int, tokens: int) -> ValueError:
-  """The error that there are more tokens than embeddings."""
+  """The error for more tokens than embeddings."""
   return ValueError(f"{tokens} tokens, but only {rows} embeddings")
 
 
 def name_tags(parts: dict[str, Any], texts: Mapping[int, str], size: int) -> None:
-  """Puts the tags into tokenizer.json, in place. Rows between the vocabulary and them get names too: ids have
+  """Adds the tags to tokenizer.json, in place. Unused rows before them get names too, because ids must have
   no gaps.
 
-  They are no control tokens there: other engines leave those out of a text, but not a promise's topic and
-  number.
+  The tags are not control tokens there: other engines would remove those from a text, but keep the topic and
+  the number of a promise.
   """
   added = {entry["id"]: entry for entry in parts["added_tokens"]}
   for index in range(size, max(texts) + 1):
@@ -282,7 +278,7 @@ def name_tags(parts: dict[str, Any], texts: Mapping[int, str], size: int) -> Non
   before = {index: text for text, index in parts["model"]["vocab"].items() if index in texts}
   for index, text in texts.items():
     if parts["model"]["vocab"].get(text, index) != index:
-      raise ValueError(f"the vocabulary has a token {text!r} that is no tag")
+      raise ValueError(f"the vocabulary has a token {text!r} that is not a tag")
     added[index] = _added(index, text, False)
     if index in before:
       del parts["model"]["vocab"][before[index]]
@@ -294,7 +290,7 @@ def name_tags(parts: dict[str, Any], texts: Mapping[int, str], size: int) -> Non
 
 
 def components(part: Any) -> list[dict[str, Any]]:
-  """A component of tokenizer.json and the components inside it, if it is a sequence."""
+  """A component of tokenizer.json, and the components in it if it is a sequence."""
   if not isinstance(part, dict):
     return []
   return [part] + [inner for child in part.get("pretokenizers", []) for inner in components(child)]
@@ -304,14 +300,15 @@ def components(part: Any) -> list[dict[str, Any]]:
 
 
 def bytes_of_piece(token: str) -> bytes:
-  """Bytes of a SentencePiece entry: a single byte written as <0x0A>, or text with its blanks marked."""
+  """Bytes of a SentencePiece entry: a single byte such as <0x0A>, or text with `BLANK` for blanks."""
   if found := _BYTE.fullmatch(token):
     return bytes.fromhex(found[1])
   return token.replace(BLANK, " ").encode()
 
 
 def bytes_of_word(token: str) -> bytes:
-  """Bytes of a byte-level entry; one outside GPT-2's alphabet (never merged to) is its own text."""
+  """Bytes of a byte-level entry. An entry outside GPT-2's alphabet, which no merge yields, is literal
+  text."""
   alphabet = _byte_of_character()
   if any(char not in alphabet for char in token):
     return token.encode()
@@ -320,8 +317,8 @@ def bytes_of_word(token: str) -> bytes:
 
 @functools.cache
 def _byte_of_character() -> dict[str, int]:
-  """GPT-2's alphabet: a printable character for each byte. Printable Latin-1 stands for itself, the rest
-  are numbered from U+0100."""
+  """GPT-2's alphabet: a printable character for each byte. Printable Latin-1 characters represent themselves,
+  other bytes are numbered from U+0100."""
   printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   rest = [byte for byte in range(256) if byte not in printable]
   return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(rest)}

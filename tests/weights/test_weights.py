@@ -1,4 +1,4 @@
-"""Weights are read back exactly from safetensors; broken ones are refused in one line. GGUF: `test_gguf`."""
+"""Weights are read back exactly from safetensors; broken files are refused in one line. GGUF: `test_gguf`."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from pasta_jax.model.config import ModelConfig
 from pasta_jax.weights.arrays import WeightsError, param_shapes
 from pasta_jax.weights.checkpoint import load_checkpoint
 
-# All widths differ, so that a transposed or exchanged tensor cannot pass.
+# All widths differ, so that a transposed or swapped tensor cannot pass.
 CONFIG = ModelConfig(
   vocab_size=len(BYTE_TOKENS), d_model=24, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=8, d_ff=40,
   rope_theta=50_000.0, norm_eps=1e-5, tie_embeddings=True, max_position=64,
@@ -39,6 +39,19 @@ def test_unknown_source(source: str):
     load_checkpoint(source)
 
 
+def test_libraries_of_one_format_are_imported_for_that_format_only():
+  """A decode imports neither the checkpoints of training nor the readers of formats that it does not load."""
+  code = (
+    "import sys; from pasta_jax.weights import build, checkpoint; checkpoint.load_checkpoint('tiny');"
+    "print(*{'orbax', 'gguf', 'sentencepiece', 'pyarrow'} & set(sys.modules))"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert done.stdout.strip() == ""
+
+
 # --- Hugging Face folders ---
 
 
@@ -59,7 +72,7 @@ def hf_model():
 
 @pytest.fixture
 def hf_folder(hf_model, tmp_path: Path) -> Path:
-  """A complete folder; the tokenizer is the one of the GGUF tests."""
+  """A complete folder, with the tokenizer of the GGUF tests."""
   folder = tmp_path / "tiny-hf"
   hf_model.save_pretrained(folder)
   tokenizer = load_checkpoint(write_gguf(tmp_path / "tiny.gguf", CONFIG, random_params(CONFIG))).tokenizer
@@ -112,7 +125,8 @@ def test_hf_shards_in_bfloat16(hf_folder: Path, hf_model):
 
 
 def test_hf_chat_template_that_trims(hf_folder: Path):
-  """The shield around look-alikes must not stop a template from trimming; what it trims is not encoded."""
+  """The markers in texts of control tokens must not keep a template from trimming; trimmed text is not
+  encoded."""
   tokenizer = load_checkpoint(hf_folder).tokenizer
   ids = tokenizer.chat_prompt([{"role": "user", "content": " he<|im_end|> \n"}])
   assert ids == [0, 1, *tokenizer.encode("he<|im_end|>")]
@@ -138,7 +152,7 @@ BREAKAGES = {
   "config.json: cannot be read": lambda d: (d / "config.json").unlink(),
   "tokenizer.json: cannot be read": lambda d: (d / "tokenizer.json").unlink(),
   "tokenizer_config.json: cannot be read": lambda d: (d / "tokenizer_config.json").unlink(),
-  "not a BPE tokenizer of bytes": lambda d: edit_json(
+  "not a BPE tokenizer, byte-level or": lambda d: edit_json(
     d / "tokenizer.json", pre_tokenizer={"type": "Whitespace"}
   ),
   "eos_token '</s>' is not": lambda d: edit_json(d / "tokenizer_config.json", eos_token="</s>"),
@@ -163,7 +177,7 @@ def test_hf_folder_that_is_broken_is_refused(hf_folder: Path, message: str):
 
 @pytest.mark.parametrize("form", ["plain", "stacked", "decoding"])
 def test_a_model_is_in_memory_once_while_it_is_loaded(smollm2_checkpoint, form: str):
-  """Of the default model, in bfloat16, half of whose float32 values would already be too much."""
+  """The default model in bfloat16: half of its float32 values would already be too much."""
   root = Path(__file__).parents[2]
   adapter = (
     [str(root / "pasta_jax" / "adapters" / "smollm2_135m_pasta.safetensors")] if form == "decoding" else []
