@@ -1,4 +1,4 @@
-"""Attention of packed rows: every program against one written down from the rule, and what it leaves out."""
+"""Attention of packed rows: every implementation against the definition, and the tiles that it skips."""
 
 import dataclasses
 from functools import partial
@@ -35,7 +35,7 @@ LENGTH, LEVELS = 512, 6  # of rows of random programs
 
 
 def random_rows(rng: np.random.Generator, rows: int, length: int) -> dict[str, np.ndarray]:
-  """A batch of laminar chunks, up to two levels, some never joined; several examples a row, and padding."""
+  """A batch of nested chunks, up to two levels, some never joined; several examples per row, and padding."""
   hidden = np.zeros((rows, length, 2, 2), np.int32)
   segment_ids = np.zeros((rows, length), np.int32)
   positions = np.zeros((rows, length), np.int32)
@@ -73,7 +73,7 @@ def naive(q, k, v, mask, softcap: float):
 
 
 def programs(batch, config, dtype=jnp.float32):
-  """Every way to attend, by name: (q, k, v, local) -> context."""
+  """Every implementation by name: (q, k, v, local) -> context."""
   hidden, positions = masked_intervals(batch), batch["positions"]
   window_mask = sliding_window_mask(positions, positions, config.window)
   attends = {
@@ -102,11 +102,11 @@ def programs(batch, config, dtype=jnp.float32):
   "window, softcap, length, heads, groups, width",
   [(0, 0.0, 130, 2, 3, 16), (17, 0.0, 96, 3, 1, 16), (17, 3.0, 101, 1, 4, 12), (0, 0.0, 64, 1, 1, 8)],
 )
-def test_every_program_is_the_rule(
+def test_every_implementation_equals_the_definition(
   window: int, softcap: float, length: int, heads: int, groups: int, width: int
 ):
-  """Context against float64 by the definition; its three cotangents against the reference's. Heads in groups,
-  each with keys of its own, all with the same, and one alone."""
+  """Context against float64; its three cotangents against the reference's. Grouped heads, one key-value head
+  per query head, one for all, and a single head."""
   rng = np.random.default_rng(length)
   config = dataclasses.replace(CONFIG, window=window, attention_softcap=softcap)
   batch = random_rows(rng, 2, length)
@@ -120,9 +120,9 @@ def test_every_program_is_the_rule(
     return context, pull(out)
 
   mask = np.asarray(attention_mask(batch))
-  near = batch["positions"][:, :, None] - batch["positions"][:, None] < (window or 2**30)
+  window_mask = batch["positions"][:, :, None] - batch["positions"][:, None] < (window or 2**30)
   for local in (False, True):
-    expected = naive(q, k, v, mask & near if local else mask, softcap)
+    expected = naive(q, k, v, mask & window_mask if local else mask, softcap)
     _, wanted = run("dense", local)
     for name in programs(batch, config):
       context, found = run(name, local)
@@ -131,7 +131,7 @@ def test_every_program_is_the_rule(
         np.testing.assert_allclose(x, y, atol=1e-4, err_msg=f"{name} {local}")
 
 
-def test_kernels_take_bfloat16_and_add_in_float32():
+def test_kernels_accumulate_bfloat16_in_float32():
   rng = np.random.default_rng(0)
   batch = random_rows(rng, 1, 64)
   q = rng.normal(size=(1, 64, 2, 3, 16)).astype(jnp.bfloat16)
@@ -151,8 +151,8 @@ def test_kernels_take_bfloat16_and_add_in_float32():
 
 @settings(deadline=None, max_examples=30)
 @given(mains=st.lists(trees(), min_size=1, max_size=5))
-def test_tiles_are_what_the_mask_is(mains):
-  """Empty tiles see nothing, full ones everything; without windows, all that see everything are found."""
+def test_tile_kinds_agree_with_the_mask(mains):
+  """Empty tiles are fully masked, full ones not at all; without windows, every full tile is recognised."""
   laid = [layout(main, RULE, BYTES.table, (63, 58)) for main in mains]
   laid = [e for e in laid if len(e) <= LENGTH and e.masked_intervals.shape[1] <= LEVELS]
   rows = fill_rows([len(e) for e in laid], LENGTH) or [[]]
@@ -175,7 +175,7 @@ def test_tiles_are_what_the_mask_is(mains):
 
 
 def test_chunks_that_do_not_see_each_other_are_skipped():
-  """Eight chunks, never joined: of the tiles that a causal mask visits, those between chunks fall away."""
+  """Eight chunks, never joined: of the tiles of a causal mask, those between chunks are skipped."""
   n, size = 8, 64
   hidden = np.zeros((1, n * size, 1, 2), np.int32)
   for c in range(n):
@@ -186,8 +186,9 @@ def test_chunks_that_do_not_see_each_other_are_skipped():
   np.testing.assert_array_equal(kinds(hidden * 0), np.tri(n, k=-1) * tiles.FULL + np.eye(n))
 
 
-def test_kinds_attend_alike():
-  """`make_attend` of every kind that runs anywhere, the layer's flag traced as in a scan over layers."""
+def test_kinds_agree():
+  """`make_attend` of every kind that runs on all machines, with the layer's flag traced as in a scan over
+  layers."""
   rng = np.random.default_rng(1)
   batch = random_rows(rng, 2, 72)
   config = dataclasses.replace(CONFIG, window=11)
@@ -213,7 +214,7 @@ def test_kinds_attend_alike():
   ],
 )
 def test_kernels_lower(platform, lowered, length, heads, groups, width, window, softcap, dtype):
-  """SmolLM2's, Gemma's and an uneven head, forward and backward, for machines that are not here."""
+  """Head widths of SmolLM2, of Gemma and an uneven one, forward and backward, lowered for other machines."""
   config = dataclasses.replace(CONFIG, window=window, attention_softcap=softcap)
   size = flash.tile_size(platform, length, width)
   how = flash.Settings(platform, size, softcap, window > 0)
@@ -240,10 +241,10 @@ def test_kernels_lower(platform, lowered, length, heads, groups, width, window, 
     .as_text()
   )
   assert text.count("tpu_custom_call" if platform == "tpu" else "__gpu$xla.gpu.triton") == 3
-  assert f"x{length}x{length}x" not in text  # nothing of the size of a mask
+  assert f"x{length}x{length}x" not in text  # no array of the size of a mask
 
 
-def test_settings_that_cannot_be():
+def test_invalid_settings_are_refused():
   config = lambda remat, attention: ConfigDict(dict(dtype="float32", remat=remat, attention=attention))
   check_how(config("full", "tpu"), "train")
   check_machine(config("full", "interpret"), "train")
@@ -259,8 +260,7 @@ def test_settings_that_cannot_be():
 
 
 def test_padding_is_not_computed():
-  """Behind the last example of a row, and where a row is filled up to whole tiles, a tile meets itself
-  alone."""
+  """After the last example of a row, and in the padding to whole tiles, a tile visits only itself."""
   segment_ids = np.zeros((1, 500), np.int32)
   segment_ids[0, :100], segment_ids[0, 100:250] = 1, 2
   batch = {
@@ -273,9 +273,8 @@ def test_padding_is_not_computed():
   assert tables.by_query[0].visits.tolist() == [[1, 2, 2, 3, 1, 1, 1, 1]]
 
 
-def test_what_is_kept_is_not_computed_again():
-  """`remat="attention"`: the kernel's forward pass is not run twice. (Blocks in plain JAX keep nothing of
-  theirs.)"""
+def test_saved_results_are_not_computed_again():
+  """`remat="attention"`: the kernel's forward pass does not run twice. (Blocks in plain JAX save nothing.)"""
   rng = np.random.default_rng(0)
   batch = {n: jnp.asarray(x) for n, x in random_rows(rng, 1, 256).items()}
   x = jnp.asarray(rng.normal(size=(1, 256, 2, 3, 16)), jnp.float32)
@@ -286,7 +285,7 @@ def test_what_is_kept_is_not_computed_again():
     return jnp.square(jax.checkpoint(layer, policy=policy)(x)).sum()
 
   def flops(how: str) -> float:
-    jax.config.update("jax_disable_most_optimizations", False)  # what is computed for nothing shall fall away
+    jax.config.update("jax_disable_most_optimizations", False)  # so that unused results are removed
     step = jax.jit(jax.grad(partial(loss, policy=REMAT[how])))
     return step.lower(x).compile().cost_analysis()["flops"]
 

@@ -1,4 +1,4 @@
-"""Every family against transformers' own classes: weights in and out, logits, PASTA's mask and positions,
+"""Every family against its class in transformers: weights in and out, logits, PASTA's mask and positions,
 tokens."""
 
 import json
@@ -23,8 +23,8 @@ from pasta_jax.weights.hf_folder import save_hf_folder
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-# All widths differ, heads together are wider than the model, and rows are as many as `Letters` and the tags
-# need.
+# All widths differ, the heads together are wider than the model, and the vocabulary has the size of `Letters`
+# and the tags.
 _SHAPE = dict(
   vocab_size=Vocabulary(Letters()).size,
   hidden_size=24,
@@ -62,7 +62,7 @@ FAMILIES = {
     sliding_window=24,
     layer_types=["full_attention", "sliding_attention", "full_attention"],
   ),
-  "gemma": {},  # ties its head without saying so
+  "gemma": {},  # ties its head by default
   "gemma2": dict(
     sliding_window=24, query_pre_attn_scalar=11, attn_logit_softcapping=3.0, final_logit_softcapping=2.0
   ),
@@ -103,7 +103,7 @@ def torch_models():
 
 @pytest.fixture
 def folder(tmp_path: Path, torch_models):
-  """Writes a family's model as transformers does, with a tokenizer beside it."""
+  """Writes a family's model with transformers, and a tokenizer to the same folder."""
 
   def write(name: str) -> Path:
     backend = tokenizers.Tokenizer(
@@ -126,9 +126,9 @@ def masked_logits(model, tokens, positions, mask) -> np.ndarray:
   config = model.config
   if not getattr(config, "sliding_window", None):
     return torch_logits(model, tokens, positions, mask)
-  near = np.asarray(mask) & (positions[:, :, None] - positions[:, None, :] < config.sliding_window)
+  local_mask = np.asarray(mask) & (positions[:, :, None] - positions[:, None, :] < config.sliding_window)
   if "full_attention" not in (getattr(config, "layer_types", None) or ()):
-    return torch_logits(model, tokens, positions, near)
+    return torch_logits(model, tokens, positions, local_mask)
   additive = lambda m: torch.where(
     torch.from_numpy(np.array(m))[:, None], 0.0, torch.finfo(torch.float32).min
   )
@@ -136,22 +136,23 @@ def masked_logits(model, tokens, positions, mask) -> np.ndarray:
     return model(
       torch.from_numpy(tokens.astype(np.int64)),
       position_ids=torch.from_numpy(positions.astype(np.int64)),
-      attention_mask={"full_attention": additive(mask), "sliding_attention": additive(near)},
+      attention_mask={"full_attention": additive(mask), "sliding_attention": additive(local_mask)},
       use_cache=False,
     ).logits.numpy()
 
 
 @EVERY
 def test_logits_equal_those_of_transformers(name: str, folder, torch_models):
-  """Plain text, and a program with nested chunks under its own mask and positions; far out, too."""
+  """Plain text, and a program with nested chunks under its own mask and positions, also at large
+  positions."""
   loaded = load_checkpoint(folder(name))
   ours, theirs = build.from_params(loaded.config, loaded.params), torch_models(name)
   tokens, positions, mask = nested_layout()
-  assert tokens.shape[1] > 4 * 24  # beyond windows
+  assert tokens.shape[1] > 4 * 24  # longer than windows
   expected = torch_logits(theirs, tokens)
   np.testing.assert_allclose(logits(ours, tokens), expected, atol=1e-4, rtol=1e-4)
   assert expected.std() > 0.5  # the comparison is not one of zeros
-  for shift, error in ((0, 1e-4), (2000, 1e-3)):  # there a float32 angle is rounded by 1e-4
+  for shift, error in ((0, 1e-4), (2000, 1e-3)):  # at large positions float32 angles are rounded by 1e-4
     expected = masked_logits(theirs, tokens, positions + shift, mask)
     actual = logits(ours, tokens, positions + shift, mask, block=48)
     np.testing.assert_allclose(actual, expected, atol=error, rtol=1e-4)
@@ -171,7 +172,7 @@ def test_written_models_are_read_by_transformers_and_by_us(name: str, folder, to
   theirs = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / "again", attn_implementation="eager"
   ).eval()
-  if name != "mistral":  # without windows it is a Llama, and written as one
+  if name != "mistral":  # without a window it is a Llama, and written as one
     assert type(theirs) is type(torch_models(name))
   tokens, positions, mask = nested_layout()
   np.testing.assert_array_equal(
@@ -180,9 +181,9 @@ def test_written_models_are_read_by_transformers_and_by_us(name: str, folder, to
 
 
 @pytest.fixture
-def sees(folder):
-  """(folder, transformers' model) of a Gemma 3 that sees images, with a config that leaves out what is
-  usual."""
+def vision_model(folder):
+  """(folder, transformers' model) of a Gemma 3 with a vision part, whose config lacks keys that have a
+  default."""
   text = {
     **_SHAPE,
     **FAMILIES["gemma3_text"],
@@ -208,16 +209,16 @@ def sees(folder):
   (place / "model.safetensors").unlink()
   theirs.save_pretrained(place)
   described = json.loads((place / "config.json").read_text())
-  usual = ("head_dim", "num_attention_heads", "num_key_value_heads")
+  defaults = ("head_dim", "num_attention_heads", "num_key_value_heads")
   assert described["model_type"] == "gemma3"
-  described["text_config"] = {k: v for k, v in described["text_config"].items() if k not in usual}
+  described["text_config"] = {k: v for k, v in described["text_config"].items() if k not in defaults}
   (place / "config.json").write_text(json.dumps(described))
   return place, theirs
 
 
-def test_the_text_part_of_a_model_that_sees(sees):
-  """Gemma 3's larger models, and their names for tensors of now and before."""
-  place, theirs = sees
+def test_the_text_part_of_a_model_with_vision(vision_model):
+  """Gemma 3's larger models, with the present and the earlier names of their tensors."""
+  place, theirs = vision_model
   tokens, positions, _ = nested_layout()
   with torch.no_grad():
     expected = theirs(torch.from_numpy(tokens.astype(np.int64)), use_cache=False).logits.numpy()
@@ -247,9 +248,9 @@ def test_the_text_part_of_a_model_that_sees(sees):
     load_checkpoint(place)
 
 
-def test_peft_knows_the_text_part_of_a_model_that_sees(sees, tmp_path: Path):
+def test_peft_finds_the_text_part_of_a_model_with_vision(vision_model, tmp_path: Path):
   peft = pytest.importorskip("peft")
-  source, _ = sees
+  source, _ = vision_model
   adapter = write_adapter(tmp_path / "adapter.safetensors", source)
   checkpoint, model = with_adapter(source, adapter)
   assert export(tmp_path / "peft", checkpoint, adapter, form="peft", dtype="float32").endswith(
@@ -265,7 +266,7 @@ def test_peft_knows_the_text_part_of_a_model_that_sees(sees, tmp_path: Path):
 
 @EVERY
 def test_forms_of_the_model_agree(name: str, folder):
-  """Layers in a list and stacked, as it is and as it decodes, and back to named arrays."""
+  """Layers in a list and stacked, the form for decoding, and back to named arrays."""
   loaded = load_checkpoint(folder(name))
   model = build.from_params(loaded.config, loaded.params)
   tokens, positions, mask = nested_layout()
@@ -287,7 +288,7 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("message", BREAKAGES)
-def test_features_that_the_decoder_lacks_are_named(message: str, folder):
+def test_unsupported_features_are_named(message: str, folder):
   name, changes = BREAKAGES[message]
   path = folder(name)
   config = json.loads((path / "config.json").read_text())

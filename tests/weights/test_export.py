@@ -1,5 +1,5 @@
-"""Models for other engines: read by transformers and PEFT with the same logits, and by us with the same
-answers; and where the tags stand in a vocabulary."""
+"""Models for other engines: transformers and PEFT compute the same logits, and we decode the same answers;
+and the vocabulary rows of the tags."""
 
 import json
 from pathlib import Path
@@ -26,8 +26,8 @@ from pasta_jax.weights.tokenizer import Tokenizer
 
 RULE = PositionRule("pred_10x")
 UNUSED = [f"<unused{i}>" for i in (7, 11, 2, 3, 9, 8, 10, 30)]  # not in order, and not from 0
-# Where the tags stand -> (changes of the model, reserved entries, the ids that the tags must take; () for new
-# rows).
+# Rows of the tags -> (changes of the model, reserved entries, the ids that the tags must take; () for
+# additional rows).
 PLACES = {
   "rows without a token": ({}, (), range(512, 518)),
   "new rows": (dict(vocab_size=512), (), ()),
@@ -39,7 +39,7 @@ EVERY = pytest.mark.parametrize("place", PLACES)
 
 
 def base(folder: Path, place: str) -> Path:
-  """A model whose reserved entries are no control tokens, as in Gemma's files."""
+  """A model whose reserved entries are not control tokens, as in Gemma's files."""
   changes, reserved, _ = PLACES[place]
   write_model(folder, model_config(**changes), reserved)
   path = folder / "tokenizer.json"
@@ -51,7 +51,7 @@ def base(folder: Path, place: str) -> Path:
 
 
 def write_adapter(path: Path, source: Path, seed: int = 0) -> Path:
-  """Tag rows and updates that do something."""
+  """Tag rows and updates that change the output."""
   checkpoint = load_checkpoint(source)
   model, rng = build.from_params(checkpoint.config, checkpoint.params), np.random.default_rng(seed)
   rows = lambda: rng.normal(size=(6, checkpoint.config.d_model)).astype("f")
@@ -183,7 +183,7 @@ def test_merged_weights_come_back_bit_for_bit(place: str, made):
 
 
 @pytest.mark.parametrize("place", ["new rows", "reserved entries, untied head"])
-def test_merged_weights_answer_alike(place: str, made):
+def test_merged_weights_give_the_same_answers(place: str, made):
   source, adapter, merged = made(place)
   settings = get_config()
   settings.decode.update(dtype="float32", max_new_tokens=60, max_branches=2, promise_bias=6.0)
@@ -194,10 +194,10 @@ def test_merged_weights_answer_alike(place: str, made):
   assert theirs.rule == ours.rule == RULE and theirs.speeds == (0, 1)
   one, other = (g.generate("What now?").trace for g in (ours, theirs))
   assert [t.tokens.tolist() for t in one.threads] == [t.tokens.tolist() for t in other.threads]
-  assert len(one.threads) > 1  # it does promise
+  assert len(one.threads) > 1  # it does write promises
 
 
-def test_training_goes_on_from_the_tags_of_merged_weights(made):
+def test_training_continues_from_the_tags_of_merged_weights(made):
   _, _, merged = made("new rows, untied head")
   checkpoint, config = load_checkpoint(merged), get_config().train
   graph, trainable, frozen = make_model(checkpoint, checkpoint.vocabulary, config)
@@ -226,7 +226,7 @@ def test_a_base_model_without_an_adapter_stays_one(made, tmp_path: Path):
   assert again.tokenizer.encode("Just a text.") == before.tokenizer.encode("Just a text.")
 
 
-def test_an_adapter_whose_tags_stand_elsewhere_is_refused(made, tmp_path: Path):
+def test_an_adapter_with_tags_in_other_rows_is_refused(made, tmp_path: Path):
   source, _, _ = made("new rows")
   other = write_adapter(tmp_path / "other.safetensors", source)
   checkpoint = load_checkpoint(made("reserved entries")[0])
@@ -247,7 +247,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(made, tmp_path: 
   ):
     with pytest.raises(ValueError, match=message):
       export(tmp_path / "out", checkpoint, its_adapter, **given | changes)
-  with pytest.raises(ValueError, match="is there already"):
+  with pytest.raises(ValueError, match="already exists"):
     export(merged, checkpoint, adapter, **given)
   with pytest.raises(AdapterError, match="made for another model"):
     export(tmp_path / "out", load_checkpoint(made("rows without a token")[0]), adapter, **given)
@@ -262,16 +262,16 @@ def test_damaged_descriptions_of_pasta_are_named(made, tmp_path: Path):
   for path in merged.iterdir():
     (copy / path.name).write_bytes(path.read_bytes())
   (copy / "config.json").write_text(json.dumps(described | {"pasta": [1]}))
-  with pytest.raises(WeightsError, match="config.json: pasta holds no metadata"):
+  with pytest.raises(WeightsError, match="config.json: pasta is not the metadata"):
     load_checkpoint(copy)
   (copy / "config.json").write_text(json.dumps(described))
   (copy / "tokenizer.json").write_bytes((made("new rows")[0] / "tokenizer.json").read_bytes())
-  with pytest.raises(WeightsError, match="which the tokenizer beside it does not have"):
+  with pytest.raises(WeightsError, match="which the tokenizer in the same folder does not have"):
     load_checkpoint(copy)
 
 
 @pytest.mark.parametrize("name", ["<|reserved_special_token_{}|>", "[control_{}]", "[PAD{}]", "<unused{}>"])
-def test_gguf_vocabularies_hold_entries_too(name: str):
+def test_gguf_vocabularies_have_reserved_entries_too(name: str):
   tokens = [*(chr(i) for i in range(33, 127)), *(name.format(i) for i in range(8)), "</s>"]
   made = Tokenizer.from_gguf_fields(tokens, [1] * 94 + [5] * 8 + [3], 102, merges=[], pre="smollm")
   assert made.tag_ids == tuple(range(94, 100)) and set(made.tag_ids) <= made.special_ids

@@ -1,5 +1,5 @@
-"""GGUF files are read back exactly, and as Hugging Face's of the same model; broken ones are refused in one
-line."""
+"""GGUF files are read back exactly, and as Hugging Face folders of the same model; broken files are refused
+in one line."""
 
 import dataclasses
 import json
@@ -83,7 +83,7 @@ def test_plain_types(tmp_path: Path, dtype: type):
   )
 
 
-# What Hugging Face's config.json says so that it describes what a GGUF file can.
+# Fields of Hugging Face's config.json that make it describe the same model as a GGUF file.
 AS_GGUF = {
   "llama": {},
   "llama, llama3 RoPE": dict(
@@ -113,10 +113,10 @@ def test_gguf_and_hugging_face_give_the_same_model(name: str, folder, tmp_path: 
   (place / "config.json").write_text(json.dumps(described | AS_GGUF[name]))
   loaded = load_checkpoint(place)
   again = load_checkpoint(write_gguf(tmp_path / "model.gguf", loaded.config, loaded.params))
-  # Their vocabularies differ, and so do the free rows that the tags take.
+  # Their vocabularies differ, and so do the unused rows that the tags take.
   assert dataclasses.replace(again.config, tag_ids=loaded.config.tag_ids) == loaded.config
   assert again.params.keys() == loaded.params.keys()
-  for key, value in loaded.params.items():  # scales lose a bit where an offset is added to them
+  for key, value in loaded.params.items():  # scales lose a bit when an offset is added to them
     np.testing.assert_allclose(
       again.params[key], value, atol=1e-6 * key.endswith("scale"), rtol=0, err_msg=key
     )
@@ -129,7 +129,7 @@ def test_gguf_and_hugging_face_give_the_same_model(name: str, folder, tmp_path: 
   )
 
 
-# --- what files leave out, and what they say in later versions only ---
+# --- metadata that files lack, or have in later versions only ---
 
 
 @pytest.mark.parametrize(("factor", "head_dim"), [(32.0, 64), (8.0, 128), (8.0, 16)])
@@ -150,7 +150,7 @@ def test_other_rope_factors_are_refused(tmp_path: Path, factors: list):
     random_params(LLAMA3),
     **{"rope_freqs.weight": np.array(factors, np.float32)},
   )
-  refused(path, "tensor rope_freqs.weight holds factors of RoPE that are not Llama 3's")
+  refused(path, "tensor rope_freqs.weight has RoPE factors that are not Llama 3's")
 
 
 def test_rope_factors_on_top_of_a_scaling_are_refused(tmp_path: Path):
@@ -173,7 +173,7 @@ def test_the_oldest_files_name_a_factor_alone(tmp_path: Path):
   assert load_checkpoint(path).config.rope_scaling == RopeScaling("linear", 4.0)
 
 
-def test_gemma_2_as_llama_cpp_takes_it_for_granted(tmp_path: Path):
+def test_defaults_of_gemma_2_are_those_of_llama_cpp(tmp_path: Path):
   silent = dataclasses.replace(GEMMA2, window=0, attention_softcap=0.0, logit_softcap=0.0)
   assert load_checkpoint(write_gguf(tmp_path / "tiny.gguf", silent, random_params(silent))).config == GEMMA2
   stated = dataclasses.replace(GEMMA2, window=12, attention_softcap=3.0, logit_softcap=2.0)
@@ -199,7 +199,7 @@ def test_gemma_3_may_name_its_local_layers(tmp_path: Path, pattern: int | list[b
   )
 
 
-# --- what is refused ---
+# --- files that are refused ---
 
 UP = "blk.0.ffn_up.weight"
 SHAPED = {  # message: (architecture, tensors)
@@ -257,7 +257,7 @@ def test_gguf_truncated_anywhere_is_refused(tmp_path: Path):
     with pytest.raises(WeightsError, match="cut.gguf"):
       load_checkpoint(cut)
   last = list(random_params(CONFIG))[-1]
-  assert last == "final_norm.scale" and CONFIG.d_model * 4 % 32 == 0  # no bytes behind it
+  assert last == "final_norm.scale" and CONFIG.d_model * 4 % 32 == 0  # no bytes after it
   refused(
     cut, f"truncated: tensor output_norm.weight ends at byte {len(whole)}, the file has {len(whole) - 64}"
   )
@@ -282,7 +282,7 @@ def test_gguf_with_damaged_header_never_fails_otherwise(tmp_path: Path):
 
 @pytest.fixture
 def parts(tmp_path: Path) -> list[Path]:
-  """Of the model of LLAMA3, whose factors of RoPE are in the last one."""
+  """The parts of the model of LLAMA3, whose RoPE factors are in the last one."""
   write_gguf(tmp_path / "big.gguf", LLAMA3, random_params(LLAMA3), part_tensors=8)
   return sorted(tmp_path.glob("*.gguf"))
 
@@ -301,7 +301,7 @@ def test_one_file_in_a_folder(tmp_path: Path):
   write_gguf(tmp_path / "tiny.gguf", CONFIG, random_params(CONFIG))
   assert load_checkpoint(tmp_path).config == CONFIG
   write_gguf(tmp_path / "other.gguf", CONFIG, random_params(CONFIG))
-  refused(tmp_path, "holds several models; name one: other.gguf, tiny.gguf")
+  refused(tmp_path, "has several models; name one: other.gguf, tiny.gguf")
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
@@ -325,7 +325,7 @@ def test_parts_that_do_not_belong_together_are_refused(parts: list[Path], tmp_pa
   refused(parts[0].parent, "big-00002-of-00003.gguf: not part 2 of 3 of the model of big-00001-of-00003.gguf")
   again(7)
   parts[1].write_bytes(other[1].read_bytes())
-  refused(parts[0].parent, "big-00002-of-00003.gguf: tensor .* is in another part already")
+  refused(parts[0].parent, "big-00002-of-00003.gguf: tensor .* is also in another part")
   parts[1].write_bytes(second)
   again(10)
   parts[2].write_bytes(other[2].read_bytes())
@@ -336,7 +336,7 @@ def test_parts_that_do_not_belong_together_are_refused(parts: list[Path], tmp_pa
   parts[1].write_bytes(second[:-100])
   refused(parts[1], r"big-00002-of-00003.gguf: truncated: tensor .* ends at byte")
   (alone := tmp_path / "alone.gguf").write_bytes(first)
-  refused(alone, "one of 3 parts, which are found only if they are named as llama.cpp names them")
+  refused(alone, "one of 3 parts, whose files must be named NAME-00001-of-00003.gguf and so on")
 
 
 # --- tokenizers ---
@@ -352,14 +352,14 @@ def test_gguf_tokenizer_without_a_chat_template(tmp_path: Path):
 
 @pytest.mark.parametrize("pre", ["qwen2", "llama-bpe"])
 def test_byte_level_gguf_cuts_texts_as_hugging_face_does(pre: str):
-  """Against the expressions that transformers holds for these vocabularies."""
+  """Against the regular expressions of transformers for these vocabularies."""
   from transformers.convert_slow_tokenizer import TikTokenConverter
   from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
   pattern = PRETOKENIZE_REGEX if pre == "qwen2" else TikTokenConverter("").pattern
   bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   merges = [("h", "e"), ("l", "o"), ("Ġ", "he"), ("1", "2"), ("12", "3"), ("'", "s"), ("Ċ", "Ċ"), ("Ġ", "Ġ")]
-  tokens = [*bytes_, *map("".join, merges), "helo", "<|end|>"]  # "helo" is an entry that no merge leads to
+  tokens = [*bytes_, *map("".join, merges), "helo", "<|end|>"]  # no merge yields the entry "helo"
   backend = tokenizers.Tokenizer(
     tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, merges, ignore_merges=pre == "llama-bpe")
   )
@@ -385,7 +385,7 @@ def test_byte_level_gguf_cuts_texts_as_hugging_face_does(pre: str):
 
 
 def test_tokens_that_gguf_names(tmp_path: Path):
-  """The end of a turn and of a text, and what `save` tells others."""
+  """The end of a turn and of a text, and what `save` writes for other engines."""
   ours = load_checkpoint(
     write_gguf(
       tmp_path / "tiny.gguf",

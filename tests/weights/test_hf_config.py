@@ -26,7 +26,7 @@ THETAS = ("rope_theta", "rope_local_base_freq", "rope_parameters", "rope_scaling
 
 
 def edit(path: Path, **changes) -> None:
-  """Sets keys of a config.json, or takes them out; None stays null."""
+  """Sets keys of a config.json, or removes them; None is written as null."""
   config = json.loads(path.read_text()) | changes
   path.write_text(json.dumps({k: v for k, v in config.items() if v is not LEFT_OUT}))
 
@@ -48,7 +48,7 @@ SAID = {
     "qwen3",
     dict(rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=1e4),
   ),
-  "rope_scaling beside RoPE of two kinds": (
+  "rope_scaling next to RoPE of two kinds": (
     "gemma3_text",
     dict(rope_scaling={"rope_type": "linear", "factor": 2.0}),
   ),
@@ -80,7 +80,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("case", SAID)
-def test_keys_mean_what_they_mean_to_transformers(case: str, folder):  # noqa: F811
+def test_keys_mean_the_same_as_in_transformers(case: str, folder):  # noqa: F811
   name, changes = SAID[case]
   place = folder(name)
   edit(place / "config.json", **changes)
@@ -99,7 +99,7 @@ def test_keys_mean_what_they_mean_to_transformers(case: str, folder):  # noqa: F
     ("mistral", "max_position_embeddings", "max_position", 131_072),
   ],
 )
-def test_what_is_left_out_is_what_is_usual(name: str, key: str, field: str, value: int, folder):  # noqa: F811
+def test_missing_keys_have_the_defaults_of_transformers(name: str, key: str, field: str, value: int, folder):  # noqa: F811
   path = folder(name) / "config.json"
   edit(path, num_attention_heads=16 if name == "gemma" else 6, **{key: LEFT_OUT})
   assert getattr(read_config(path), field) == value
@@ -123,7 +123,7 @@ REFUSED = {
   r"partial_rotary_factor\) is not supported": ("llama", dict(partial_rotary_factor=0.5)),
   "use_bidirectional_attention is not supported": ("gemma3_text", dict(use_bidirectional_attention=True)),
   "layers of the kinds 'chunked_attention'": ("gemma2", dict(layer_types=["chunked_attention"] * 3)),
-  "local_layers speaks of 2 layers, not 3": (
+  "local_layers has 2 entries for 3 layers": (
     "gemma2",
     dict(layer_types=["full_attention", "sliding_attention"]),
   ),
@@ -141,7 +141,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_cannot_be_done_is_refused_in_a_line(message: str, folder):  # noqa: F811
+def test_unsupported_features_are_refused_in_one_line(message: str, folder):  # noqa: F811
   name, changes = REFUSED[message]
   path = folder(name)
   edit(path / "config.json", **changes)
@@ -165,7 +165,7 @@ def test_the_tensors_say_whether_a_head_is_tied(form: str, folder):  # noqa: F81
   assert_as_transformers_reads_it(place)
 
 
-def test_one_file_counts_before_what_an_index_names(folder):  # noqa: F811
+def test_a_single_file_takes_precedence_over_an_index(folder):  # noqa: F811
   place = folder("llama")
   stale = {name: x * 2 for name, x in load_file(place / "model.safetensors").items()}
   save_file(stale, place / "model-00001-of-00001.safetensors", {"format": "pt"})
@@ -192,7 +192,7 @@ def test_an_index_that_is_damaged(damage: dict, message: str, folder):  # noqa: 
 
 
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
-def test_numbers_that_stand_for_others_are_named(kind: str, folder):  # noqa: F811
+def test_quantised_types_are_named(kind: str, folder):  # noqa: F811
   place, name = folder("llama"), "model.layers.1.mlp.up_proj.weight"
   from safetensors.torch import load_file as load_torch
   from safetensors.torch import save_file as save_torch
@@ -200,6 +200,6 @@ def test_numbers_that_stand_for_others_are_named(kind: str, folder):  # noqa: F8
   tensors = load_torch(place / "model.safetensors")
   tensors[name] = tensors[name].to(getattr(torch, kind))
   save_torch(tensors, place / "model.safetensors", {"format": "pt"})
-  with pytest.raises(WeightsError, match=f"model.safetensors: tensor {name} holds ") as caught:
+  with pytest.raises(WeightsError, match=f"model.safetensors: tensor {name} has type ") as caught:
     load_checkpoint(place)
   assert "\n" not in str(caught.value)

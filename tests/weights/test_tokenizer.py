@@ -1,5 +1,5 @@
-"""Tokenizer of the default model: texts are exact, and control tokens cannot be written by a user; chat
-templates mean what they mean to transformers; and vocabularies are made of lists as in GGUF."""
+"""Tokenizer of the default model: encoding is lossless, and a user cannot inject control tokens; chat
+templates render as in transformers; and vocabularies from lists, as in GGUF."""
 
 import pickle
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_facts_of_the_default_model(tokenizer: Tokenizer):
   assert tokenizer.decode([tokenizer.eos_id]) == "<|im_end|>"
   assert tokenizer.special_ids == set(range(17))
   assert tokenizer.digit_values() == {32 + digit: (digit, 10) for digit in range(10)}
-  # Digits are split off one by one, and a space sticks to the word behind it, but not to a digit.
+  # Digits are split one by one; a space is joined to the word after it, but not to a digit.
   assert [tokenizer.token_bytes(i) for i in tokenizer.encode("Hello 2024 worlds")] == [
     b"Hello", b" ", b"2", b"0", b"2", b"4", b" worlds",
   ]  # fmt: skip
@@ -135,7 +135,7 @@ TEMPLATES = [
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_templates_mean_what_they_mean_to_transformers(template: str):
+def test_templates_render_as_in_transformers(template: str):
   pytest.importorskip("transformers")
   from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -162,7 +162,7 @@ def test_templates_mean_what_they_mean_to_transformers(template: str):
     ("{{ raise_exception('two\nlines') }}", "two lines"),
   ],
 )
-def test_whatever_a_template_does_is_one_line(tokenizer: Tokenizer, template: str, message: str):
+def test_every_failure_of_a_template_is_one_line(tokenizer: Tokenizer, template: str, message: str):
   foreign = pickle.loads(pickle.dumps(tokenizer))
   foreign.chat_template = template
   with pytest.raises(ValueError, match=f"^chat template: .*{message}") as caught:
@@ -171,7 +171,7 @@ def test_whatever_a_template_does_is_one_line(tokenizer: Tokenizer, template: st
 
 
 def test_templates_get_every_name(tokenizer: Tokenizer):
-  """Of those that the file gives."""
+  """Every name of a token that the file has."""
   own = pickle.loads(pickle.dumps(tokenizer))
   own.chat_template = "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}"
   ids = [tokenizer._named.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")]
@@ -197,9 +197,9 @@ MERGES = [
 
 
 def of_bytes(pre: str = "qwen2", more: dict[str, int] | None = None, **given: Any) -> Tokenizer:
-  """`more`: further tokens, behind "<|begin|>" and "<|end|>", with their types."""
+  """`more`: further tokens, after "<|begin|>" and "<|end|>", with their types."""
   more = {"<|begin|>": forms.CONTROL, "<|end|>": forms.CONTROL, **(more or {})}
-  tokens = [*BYTES, *map("".join, MERGES), "helo", *more]  # "helo" is an entry that no merge leads to
+  tokens = [*BYTES, *map("".join, MERGES), "helo", *more]  # no merge yields the entry "helo"
   ends = [tokens.index(text) for text in ("<|end|>", "<|begin|>")]
   return Tokenizer.from_gguf_fields(
     tokens,
@@ -212,7 +212,7 @@ def of_bytes(pre: str = "qwen2", more: dict[str, int] | None = None, **given: An
 
 
 @pytest.mark.parametrize("pre", ["tekken", "llama3", "llama-v3", "deepseek-r1-qwen", "qwen2", "llama-bpe"])
-def test_texts_are_cut_as_transformers_cuts_those_of_gguf(pre: str):
+def test_pre_tokenizers_of_gguf_are_those_of_transformers(pre: str):
   splits = pytest.importorskip(
     "transformers.integrations.gguf.gguf_tokenizer_mapping"
   ).GGUF_PRE_TOKENIZER_SPLITS
@@ -241,7 +241,7 @@ def test_texts_are_cut_as_transformers_cuts_those_of_gguf(pre: str):
   assert (len(tokens) - 1 in ours.encode("helo")) == whole
 
 
-def test_unknown_cuts_are_named():
+def test_unknown_pre_tokenizers_are_named():
   with pytest.raises(
     ValueError, match="'falcon' is not supported, only 'smollm', 'llama-bpe', 'qwen2', 'tekken'"
   ):
@@ -249,7 +249,7 @@ def test_unknown_cuts_are_named():
 
 
 @pytest.mark.parametrize("kind", [forms.USER_DEFINED, forms.CONTROL])
-def test_marks_of_turns_are_control_tokens_whatever_a_file_says(kind: int):
+def test_turn_tokens_are_always_control_tokens(kind: int):
   marks = ["<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>"]
   ours = of_bytes(
     more=dict.fromkeys(marks, kind) | {"</s>": forms.USER_DEFINED, "<think>": forms.USER_DEFINED},
@@ -262,7 +262,7 @@ def test_marks_of_turns_are_control_tokens_whatever_a_file_says(kind: int):
   assert ours.decode([ours.eos_id]) == "<|im_end|>"
 
 
-def test_what_a_file_names_as_the_end_is_a_control_token():
+def test_the_named_end_is_a_control_token():
   more = {"</s>": forms.USER_DEFINED, "<|turn_end|>": forms.NORMAL}
   size = of_bytes(more=more).vocab_size
   ours = of_bytes(
@@ -272,7 +272,7 @@ def test_what_a_file_names_as_the_end_is_a_control_token():
     unk_id=10**6,
     chat_template="{{ messages[1].content }}<|begin|>",
   )
-  assert size - 1 in ours.special_ids and ours.eos_id == size - 1  # named, so the template is not asked
+  assert size - 1 in ours.special_ids and ours.eos_id == size - 1  # named, so the template is not rendered
   assert ours.end_ids == (size - 3, size - 1)
   with pytest.raises(ValueError, match="is not in the vocabulary"):
     of_bytes(eot_id=10**6)
@@ -292,5 +292,5 @@ def test_other_engines_begin_texts_as_a_file_says(add_bos: bool, tmp_path: Path)
   again = Tokenizer.from_folder(tmp_path)
   assert again.encode("he") == ours.encode("he")
   (tmp_path / "again").mkdir()
-  again.save(tmp_path / "again")  # what a folder says of it stays
+  again.save(tmp_path / "again")  # a folder's setting is kept
   assert transformers.AutoTokenizer.from_pretrained(tmp_path / "again")("he") == theirs("he")

@@ -1,5 +1,5 @@
-"""Tokenizers as folders hold them, in Hugging Face's form and in SentencePiece's: they are read as
-transformers reads them, and written so that it reads the same."""
+"""Tokenizers in folders, in Hugging Face's format and in SentencePiece's: they are read as transformers reads
+them, and written so that it reads the same."""
 
 import io
 import json
@@ -33,8 +33,8 @@ _WORDS = ["he", "▁he", "▁▁", "lo", "▁world", "é"]
 
 @pytest.fixture(scope="module")
 def gemma_folder(tmp_path_factory) -> Path:
-  """Gemma's two files in small: pieces with marked blanks, and a token for every byte. Runs of blanks are
-  listed as added tokens, in the writing of pieces."""
+  """Small versions of Gemma's two files: pieces with marked blanks, and a token for every byte. Runs of
+  blanks are added tokens, written as pieces."""
   folder = tmp_path_factory.mktemp("gemma")
   specials = ["<pad>", "<eos>", "<bos>", "<unk>", *TURNS]
   letters = sorted(set("helo wrd123\n▁é".replace(" ", "")))
@@ -91,7 +91,7 @@ def folder(gemma_folder: Path, tmp_path: Path) -> Path:
 
 
 def edit(path: Path, **changes: Any) -> None:
-  """Sets entries of a JSON file; None takes one away."""
+  """Sets entries of a JSON file; None removes one."""
   whole = (json.loads(path.read_text()) if path.exists() else {}) | changes
   path.write_text(json.dumps({key: value for key, value in whole.items() if value is not None}))
 
@@ -146,7 +146,8 @@ def test_gemma_has_turns_without_a_template(gemma: Tokenizer):
 
 BLANKS = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
-# How files of Llama 2 and Mistral put blanks before texts: (normalizer, pre_tokenizer) of tokenizer.json.
+# How files of Llama 2 and Mistral add a leading blank to texts: (normalizer, pre_tokenizer) of
+# tokenizer.json.
 PREFIXES = {
   "every": ({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, BLANKS]}, None),
   "first": (None, _METASPACE | {"prepend_scheme": "first"}),
@@ -171,7 +172,7 @@ def with_blanks(source: Path, folder: Path, normalizer, pre_tokenizer, template:
 
 @pytest.mark.parametrize("begins", ["", "{{ bos_token }}"])
 @pytest.mark.parametrize("name", PREFIXES)
-def test_blanks_before_texts_stand_in_conversations_alone(
+def test_only_texts_of_conversations_get_leading_blanks(
   name: str, begins: str, gemma_folder: Path, tmp_path: Path
 ):
   template = begins + "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}he"
@@ -193,15 +194,15 @@ def test_blanks_before_texts_stand_in_conversations_alone(
 
 def test_pieces_that_change_a_text_are_refused(gemma_folder: Path, tmp_path: Path):
   lower = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, BLANKS]}
-  with pytest.raises(WeightsError, match="tokenizer.json: its normaliser changes more of a text"):
+  with pytest.raises(WeightsError, match="tokenizer.json: its normaliser changes more than blanks"):
     with_blanks(gemma_folder, tmp_path / "it", lower, None, "")
 
 
-# --- tokens beyond the embedding, and other files of a folder ---
+# --- tokens without an embedding, and other files of a folder ---
 
 
 def with_image_tokens(folder: Path) -> int:
-  """Adds two tokens for images, as Gemma 3 has them; returns how many there were."""
+  """Adds two tokens for images, as in Gemma 3; returns the number of tokens before."""
   path = folder / "tokenizer.json"
   whole = json.loads(path.read_text())
   rows = max(whole["model"]["vocab"].values()) + 1
@@ -229,7 +230,7 @@ def test_tokens_that_have_no_embedding_are_left_out(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("change", ["entries", "eos_token", "bos_token"])
-def test_what_a_text_needs_must_have_an_embedding(folder: Path, change: str):
+def test_tokens_that_texts_need_must_have_an_embedding(folder: Path, change: str):
   rows = with_image_tokens(folder)
   if change != "entries":
     edit(folder / "tokenizer_config.json", **{change: "<image>"})
@@ -238,8 +239,8 @@ def test_what_a_text_needs_must_have_an_embedding(folder: Path, change: str):
   assert "\n" not in str(caught.value)
 
 
-def test_names_of_tokens_may_stand_in_the_map(folder: Path, gemma: Tokenizer):
-  """Which counts before a config that does not describe its tokens, as with transformers."""
+def test_names_of_tokens_may_be_in_the_map(folder: Path, gemma: Tokenizer):
+  """It takes precedence over a config that does not describe its tokens, as in transformers."""
   (folder / "tokenizer_config.json").unlink()
   edit(
     folder / "special_tokens_map.json",
@@ -269,7 +270,7 @@ def test_names_of_tokens_may_stand_in_the_map(folder: Path, gemma: Tokenizer):
 
 
 def test_what_ends_a_text_is_a_control_token(folder: Path):
-  """Even where tokenizer.json has it as an ordinary entry: transformers makes it one, too."""
+  """Even if tokenizer.json has it as an ordinary entry: transformers does the same."""
   whole = json.loads((folder / "tokenizer.json").read_text())
   edit(folder / "tokenizer.json", added_tokens=[e for e in whole["added_tokens"] if e["content"] != "<eos>"])
   ours = Tokenizer.from_folder(folder)
@@ -277,13 +278,13 @@ def test_what_ends_a_text_is_a_control_token(folder: Path):
   assert 1 in transformers.PreTrainedTokenizerFast.from_pretrained(folder).all_special_ids
 
 
-# --- what ends a turn ---
+# --- the end of a turn ---
 
 TURN = "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
-# Template -> the token that ends a turn, where <eos> is named.
+# Template -> the token that ends a turn if the config names <eos>.
 ENDS = {
   TURN: "<end_of_turn>",
-  TURN + "{{ raise_exception('never') }}": "<eos>",  # a template that cannot say
+  TURN + "{{ raise_exception('never') }}": "<eos>",  # a template that fails
   "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}": "<eos>",
   "<start_of_turn>{% for m in messages %}{{ m.content }}{{ eos_token }}<end_of_turn>{% endfor %}": "<eos>",
   "{% for m in messages if m.role == 'user' %}{{ m.content }}<end_of_turn>{% endfor %}": "<eos>",
@@ -292,7 +293,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("template", ENDS)
-def test_the_template_says_what_ends_a_turn(folder: Path, template: str, gemma: Tokenizer):
+def test_the_template_determines_what_ends_a_turn(folder: Path, template: str, gemma: Tokenizer):
   edit(folder / "tokenizer_config.json", chat_template=template)
   edit(folder / "generation_config.json", eos_token_id=[1, 3, 5, 10**6])
   ours = Tokenizer.from_folder(folder)
@@ -438,7 +439,7 @@ def test_pieces_are_those_of_transformers_and_of_sentencepiece(name: str, tmp_pa
   )
   assert not (tmp_path / "json" / "tokenizer.model").exists()
   assert ours.special_ids == {0, 1, 2} and (ours.eos_id, ours.bos_id) == (2, 1)
-  assert whole("the")["input_ids"][0] == again.bos_id  # files of pieces that do not say begin texts
+  assert whole("the")["input_ids"][0] == again.bos_id  # by default, files of pieces add a BOS token
 
   @given(first=TEXTS, second=TEXTS)
   def same(first: str, second: str):
@@ -446,7 +447,7 @@ def test_pieces_are_those_of_transformers_and_of_sentencepiece(name: str, tmp_pa
     assert again.encode(first) == ours.encode(first)
     if not any(
       text in first + second for text in ("▁", "<s>", "</s>", "<unk>")
-    ):  # which are texts, not tokens, here
+    ):  # which are texts here, not tokens
       messages = [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
       ids = ours.chat_prompt(messages)
       assert ids == again.chat_prompt(messages)
@@ -463,7 +464,7 @@ def test_pieces_are_those_of_transformers_and_of_sentencepiece(name: str, tmp_pa
 
 @pytest.mark.parametrize("described", [dict(legacy=True), dict(legacy=False), dict(add_prefix_space=False)])
 def test_pieces_are_those_of_transformers_own_llama(described: dict, tmp_path: Path):
-  """On texts that begin with no blank, before which its newest release puts no other."""
+  """On texts without a leading blank: its newest release adds no second one."""
   write_pieces(tmp_path)
   edit(tmp_path / "tokenizer_config.json", tokenizer_class="LlamaTokenizer", **described)
   ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -474,7 +475,7 @@ def test_pieces_are_those_of_transformers_own_llama(described: dict, tmp_path: P
 
 
 @pytest.mark.parametrize("form", ["added_tokens_decoder", "added_tokens.json"])
-def test_tokens_beside_a_file_of_pieces(form: str, tmp_path: Path):
+def test_tokens_that_other_files_add_to_pieces(form: str, tmp_path: Path):
   write_pieces(tmp_path, control_symbols=["<sep>"], user_defined_symbols=["<pad0>", "<start_of_turn>"])
   entry = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
   if form == "added_tokens.json":
@@ -519,8 +520,8 @@ def test_tokens_beside_a_file_of_pieces(form: str, tmp_path: Path):
   [
     (dict(model_type="unigram"), "tokenizer.model: not a BPE tokenizer"),
     (dict(byte_fallback=False), "tokenizer.model: not a BPE tokenizer"),
-    (dict(normalization_rule_name="nmt_nfkc"), "tokenizer.model: its normaliser changes more of a text"),
-    (dict(remove_extra_whitespaces=True), "tokenizer.model: its normaliser changes more of a text"),
+    (dict(normalization_rule_name="nmt_nfkc"), "tokenizer.model: its normaliser changes more than blanks"),
+    (dict(remove_extra_whitespaces=True), "tokenizer.model: its normaliser changes more than blanks"),
   ],
 )
 def test_other_kinds_of_pieces_are_refused(settings: dict, message: str, tmp_path: Path):
@@ -567,7 +568,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
   "generation_config.json: eos_token_id 'x'": lambda f: edit(f / "generation_config.json", eos_token_id="x"),
   "special_tokens_map.json: not JSON": lambda f: (f / "special_tokens_map.json").write_text("{"),
   "tokenizer.json: cannot be read .*neither this nor a tokenizer.model": without_tokenizer,
-  "tokenizer.model: not one of SentencePiece's files": of_other_bytes,
+  "tokenizer.model: not a SentencePiece file": of_other_bytes,
 }
 
 
