@@ -1,0 +1,118 @@
+"""What sections of settings are made of: fields with rules, conversion from text, and identity."""
+
+import dataclasses
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Rule = Callable[[Any], str]  # what is wrong with a value, to follow the setting's name; "" if nothing is
+
+
+def at_least(n: float) -> Rule:
+  return lambda x: "" if x >= n else f"must be {n} or more, not {x!r}"
+
+
+def above(n: float) -> Rule:
+  return lambda x: "" if x > n else f"must be above {n}, not {x!r}"
+
+
+def within(interval: str) -> Rule:
+  """`interval`: such as "[0, 1)"."""
+  low, high = map(float, interval[1:-1].split(","))
+
+  def rule(x: float) -> str:
+    ends = interval[0] == "[" and x == low or interval[-1] == "]" and x == high
+    return "" if low < x < high or ends else f"must be in {interval}, not {x!r}"
+
+  return rule
+
+
+def one_of(choices: tuple[str, ...]) -> Rule:
+  return lambda x: "" if x in choices else f"must be one of {', '.join(choices)}, not {x!r}"
+
+
+def each_of(choices: tuple[str, ...]) -> Rule:
+  """For lists."""
+  return lambda xs: next((f"takes {', '.join(choices)}, not {x!r}" for x in xs if x not in choices), "")
+
+
+ALWAYS, PROMISES, NEVER = "always", "with promises", "never"  # when results depend on a field
+
+
+def setting(default: Any, *rules: Rule, identity: str = ALWAYS, file: bool = False) -> Any:
+  """A field of a section.
+
+  `identity`: when results depend on it; other values then need another folder, or are recorded with what was
+  made. `file`: it names files, which may be moved: identity takes their names without folders.
+  """
+  return dataclasses.field(default=default, metadata={"rules": rules, "identity": identity, "file": file})
+
+
+_KINDS = {int: "an integer", float: "a number", str: "text", bool: "True or False"}
+
+
+def to_text(values: tuple) -> str:
+  """A list as the command line and config.json write it."""
+  return ",".join(v if isinstance(v, str) else f"{v:g}" if float(f"{v:g}") == v else repr(v) for v in values)
+
+
+def _converted(name: str, kind: Any, value: Any) -> Any:
+  """A value in the type of its field: integers as numbers, lists as tuples. Raises ValueError, one line."""
+  optional = isinstance(kind, types.UnionType)
+  if optional and value is None:
+    return None
+  kind = kind.__args__[0] if optional else kind
+  if kind in _KINDS:
+    value = float(value) if kind is float and type(value) is int else value
+    if type(value) is not kind:
+      raise ValueError(f"{name} must be {_KINDS[kind]}, not {value!r}")
+    return value
+  [of, _] = kind.__args__  # tuple[of, ...]
+  parts = [p.strip() for p in value.split(",")] if isinstance(value, str) else value
+  try:
+    return tuple(of(p) for p in parts if p != "")
+  except (TypeError, ValueError):
+    raise ValueError(f"{name} must be {_KINDS[of]} or several, separated by commas, not {value!r}") from None
+
+
+def check_rules(kind: type, name: str, values: Mapping[str, Any]) -> None:
+  """Raises ValueError, one line, for one of `values` that breaks the rules of its field of `kind`, a section
+  class that is called `name`."""
+  for f in dataclasses.fields(kind):
+    for rule in f.metadata.get("rules", ()) if f.name in values else ():
+      if wrong := rule(values[f.name]):
+        raise ValueError(f"{name}.{f.name} {wrong}")
+
+
+def check(section: Any, name: str) -> None:
+  """Converts the fields of a new section and checks them. Raises ValueError, one line."""
+  for f in dataclasses.fields(section):
+    object.__setattr__(section, f.name, _converted(f"{name}.{f.name}", f.type, getattr(section, f.name)))
+  check_rules(type(section), name, vars(section))
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+  """Settings of one subject. Raises ValueError, one line that names the field, for values out of range."""
+
+  def __post_init__(self):
+    check(self, type(self).__name__.lower())
+
+  def to_dict(self) -> dict[str, Any]:
+    """Plain values by field, for JSON: lists as text."""
+    values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    return {name: to_text(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+def identity(section: Section, *, promises: bool = True) -> dict[str, Any]:
+  """The fields of a section that results depend on, as plain values; without `promises`, those that results
+  without promises depend on."""
+  found = {}
+  for f in dataclasses.fields(section):
+    when, value = f.metadata.get("identity", ALWAYS), getattr(section, f.name)
+    if f.metadata.get("file"):
+      value = tuple(Path(v).name for v in value) if isinstance(value, tuple) else Path(value).name
+    if when == ALWAYS or when == PROMISES and promises:
+      found[f.name] = to_text(value) if isinstance(value, tuple) else value
+  return found

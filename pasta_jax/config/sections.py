@@ -1,0 +1,335 @@
+"""The sections of settings, in the order of config.json: one class each, with its defaults and rules."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pasta_jax.config.fields import (
+  NEVER,
+  PROMISES,
+  Section,
+  above,
+  at_least,
+  each_of,
+  one_of,
+  setting,
+  to_text,
+  within,
+)
+
+# Choices that other modules implement and import from here.
+STRATEGIES = ("pred_10x", "pred_1x", "fixed", "oracle", "max", "sum")  # of positions (lang.layout)
+ANNOTATIONS = ("plan", "structure", "none")  # of responses (data.examples)
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "full", "attention", "products")  # rematerialisation policies (model.transformer)
+ATTENTION = ("auto", "chunked", "tpu", "gpu", "interpret", "dense")  # programs for training (train.attention)
+LOSSES = ("bonbon", "ipo", "dpo")  # of preference optimisation (train.preference_loss)
+SCORES = ("delivered", "theoretical", "parallelism", "arithmetic", "harmonic", "clock")  # preference.score
+STAGES = ("sample", "judge", "train", "eval")  # of preference optimisation (preference.rounds)
+TRAINING_STAGES = ("train", "preference")  # that can be compiled ahead of time (train.ahead)
+DECODINGS = ("parallel", "sequential", "skeleton")  # of a system that is evaluated
+PROVIDERS = ("openai", "gemini")  # protocols of model endpoints (utils.endpoint)
+EXPORTS = ("merged", "peft")  # forms of exported weights (weights.export)
+
+
+def _weights(weights: tuple[float, ...]) -> str:
+  good = bool(weights) and all(w >= 0 for w in weights) and len(set(weights)) == len(weights)
+  return "" if good else f"must be weights of quality, 0 or more, each once, not {to_text(weights)!r}"
+
+
+def _judges(names: tuple[str, ...]) -> str:
+  wrong = [n for n in names if n not in ("local", "llm") and not n.endswith((".json", ".jsonl", ".jsonl.gz"))]
+  return f"takes local, llm, and .json or .jsonl files of preferences, not {wrong[0]!r}" if wrong else ""
+
+
+def share_of(share: str) -> tuple[int, int] | None:
+  """`preference.share`, such as "2/3", as (2, 3); None for all prompts. Raises ValueError, one line."""
+  if wrong := _share(share):
+    raise ValueError(f"preference.share {wrong}")
+  number, _, count = share.partition("/")
+  return (int(number), int(count)) if share else None
+
+
+def _share(share: str) -> str:
+  number, _, count = share.partition("/")
+  if not share or number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
+    return ""
+  return f'must be like "2/3", for the second of three shares of the prompts, not {share!r}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Model(Section):
+  """The weights."""
+
+  source: str = "smollm2-135m-instruct"  # a released model, a Hugging Face folder or a .gguf file
+  adapter: str = "pasta"  # a name in decode.generator.EMBEDDED, or a file; "": the base model
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh(Section):
+  """Devices of training by axis (train.sharding). One axis may be -1: all devices that the others leave."""
+
+  data: int = 1  # replicas of the parameters; batch rows are split over them
+  fsdp: int = -1  # parameters, optimizer moments and batch rows are split over these
+  tensor: int = 1  # heads, feed-forward columns and the vocabulary are split over these
+
+  def __post_init__(self):
+    super().__post_init__()
+    sizes = self.to_dict()
+    if list(sizes.values()).count(-1) > 1 or any(n != -1 and n < 1 for n in sizes.values()):
+      raise ValueError(f"mesh={sizes}: sizes are 1 or more; one may be -1, for all devices left")
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions(Section):
+  """Positions in training (lang.layout.PositionRule); decoding takes its adapter's."""
+
+  strategy: str = setting("pred_10x", one_of(STRATEGIES))  # how far a promise jumps
+  fixed: int = 60  # positions reserved for a chunk whose promise has no number
+
+
+@dataclasses.dataclass(frozen=True)
+class Train(Section):
+  """Supervised finetuning (--mode=train)."""
+
+  annotation: str = setting("plan", one_of(ANNOTATIONS))  # which chunks the rows of `data` get
+  data: tuple[str, ...] = setting(("data/seed.jsonl",), file=True)  # files, data sets; FILE*2: twice
+  validation: tuple[str, ...] = setting((), file=True)  # the same, held out
+  min_speedup: float = 1.4  # annotated responses with a lower theoretical parallelism are left out
+  plain_share: float = 0.15  # maximal share of examples without chunks
+  workers: int = setting(0, at_least(0))  # processes that lay out rows before training; 0: the main process
+  length: int = setting(640, at_least(1))  # tokens of a packed row; longer examples are left out
+  batch_size: int = setting(3, at_least(1))  # rows of a batch
+  grad_accum_steps: int = setting(1, at_least(1))  # batches of a step
+  steps: int = setting(0, at_least(0))  # optimizer steps; 0: enough for `epochs`
+  epochs: float = 3.0
+  learning_rate: float = 4e-4  # peak
+  warmup: float = 0.05  # share of the steps
+  weight_decay: float = 0.0
+  adam_b2: float = 0.99
+  max_grad_norm: float = 1.0  # gradients are clipped to this global norm
+  lora_rank: int = setting(16, at_least(0))  # 0: train every parameter
+  lora_alpha: float = 32.0
+  dtype: str = setting("bfloat16", one_of(DTYPES))  # of matrix products
+  remat: str = setting("full", one_of(REMAT))  # rematerialisation policy of a layer (model.transformer)
+  attention: str = setting("auto", one_of(ATTENTION))  # auto: kernels on TPU, blocks of plain JAX elsewhere
+  loss_chunk: int = setting(1024, at_least(1))  # tokens whose logits are computed at once
+  seed: int = 0
+  validate_every: int = setting(50, at_least(1))  # steps
+  checkpoint_every: int = setting(25, at_least(1))  # steps
+
+  def __post_init__(self):
+    super().__post_init__()
+    _check_steps("train", self.steps, self.epochs)
+
+
+def _check_steps(name: str, steps: int, epochs: float) -> None:
+  if not steps and not epochs > 0:
+    raise ValueError(f"{name}.epochs must be above 0, or {name}.steps must give a number of steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode(Section):
+  """Decoding, in every mode that decodes."""
+
+  parallel: bool = setting(True, identity=NEVER)  # False: the same weights without promises
+  dtype: str = setting("bfloat16", one_of(DTYPES))  # float32: the same tokens at every branch width
+  max_new_tokens: int = setting(512, at_least(1))  # of all threads together
+  max_branches: int = setting(8, at_least(1), identity=NEVER)  # branches that a step decodes at once
+  kv_capacity: int = setting(4096, at_least(1))  # entries of the key-value pool, prompt included
+  max_threads: int = setting(24, at_least(1), identity=PROMISES)  # of a response, the main thread included
+  max_depth: int = setting(1, identity=PROMISES)  # levels of chunks; released adapters rarely nest
+  max_topic: int = setting(12, at_least(1), identity=PROMISES)  # tokens of a topic, with `guard`
+  guard: bool = setting(True, identity=PROMISES)  # allow only well-formed tags
+  temperature: float = setting(0.0, at_least(0))  # 0: the likeliest token
+  top_k: int = setting(0, at_least(0))  # 0: off
+  top_p: float = setting(1.0, within("(0, 1]"))
+  min_p: float = setting(0.0, within("[0, 1)"))
+  repetition_penalty: float = setting(1.1, at_least(1))  # 1: off
+  no_repeat: int = setting(16, at_least(0))  # block topics and n-grams of this length; 0: off
+  promise_bias: float = setting(1.5, identity=PROMISES)  # added to the logit of a promise's opening tag
+  speed: int = setting(-1, identity=NEVER)  # of adapters that have it; 0: best quality; -1: none
+  seed: int = 0
+  live: bool = setting(True, identity=NEVER)  # show branches while they are written, on a terminal
+  compare: bool = setting(True, identity=NEVER)  # one prompt: time it without promises too
+  batch_size: int = setting(4, at_least(1), identity=NEVER)  # prompts decoded at once, with --prompts_file
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+  """What can be evaluated and compared: an adapter and a way of decoding."""
+
+  adapter: str = ""  # as model.adapter
+  decode: str = setting("parallel", one_of(DECODINGS))
+  speed: int | None = None  # None: decode.speed, where the adapter was trained with speeds
+  follows_model: bool = False  # `adapter` is always model.adapter
+
+  def to_dict(self) -> dict[str, Any]:
+    out = {"adapter": self.adapter, "decode": self.decode}
+    return out if self.speed is None else out | {"speed": self.speed}
+
+
+SYSTEMS: Mapping[str, System] = {
+  "pasta": System(follows_model=True),
+  "sequential": System(decode="sequential", follows_model=True),  # the same weights without promises
+  "fast": System("pasta_fast"),  # after preference optimisation with a small weight on quality
+  "quality": System("pasta_quality"),  # with a large one
+  "baseline": System("baseline", "sequential"),  # Baseline-SFT
+  "apar": System("apar"),  # chunks by form, no joins
+  "sot": System("", "skeleton"),  # Skeleton-of-Thought: an outline, then its points side by side
+  "base": System("", "sequential"),  # the model without an adapter
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Skeleton(Section):
+  """Skeleton-of-Thought (evaluate.systems.skeleton)."""
+
+  max_points: int = 10  # of an outline; later ones are dropped
+  outline_tokens: int = setting(160, at_least(0))  # 0: decode.max_new_tokens
+  point_tokens: int = setting(128, at_least(0))  # of each point; 0: decode.max_new_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval(Section):
+  """--mode=eval and --mode=pilot."""
+
+  prompts: str = ""  # JSON lines with "prompt" (or MT-Bench's "turns"), or AlpacaEval's JSON
+  limit: int = setting(0, at_least(0))  # prompts, spread evenly over the file; 0: all
+  categories: tuple[str, ...] = ()  # of prompts; none: all
+  systems: tuple[str, ...] = ("pasta", "baseline")  # of `Config.systems`
+  baseline: str = "baseline"  # the system that the others are compared with
+  batch_size: int = setting(48, at_least(1))  # prompts decoded at once
+  branch_width: int = setting(2, at_least(1))  # branches of each prompt in a step
+  dtype: str = setting("float32", one_of(DTYPES))  # batched; float32: the same at every batch size
+  timed: int = setting(0, at_least(-1))  # prompts timed one at a time, in decode.dtype; -1: all
+  timed_prompts: str = ""  # a file of the prompts to time; "": the first of `prompts`
+  repeats: int = setting(0, at_least(0))  # runs of each timed prompt, the last counts; 0: 1 on CPU, else 2
+  judges: tuple[str, ...] = setting(("local",), _judges)  # local, llm, files of preferences
+  judge_dtype: str = setting("bfloat16", one_of(DTYPES))  # of the local judge's model
+  difficulty: str = ""  # file of difficulties for the length-controlled win rate; "": no such win rate
+  min_quality: float = 0.0  # pilot: win rate to reach, per cent; 0: none
+  min_speedup: float = 0.0  # pilot: realised speedup to reach; 0: none
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference(Section):
+  """Preference optimisation (--mode=preference)."""
+
+  prompts: str = setting("", file=True)  # to sample answers to; those of `eval` evaluate each round
+  limit: int = setting(0, at_least(0))  # prompts, spread evenly over the file; 0: all
+  rounds: int = setting(2, at_least(1), identity=NEVER)
+  # λ, how much quality weighs against speed in a sample's score; a policy each
+  weights: tuple[float, ...] = setting((1.0, 2.0, 4.0, 8.0, math.inf), _weights, identity=NEVER)
+  conditioned: bool = False  # one policy for all weights: its prompts name the wanted speed (decode.speed)
+  stages: tuple[str, ...] = setting(STAGES, each_of(STAGES), identity=NEVER)
+  share: str = setting("", _share, identity=NEVER)  # stage sample: "2/3" for the second third of the prompts
+  samples: int = setting(10, at_least(2))  # answers to a prompt; the best and the worst make a pair
+  temperature: float = setting(0.5, above(0))  # of samples; at 0.8 nearly all of a small model's answers lose
+  sample_dtype: str = setting("float32", one_of(DTYPES))
+  decode_batch_size: int = setting(48, at_least(1), identity=NEVER)  # prompts decoded at once
+  branch_width: int = setting(2, at_least(1), identity=NEVER)  # branches of each prompt in a step
+  audit: int = setting(8, at_least(0), identity=NEVER)  # samples whose log p the trainer recomputes
+  score: str = setting("delivered", one_of(SCORES))  # what speedup means (preference.score)
+  cost: str = setting("", file=True)  # file of the step cost, for score=clock (evaluate.benchmark)
+  guards: bool = True  # a defective answer cannot be the best one
+  loss: str = setting("bonbon", one_of(LOSSES))
+  alpha: float = setting(0.005, within("[0, 1]"))  # weight of the best answer's likelihood in BoNBoN's loss
+  beta: float = setting(0.0, at_least(0))  # 0: from the number of samples (train.preference_loss)
+  per_token: bool = True  # compare log p per token; False: summed over an answer, as in the paper
+  length: int = setting(768, at_least(1))  # tokens of a packed row; longer samples are left out
+  batch_size: int = setting(3, at_least(2))  # rows, with about as many pairs
+  grad_accum_steps: int = setting(2, at_least(1))  # batches of a step
+  steps: int = setting(0, at_least(0))  # optimizer steps; 0: enough for `epochs`
+  epochs: float = 1.0
+  learning_rate: float = 5e-5  # peak
+  warmup: float = 0.1  # share of the steps
+  weight_decay: float = 0.0
+  adam_b2: float = 0.99
+  max_grad_norm: float = 1.0  # gradients are clipped to this global norm
+  lora_rank: int = setting(16, at_least(0))  # of new updates, if the start has none; 0: train every parameter
+  lora_alpha: float = 32.0
+  dtype: str = setting("bfloat16", one_of(DTYPES))  # of matrix products
+  remat: str = setting("full", one_of(REMAT))  # as train.remat
+  attention: str = setting("auto", one_of(ATTENTION))  # as train.attention
+  loss_chunk: int = setting(1024, at_least(1))  # tokens whose logits are computed at once
+  seed: int = 0
+  checkpoint_every: int = setting(10, at_least(1), identity=NEVER)  # steps
+
+  def __post_init__(self):
+    super().__post_init__()
+    _check_steps("preference", self.steps, self.epochs)
+    if self.share and self.stages != ("sample",):
+      raise ValueError(
+        f"preference.share={self.share!r} is for samples: give --config.preference.stages=sample too, and "
+        "run the other stages without a share"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint(Section):
+  """A language model behind HTTP (utils.endpoint)."""
+
+  kind: str = setting("openai", one_of(PROVIDERS))  # openai: any OpenAI-compatible endpoint
+  url: str = ""  # "": the provider's own; a local server: http://localhost:8000/v1
+  model: str = ""
+  key_env: str = ""  # environment variable that holds the key; "": OPENAI_API_KEY or GEMINI_API_KEY
+  max_tokens: int = 1  # of an answer
+  concurrency: int = setting(8, at_least(1))  # calls at once
+  retries: int = setting(6, at_least(0))  # of a call that failed
+  timeout: float = setting(60.0, above(0))  # seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge(Endpoint):
+  """The judge of eval.judges=llm. More `max_tokens` if its answers do not begin with the letter."""
+
+  logprobs: bool = True  # ask for token probabilities; False for servers that refuse
+  cache: str = ""  # file of paid calls, to share between runs; "": in the run's folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotate(Endpoint):
+  """--mode=annotate."""
+
+  kind: str = setting("openai", one_of((*PROVIDERS, "structure")))  # structure: by form
+  max_tokens: int = 1500  # of an answer
+  timeout: float = setting(120.0, above(0))  # seconds
+  data: str = ""  # JSON lines: prompt and response; Alpaca's fields; SlimOrca's conversations; messages
+  limit: int = setting(0, at_least(0))  # rows, spread evenly over the file; 0: all
+  avoid: str = ""  # file of evaluation prompts: rows that share eight consecutive words with one are left out
+  per_minute: int = setting(0, at_least(0))  # maximal rate of calls; 0: no limit
+  tries: int = setting(3, at_least(1))  # answers asked for until one can be used
+  check: bool = True  # ask of each chunk whether its writer had the information to write it
+  demonstrations: str = "data/seed.jsonl"
+  against: str = ""  # file with other annotations of the same responses, to compare with
+  price_read: float = 0.0  # of a million tokens
+  price_written: float = 0.0  # of a million tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset(Section):
+  """--mode=build."""
+
+  train: tuple[str, ...] = ()  # files of annotated or plain responses: JSON lines, parquet, Arrow folders
+  validation: tuple[str, ...] = ()  # the same
+  validation_share: float = setting(0.0, within("[0, 1)"))  # of `train`, by prompt; if `validation` is empty
+  avoid: str = ""  # file of evaluation prompts, as annotate.avoid
+  strict: bool = False  # stop at a row that cannot be used, instead of listing it
+
+
+@dataclasses.dataclass(frozen=True)
+class Compile(Section):
+  """--mode=compile: training steps for a TPU slice you do not have (train.ahead)."""
+
+  topology: str = "v5e:2x2"
+  stages: tuple[str, ...] = setting(("train",), each_of(TRAINING_STAGES))
+
+
+@dataclasses.dataclass(frozen=True)
+class Export(Section):
+  """--mode=export."""
+
+  form: str = setting("merged", one_of(EXPORTS))  # a Hugging Face folder; the adapter alone
+  dtype: str = setting("float32", one_of(DTYPES))
