@@ -1,151 +1,223 @@
 """Entry point: `python main.py --mode=… --config=configs/….py --workdir=…`. See README.md."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from pasta_jax.config import ALIASES, Config, from_flags, with_changes
+
 RESTART = 75  # exit code of a training that SIGTERM stopped: launchers start the same command again
+MISSED = 3  # exit code of a pilot that missed its thresholds
+
+
+# --- modes: functions of the settings and the flags, which import what they need ---
+
+
+def decode(config: Config, values: flags.FlagValues) -> None:
+  from pasta_jax.decode import command
+
+  for one, other in (("prompts_file", "prompt"), ("prompts_file", "timeline"), ("output", "prompt")):
+    if values[one].present and values[other].present:
+      raise ValueError(f"--{one} and --{other} do not go together")
+  if values.prompts_file:
+    command.decode_file(config, values.prompts_file, values.output)
+    return
+  prompt = values.prompt
+  if prompt is None and not sys.stdin.isatty():
+    prompt = sys.stdin.read()
+  if prompt is None:
+    raise ValueError('--mode=decode needs --prompt="…", --prompts_file=FILE, or a prompt on standard input')
+  command.decode_prompt(config, prompt, timeline=values.timeline)
+
+
+def train(config: Config, values: flags.FlagValues) -> None:
+  from pasta_jax.train import sft
+
+  with _restartable():
+    sft.train(config, Path(values.workdir))
+
+
+def preference(config: Config, values: flags.FlagValues) -> None:
+  from pasta_jax.preference.rounds import optimise
+
+  with _restartable():
+    optimise(config, Path(values.workdir))
+
+
+@contextlib.contextmanager
+def _restartable() -> Iterator[None]:
+  """Leaves with the exit code RESTART where SIGTERM stopped a training that can be resumed."""
+  from pasta_jax.train.loop import Stopped
+
+  try:
+    yield
+  except Stopped as stopped:
+    print(stopped)
+    sys.exit(RESTART)
+
+
+def evaluate(config: Config, values: flags.FlagValues) -> None:
+  from pasta_jax.evaluate.run import evaluate
+
+  evaluate(config, Path(values.workdir))
+
+
+def pilot(config: Config, values: flags.FlagValues) -> None:
+  from pasta_jax.evaluate.run import pilot
+
+  if values.prompts_file:
+    config = with_changes(config, {"eval.prompts": values.prompts_file})
+  if not pilot(config, Path(values.workdir)):
+    sys.exit(MISSED)
+
+
+def report(config: Config, values: flags.FlagValues) -> None:
+  from pasta_jax.evaluate.report import report
+
+  del config  # the run's own
+  report.write(Path(values.workdir))
+
+
+def annotate(config: Config, values: flags.FlagValues) -> None:
+  from pasta_jax.data.annotate.run import annotate
+
+  annotate(config, Path(values.workdir))
+
+
+def build(config: Config, values: flags.FlagValues) -> None:
+  from pasta_jax.data.build import build
+  from pasta_jax.data.prompts import read_prompts
+  from pasta_jax.weights.checkpoint import load_checkpoint
+
+  avoid = config.dataset.avoid
+  build(
+    config,
+    Path(values.workdir),
+    load_checkpoint(config.model.source).vocabulary,
+    [r.prompt for r in read_prompts(avoid, part="dataset")] if avoid else [],
+  )
+
+
+def export(config: Config, values: flags.FlagValues) -> None:
+  from pasta_jax.decode.generator import adapter_path, source_of
+  from pasta_jax.weights.checkpoint import load_checkpoint
+  from pasta_jax.weights.export import export
+
+  adapter = config.model.adapter
+  checkpoint = load_checkpoint(source_of(config, adapter))
+  note = export(
+    Path(values.workdir),
+    checkpoint,
+    adapter_path(adapter),
+    form=config.export.form,
+    dtype=config.export.dtype,
+  )
+  print(f"{values.workdir}: {note}")
+
+
+def compile_ahead(config: Config, values: flags.FlagValues) -> None:
+  del values
+  import jax
+
+  from pasta_jax.train.ahead import compile_steps
+
+  jax.config.update("jax_platforms", "cpu")
+  compile_steps(config)
+
+
+MODES: dict[str, Callable[[Config, flags.FlagValues], None]] = {
+  "decode": decode,
+  "train": train,
+  "preference": preference,
+  "eval": evaluate,
+  "pilot": pilot,
+  "report": report,
+  "annotate": annotate,
+  "build": build,
+  "export": export,
+  "compile": compile_ahead,
+}
+WITHOUT_WORKDIR = ("decode", "compile")
+
+# --- flags ---
 
 FLAGS = flags.FLAGS
-MODES = ["decode", "train", "preference", "eval", "pilot", "report", "annotate", "build", "export", "compile"]
 flags.DEFINE_enum(
   "mode",
   "decode",
-  MODES,
-  "what to do; pilot: eval with thresholds and an exit code; report: eval's "
-  "report anew; annotate: responses to training data; build: a data set of them; export: the model for "
-  "other engines; compile: the training steps for a TPU slice that is not here",
+  list(MODES),
+  "what to do; pilot: eval with thresholds and an exit code; report: write eval's report again; annotate: "
+  "turn responses into training data; build: make a data set of them; export: write the model for other "
+  "engines; compile: compile the training steps for a TPU slice you do not have",
 )
 config_flags.DEFINE_config_file(
   "config",
   None,
-  "experiment: a file, or file.py:argument; configs/smollm2_135m.py if not given",
+  "experiment: a file, or file.py:argument; default: configs/smollm2_135m.py",
   lock_config=True,
 )
 flags.DEFINE_string(
-  "workdir", None, "folder of the run (all but decode and compile): checkpoints, metrics, results"
+  "workdir", None, "folder of the run: checkpoints, metrics, results; every mode but decode and compile"
 )
-flags.DEFINE_string("prompt", None, "decode: the prompt; read from standard input where that is piped")
+flags.DEFINE_string("prompt", None, "decode: the prompt; default: standard input, if it is piped")
 flags.DEFINE_string("prompts_file", None, 'decode, pilot: JSON lines with "prompt"')
 flags.DEFINE_integer(
-  "limit", None, "eval, pilot: so many prompts, spread evenly over the file", lower_bound=1
+  "limit", None, "eval, pilot: number of prompts, spread evenly over the file", lower_bound=1
 )
 flags.DEFINE_bool(
   "distributed",
   False,
-  "train: this is one of several processes, one a host; Cloud TPU and SLURM say "
-  "which, elsewhere the next three flags do",
+  "train: this is one of several processes, one for each host; Cloud TPU and SLURM tell which one, elsewhere "
+  "the next three flags do",
 )
 flags.DEFINE_string("coordinator", "", "host:port of the first process")
-flags.DEFINE_integer("processes", 0, "how many there are")
-flags.DEFINE_integer("process", -1, "which one this is, from 0")
+flags.DEFINE_integer("processes", 0, "number of processes")
+flags.DEFINE_integer("process", -1, "index of this process, from 0")
 flags.DEFINE_string(
-  "output", None, "decode: where the answers to --prompts_file go; standard output if not given"
+  "output", None, "decode: file for the answers to --prompts_file; default: standard output"
 )
 flags.DEFINE_string("timeline", None, "decode: draw the answer's threads in this .html or .svg file")
 
 
 def run() -> None:
-  """One call a mode. Errors that a user can mend are ValueErrors and OSErrors of one line."""
+  """Checks flags and settings, prepares JAX, and calls the mode. Errors that a user can correct are
+  ValueErrors and OSErrors of one line."""
+  mode = FLAGS.mode
+  config = from_flags(FLAGS.config)
+  if FLAGS.distributed and mode != "train":
+    raise ValueError(f"--distributed is for --mode=train, not {mode}")
+  if mode not in WITHOUT_WORKDIR and not FLAGS.workdir:
+    raise ValueError(f"--mode={mode} needs --workdir=FOLDER")
+  if FLAGS.limit:
+    config = with_changes(config, {"eval.limit": FLAGS.limit})
+  if FLAGS.distributed:  # before JAX is used
+    from pasta_jax.train import distributed
+
+    distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+  if mode != "compile":
+    _prepare()
+  MODES[mode](config, FLAGS)
+
+
+def _prepare() -> None:
+  """Keeps compiled programs between runs, and names the devices."""
   import jax
 
-  from pasta_jax.train import distributed
   from pasta_jax.utils.environment import cache_folder, use_compilation_cache
 
-  if FLAGS.distributed:
-    if FLAGS.mode != "train":
-      raise ValueError(f"--distributed is for --mode=train, not {FLAGS.mode}")
-    distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
-  if FLAGS.mode == "compile":
-    from pasta_jax.train.ahead import compile_steps
-
-    jax.config.update("jax_platforms", "cpu")
-    compile_steps(FLAGS.config)
-    return
   use_compilation_cache(cache_folder() / "compiled")
   logging.info("devices: %s", jax.devices())
-  if FLAGS.mode != "decode" and not FLAGS.workdir:
-    raise ValueError(f"--mode={FLAGS.mode} needs --workdir=FOLDER")
-  if FLAGS.limit:
-    FLAGS.config.eval.limit = FLAGS.limit
-  if FLAGS.mode == "train":
-    from pasta_jax.train import sft
-
-    sft.train(FLAGS.config, Path(FLAGS.workdir))
-  elif FLAGS.mode == "preference":
-    from pasta_jax.preference.rounds import optimise
-
-    optimise(FLAGS.config, Path(FLAGS.workdir))
-  elif FLAGS.mode == "eval":
-    from pasta_jax.evaluate.run import evaluate
-
-    evaluate(FLAGS.config, Path(FLAGS.workdir))
-  elif FLAGS.mode == "report":
-    from pasta_jax.evaluate.report import report
-
-    report.write(Path(FLAGS.workdir))
-  elif FLAGS.mode == "annotate":
-    from pasta_jax.data.annotate.run import annotate
-
-    annotate(FLAGS.config, Path(FLAGS.workdir))
-  elif FLAGS.mode == "build":
-    from pasta_jax.data.build import build
-    from pasta_jax.data.prompts import read_prompts
-    from pasta_jax.weights.checkpoint import load_checkpoint
-
-    avoid = FLAGS.config.dataset.avoid
-    build(
-      FLAGS.config,
-      Path(FLAGS.workdir),
-      load_checkpoint(FLAGS.config.model.source).vocabulary,
-      [r.prompt for r in read_prompts(avoid, part="dataset")] if avoid else [],
-    )
-  elif FLAGS.mode == "export":
-    from pasta_jax.decode.generator import adapter_path, source_of
-    from pasta_jax.weights.checkpoint import load_checkpoint
-    from pasta_jax.weights.export import export
-
-    adapter = FLAGS.config.model.adapter
-    said = export(
-      Path(FLAGS.workdir),
-      load_checkpoint(source_of(FLAGS.config, adapter)),
-      adapter_path(adapter),
-      **FLAGS.config.export,
-    )
-    print(f"{FLAGS.workdir}: {said}")
-  elif FLAGS.mode == "pilot":
-    from pasta_jax.evaluate.run import pilot
-
-    if FLAGS.prompts_file:
-      FLAGS.config.eval.prompts = FLAGS.prompts_file
-    if not pilot(FLAGS.config, Path(FLAGS.workdir)):
-      sys.exit(3)
-  else:
-    from pasta_jax.decode import command
-
-    for one, other in (("prompts_file", "prompt"), ("prompts_file", "timeline"), ("output", "prompt")):
-      if FLAGS[one].present and FLAGS[other].present:
-        raise ValueError(f"--{one} and --{other} do not go together")
-    if FLAGS.prompts_file:
-      command.decode_file(FLAGS.config, FLAGS.prompts_file, FLAGS.output)
-      return
-    prompt = FLAGS.prompt
-    if prompt is None and not sys.stdin.isatty():
-      prompt = sys.stdin.read()
-    if prompt is None:
-      raise ValueError('--mode=decode needs --prompt="…", --prompts_file=FILE, or a prompt on standard input')
-    command.decode_prompt(FLAGS.config, prompt, timeline=FLAGS.timeline)
 
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  from pasta_jax.train.loop import Stopped
-
-  logging.set_verbosity(logging.WARNING)  # orbax and jax tell a lot at INFO
+  logging.set_verbosity(logging.WARNING)  # orbax and jax write much at INFO
   try:
     run()
   except (ValueError, OSError, FloatingPointError) as error:
@@ -153,28 +225,9 @@ def main(argv: list[str]) -> None:
       raise
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1)
-  except Stopped as stopped:
-    print(stopped)
-    sys.exit(RESTART)
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
-
-
-# Settings under the names that they had before.
-ALIASES = {
-  "decode.slots": "decode.max_branches",
-  "decode.capacity": "decode.kv_capacity",
-  "decode.requests": "decode.batch_size",
-  "eval.requests": "eval.batch_size",
-  "eval.width": "eval.branch_width",
-  "preference.requests": "preference.decode_batch_size",
-  "preference.width": "preference.branch_width",
-  "preference.accumulate": "preference.grad_accum_steps",
-  "preference.clip": "preference.max_grad_norm",
-  "train.accumulate": "train.grad_accum_steps",
-  "train.clip": "train.max_grad_norm",
-}
 
 
 def current_name(argument: str) -> str:
@@ -194,7 +247,7 @@ def parse(argv: list[str]) -> list[str]:
   sys.argv[:] = argv  # where ml_collections looks for the fields that are set
   try:
     rest = app.parse_flags_with_usage(argv)
-    FLAGS.config.keys()  # a file that could not be loaded speaks up here
+    FLAGS.config.keys()  # loads the file: errors in it are raised here
     return rest
   except (AttributeError, KeyError, ValueError, OSError) as error:
     lines = str(error).replace("\\n", "\n").splitlines()

@@ -17,7 +17,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from configs.smollm2_135m import get_config  # noqa: E402
+from pasta_jax.config import Config, with_changes  # noqa: E402
 from pasta_jax.decode.generator import Model  # noqa: E402
 from pasta_jax.decode.scheduler import Scheduler  # noqa: E402
 from pasta_jax.utils.jsonl import read_jsonl  # noqa: E402
@@ -31,11 +31,9 @@ ROOT = Path(__file__).parent.parent
 def main(source: str) -> None:
   rows = read_jsonl(ROOT / "data" / "seed.jsonl")
   prompts = [rows[i * len(rows) // PROMPTS]["prompt"] for i in range(PROMPTS)]
-  config = get_config()
-  config.model.source = source
-  config.decode.update(
-    dtype="float32", repetition_penalty=1.0, no_repeat=0, promise_bias=0.0, max_new_tokens=TOKENS
-  )
+  decode = dict(dtype="float32", repetition_penalty=1.0, no_repeat=0, promise_bias=0.0, max_new_tokens=TOKENS)
+  changes = {"model.source": source} | {f"decode.{name}": value for name, value in decode.items()}
+  config = with_changes(Config(), changes)
   generator = Model(config, adapter="")
   encoded = [generator.encode(p) for p in prompts]
   traces = Scheduler(generator.interpreter(False), batch_size=10, branch_width=1).run(

@@ -26,6 +26,7 @@ import numpy as np  # noqa: E402
 from absl import app, flags, logging  # noqa: E402
 
 from configs import tiny  # noqa: E402
+from pasta_jax.config import from_flags  # noqa: E402
 from pasta_jax.train import loop, sft  # noqa: E402
 from pasta_jax.utils.progress import progress_bar  # noqa: E402
 
@@ -40,8 +41,8 @@ def train(workdir: Path, steps: int, done) -> None:
   from pasta_jax.utils.environment import use_compilation_cache
 
   use_compilation_cache(workdir.parent / "compiled")
-  config = tiny.get_config()
-  config.train.update(
+  flags = tiny.get_config()
+  flags.train.update(
     steps=steps, length=1024, checkpoint_every=1, data=str(ROOT / "data/seed.jsonl"), lora_rank=0
   )
   write = loop.MetricWriter.write
@@ -52,7 +53,7 @@ def train(workdir: Path, steps: int, done) -> None:
 
   loop.MetricWriter.write = and_count
   sys.stdout = sys.stderr = open(workdir.parent / "log", "a")  # noqa: SIM115
-  sft.train(config, workdir)
+  sft.train(from_flags(flags), workdir)
 
 
 def lines(workdir: Path) -> list[dict]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from absl import flags
-from helpers.folders import trained_config
+from helpers.folders import trained_config, with_fields
 from ml_collections import config_flags
 
 from configs.ablations import positions, preference
@@ -25,8 +25,15 @@ ROOT = Path(__file__).parent.parent
 def trained(tmp_path_factory):
   """A config whose adapter was trained by the trainer for four steps on the seed data, and its folder."""
   folder = tmp_path_factory.mktemp("modes")
-  config = trained_config(folder)
-  config.decode.update(max_new_tokens=40, max_branches=2, kv_capacity=1024, temperature=1.0, dtype="float32")
+  config = with_fields(
+    trained_config(folder),
+    "decode",
+    max_new_tokens=40,
+    max_branches=2,
+    kv_capacity=1024,
+    temperature=1.0,
+    dtype="float32",
+  )
   prompts = [
     {"id": str(i), "prompt": text} for i, text in enumerate(["Plan a trip.", "Why?", "Name three birds."])
   ]
@@ -83,14 +90,6 @@ def test_wrong_input_is_one_clear_error(trained, tmp_path):
   (tmp_path / "empty.jsonl").write_text('{"prompt": "a"}\n{"prompt": " "}\n')
   with pytest.raises(DecodeError, match="row 2: the prompt is empty"):
     command.decode_file(config, str(tmp_path / "empty.jsonl"), None)
-  for field, value, words in (
-    ("dtype", "bf16", "decode.dtype must be"),
-    ("batch_size", 0, "must be 1 or more"),
-  ):
-    wrong = config.copy_and_resolve_references()
-    wrong.decode[field] = value
-    with pytest.raises(DecodeError, match=words):
-      command.decode_file(wrong, str(folder / "prompts.jsonl"), None)
   with pytest.raises(DataError, match="no such data file"):
     command.decode_file(config, str(tmp_path / "none.jsonl"), None)
   with pytest.raises(AdapterError, match="no adapter file"):

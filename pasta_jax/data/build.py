@@ -7,6 +7,7 @@ workdir/report.html          figures, histograms and samples (`data.report`)
 
 import collections
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import rich.console
@@ -30,8 +31,6 @@ def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> di
   c = config.dataset
   if not c.train:
     raise DataError("name files of annotated rows: --config.dataset.train=FILE,FILE")
-  if not 0 <= c.validation_share < 1:
-    raise DataError(f"dataset.validation_share must be in [0, 1), not {c.validation_share}")
   target = workdir / Responses.name / str(Responses.VERSION)
   if target.exists():
     raise DataError(f"{target} exists already: name another --workdir")
@@ -71,10 +70,10 @@ def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> di
   return {"figures": figures, "rejected": causes}
 
 
-def _rows(files: str, vocabulary: Vocabulary, avoid: list[str], rejected: list[dict]) -> list[dict]:
+def _rows(files: Sequence[str], vocabulary: Vocabulary, avoid: list[str], rejected: list[dict]) -> list[dict]:
   """Usable rows of several files; the others are appended to `rejected`."""
   whole = Source()
-  for path in filter(None, (p.strip() for p in files.split(","))):
+  for path in files:
     source = read_instructions(path)
     for cause, names in source.faults.items():
       whole.faults[cause] += names

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pasta_jax.config.sections import ANNOTATIONS
 from pasta_jax.data import structure
 from pasta_jax.data.pipeline import parallel_map
 from pasta_jax.lang.cost import cost
@@ -18,7 +19,6 @@ from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.jsonl import DataError, read_jsonl
 
-ANNOTATIONS = ("plan", "structure", "none")
 _NUMBER = re.compile(r"\s*(?:\*\*|#{1,6} )?\(?\d{1,3}[.)]")
 
 
@@ -192,14 +192,14 @@ def examples(
   return Selection(chunked + plain[:room], too_long, too_slow, max(len(plain) - room, 0))
 
 
-def mix(files: str) -> list[dict]:
-  """Rows of several files, comma-separated: "a.jsonl*2,b.jsonl.gz" has the rows of the first file twice.
+def mix(files: Sequence[str]) -> list[dict]:
+  """Rows of several files: ["a.jsonl*2", "b.jsonl.gz"] has the rows of the first file twice.
 
   A folder is a data set of `data.build`: its split "train", or another as "folder:validation". Raises
   DataError.
   """
   rows: list[dict] = []
-  for entry in filter(None, (e.strip() for e in files.split(","))):
+  for entry in files:
     path, star, times = entry.partition("*")
     if star and not re.fullmatch("[0-9]+", times):
       raise DataError(f"data: {entry!r} is not of the form FILE or FILE*TIMES")

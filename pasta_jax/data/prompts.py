@@ -6,6 +6,7 @@ are `id` (MT-Bench: `question_id`) and `category` (AlpacaEval: `dataset`).
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 
 from pasta_jax.utils.jsonl import DataError, read_rows
 
@@ -21,13 +22,18 @@ class PromptTurn:
 
 
 def read_prompts(
-  path: str, *, limit: int = 0, categories: str = "", among: set[str] | None = None, part: str = "eval"
+  path: str,
+  *,
+  limit: int = 0,
+  categories: Sequence[str] = (),
+  among: set[str] | None = None,
+  part: str = "eval",
 ) -> list[PromptTurn]:
   """The turns of all prompts of a file, in order.
 
   Args:
     limit: number of prompts, spread evenly over the file; 0: all.
-    categories: the categories to keep, comma-separated; "": all.
+    categories: the categories to keep; none: all.
     among: the ids (of first turns) of the prompts to keep; None: all.
     part: section of the config, for messages.
 
@@ -35,14 +41,12 @@ def read_prompts(
   """
   if not path:
     raise DataError(f'name a file of JSON lines with "prompt": --config.{part}.prompts=FILE')
-  if limit < 0:
-    raise DataError(f"{part}.limit must be 0 (all prompts) or more, not {limit}")
   prompts = [_turns(row, number, path) for number, row in enumerate(read_rows(path))]
   if not prompts:
     raise DataError(f"{path} contains no prompt")
   if twice := [i for i, n in collections.Counter(p[-1].id for p in prompts).items() if n > 1]:
     raise DataError(f"{path}: two prompts have the id {twice[0]!r}")
-  if wanted := {c.strip() for c in categories.split(",") if c.strip()}:
+  if wanted := set(categories):
     there = {p[0].category for p in prompts}
     if wanted - there:
       raise DataError(

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from pasta_jax.config import Config, with_changes
 from pasta_jax.decode.interpreter import DecodeError, Interpreter
 from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import EVERY, Scheduler, decode
@@ -19,7 +20,7 @@ from pasta_jax.decode.trace import Trace
 from pasta_jax.decode.views.timeline import write_timeline
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
-from pasta_jax.model.transformer import DTYPES, set_matmul_precision
+from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.utils.environment import cache_folder, use_compilation_cache
 from pasta_jax.weights import build
 from pasta_jax.weights.adapter import read_adapter, weights_of
@@ -94,15 +95,12 @@ class Model:
 
       model = pasta_jax.load(); print(model.generate("Compare trains and planes.").text)
 
-  Made by `load`, or from the sections `model`, `positions` and `decode` of a config. Raises WeightsError or
+  Made by `load`, or from the sections `model`, `positions` and `decode` of a `Config`. Raises WeightsError or
   AdapterError when something cannot be loaded; DecodeError for a prompt that cannot be decoded.
   """
 
   def __init__(self, config, *, adapter: str | None = None, dtype: str = ""):
-    d = config.decode.copy_and_resolve_references()
-    d.dtype = dtype or d.dtype
-    if d.dtype not in DTYPES:
-      raise DecodeError(f"decode.dtype must be {' or '.join(DTYPES)}, not {d.dtype!r}")
+    d = dataclasses.replace(config.decode, dtype=dtype or config.decode.dtype)
     set_matmul_precision(d.dtype)
     self.adapter = config.model.adapter if adapter is None else adapter
     path = adapter_path(self.adapter)
@@ -246,14 +244,9 @@ class Model:
 
 def load(source: str | Path = DEFAULT_MODEL, adapter: str | None = None, **settings) -> Model:
   """The model of `pasta_jax.load`, which documents the arguments."""
-  from configs.smollm2_135m import get_config
-
-  config = get_config()
-  config.model.source = str(source)
-  config.model.adapter = DEFAULT_ADAPTERS.get(str(source), "") if adapter is None else str(adapter)
-  if unknown := sorted(settings.keys() - config.decode.keys()):
-    raise DecodeError(f"there is no setting decode.{unknown[0]}: there are {', '.join(config.decode)}")
-  config.decode.update(settings)
+  adapter = DEFAULT_ADAPTERS.get(str(source), "") if adapter is None else str(adapter)
+  changes = {f"decode.{name}": value for name, value in settings.items()}
+  config = with_changes(Config(), {"model.source": str(source), "model.adapter": adapter, **changes})
   if not jax.config.read("jax_compilation_cache_dir"):
     use_compilation_cache(cache_folder() / "compiled")
   return Model(config)

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pasta_jax.config.fields import check_rules
+from pasta_jax.config.sections import Decode
 from pasta_jax.lang.layout import PositionRule
 
 
@@ -18,9 +20,9 @@ class Limits:
   kv_buckets: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)  # pool entries; the last is the capacity
 
   def __post_init__(self):
-    for name in ("max_new_tokens", "max_threads", "max_topic"):
-      if getattr(self, name) < 1:
-        raise ValueError(f"decode.{name} must be at least 1, not {getattr(self, name)}")
+    check_rules(
+      Decode, "decode", {n: getattr(self, n) for n in ("max_new_tokens", "max_threads", "max_topic")}
+    )
     for name in ("branch_widths", "kv_buckets"):
       value = getattr(self, name)
       if not value or list(value) != sorted(set(value)) or value[0] < 1:
@@ -54,15 +56,7 @@ class SamplingConfig:
   seed: int = 0
 
   def __post_init__(self):
-    for name, ok, want in (
-      ("temperature", self.temperature >= 0, "0 or more"),
-      ("top_k", self.top_k >= 0, "0 or more"),
-      ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-      ("min_p", 0 <= self.min_p < 1, "in [0, 1)"),
-      ("repetition_penalty", self.repetition_penalty >= 1, "1 or more"),
-    ):
-      if not ok:
-        raise ValueError(f"decode.{name} must be {want}, not {getattr(self, name)}")
+    check_rules(Decode, "decode", vars(self))
 
 
 def specialise(features: StepFeatures, sampling: SamplingConfig) -> StepFeatures:

@@ -16,44 +16,24 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from pasta_jax.config import identity, with_changes
 from pasta_jax.data.prompts import PromptTurn, conversation, read_prompts
 from pasta_jax.decode.generator import DecodeError, Model, adapter_digest
 from pasta_jax.decode.interpreter import padded_length
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges import judging
 from pasta_jax.evaluate.report import report
-from pasta_jax.evaluate.systems.registry import System, entry_of, load_system
+from pasta_jax.evaluate.systems.registry import System, load_system
 from pasta_jax.utils.environment import machine, version
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import Records
-
-_FREE = (
-  "live",
-  "compare",
-  "batch_size",
-  "parallel",
-  "max_branches",
-  "speed",
-)  # fields of decode that no response depends on
-_PROMISES = (
-  "guard",
-  "max_depth",
-  "max_threads",
-  "max_topic",
-  "promise_bias",
-)  # that one without promises does not
 
 
 def evaluate(config, workdir: Path) -> dict:
   """Runs `config.eval` in `workdir` and returns the summary that it writes there
   (`evaluate.report.summarise_run`)."""
   e = config.eval
-  names = list(dict.fromkeys(s.strip() for s in [*e.systems.split(","), e.baseline] if s.strip()))
-  for name in names:
-    entry_of(config, name)
-  for field in ("batch_size", "branch_width"):
-    if e[field] < 1:
-      raise EvalError(f"eval.{field} must be 1 or more, not {e[field]}")
+  names = list(dict.fromkeys([*e.systems, e.baseline]))
   requests, timed = _requests(e)
   judges = judging.judges_of(config)
   for folder, with_clock in (
@@ -64,7 +44,7 @@ def evaluate(config, workdir: Path) -> dict:
       Records(workdir / folder / f"{name}.jsonl", settings_of(config, name, timed=with_clock)).missing(
         requests
       )
-  (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
+  (workdir / "config.json").write_text(config.to_json(indent=2))
   _note_run(workdir / "run.json", requests)
   answer(config, workdir, names, requests)
   if timed:
@@ -79,8 +59,6 @@ def _requests(e) -> tuple[list[PromptTurn], list[PromptTurn]]:
 
   Where a limit and a file of prompts to time are given, the limit is taken from the latter.
   """
-  if e.timed < -1:
-    raise EvalError(f"eval.timed must be a number of prompts, or -1 for all, not {e.timed}")
   requests = read_prompts(e.prompts, categories=e.categories)
   chosen = requests
   if e.timed_prompts:
@@ -110,8 +88,7 @@ def _note_run(path: Path, requests: list[PromptTurn]) -> None:
 
 def decode_settings(config, *, parallel: bool) -> dict:
   """The fields of `config.decode` that an answer depends on, with promises (`parallel`) or without."""
-  free = _FREE if parallel else (*_FREE, *_PROMISES)
-  return {f"decode.{k}": v for k, v in config.decode.items() if k not in free}
+  return {f"decode.{k}": v for k, v in identity(config.decode, promises=parallel).items()}
 
 
 def settings_of(config, name: str, *, timed: bool) -> dict:
@@ -123,13 +100,13 @@ def settings_of(config, name: str, *, timed: bool) -> dict:
     "adapter's sha256": adapter_digest(entry.adapter),  # not its path: a run's folder may be moved
   }
   if entry.decode == "parallel":
-    out |= {f"positions.{k}": v for k, v in config.positions.items()}
+    out |= {f"positions.{k}": v for k, v in identity(config.positions).items()}
   out |= decode_settings(config, parallel=entry.decode == "parallel")
-  if (speed := entry.get("speed", config.decode.speed)) >= 0:
+  if (speed := config.decode.speed if entry.speed is None else entry.speed) >= 0:
     out["decode.speed"] = speed
   out["decode.dtype"] = config.decode.dtype if timed else e.dtype
   if entry.decode == "skeleton":
-    out |= {f"skeleton.{k}": v for k, v in config.skeleton.items()}
+    out |= {f"skeleton.{k}": v for k, v in identity(config.skeleton).items()}
   if timed:
     out |= {
       "repeats": e.repeats,
@@ -218,15 +195,17 @@ def pilot(config, workdir: Path) -> bool:
   Raises EvalError if neither is given. Times every prompt unless `eval.timed` says how many.
   """
   e = config.eval
-  if not [n for n in e.systems.split(",") if n.strip() not in ("", e.baseline)]:
-    raise EvalError(f"eval.systems={e.systems!r} names no system to compare with the baseline {e.baseline!r}")
+  if not [n for n in e.systems if n != e.baseline]:
+    raise EvalError(
+      f"eval.systems={','.join(e.systems)} names no system to compare with the baseline {e.baseline!r}"
+    )
   if not e.min_quality and not e.min_speedup:
     raise EvalError(
       "say what the pilot must reach: --config.eval.min_quality=45 (win rate, %) and "
       "--config.eval.min_speedup=1.2 (by the clock)"
     )
   if e.min_speedup and not e.timed:
-    e.timed = -1
+    config = with_changes(config, {"eval.timed": -1})
   if e.min_quality and not e.judges:
     raise EvalError("eval.min_quality needs a judge: --config.eval.judges=local")
   summary = evaluate(config, workdir)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pasta_jax.config.sections import STRATEGIES
 from pasta_jax.lang.automaton import MAX_DECLARED, TokenTable
 from pasta_jax.lang.thread import Thread, serialise
 
-STRATEGIES = ("pred_10x", "pred_1x", "fixed", "oracle", "max", "sum")
 NO_TARGET = -1
 
 

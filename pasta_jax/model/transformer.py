@@ -57,9 +57,6 @@ class TagParam(nnx.Param):
   """Vocabulary rows of PASTA's tags."""
 
 
-DTYPES = ("float32", "bfloat16")
-
-
 def set_matmul_precision(dtype: str, backend: str = "") -> None:
   """Computes float32 products in float32 on TPU and newer GPUs (`backend`, or this machine's), which
   otherwise round the operands.

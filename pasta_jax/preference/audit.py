@@ -1,13 +1,13 @@
 """Sampled answers under the trainer's forward pass: does it agree with the decode loop, how far did policies
 go, and what did they learn?"""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import jax
-import ml_collections
 import numpy as np
 
 from pasta_jax.data.packing import pack_row
@@ -39,7 +39,7 @@ def token_log_likelihoods(
   """(targets, the trainer's log p of each) of sampled answers under the policy `adapter`, in
   `preference.sample_dtype`."""
   vocabulary = checkpoint.vocabulary
-  c = ml_collections.ConfigDict(config.preference.to_dict() | {"dtype": config.preference.sample_dtype})
+  c = dataclasses.replace(config.preference, dtype=config.preference.sample_dtype)
   set_matmul_precision(c.dtype)
   graph, trainable, frozen = make_model(checkpoint, vocabulary, c, adapter=adapter)
   rule = PositionRule(**json.loads(read_metadata(adapter)["positions"]))

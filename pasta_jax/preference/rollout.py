@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pasta_jax.config.sections import share_of
 from pasta_jax.data.prompts import PromptTurn
 from pasta_jax.decode.generator import Model, adapter_digest
 from pasta_jax.decode.record import to_record
@@ -39,16 +40,6 @@ def sample_record(trace: Trace, vocabulary: Vocabulary) -> dict:
     "log_p": float(sum(np.nansum(t.log_p, dtype=np.float64) for t in trace.threads)),
     "trace": to_json(trace),
   }
-
-
-def share_of(share: str) -> tuple[int, int] | None:
-  """`config.preference.share`, such as "2/3", as (2, 3); None for all. Raises ValueError, one line."""
-  if not share:
-    return None
-  number, _, count = share.partition("/")
-  if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-    raise ValueError(f'preference.share={share!r}: write "2/3" for the second of three shares of the prompts')
-  return int(number), int(count)
 
 
 def _own(requests: Sequence[PromptTurn], share: tuple[int, int] | None) -> Sequence[PromptTurn]:

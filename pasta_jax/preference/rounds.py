@@ -27,23 +27,21 @@ import rich.box
 import rich.console
 import rich.table
 
+from pasta_jax.config import System, identity
 from pasta_jax.data.pairs import PreferencePair
 from pasta_jax.data.prompts import PromptTurn, read_prompts
 from pasta_jax.decode.generator import adapter_path, source_of, with_speed
 from pasta_jax.evaluate.judges.judging import judges_of
 from pasta_jax.evaluate.run import evaluate
 from pasta_jax.lang.layout import PositionRule
-from pasta_jax.model.transformer import DTYPES
 from pasta_jax.preference import audit, front, rollout, selection
-from pasta_jax.preference.score import SPEEDUPS, StepCost
+from pasta_jax.preference.score import StepCost
 from pasta_jax.train.metrics import last_scalars
-from pasta_jax.train.preference import check_settings, mesh_for, recipe, train_on_pairs
+from pasta_jax.train.preference import mesh_for, train_on_pairs
 from pasta_jax.utils.files import write_json_atomic
 from pasta_jax.utils.records import agree
 from pasta_jax.weights.adapter import has_tags, read_metadata
 from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
-
-STAGES = ("sample", "judge", "train", "eval")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,56 +58,19 @@ class Policy:
 
 
 def policies(config) -> list[Policy]:
-  """The policies that `config.preference` asks for: one a weight, or one for all. Raises ValueError, one
-  line."""
+  """The policies that `config.preference` asks for: one for each weight, or one for all."""
   c = config.preference
-  try:
-    weights = [float(w) for w in str(c.weights).split(",") if w.strip()]
-  except ValueError:
-    weights = []
-  if not weights or min(weights) < 0 or len(set(weights)) < len(weights) or any(map(math.isnan, weights)):
-    raise ValueError(
-      f"preference.weights={c.weights!r}: give weights of quality, each once, such as 1,2,4,8,inf"
-    )
   if c.conditioned:
-    return [Policy("conditioned", tuple(weights), True)]
-  return [Policy(f"weight_{w:g}", (w,), False) for w in weights]
+    return [Policy("conditioned", c.weights, True)]
+  return [Policy(f"weight_{w:g}", (w,), False) for w in c.weights]
 
 
-def _check(config) -> tuple[list[str], StepCost | None]:
-  """(stages to run, step cost or None); ValueError, one line, for settings that cannot be used."""
-  c = config.preference
-  stages = [s.strip() for s in c.stages.split(",") if s.strip()]
-  for s in stages:
-    if s not in STAGES:
-      raise ValueError(f"preference.stages: {s!r} is none of {', '.join(STAGES)}")
-  for field, least in (
-    ("rounds", 1),
-    ("samples", 2),
-    ("decode_batch_size", 1),
-    ("branch_width", 1),
-    ("audit", 0),
-  ):
-    if c[field] < least:
-      raise ValueError(f"preference.{field} must be {least} or more, not {c[field]}")
-  if rollout.share_of(c.share) and stages != ["sample"]:
-    raise ValueError(
-      f"preference.share={c.share!r} is for samples: give --config.preference.stages=sample too, and "
-      "the other stages without a share"
-    )
-  check_settings(c)
-  if "train" in stages:
-    mesh_for(config)
-  if c.sample_dtype not in DTYPES:
-    raise ValueError(f"preference.sample_dtype must be {' or '.join(DTYPES)}, not {c.sample_dtype!r}")
-  if not c.temperature > 0:
-    raise ValueError("preference.temperature must be above 0: at 0 all samples of a prompt are the same")
+def _step_cost(c) -> StepCost | None:
+  """The step cost for `score="clock"`. Raises ValueError, one line, if its file cannot be read."""
   if c.score != "clock":
-    if c.score not in SPEEDUPS:
-      raise ValueError(f"preference.score must be one of {', '.join(SPEEDUPS)}, clock, not {c.score!r}")
-    return stages, None
+    return None
   try:
-    return stages, StepCost(**json.loads(Path(c.cost).read_text()))
+    return StepCost(**json.loads(Path(c.cost).read_text()))
   except (OSError, ValueError, TypeError) as error:
     raise ValueError(
       "preference.score=clock needs preference.cost=FILE, which the benchmark writes with --cost=FILE "
@@ -122,7 +83,9 @@ class _Job:
 
   def __init__(self, config, workdir: Path):
     self.config, self.workdir = config, workdir
-    self.stages, self.cost = _check(config)
+    self.stages, self.cost = config.preference.stages, _step_cost(config.preference)
+    if "train" in self.stages:
+      mesh_for(config)
     self.policies = policies(config)
     judges = judges_of(config)
     if not judges:
@@ -180,7 +143,7 @@ class _Job:
       "cost": dataclasses.asdict(self.cost) if self.cost else None,
     }
     out |= {f"judge.{k}": v for k, v in self.judge.settings.items()}
-    return out | {f"preference.{k}": v for k, v in recipe(self.config.preference).items()}
+    return out | {f"preference.{k}": v for k, v in identity(self.config.preference).items()}
 
 
 def optimise(config, workdir: Path) -> None:
@@ -188,7 +151,7 @@ def optimise(config, workdir: Path) -> None:
   workdir = workdir.expanduser()
   job = _Job(config, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
+  (workdir / "config.json").write_text(config.to_json(indent=2))
   for number in range(1, config.preference.rounds + 1):
     for policy in job.policies:
       if job.done(policy, number - 1):
@@ -311,19 +274,18 @@ def _learned(job: _Job, before: Path, after: Path, picked: list[tuple[dict, dict
 
 def _evaluate(job: _Job, number: int) -> None:
   """Every policy up to a round on the prompts of `config.eval`, beside the start and the baseline."""
-  config = job.config.copy_and_resolve_references()
-  with config.unlocked():
-    names = ["start"]
-    config.systems.start = dict(adapter=config.model.adapter, decode="parallel")
-    for n in range(1, number + 1):
-      for policy in job.policies:
-        for weight in policy.weights:
-          speed = policy.speed(weight)
-          name = f"{policy.name}{f'_speed{speed}' if speed >= 0 else ''}_round{n}"
-          asked = {"speed": speed} if speed >= 0 else {}
-          config.systems[name] = dict(adapter=str(job.adapter(policy, n)), decode="parallel", **asked)
-          names.append(name)
-  config.eval.systems = ",".join(names)
+  systems = {"start": System(job.config.model.adapter)}
+  for n in range(1, number + 1):
+    for policy in job.policies:
+      for weight in policy.weights:
+        speed = policy.speed(weight)
+        name = f"{policy.name}{f'_speed{speed}' if speed >= 0 else ''}_round{n}"
+        systems[name] = System(str(job.adapter(policy, n)), speed=speed if speed >= 0 else None)
+  config = dataclasses.replace(
+    job.config,
+    systems={**job.config.systems, **systems},
+    eval=dataclasses.replace(job.config.eval, systems=tuple(systems)),
+  )
   evaluate(config, job.workdir / "eval")
   if found := front.points([job.workdir / "eval"]):
     for form in ("svg", "png"):

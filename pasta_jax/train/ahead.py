@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.table import Table
 
+from pasta_jax.config import with_changes
 from pasta_jax.lang.syntax import TAG_TEXTS
 from pasta_jax.model import lora
 from pasta_jax.model.config import ModelConfig
@@ -32,7 +33,6 @@ from pasta_jax.train.state import TrainState, make_optimizer, split
 from pasta_jax.weights.checkpoint import load_checkpoint
 from pasta_jax.weights.hf_config import read_config
 
-STAGES = ("train", "preference")
 # libtpu asks no metadata server for a machine that it is not on, and processes need not wait for each other.
 _ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
@@ -65,20 +65,16 @@ def compile_steps(config) -> list[Compiled]:
   Raises ValueError, one line, if the compiler is not installed, does not know the topology, or finds that a
   step does not fit the chips' memory.
   """
-  stages = [s.strip() for s in config.compile.stages.split(",")]
-  if unknown := [s for s in stages if s not in STAGES]:
-    raise ValueError(f"compile.stages takes {' and '.join(STAGES)}, not {unknown[0]!r}")
-  config = config.copy_and_resolve_references()
-  for section in (config.train, config.preference):
-    section.attention = "tpu" if section.attention == "auto" else section.attention
-  for stage in stages:
-    (sft if stage == "train" else preference).check_settings(config[stage])
-    if config[stage].attention == "gpu":
+  stages = config.compile.stages
+  for stage in ("train", "preference"):
+    kind = getattr(config, stage).attention
+    config = with_changes(config, {f"{stage}.attention": "tpu" if kind == "auto" else kind})
+    if kind == "gpu" and stage in stages:
       raise ValueError(f"{stage}.attention=gpu is not for TPUs: leave it at auto")
   model = model_config(config.model.source)
   devices = topology(config.compile.topology)
   mesh = Mesh(
-    np.array(devices).reshape(mesh_shape(config.mesh, len(devices))),
+    np.array(devices).reshape(mesh_shape(vars(config.mesh), len(devices))),
     AXES,
     axis_types=(AxisType.Auto,) * len(AXES),
   )

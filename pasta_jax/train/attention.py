@@ -14,23 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from pasta_jax.config.sections import ATTENTION
 from pasta_jax.lang.layout import is_visible
 from pasta_jax.model import flash, tiles
 from pasta_jax.model.attention import chunked_attention, dense_attention, sliding_window_mask
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.transformer import DTYPES, REMAT, Attend
+from pasta_jax.model.transformer import Attend
 from pasta_jax.train.sharding import ROWS, constrain_rows, divides
 
 Batch = Mapping[str, jax.Array]  # the fields of data.packing.PackedBatch
-KINDS = ("auto", "chunked", "tpu", "gpu", "interpret", "dense")
-
-
-def check_how(config, name: str) -> None:
-  """Raises ValueError, one line, for `dtype`, `remat` and `attention` of a config's section (`name`) that are
-  none."""
-  for field, choices in (("dtype", DTYPES), ("remat", REMAT), ("attention", KINDS)):
-    if config[field] not in choices:
-      raise ValueError(f"{name}.{field} must be one of {', '.join(choices)}, not {config[field]!r}")
 
 
 def check_machine(config, name: str) -> None:
@@ -73,10 +65,10 @@ def make_attend(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
     )
   elif kind == "chunked":
     attend = chunked_attention(masked_intervals(batch), positions, config, dtype)
-  elif kind in KINDS:
+  elif kind in ATTENTION:
     attend = _by_kernel(kind, batch, config, dtype)
   else:
-    raise ValueError(f"no program for attention is called {kind!r}, only {', '.join(KINDS)}")
+    raise ValueError(f"no program for attention is called {kind!r}, only {', '.join(ATTENTION)}")
 
   def pinned(cache, q, k, v, local):
     q, k, v = (constrain_rows(x, None, "tensor") for x in (q, k, v))

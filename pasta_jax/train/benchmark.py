@@ -6,6 +6,7 @@ packed into a row. Then whole training steps: tokens a second, and their share o
 Medians; what is compared is measured in turns.
 """
 
+import dataclasses
 import json
 import statistics
 import time
@@ -21,6 +22,7 @@ from absl import app, flags
 from ml_collections import config_flags
 from rich.table import Table
 
+from pasta_jax.config import from_flags
 from pasta_jax.data.examples import examples
 from pasta_jax.data.packing import PackedBatch, fill_rows, pack_row
 from pasta_jax.lang.layout import PositionRule
@@ -154,8 +156,13 @@ def measure_attention(checkpoint: Checkpoint) -> list[dict[str, Any]]:
 def measure_step(checkpoint: Checkpoint, what: str) -> dict[str, Any]:
   """Figures of a training step, "full" or "lora" and a dtype."""
   kind, dtype = what.split()
-  c = FLAGS.config.train
-  c.update(lora_rank=0 if kind == "full" else 16, dtype=dtype, batch_size=FLAGS.rows, length=FLAGS.length)
+  c = dataclasses.replace(
+    from_flags(FLAGS.config).train,
+    lora_rank=0 if kind == "full" else 16,
+    dtype=dtype,
+    batch_size=FLAGS.rows,
+    length=FLAGS.length,
+  )
   set_matmul_precision(dtype)
   mesh = make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
   graph, trainable, frozen = make_model(checkpoint, checkpoint.vocabulary, c, mesh=mesh)

@@ -10,10 +10,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pasta_jax.config import current_names
 from pasta_jax.data.pipeline import Batch, DataIterator
 from pasta_jax.train import distributed
 from pasta_jax.train.metrics import MetricWriter
@@ -104,13 +105,6 @@ def run_steps(
   return state
 
 
-def check_counts(config, section: str, least: Mapping[str, int]) -> None:
-  """Raises ValueError, one line, for a field of a config's section that is below the least that it may be."""
-  for field, n in least.items():
-    if config[field] < n:
-      raise ValueError(f"{section}.{field} must be {n} or more, not {config[field]}")
-
-
 def checked_workdir(workdir: str | Path | None) -> Path:
   """The run's folder, which need not exist yet. Raises ValueError if it cannot be made or written."""
   if workdir is None or not str(workdir):
@@ -128,15 +122,15 @@ def _write_config(path: Path, config, first: int) -> None:
   """Writes the resolved config; says which settings differ from those that a resumed run began with."""
   if first and path.exists():
     try:
-      before = _flat(json.loads(path.read_text()))
+      before = current_names(_flat(json.loads(path.read_text())))
     except ValueError:
       before = {}
-    now = _flat(json.loads(config.to_json_best_effort()))
+    now = _flat(config.to_dict())
     changed = [k for k in sorted(before.keys() & now.keys()) if before[k] != now[k]]
     if changed:
       changes = ", ".join(f"{k} {before[k]} -> {now[k]}" for k in changed)
       print(f"resuming behind step {first} with other settings than before: {changes}")
-  write_atomic(path, config.to_json_best_effort(indent=2))
+  write_atomic(path, config.to_json(indent=2))
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, object]:

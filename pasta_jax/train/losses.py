@@ -20,7 +20,7 @@ def token_log_likelihood(
   model: Transformer, batch: Batch, *, chunk: int = 1024, remat: str = "none", attention: str = "auto"
 ) -> tuple[jax.Array, jax.Array]:
   """(log p of each target [B, T], whether it is the model's first choice [B, T]); zero where none is. `remat`
-  is one of `decoder.REMAT`, `attention` of `attention.KINDS`.
+  is one of `decoder.REMAT`, `attention` of `config.sections.ATTENTION`.
 
   The vocabulary's logits are formed for about `chunk` tokens at a time, as many of each row, and recomputed
   in the backward pass, so that memory stays at chunk x V.

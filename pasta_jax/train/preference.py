@@ -16,14 +16,15 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from pasta_jax.config import identity
 from pasta_jax.data.pairs import PairBatches, PreferencePair
 from pasta_jax.data.pipeline import Batch, DataIterator, fingerprint
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import set_matmul_precision
-from pasta_jax.train.attention import check_how, check_machine
-from pasta_jax.train.loop import check_counts, checked_workdir, run_steps
-from pasta_jax.train.preference_loss import LOSSES, answer_log_likelihood, default_beta, preference_loss
+from pasta_jax.train.attention import check_machine
+from pasta_jax.train.loop import checked_workdir, run_steps
+from pasta_jax.train.preference_loss import answer_log_likelihood, default_beta, preference_loss
 from pasta_jax.train.sft import export, positions_of
 from pasta_jax.train.sharding import check_rows, make_mesh, shard_put_batch
 from pasta_jax.train.state import (
@@ -95,30 +96,11 @@ def _reference_key(pair: PreferencePair) -> str:
   return hashlib.sha256(b"".join(parts)).hexdigest()[:24]
 
 
-def check_settings(c) -> None:
-  """Raises ValueError, one line, for what training on pairs cannot use of `config.preference`, on any
-  machine."""
-  if c.loss not in LOSSES:
-    raise ValueError(f"preference.loss must be one of {', '.join(LOSSES)}, not {c.loss!r}")
-  check_how(c, "preference")
-  if not 0 <= c.alpha <= 1 or c.beta < 0:
-    raise ValueError(
-      f"preference.alpha must be in [0, 1] and preference.beta 0 or more, not {c.alpha} and {c.beta}"
-    )
-  check_counts(
-    c,
-    "preference",
-    dict(batch_size=2, grad_accum_steps=1, length=1, loss_chunk=1, checkpoint_every=1, steps=0, lora_rank=0),
-  )
-  if not c.steps and c.epochs <= 0:
-    raise ValueError("preference.epochs must be above 0, or preference.steps say how many steps")
-
-
 def mesh_for(config) -> Mesh:
   """The devices that train. Raises ValueError, one line, if they do not fit `config.mesh`, the batch's rows
   and the program for attention."""
   check_machine(config.preference, "preference")
-  mesh = make_mesh(config.mesh)
+  mesh = make_mesh(vars(config.mesh))
   check_rows(mesh, config.preference.batch_size, "preference.batch_size")
   return mesh
 
@@ -141,7 +123,6 @@ def train_on_pairs(
   or folders that cannot be used.
   """
   c = config.preference
-  check_settings(c)
   mesh = mesh_for(config)
   set_matmul_precision(c.dtype)
   workdir = checked_workdir(workdir)
@@ -189,7 +170,7 @@ def train_on_pairs(
     }
 
   state = init_train_state(mesh, trainable, optimiser)
-  metadata = {"preference": json.dumps(recipe(c)), **positions_of(rule), **notes}
+  metadata = {"preference": json.dumps(identity(c)), **positions_of(rule), **notes}
   with jax.set_mesh(mesh):
     feed = DataIterator(
       batches,
@@ -209,22 +190,3 @@ def train_on_pairs(
     )
   model = compute_model(graph, state.trainable, frozen, jnp.float32)
   export(workdir, model, checkpoint.tokenizer, full=c.lora_rank == 0, metadata=metadata)
-
-
-def recipe(c) -> dict:
-  """The settings of `config.preference` that an adapter depends on; of files the names only."""
-  found = json.loads(c.to_json_best_effort())
-  for field in (
-    "stages",
-    "audit",
-    "decode_batch_size",
-    "branch_width",
-    "rounds",
-    "weights",
-    "share",
-    "checkpoint_every",
-  ):
-    del found[field]
-  for field in ("prompts", "cost"):
-    found[field] = Path(found[field]).name
-  return found

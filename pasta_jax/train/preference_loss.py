@@ -18,10 +18,10 @@ which a shift of all tokens alike leaves as it is, and which is the sum where bo
 import jax
 import jax.numpy as jnp
 
+from pasta_jax.config.sections import LOSSES
 from pasta_jax.model.transformer import Transformer
 from pasta_jax.train.losses import Batch, token_log_likelihood
 
-LOSSES = ("bonbon", "ipo", "dpo")
 _DPO_BETA = 0.1
 
 

@@ -15,15 +15,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from pasta_jax.config import identity
 from pasta_jax.data.examples import examples, mix
 from pasta_jax.data.packing import PackedBatches, single_batches
 from pasta_jax.data.pipeline import Batch, DataIterator, fingerprint
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.model.transformer import Transformer, set_matmul_precision
 from pasta_jax.train import distributed
-from pasta_jax.train.attention import check_how, check_machine
+from pasta_jax.train.attention import check_machine
 from pasta_jax.train.flops import chip, step_flops
-from pasta_jax.train.loop import check_counts, checked_workdir, run_steps
+from pasta_jax.train.loop import checked_workdir, run_steps
 from pasta_jax.train.losses import sft_loss
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.sharding import check_rows, local_rows, make_mesh, shard_put_batch
@@ -57,26 +58,6 @@ def make_update(graph, optimiser: optax.GradientTransformation, config):
   return make_step(one, optimiser, over="tokens", means=means), evaluate
 
 
-def check_settings(c) -> None:
-  """Raises ValueError, one line, for what SFT cannot use of `config.train`, on any machine."""
-  check_how(c, "train")
-  check_counts(
-    c,
-    "train",
-    dict(
-      batch_size=1,
-      grad_accum_steps=1,
-      length=1,
-      loss_chunk=1,
-      validate_every=1,
-      checkpoint_every=1,
-      workers=0,
-      steps=0,
-      lora_rank=0,
-    ),
-  )
-
-
 def train(config, workdir: str | Path | None) -> dict[str, float]:
   """Runs `config.train` to its last step in `workdir`; returns the metrics of that step, in the first
   process.
@@ -88,10 +69,9 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   then as it was.
   """
   c = config.train
-  check_settings(c)
   check_machine(c, "train")
   set_matmul_precision(c.dtype)
-  mesh = make_mesh(config.mesh)
+  mesh = make_mesh(vars(config.mesh))
   check_rows(mesh, c.batch_size, "train.batch_size")
   workdir = checked_workdir(workdir)  # before minutes of loading
   rows, held_out_rows = mix(c.data), mix(c.validation)
@@ -113,7 +93,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
     f"speedup below {c.min_speedup}, {selection.too_plain} beyond the share of plain ones"
   )
   if not data:
-    raise ValueError(f"no example of train.data={c.data!r} is left to train on ({left_out})")
+    raise ValueError(f"no example of train.data={','.join(c.data)!r} is left to train on ({left_out})")
   levels = max(e.masked_intervals.shape[1] for e in data + held_out)
   shape = dict(batch_size=c.batch_size, length=c.length, levels=levels)
   batches, share = PackedBatches(data, seed=c.seed, **shape), local_rows(mesh, c.batch_size)
@@ -151,7 +131,7 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
       scalars["validation_accuracy"] = sum(float(s["correct"]) for s in sums) / tokens
     return state, scalars
 
-  metadata = {"train": _recipe(config)} | (positions_of(rule) if c.annotation != "none" else {})
+  metadata = {"train": json.dumps(identity(c))} | (positions_of(rule) if c.annotation != "none" else {})
   with jax.set_mesh(mesh):
     feed = DataIterator(
       lambda i: batches(i, share).as_dict(),
@@ -199,12 +179,3 @@ def export(
         of_weights.update(hashlib.file_digest(file, "sha256").digest())
     metadata = metadata | {"base": "model", "base's sha256": of_weights.hexdigest()}
   save_adapter(workdir / "adapter.safetensors", model, metadata)
-
-
-def _recipe(config) -> str:
-  """The settings of training for an adapter's header; of files the names only: it goes where their folders
-  are not."""
-  recipe = json.loads(config.to_json_best_effort())["train"]
-  for field in ("data", "validation"):
-    recipe[field] = ",".join(Path(entry).name for entry in recipe[field].split(",") if entry)
-  return json.dumps(recipe)

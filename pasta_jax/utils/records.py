@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from pasta_jax.config import current_names
 from pasta_jax.utils.files import write_json_atomic
 from pasta_jax.utils.jsonl import DataError, append_row, read_finished_lines
 
@@ -44,7 +45,7 @@ def agree(what: Path, beside: Path, settings: dict[str, Any]) -> None:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-  return json.loads(path.read_text())
+  return current_names(json.loads(path.read_text()))
 
 
 def settings_beside(path: Path) -> Path:

@@ -13,13 +13,12 @@ import ml_dtypes  # noqa: F401  (makes "bfloat16" a type of NumPy's)
 import numpy as np
 from safetensors.numpy import save_file
 
-from pasta_jax.model.transformer import DTYPES
+from pasta_jax.config.sections import DTYPES, EXPORTS
 from pasta_jax.utils.files import atomic_folder
 from pasta_jax.weights.adapter import Adapter, Merged, read_adapter
 from pasta_jax.weights.checkpoint import Checkpoint
 from pasta_jax.weights.hf_folder import hf_name, peft_prefix, save_hf_folder
 
-FORMS = ("merged", "peft")
 # Metadata of an adapter's file itself, not of its training.
 _FILE_METADATA = ("format", "scale", "model", "base", "base's sha256")
 
@@ -37,9 +36,9 @@ def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: 
     does not
       fit (AdapterError).
   """
-  if form not in FORMS or dtype not in DTYPES:
+  if form not in EXPORTS or dtype not in DTYPES:
     raise ValueError(
-      f"export.form is {' or '.join(FORMS)} and export.dtype {' or '.join(DTYPES)}, not {form!r} and "
+      f"export.form is {' or '.join(EXPORTS)} and export.dtype {' or '.join(DTYPES)}, not {form!r} and "
       f"{dtype!r}"
     )
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import loopback
+from helpers.folders import with_fields
 from helpers.loopback import KEY
 from hypothesis import given
 from hypothesis import strategies as st
 from test_language import BYTES
 
-from configs.smollm2_135m import get_config
+from pasta_jax.config import Config
 from pasta_jax.data.annotate import check, measure, plan, prompts, units
 from pasta_jax.data.annotate.contexts import contexts
 from pasta_jax.data.annotate.run import _spread, annotate
@@ -251,9 +252,8 @@ def server(monkeypatch):
 def config_for(server, tmp_path: Path, rows, **changes):
   data = tmp_path / "raw.jsonl"
   data.write_text("".join(json.dumps({k: r[k] for k in ("id", "prompt", "response")}) + "\n" for r in rows))
-  config = get_config()
-  config.annotate.update(data=str(data), model="m", url=server.url, demonstrations=str(SEED), **changes)
-  return config
+  fields = dict(data=str(data), model="m", url=server.url, demonstrations=str(SEED)) | changes
+  return with_fields(Config(), "annotate", **fields)
 
 
 @pytest.mark.parametrize("kind", ["openai", "gemini"])
@@ -348,12 +348,11 @@ def test_the_check_removes_chunks_and_adds_syncs(server, tmp_path: Path):
 
 
 def test_form_alone_needs_no_server(tmp_path: Path):
-  config = get_config()
-  config.annotate.update(data=str(SEED), kind="structure", against=str(SEED))
+  config = with_fields(Config(), "annotate", data=str(SEED), kind="structure", against=str(SEED))
   report = annotate(config, tmp_path / "run")
   assert report["figures"]["rows"] == 270 and report["figures"]["with_syncs"] == 0
   assert 0.2 < report["agreement"]["precision"] < 0.9 and 0.2 < report["agreement"]["recall"] < 0.9
-  config.annotate.limit = 30
+  config = with_fields(config, "annotate", limit=30)
   with pytest.raises(DataError, match="was made with"):
     annotate(config, tmp_path / "run")
 
@@ -379,8 +378,6 @@ def test_unusable_settings_are_one_line(server, tmp_path: Path, monkeypatch):
     (dict(per_minute=-1), "per_minute"),
     (dict(demonstrations="none.jsonl"), "no such data file"),
   ):
-    config = config_for(server, tmp_path, ROWS[:2])
-    config.annotate.update(changes)
     with pytest.raises(ValueError, match=message):
-      annotate(config, tmp_path / "run")
+      annotate(config_for(server, tmp_path, ROWS[:2], **changes), tmp_path / "run")
   assert not (tmp_path / "run").exists() and not server.calls

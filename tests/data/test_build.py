@@ -9,8 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from helpers.folders import with_fields
 
-from configs.smollm2_135m import get_config
+from pasta_jax.config import Config
 from pasta_jax.data import build, dataset, report
 from pasta_jax.data.examples import mix, program_of
 from pasta_jax.data.sources import read_instructions
@@ -27,8 +28,7 @@ def vocabulary(smollm2_checkpoint):
 
 
 def built(workdir: Path, vocabulary, avoid=(), **changes) -> dict:
-  config = get_config()
-  config.dataset.update(dict(train=str(SEED)) | changes)
+  config = with_fields(Config(), "dataset", **dict(train=str(SEED)) | changes)
   return build.build(config, workdir, vocabulary, list(avoid))
 
 
@@ -55,11 +55,11 @@ def test_every_row_comes_back(whole):
     assert {key: row[key] for key in ("prompt", "response", "chunks", "syncs", "source")} == {
       key: seed[key] for key in ("prompt", "response", "chunks", "syncs", "source")
     }
-  assert mix(f"{target}*2,{target}:validation") == train * 2 + held_out
+  assert mix([f"{target}*2", f"{target}:validation"]) == train * 2 + held_out
   with pytest.raises(DataError, match="has no split 'test', only train, validation"):
-    mix(f"{target}:test")
+    mix([f"{target}:test"])
   with pytest.raises(DataError, match="is not a data set of --mode=build"):
-    mix(str(folder))
+    mix([str(folder)])
   metadata = json.loads((target / "metadata.json").read_text())
   assert metadata["figures"]["train"]["rows"] == len(train)
 
@@ -144,7 +144,7 @@ def test_unusable_settings_are_one_line(vocabulary, tmp_path: Path):
     (dict(train="none.jsonl"), "no such data file: none.jsonl"),
     (dict(validation=str(SEED)), "no row is left for train"),
   ):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ValueError, match=message):
       built(tmp_path / "run", vocabulary, **changes)
   assert not (tmp_path / "run").exists()
 

@@ -287,18 +287,18 @@ def files(tmp_path: Path) -> Path:
 def test_mix(files: Path):
   a, b = files / "a.jsonl", files / "b.jsonl.gz"
   ids = lambda spec: [r["id"] for r in mix(spec)]
-  assert ids(f"{a}") == [1, 2]
-  assert ids(f"{a}*2,{b}") == [1, 2, 1, 2, "é"]
-  assert ids(f" {b} , {a}*1,") == ["é", 1, 2]
-  assert ids(f"{a}*0,{b}") == ["é"]
-  assert ids("") == []
+  assert ids([f"{a}"]) == [1, 2]
+  assert ids([f"{a}*2", f"{b}"]) == [1, 2, 1, 2, "é"]
+  assert ids([f"{b}", f"{a}*1"]) == ["é", 1, 2]
+  assert ids([f"{a}*0", f"{b}"]) == ["é"]
+  assert ids([]) == []
 
 
 @pytest.mark.parametrize("times", ["", "x", "-1", "1.5", "2*3", " 2", "²"])
 def test_mix_refuses_a_malformed_number(files: Path, times: str):
   entry = f"{files / 'a.jsonl'}*{times}"
   with pytest.raises(DataError, match=re.escape(f"data: {entry!r} is not of the form FILE or FILE*TIMES")):
-    mix(entry)
+    mix([entry])
 
 
 @pytest.mark.parametrize(
@@ -315,13 +315,13 @@ def test_mix_refuses_a_malformed_number(files: Path, times: str):
 def test_unusable_files(tmp_path: Path, name: str, content: bytes, message: str):
   (tmp_path / name).write_bytes(content)
   with pytest.raises(DataError) as error:
-    mix(str(tmp_path / name))
+    mix([str(tmp_path / name)])
   assert str(error.value).startswith(f"{tmp_path}/{message}")
 
 
 def test_missing_file(tmp_path: Path):
   with pytest.raises(DataError, match="no such data file: .*none.jsonl"):
-    mix(str(tmp_path / "none.jsonl"))
+    mix([str(tmp_path / "none.jsonl")])
 
 
 # Packing.

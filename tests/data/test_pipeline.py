@@ -7,6 +7,7 @@ import pytest
 from test_data import example_of
 from test_training import LENGTH, RULE, settings, tiny  # noqa: F401  (a fixture)
 
+from pasta_jax.config import with_changes
 from pasta_jax.data.examples import examples
 from pasta_jax.data.packing import PackedBatches
 from pasta_jax.data.pipeline import DataIterator, fingerprint, parallel_map
@@ -81,9 +82,9 @@ def test_going_on_with_other_data_is_said(tiny, tmp_path: Path, capsys):  # noqa
   sft.train(config, tmp_path / "run")
   rows = (tiny / "data.jsonl").read_text().splitlines()
   (tmp_path / "fewer.jsonl").write_text("\n".join(rows[:-2]))
-  config.train.update(steps=3)
+  config = with_changes(config, {"train.steps": 3})
   sft.train(config, tmp_path / "run")
   assert "other training data" not in capsys.readouterr().out
-  config.train.update(steps=4, data=str(tmp_path / "fewer.jsonl"))
+  config = with_changes(config, {"train.steps": 4, "train.data": str(tmp_path / "fewer.jsonl")})
   sft.train(config, tmp_path / "run")
   assert "resuming with other training data than before" in capsys.readouterr().out

@@ -24,8 +24,8 @@ def path(tmp_path: Path) -> str:
 def test_prompts_by_limit_category_and_id(path: str):
   ids = lambda **chosen: [turn.id for turn in read_prompts(path, **chosen)]
   assert ids() == ["a", "b", "c/1", "c/2"]
-  assert ids(categories="writing") == ["a", "c/1", "c/2"]
-  assert ids(categories="writing, why", limit=2) == ["a", "b"]
+  assert ids(categories=["writing"]) == ["a", "c/1", "c/2"]
+  assert ids(categories=["writing", "why"], limit=2) == ["a", "b"]
   assert ids(among={"b", "c", "none"}) == ["b"]  # a prompt of several turns is not selected by its own id
   assert ids(among={"a", "b"}, limit=1) == ["a"]
 
@@ -72,8 +72,7 @@ def test_unusable_files_and_settings_are_one_line(path: str, tmp_path: Path):
   (tmp_path / "object.json").write_text("{}")
   for read, message in (
     (lambda: read_prompts("", part="dataset"), "--config.dataset.prompts=FILE"),
-    (lambda: read_prompts(path, limit=-1), "eval.limit must be 0"),
-    (lambda: read_prompts(path, categories="x,why"), "has no category x: it has why, writing"),
+    (lambda: read_prompts(path, categories=["x", "why"]), "has no category x: it has why, writing"),
     (lambda: read_prompts(str(tmp_path / "none.json")), "no such data file"),
     (lambda: read_prompts(str(tmp_path / "empty.jsonl")), "contains no prompt"),
     (lambda: read_prompts(str(tmp_path / "object.json")), "expected a list of objects"),

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.folders import trained_config
+from helpers.folders import trained_config, with_fields
 
-from configs.smollm2_135m import get_config
+from pasta_jax.config import Config
 from pasta_jax.data.prompts import conversation, read_prompts
 from pasta_jax.decode.generator import Model
 from pasta_jax.decode.scheduler import decode
@@ -36,21 +36,28 @@ def trained(tmp_path_factory):
   folder = tmp_path_factory.mktemp("evaluate")
   config = trained_config(folder)
   for name in ("baseline", "apar"):
-    config.systems[name].adapter = config.model.adapter
-  config.decode.update(
-    max_new_tokens=120, max_branches=2, kv_capacity=1024, temperature=1.0, dtype="float32", promise_bias=5.0
+    config = with_fields(config, f"systems.{name}", adapter=config.model.adapter)
+  config = with_fields(
+    config,
+    "decode",
+    max_new_tokens=120,
+    max_branches=2,
+    kv_capacity=1024,
+    temperature=1.0,
+    dtype="float32",
+    promise_bias=5.0,
   )
-  config.skeleton.update(outline_tokens=24, point_tokens=16)
-  config.eval.update(batch_size=2, branch_width=2, systems="pasta,baseline,sot")
+  config = with_fields(config, "skeleton", outline_tokens=24, point_tokens=16)
   (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
-  config.eval.prompts = str(folder / "prompts.jsonl")
-  return config, folder
+  prompts = str(folder / "prompts.jsonl")
+  found = with_fields(
+    config, "eval", batch_size=2, branch_width=2, systems="pasta,baseline,sot", prompts=prompts
+  )
+  return found, folder
 
 
 def copy_of(config, **changes):
-  config = config.copy_and_resolve_references()
-  config.eval.update(changes)
-  return config
+  return with_fields(config, "eval", **changes)
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +123,7 @@ def test_a_stopped_run_goes_on(trained, finished, tmp_path):
   again = [json.loads(x)["id"] for x in judgements.read_text().splitlines()[judged:]]
   assert "a" in again and len(again) == 1 + sum(r["id"] == "a/2" for r in rows)
   with pytest.raises(DataError, match="made with decode.temperature=1.0, not 0.5"):
-    changed = copy_of(config)
-    changed.decode.temperature = 0.5
-    evaluate(changed, workdir)
+    evaluate(with_fields(config, "decode", temperature=0.5), workdir)
   (tmp_path / "other.jsonl").write_text('{"id": "a", "prompt": "Something else?"}')
   with pytest.raises(DataError, match="another prompt with the id 'a'"):
     evaluate(copy_of(config, prompts=str(tmp_path / "other.jsonl")), workdir)
@@ -231,8 +236,8 @@ def test_the_page_in_a_browser(finished, tmp_path, dark):
 def test_skeletons(trained):
   config, _ = trained
   generator = Model(config, adapter="")
-  skeleton = Skeleton(generator, **config.skeleton, batch_size=2)
-  one = Skeleton(generator, **config.skeleton, batch_size=1)
+  skeleton = Skeleton(generator, **vars(config.skeleton), batch_size=2)
+  one = Skeleton(generator, **vars(config.skeleton), batch_size=1)
   conversations = [[{"role": "user", "content": text}] for text in ("Plan a trip.", "Why?")]
   records = skeleton.answer(conversations)
   assert [r["text"] for r in records] == [one.answer([c])[0]["text"] for c in conversations]
@@ -287,7 +292,7 @@ def test_wrong_settings_are_one_line(trained, tmp_path):
     ({"limit": -1}, "eval.limit"),
     ({"batch_size": 0}, "eval.batch_size must be 1 or more"),
     ({"timed": -2}, "eval.timed"),
-    ({"judges": "friend"}, "'friend' is neither"),
+    ({"judges": "friend"}, "eval.judges takes local, llm, .* not 'friend'"),
     ({"judges": "llm"}, "name a model: --config.judge.model"),
     ({"categories": "x,why"}, "has no category x"),
     ({"timed": 1, "timed_prompts": str(folder / "none.jsonl")}, "no such data file"),
@@ -297,10 +302,8 @@ def test_wrong_settings_are_one_line(trained, tmp_path):
     assert not (tmp_path / "run" / "responses" / "pasta.jsonl").exists()
   with pytest.raises(EvalError, match="holds no evaluation"):
     report.write(tmp_path / "none")
-  wrong = copy_of(config)
-  wrong.systems.pasta.decode = "sideways"
-  with pytest.raises(EvalError, match="systems.pasta.decode must be"):
-    evaluate(wrong, tmp_path / "run")
+  with pytest.raises(ValueError, match="systems.pasta.decode must be"):
+    with_fields(config, "systems.pasta", decode="sideways")
 
 
 def test_pilot_says_whether_thresholds_are_met(trained, finished, tmp_path, capsys):
@@ -328,7 +331,7 @@ def test_pilots_exit_code(trained, finished, tmp_path):
   whole, _ = finished
   shutil.copytree(whole, tmp_path / "run")
   flags = [
-    f"--config.{part}.{field}={config[part][field]}"
+    f"--config.{part}.{field}={config.to_dict()[part][field]}"
     for part, fields in {
       "model": ("source", "adapter"),
       "decode": ("max_new_tokens", "max_branches", "kv_capacity", "temperature", "dtype", "promise_bias"),
@@ -357,7 +360,6 @@ def test_pilots_exit_code(trained, finished, tmp_path):
 
 def test_which_prompts_are_timed(tmp_path):
   """First turns only; of a file that names them; a limit is then taken from that file."""
-  config = get_config()
   files = [tmp_path / "all.jsonl", tmp_path / "some.jsonl"]
   rows = [{"id": str(i), "prompt": f"Prompt {i}?"} for i in range(10)] + [PROMPTS[2]]
   files[0].write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -366,12 +368,12 @@ def test_which_prompts_are_timed(tmp_path):
   )
 
   def ids(**changes):
-    config.eval.update(prompts=str(files[0]), **changes)
-    return tuple([r.id for r in part] for part in _requests(config.eval))
+    found = with_fields(Config(), "eval", prompts=str(files[0]), **changes)
+    return tuple([r.id for r in part] for part in _requests(found.eval))
 
   everything = [*map(str, range(10)), "c/1", "c/2"]
   assert ids() == (everything, [])
   assert ids(timed=-1) == (everything, everything[:-1])
   assert ids(timed=3) == (everything, ["0", "1", "2"])
   assert ids(timed=-1, timed_prompts=str(files[1])) == (everything, ["1", "4", "7", "c/1"])
-  assert ids(timed=2, limit=2) == (["1", "7"], ["1", "7"])
+  assert ids(timed=2, limit=2, timed_prompts=str(files[1])) == (["1", "7"], ["1", "7"])

@@ -8,7 +8,7 @@ import pytest
 from helpers import loopback
 from helpers.loopback import KEY
 
-from configs.smollm2_135m import get_config
+from pasta_jax.config import Config, with_changes
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.agreement import measure
 from pasta_jax.evaluate.judges.judge import Answer, FileJudge, Pair
@@ -290,9 +290,7 @@ def test_agreement_with_labels(server, tmp_path):
   ]
   path = tmp_path / "labels.jsonl"
   path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-  config = get_config()
-  config.eval.judges = "llm"
-  config.judge.update(url=server.url, model="m")
+  config = with_changes(Config(), {"eval.judges": "llm", "judge.url": server.url, "judge.model": "m"})
   found = {r["category"]: r for r in measure(config, tmp_path, [str(path)])}
   assert {k: r["agreement"] for k, r in found.items()} == {"all": 62.5, "plain": 50.0, "hard": 75.0}
   assert found["all"]["pairs"] == 4 and found["all"]["longer"] == 50 and found["all"]["on_shorter"] == 50

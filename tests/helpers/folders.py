@@ -10,7 +10,7 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import decoders, pre_tokenizers, trainers
 
-from configs.smollm2_135m import get_config
+from pasta_jax.config import Config, with_changes
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.families import family_of
 from pasta_jax.train import sft
@@ -229,12 +229,10 @@ def write_model(folder: Path, config: ModelConfig, reserved: Sequence[str] = ())
   return folder
 
 
-def trained_config(folder: Path):
+def trained_config(folder: Path) -> Config:
   """A config with a tiny model in `folder` and an adapter that the trainer made in four steps on the seed
   data."""
-  config = get_config()
-  config.model.source = str(write_model(folder / "model", model_config()))
-  config.train.update(
+  train = dict(
     data=str(SEED_DATA),
     length=1024,
     batch_size=1,
@@ -245,6 +243,13 @@ def trained_config(folder: Path):
     validation=str(SEED_DATA),
     min_speedup=2.2,
   )
+  changes = {f"train.{name}": value for name, value in train.items()}
+  source = str(write_model(folder / "model", model_config()))
+  config = with_changes(Config(), {"model.source": source, **changes})
   sft.train(config, folder / "run")
-  config.model.adapter = str(folder / "run" / "adapter.safetensors")
-  return config
+  return with_changes(config, {"model.adapter": str(folder / "run" / "adapter.safetensors")})
+
+
+def with_fields(config: Config, section: str, **fields) -> Config:
+  """A config with other values of a section."""
+  return with_changes(config, {f"{section}.{name}": value for name, value in fields.items()})

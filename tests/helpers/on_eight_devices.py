@@ -6,6 +6,7 @@ against one.
 FOLDER is that of `test_training.tiny`: `model/` and `data.jsonl`.
 """
 
+import dataclasses
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ import numpy as np  # noqa: E402
 import test_training as t  # noqa: E402
 from test_attention import CONFIG, random_rows  # noqa: E402
 
+from pasta_jax.config import with_changes  # noqa: E402
 from pasta_jax.data.pairs import PairBatches, PreferencePair  # noqa: E402
 from pasta_jax.train import loop, preference, sft  # noqa: E402
 from pasta_jax.train.attention import make_attend  # noqa: E402
@@ -92,14 +94,15 @@ def main(folder: Path) -> None:
     update, _ = sft.make_update(model[0], make_optimizer(config, STEPS)[0], config)
     batches = lambda i, packed=packed: packed(i).as_dict()
     compare(f"sft, rank {rank}", config, update, model, batches, shapes=SHAPES[-2:] if rank else SHAPES)
-  config.attention = "interpret"
+  config = dataclasses.replace(config, attention="interpret")
   update, _ = sft.make_update(model[0], make_optimizer(config, STEPS)[0], config)
   compare(
     "sft by kernel", config, update, model, batches, shapes=SHAPES[-2:], n=5
   )  # heads repeated, and divided
   pairs = [PreferencePair(a, b, (-300.0, -310.0 - i)) for i, (a, b) in enumerate(zip(laid[::2], laid[1::2]))]
-  config = t.settings(folder).preference
-  config.update(dict(lora_rank=2, learning_rate=1e-3, dtype="float32", loss_chunk=256))
+  config = dataclasses.replace(
+    t.settings(folder).preference, lora_rank=2, learning_rate=1e-3, dtype="float32", loss_chunk=256
+  )
   model = make_model(checkpoint, vocabulary, config)
   batches = PairBatches(pairs, rows=8, length=t.LENGTH, levels=2, seed=0)
   update = preference.make_pair_update(model[0], make_optimizer(config, STEPS)[0], config, 0.1)
@@ -146,7 +149,7 @@ def refused(folder: Path) -> None:
 def moved_run(folder: Path) -> None:
   """A run that SIGTERM stops on one mesh goes on on another."""
   config = t.settings(folder, batch_size=8, learning_rate=1e-3, lora_rank=0)
-  config.mesh.update(dict(data=1, fsdp=8, tensor=1))
+  config = with_changes(config, {"mesh.data": 1, "mesh.fsdp": 8})
   sft.train(config, folder / "whole")
   write = loop.MetricWriter.write
 
@@ -160,7 +163,7 @@ def moved_run(folder: Path) -> None:
     sft.train(config, folder / "moved")
   except loop.Stopped:
     loop.MetricWriter.write = write
-  config.mesh.update(dict(data=2, fsdp=2, tensor=2))
+  config = with_changes(config, {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
   sft.train(config, folder / "moved")
   lines = [[row["loss"] for row in t.metric_lines(folder / run)] for run in ("whole", "moved")]
   assert len(lines[1]) == 6

@@ -20,14 +20,14 @@ sys.path[:0] = map(
 import jax  # noqa: E402
 import test_training as t  # noqa: E402
 
+from pasta_jax.config import with_changes  # noqa: E402
 from pasta_jax.train import distributed, loop, sft  # noqa: E402
 from pasta_jax.train.sharding import AXES, local_rows, make_mesh  # noqa: E402
 
 
 def config_of(folder: Path, data: int, fsdp: int, **changes):
   config = t.settings(folder, **dict(batch_size=4, lora_rank=2, learning_rate=1e-3) | changes)
-  config.mesh.update(dict(data=data, fsdp=fsdp, tensor=1))
-  return config
+  return with_changes(config, {"mesh.data": data, "mesh.fsdp": fsdp})
 
 
 def main(folder: Path, port: str, index: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.folders import trained_config
+from helpers.folders import trained_config, with_fields
 from safetensors.numpy import load_file
 
 from pasta_jax.data.prompts import read_prompts
@@ -32,8 +32,10 @@ def start(tmp_path_factory):
   """A config whose adapter the trainer made in a few steps on the seed data."""
   folder = tmp_path_factory.mktemp("preference")
   config = trained_config(folder)
-  config.systems.baseline.adapter = config.model.adapter
-  config.decode.update(
+  config = with_fields(config, "systems.baseline", adapter=config.model.adapter)
+  config = with_fields(
+    config,
+    "decode",
     max_new_tokens=90,
     max_branches=2,
     kv_capacity=1024,
@@ -43,11 +45,19 @@ def start(tmp_path_factory):
     repetition_penalty=1.0,
   )
   (folder / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PROMPTS))
-  config.eval.update(
-    batch_size=2, branch_width=2, limit=2, prompts=str(folder / "prompts.jsonl"), judge_dtype="float32"
+  config = with_fields(
+    config,
+    "eval",
+    batch_size=2,
+    branch_width=2,
+    limit=2,
+    prompts=str(folder / "prompts.jsonl"),
+    judge_dtype="float32",
   )
   # A model of random weights is cut off nearly always, so nothing here is without faults.
-  config.preference.update(
+  return with_fields(
+    config,
+    "preference",
     prompts=str(folder / "prompts.jsonl"),
     samples=3,
     temperature=1.0,
@@ -65,13 +75,10 @@ def start(tmp_path_factory):
     loss_chunk=256,
     checkpoint_every=1,
   )
-  return config
 
 
 def changed(config, **preference):
-  config = config.copy_and_resolve_references()
-  config.preference.update(preference)
-  return config
+  return with_fields(config, "preference", **preference)
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +296,7 @@ def test_one_policy_for_all_weights(start, whole, tmp_path, monkeypatch):
   assert {p["weight"] for p in rows_of(folder / "pairs_1.jsonl")} == {1.0}
   systems = json.loads((tmp_path / "eval" / "summary.json").read_text())["systems"]
   assert {"conditioned_speed0_round1", "conditioned_speed1_round1"} <= systems.keys()
-  config.model.adapter = str(adapter)
+  config = with_fields(config, "model", adapter=str(adapter))
   (tmp_path / "one.jsonl").write_text(json.dumps(PROMPTS[3]) + "\n")
   # What the decoder is given is looked at, too: a model of random weights may answer the same to any speed.
   decoded, run = [], Scheduler.run
@@ -299,17 +306,17 @@ def test_one_policy_for_all_weights(start, whole, tmp_path, monkeypatch):
     lambda self, prompts, *a, **k: decoded.extend(prompts) or run(self, prompts, *a, **k),
   )
   for speed in (-1, 0, 1):
-    config.decode.speed = speed
+    config = with_fields(config, "decode", speed=speed)
     generator = Model(config)
     asked = generator.encode("Sing.", speed)
     assert (f"Sing.\n\n(speed {speed})" in generator.vocabulary.text(asked)) == (speed >= 0)
     command.decode_file(config, str(tmp_path / "one.jsonl"), str(tmp_path / "out.jsonl"))
     assert list(decoded[-1]) == list(asked)
     assert rows_of(tmp_path / "out.jsonl")[0]["text"] == generator.generate("Sing.", speed=speed).text
-  config.decode.speed = 2
+  config = with_fields(config, "decode", speed=2)
   with pytest.raises(DecodeError, match="speed=2 means nothing to the adapter .*: it knows 0, 1"):
     command.decode_file(config, str(tmp_path / "one.jsonl"), None)
-  config.model.adapter = start.model.adapter
+  config = with_fields(config, "model", adapter=start.model.adapter)
   with pytest.raises(DecodeError, match="was not trained for it"):
     command.decode_file(config, str(tmp_path / "one.jsonl"), None)
 
@@ -320,8 +327,7 @@ def test_a_start_without_tags_is_refused_before_any_work(start, tmp_path):
     ("", "starts from a PASTA adapter"),
     (str(tmp_path / "gone"), "no adapter file at .*gone"),
   ):
-    config = start.copy_and_resolve_references()
-    config.model.adapter = name
+    config = with_fields(start, "model", adapter=name)
     with pytest.raises(ValueError, match=words):
       optimise(config, tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -338,8 +344,8 @@ def test_the_step_cost_is_found_again():
 
 
 @pytest.mark.parametrize("changes, words", [
-  ({"weights": "1,x"}, "give weights of quality"), ({"weights": "2,2"}, "give weights of quality"),
-  ({"stages": "sample,guess"}, "'guess' is none of sample, judge, train, eval"),
+  ({"weights": "1,x"}, "weights must be a number or several"), ({"weights": "2,2"}, "must be weights of quality"),
+  ({"stages": "sample,guess"}, "stages takes sample, judge, train, eval, not 'guess'"),
   ({"samples": 1}, "samples must be 2 or more"), ({"temperature": 0.0}, "temperature must be above 0"),
   ({"score": "fast"}, "score must be one of delivered, theoretical"),
   ({"score": "clock"}, "needs preference.cost=FILE"),

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from configs import gemma3_270m, llama32_1b, qwen25_05b
 from configs import tiny as tiny_config
 from configs.paper import gemma_7b
+from pasta_jax.config import from_flags
 from pasta_jax.decode.generator import EMBEDDED, adapter_path
 from pasta_jax.preference.rounds import policies
 from pasta_jax.train import ahead
@@ -27,8 +28,9 @@ MESH = AbstractMesh((1, 8, 1), AXES, axis_types=(AxisType.Auto,) * 3)
 @pytest.mark.parametrize("stage", ["pasta", "baseline", "preference"])
 def test_step_lowers_for_tpu_at_full_size(stage: str):
   """With the kernels, and nothing of the size of a mask."""
-  config = gemma_7b.get_config("baseline" if stage == "baseline" else "")
-  config.train.attention = config.preference.attention = "tpu"
+  flags = gemma_7b.get_config("baseline" if stage == "baseline" else "")
+  flags.train.attention = flags.preference.attention = "tpu"
+  config = from_flags(flags)
   update, arguments = ahead.abstract_step(
     config, "preference" if stage == "preference" else "train", ahead.model_config(str(ARCHITECTURE)), MESH
   )
@@ -83,10 +85,10 @@ def test_tiny_is_made_up_the_same_way_each_time():
 
 
 def test_stage_two_is_the_papers():
-  config = gemma_7b.get_config()
+  config = from_flags(gemma_7b.get_config())
   assert [p.name for p in policies(config)] == ["weight_1", "weight_2", "weight_4", "weight_8", "weight_inf"]
   assert (config.preference.rounds, config.preference.samples, config.preference.loss) == (2, 10, "bonbon")
-  assert config.systems.pasta.adapter == config.model.adapter == "runs/gemma_7b/pasta/adapter.safetensors"
+  assert config.systems["pasta"].adapter == config.model.adapter == "runs/gemma_7b/pasta/adapter.safetensors"
   assert config.preference.score == "theoretical" and config.preference.lora_rank == 0
   assert not config.preference.per_token
   with pytest.raises(ValueError, match="unknown argument 'apar'"):

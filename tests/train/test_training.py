@@ -15,10 +15,9 @@ import pytest
 from flax import nnx
 from helpers.folders import model_config, write_model
 from helpers.programs import NESTED
-from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from configs.smollm2_135m import get_config
+from pasta_jax.config import Config, with_changes
 from pasta_jax.data.examples import examples, program_of
 from pasta_jax.data.packing import PackedBatches, concatenate, pack_row
 from pasta_jax.decode.generator import Model
@@ -100,15 +99,14 @@ def laid_out(tiny, vocabulary):
   return examples(rows, vocabulary, RULE, annotation="plan", max_length=LENGTH).examples
 
 
-def settings(tiny: Path, **train) -> ConfigDict:
-  config = get_config()
-  config.model.source = str(tiny / "model")
-  config.train.update(dict(
+def settings(tiny: Path, **train) -> Config:
+  changes = dict(
     data=str(tiny / "data.jsonl"), min_speedup=0.0, plain_share=1.0, length=LENGTH, batch_size=2, steps=6,
     learning_rate=1e-2, lora_rank=2, lora_alpha=4.0, dtype="float32", remat="none", attention="auto", loss_chunk=256,
     checkpoint_every=2,
-  ) | train)  # fmt: skip
-  return config
+  ) | train  # fmt: skip
+  source = {"model.source": str(tiny / "model")}
+  return with_changes(Config(), source | {f"train.{name}": value for name, value in changes.items()})
 
 
 # --- an independent account of the same thing, in float64 ---
@@ -504,7 +502,7 @@ def test_a_run_is_a_source_of_weights(tiny, tmp_path: Path, kind: str):
   config = settings(
     tiny, lora_rank=0 if kind == "full" else 2, steps=2, annotation="none" if kind == "baseline" else "plan"
   )
-  config.positions.strategy = "pred_1x"
+  config = with_changes(config, {"positions.strategy": "pred_1x"})
   sft.train(config, tmp_path)
   adapter = tmp_path / "adapter.safetensors"
   base = load_checkpoint(tmp_path / "model" if kind == "full" else tiny / "model")
@@ -519,7 +517,7 @@ def test_a_run_is_a_source_of_weights(tiny, tmp_path: Path, kind: str):
     )  # rounded in files
     if kind == "full" and not name.startswith("embed"):
       np.testing.assert_array_equal(found.params[name], value, err_msg=name)
-  config.model.update(source=str(tmp_path), adapter="")
+  config = with_changes(config, {"model.source": str(tmp_path), "model.adapter": ""})
   generator = Model(config)
   assert generator.has_tags == (kind != "baseline")
   if kind != "baseline":
@@ -545,13 +543,14 @@ def test_resuming_with_other_settings_says_so(whole_run, tiny, tmp_path, capsys)
 def test_resuming_with_other_arrays_is_refused(whole_run, tiny, tmp_path, what: str):
   config = settings(tiny)
   if what == "rank":
-    config.train.lora_rank = 3
+    config = with_changes(config, {"train.lora_rank": 3})
   elif what == "full":
-    config.train.lora_rank = 0
+    config = with_changes(config, {"train.lora_rank": 0})
   elif what == "baseline":
-    config.train.annotation = "none"
+    config = with_changes(config, {"train.annotation": "none"})
   else:
-    config.model.source = str(write_model(tmp_path / "wider", model_config(d_ff=56)))
+    wider = write_model(tmp_path / "wider", model_config(d_ff=56))
+    config = with_changes(config, {"model.source": str(wider)})
   before = {p: p.stat().st_mtime_ns for p in whole_run.rglob("*")}
   with pytest.raises(ValueError, match="another model or configuration") as caught:
     sft.train(config, whole_run)
@@ -670,7 +669,7 @@ def test_an_adapter_is_merged_where_every_parameter_is_trained(tmp_path):
   tokens = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size + 6, (1, 24))
   low_rank, full = [], []
   for out, rank in ((low_rank, 2), (full, 0)):
-    config.train.lora_rank = rank
+    config = with_changes(config, {"train.lora_rank": rank})
     model = nnx.merge(
       *make_model(checkpoint, vocabulary, config.train, adapter=tmp_path / "adapter.safetensors")
     )
@@ -736,7 +735,7 @@ def test_full_training_leaves_a_model_that_others_load(
 )
 def test_what_cannot_be_trained_on_leaves_nothing(tiny, tmp_path, changes: dict, message: str, kind: type):
   config = settings(tiny, **{k: v for k, v in changes.items() if k != "source"})
-  config.model.source = changes.get("source", config.model.source)
+  config = with_changes(config, {"model.source": changes.get("source", config.model.source)})
   with pytest.raises(kind, match=message) as caught:
     sft.train(config, tmp_path / "run")
   assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers import loopback
 
-from configs.smollm2_135m import get_config
+from pasta_jax.config import sections
 from pasta_jax.utils.endpoint import Caller, Endpoint, EndpointError
 
 
@@ -24,19 +24,17 @@ def server():
 
 
 def test_every_field_of_a_section_arrives():
-  config = get_config()
   settings = dict(kind="gemini", url="u", model="m", key_env="K", max_tokens=7, concurrency=2, retries=3)
-  config.judge.update(settings, timeout=1.5, logprobs=False)
-  assert Endpoint.from_config(config.judge, part="judge") == Endpoint(
+  judge = sections.Judge(**settings, timeout=1.5, logprobs=False)
+  assert Endpoint.from_config(judge, part="judge") == Endpoint(
     **settings, timeout=1.5, logprobs=False, part="judge"
   )
-  config.annotate.update(settings, timeout=2.5, per_minute=9)
-  assert Endpoint.from_config(config.annotate, part="annotate", logprobs=False) == Endpoint(
+  annotate = sections.Annotate(**settings, timeout=2.5, per_minute=9)
+  assert Endpoint.from_config(annotate, part="annotate", logprobs=False) == Endpoint(
     **settings, timeout=2.5, logprobs=False, per_minute=9, part="annotate"
   )
-  config.annotate.retries = -1
   with pytest.raises(EndpointError, match="^annotate: concurrency"):
-    Endpoint.from_config(config.annotate, part="annotate")
+    Endpoint("m", retries=-1, part="annotate")
 
 
 def test_calls_keep_to_a_limit(server, tmp_path, monkeypatch):

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers.folders import model_config, write_model
+from helpers.folders import model_config, with_fields, write_model
 from test_model import NESTED, logits, torch_logits
 
-from configs.smollm2_135m import get_config
+from pasta_jax.config import Config
 from pasta_jax.decode.generator import Model
 from pasta_jax.lang.layout import PositionRule, is_visible, layout
 from pasta_jax.lang.syntax import TAG_TEXTS, TOKEN_TEXTS
@@ -185,12 +185,11 @@ def test_merged_weights_come_back_bit_for_bit(place: str, made):
 @pytest.mark.parametrize("place", ["new rows", "reserved entries, untied head"])
 def test_merged_weights_give_the_same_answers(place: str, made):
   source, adapter, merged = made(place)
-  settings = get_config()
-  settings.decode.update(dtype="float32", max_new_tokens=60, max_branches=2, promise_bias=6.0)
-  settings.model.update(source=str(source), adapter=str(adapter))
-  ours = Model(settings)
-  settings.model.update(source=str(merged), adapter="")
-  theirs = Model(settings)
+  settings = with_fields(
+    Config(), "decode", dtype="float32", max_new_tokens=60, max_branches=2, promise_bias=6.0
+  )
+  ours = Model(with_fields(settings, "model", source=str(source), adapter=str(adapter)))
+  theirs = Model(with_fields(settings, "model", source=str(merged), adapter=""))
   assert theirs.rule == ours.rule == RULE and theirs.speeds == (0, 1)
   one, other = (g.generate("What now?").trace for g in (ours, theirs))
   assert [t.tokens.tolist() for t in one.threads] == [t.tokens.tolist() for t in other.threads]
@@ -199,7 +198,7 @@ def test_merged_weights_give_the_same_answers(place: str, made):
 
 def test_training_continues_from_the_tags_of_merged_weights(made):
   _, _, merged = made("new rows, untied head")
-  checkpoint, config = load_checkpoint(merged), get_config().train
+  checkpoint, config = load_checkpoint(merged), Config().train
   graph, trainable, frozen = make_model(checkpoint, checkpoint.vocabulary, config)
   model = nnx.merge(graph, trainable, frozen)
   ids = list(checkpoint.config.tag_ids)

@@ -34,8 +34,6 @@ def annotate(config, workdir: Path) -> dict:
   """Runs `config.annotate` in `workdir`; returns the report. Raises ValueError, one line, for unusable
   settings or files, and if the endpoint fails."""
   c = config.annotate
-  if c.tries < 1 or c.limit < 0:
-    raise DataError("annotate.tries must be 1 or more, annotate.limit 0 (all) or more")
   if not c.data:
     raise DataError("name a file of instructions and responses: --config.annotate.data=FILE")
   source = read_instructions(c.data)

@@ -17,6 +17,7 @@ import rich.table
 from absl import app, flags
 from ml_collections import config_flags
 
+from pasta_jax.config import from_flags
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.judge import Answer, Pair
 from pasta_jax.evaluate.judges.judging import judge_pairs, judges_of
@@ -81,7 +82,7 @@ def measure(config, workdir: Path, files: list[str]) -> list[dict]:
 def main(argv: list[str]) -> None:
   del argv
   values = flags.FLAGS
-  rows = measure(values.config, Path(values.workdir), [f for f in values.data.split(",") if f])
+  rows = measure(from_flags(values.config), Path(values.workdir), [f for f in values.data.split(",") if f])
   (Path(values.workdir) / "agreement.json").write_text(json.dumps(rows, indent=2) + "\n")
   table = rich.table.Table(title="agreement with labels, %")
   for name in (

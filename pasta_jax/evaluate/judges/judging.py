@@ -5,11 +5,9 @@ from pathlib import Path
 
 from pasta_jax.data.prompts import PromptTurn, conversation
 from pasta_jax.decode.generator import Model, adapter_digest
-from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.judge import Answer, FileJudge, Judge, Pair
 from pasta_jax.evaluate.judges.llm import LlmJudge
 from pasta_jax.evaluate.judges.local import LocalJudge
-from pasta_jax.evaluate.systems.registry import entry_of
 from pasta_jax.utils.endpoint import Endpoint
 from pasta_jax.utils.records import Records, read_records
 
@@ -17,23 +15,19 @@ from pasta_jax.utils.records import Records, read_records
 def judges_of(config) -> list[Judge]:
   """The judges that `config.eval.judges` names: "local", "llm" (`config.judge`), or files of preferences."""
   judges: list[Judge] = []
-  for name in filter(None, (n.strip() for n in config.eval.judges.split(","))):
+  for name in config.eval.judges:
     if name == "local":
       judges.append(local_judge(config))
     elif name == "llm":
       judges.append(LlmJudge(Endpoint.from_config(config.judge, part="judge"), cache=config.judge.cache))
-    elif name.endswith((".json", ".jsonl", ".jsonl.gz")):
-      judges.append(FileJudge(name, config.eval.baseline))
     else:
-      raise EvalError(
-        f"eval.judges: {name!r} is neither local, nor llm, nor a .json or .jsonl file of preferences"
-      )
+      judges.append(FileJudge(name, config.eval.baseline))
   return judges
 
 
 def local_judge(config) -> LocalJudge:
   """The judge whose model is the baseline system's."""
-  entry = entry_of(config, config.eval.baseline)
+  entry = config.systems[config.eval.baseline]
   return LocalJudge(
     lambda: Model(config, adapter=entry.adapter, dtype=config.eval.judge_dtype),
     {

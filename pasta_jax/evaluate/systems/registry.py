@@ -13,7 +13,6 @@ from pasta_jax.decode.generator import DecodeError, Model
 from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import Scheduler
 from pasta_jax.decode.trace import to_json
-from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.judge import Conversation
 from pasta_jax.evaluate.systems.skeleton import Skeleton
 
@@ -128,10 +127,9 @@ class TwoStage:
 def load_system(config, name: str, generators: dict[tuple[str, str], Model], *, timed: bool) -> System:
   """The system that `config.systems` calls `name`, for `many` or, with `timed`, for `one`.
 
-  Models that were loaded before are taken from `generators` and added to it: by adapter and dtype. Raises
-  EvalError for an unknown name or way of decoding.
+  Models that were loaded before are taken from `generators` and added to it: by adapter and dtype.
   """
-  entry = entry_of(config, name)
+  entry = config.systems[name]
   e = config.eval
   dtype = config.decode.dtype if timed else e.dtype
   key = (entry.adapter, dtype)
@@ -139,18 +137,10 @@ def load_system(config, name: str, generators: dict[tuple[str, str], Model], *, 
     generators[key] = Model(config, adapter=entry.adapter, dtype=dtype)
   generator = generators[key]
   if entry.decode == "skeleton":
-    return TwoStage(Skeleton(generator, **config.skeleton, batch_size=1 if timed else e.batch_size))
-  speed = entry.get("speed", config.decode.speed if generator.speeds else -1)
+    return TwoStage(Skeleton(generator, **vars(config.skeleton), batch_size=1 if timed else e.batch_size))
+  speed = entry.speed
+  if speed is None:
+    speed = config.decode.speed if generator.speeds else -1
   return Threads(
     generator, parallel=entry.decode == "parallel", requests=e.batch_size, width=e.branch_width, speed=speed
   )
-
-
-def entry_of(config, name: str):
-  """The entry of `config.systems`; EvalError if there is none, or if it cannot be decoded."""
-  if name not in config.systems:
-    raise EvalError(f"unknown system {name!r}: config.systems has {', '.join(config.systems)}")
-  entry = config.systems[name]
-  if entry.decode not in ("parallel", "sequential", "skeleton"):
-    raise EvalError(f"systems.{name}.decode must be parallel, sequential or skeleton, not {entry.decode!r}")
-  return entry
