@@ -140,7 +140,7 @@ class _LayOut:
     if not fits(thread):
       return _Left.TOO_LONG
     has_chunks = bool(thread.forks)
-    if has_chunks and cost(thread, self.vocabulary.table).theoretical_speedup < self.min_speedup:
+    if has_chunks and cost(thread, self.vocabulary.table).theoretical_parallelism < self.min_speedup:
       return _Left.TOO_SLOW
     if self.annotation == "structure":
       thread = encode(program_of({**row, "chunks": structure.annotate(row["response"]), "syncs": []}))

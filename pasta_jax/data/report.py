@@ -63,7 +63,7 @@ def facts(rows: Sequence[dict], vocabulary: Vocabulary, rule: PositionRule) -> F
         len(row["chunks"]),
         outer / len(row["response"]),
         bool(row["syncs"]),
-        cost(thread, vocabulary.table).theoretical_speedup,
+        cost(thread, vocabulary.table).theoretical_parallelism,
       )
     )
   return Facts(*(np.array([row[i] for row in found]) for i in range(len(Facts._fields))))

@@ -40,7 +40,7 @@ def to_record(trace: Trace, vocabulary: Vocabulary) -> dict:
     "steps": trace.steps,
     "longest_path": trace.cost.longest_path,
     "theoretical_speedup": text_tokens / max(trace.cost.longest_path, 1),
-    "parallelism": trace.cost.parallelism,
+    "parallelism": trace.cost.tokens_per_round,
     "peak_parallelism": trace.cost.peak_parallelism,
     "promises": len(chunks),
     "depth": trace.thread.depth,

@@ -49,13 +49,13 @@ class Cost:
   peak_parallelism: int  # threads that write in the same step, at most
 
   @property
-  def theoretical_speedup(self) -> float:
-    """Steps of writing the same text one token at a time, over the longest sequential path."""
+  def theoretical_parallelism(self) -> float:
+    """The response's own text tokens over its longest sequential path."""
     return self.text_tokens / max(self.longest_path, 1)
 
   @property
-  def parallelism(self) -> float:
-    """Tokens written a step, on average."""
+  def tokens_per_round(self) -> float:
+    """Mean number of tokens written per step of the longest path, tags included."""
     return self.total_tokens / max(self.longest_path, 1)
 
 

@@ -258,7 +258,7 @@ def test_selection_of_the_seed_data(smollm2_checkpoint):
   kept = examples(rows, vocabulary, RULE, annotation="plan", max_length=1024)
   assert len(kept.examples) + kept.too_long == len(rows) and kept.too_long < 3
   speedups = [
-    cost(vocabulary.encode(program_of(r), RULE), vocabulary.table).theoretical_speedup
+    cost(vocabulary.encode(program_of(r), RULE), vocabulary.table).theoretical_parallelism
     for r in rows
     if r["chunks"]
   ]

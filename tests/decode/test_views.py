@@ -310,7 +310,7 @@ def test_svg_has_a_lane_a_promise_and_a_join_for_each(trip):
   assert len(find(svg, "cell")) == trip.cost.total_tokens
   texts = "".join(ElementTree.fromstring(svg).itertext())
   c = trip.cost
-  for value in (c.total_tokens, trip.steps, c.longest_path, f"{c.theoretical_speedup:.2f}×"):
+  for value in (c.total_tokens, trip.steps, c.longest_path, f"{c.theoretical_parallelism:.2f}×"):
     assert str(value) in texts
 
 
@@ -460,11 +460,11 @@ def test_figures_table_holds_the_figures(trip):
     ("Peak parallelism", c.peak_parallelism),
     ("Decode steps", trip.steps),
     ("Longest path", c.longest_path),
-    ("Theoretical parallelism", f"{c.theoretical_speedup:.2f}×"),
+    ("Theoretical parallelism", f"{c.theoretical_parallelism:.2f}×"),
     ("Wall clock", "7.42 s"),
-    ("Measured speed-up", "1.61×"),
+    ("Same-text speedup", "1.61×"),
     ("Finish reason", "stop"),
     ("Ill-formed tags", 0),
   ]:
     assert re.search(rf"{name} +{re.escape(str(value))}(\s|$)", shown), name
-  assert "Measured" not in "\n".join(screen(figures_table(trip, 7.42), 100, 40))
+  assert "Same-text" not in "\n".join(screen(figures_table(trip, 7.42), 100, 40))

@@ -357,7 +357,7 @@ def test_clocks_are_those_of_a_machine_with_a_slot_for_every_branch(main: Thread
   assert figures.peak_parallelism == max(map(flat.count, flat))
   assert figures.n_promises == len(simulated) - 1
   assert figures.total_tokens == len(flat)
-  assert figures.parallelism == len(flat) / max(flat)
+  assert figures.tokens_per_round == len(flat) / max(flat)
 
 
 @RELAXED
@@ -374,7 +374,7 @@ def test_plain_text_has_no_speedup(text: str):
     main = BYTES.encode((Text(text),), PositionRule(), finished=finished)
     figures = cost(main, BYTES.table)
     assert figures.longest_path == len(main.tokens)
-    assert figures.theoretical_speedup == (1 if main.tokens else 0)
+    assert figures.theoretical_parallelism == (1 if main.tokens else 0)
     assert figures.peak_parallelism == min(len(main.tokens), 1)
 
 
@@ -403,7 +403,7 @@ def test_longest_path_by_hand(source: str, path: int):
 def test_cost_of_nothing():
   figures = cost(Thread(()), BYTES.table)
   assert dataclasses.astuple(figures) == (0, 0, 0, 0, 0)
-  assert figures.theoretical_speedup == figures.parallelism == 0
+  assert figures.theoretical_parallelism == figures.tokens_per_round == 0
 
 
 # The golden dump.

@@ -250,7 +250,7 @@ def figures(trace: Trace) -> list[tuple[str, str]]:
     ("shown to the reader", f"{c.text_tokens}"),
     ("decode steps", f"{trace.steps}"),
     ("longest path", f"{c.longest_path}"),
-    ("theoretical parallelism", f"{c.theoretical_speedup:.2f}×"),
+    ("theoretical parallelism", f"{c.theoretical_parallelism:.2f}×"),
     ("promises", f"{c.n_promises}"),
     ("at once, at most", f"{c.peak_parallelism}"),
     ("finish", trace.finish_reason),
