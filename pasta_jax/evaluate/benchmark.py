@@ -1,10 +1,10 @@
-"""What a decode step costs here: `python -m pasta_jax.evaluate.benchmark`.
+"""Time of a decode step on this machine: `python -m pasta_jax.evaluate.benchmark`.
 
-In one run, interleaved, medians: the memory bandwidth that a plain sum reaches; a step of sequential
-decoding; a step of parallel decoding with 1, 2, 4, 8, 16 branches alive; pools of several sizes; several
-requests in one batch, one token each; and, where they are installed, `transformers` and llama.cpp one token
-at a time on the same weights. The floor of a step is the weights' bytes over that bandwidth. A branch ratio
-flatters a poor single-branch step, so absolute times stand beside it.
+Medians of interleaved measurements in one run: the memory bandwidth that a plain sum reaches; a step of
+sequential decoding; a step of parallel decoding with 1, 2, 4, 8, 16 live branches; pools of several sizes;
+several requests in one batch, one token each; and, if installed, `transformers` and llama.cpp one token at a
+time on the same weights. The floor of a step is the weights' bytes over that bandwidth. The ratio to one
+branch flatters a slow single-branch step, so absolute times are given too.
 """
 
 import json
@@ -35,25 +35,13 @@ from pasta_jax.weights.adapter import Adapter
 from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
 from pasta_jax.weights.hf_folder import save_hf_folder
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("model", "smollm2-135m-instruct", "name, GGUF file or Hugging Face folder")
-flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "precisions")
-flags.DEFINE_list("branches", ["1", "2", "4", "8", "16"], "branches in a step")
-flags.DEFINE_list("pools", ["256", "512", "1024", "2048", "4096"], "pool entries")
-flags.DEFINE_list("requests", ["8", "24"], "requests in a batch")
-flags.DEFINE_integer("steps", 16, "decode steps in a measurement")
-flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")
-flags.DEFINE_string("json", None, "write the figures to this file too")
-flags.DEFINE_string(
-  "cost", None, "write the step cost of the last of --dtypes to this file (preference.cost)"
-)
-
+FLAGS = flags.FLAGS  # defined by `define_flags`, so that importing this module defines none
 MAIN_POOL, MAIN_BRANCHES = 512, 1
-SAMPLING, NO_REPEAT = SamplingConfig(repetition_penalty=1.1), 16  # what decoding has by default
+SAMPLING, NO_REPEAT = SamplingConfig(repetition_penalty=1.1), 16  # the defaults of decoding
 
 
 def busy_state(interpreter: Interpreter, branches: int, capacity: int) -> State:
-  """A state in which `branches` threads are running, each seeing half of a pool of `capacity` entries."""
+  """A state with `branches` running threads, each of which sees half of a pool of `capacity` entries."""
   state = interpreter.prefill([1] * 16)
   if capacity > state.log.token.shape[0]:
     state = grow(state, capacity)
@@ -86,9 +74,9 @@ def step_timer(
   *,
   sequential: bool = False,
 ) -> Callable[[], float]:
-  """A function that runs some decode steps and returns the seconds of one.
+  """A function that runs some decode steps and returns the seconds per step.
 
-  `sequential` is the loop of ordinary decoding: no other threads than the main one, nothing to guard.
+  `sequential`: ordinary decoding, with the main thread only and no guard.
   """
   width = max(branches, 2 if dtype == "bfloat16" and jax.default_backend() == "cpu" else 1)
   limits = Limits(
@@ -97,7 +85,7 @@ def step_timer(
     branch_widths=(width,),
     kv_buckets=(256, capacity) if capacity > 256 else (capacity,),
   )
-  # The tags' rows are zeros, so that none is ever likeliest: every branch stays alive.
+  # The tags' rows are zeros, so that no tag is ever the most likely token: every branch stays alive.
   it = Interpreter(
     _model(checkpoint, dtype),
     vocabulary,
@@ -122,7 +110,7 @@ def step_timer(
 def batch_timer(
   checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str, requests: int, capacity: int
 ) -> Callable[[], float]:
-  """A function that decodes some tokens of each of several requests and returns the seconds of a step."""
+  """A function that decodes some tokens of several requests in a batch and returns the seconds per step."""
   model = _model(checkpoint, dtype)
   width = 1
   limits = Limits(
@@ -148,7 +136,7 @@ _MODELS: dict[str, Any] = {}
 
 
 def _model(checkpoint: Checkpoint, dtype: str):
-  """The model in its decoding form, with tags that are never likeliest; made once for each precision."""
+  """The model prepared for decoding, with tags that are never the most likely token; one per precision."""
   if dtype not in _MODELS:
     tags = np.zeros((6, checkpoint.config.d_model), np.float32)
     adapter = Adapter(1.0, {}, tags, None if checkpoint.config.tie_embeddings else tags.T)
@@ -157,7 +145,7 @@ def _model(checkpoint: Checkpoint, dtype: str):
 
 
 def bandwidth_timer(megabytes: int = 512) -> Callable[[], float]:
-  """A function that returns the bytes a second of one sum over a large array."""
+  """A function that returns the bytes per second of a sum over a large array."""
   x = jnp.ones((megabytes << 18,), jnp.float32)
   total = jax.jit(jnp.sum)
   total(x).block_until_ready()
@@ -171,7 +159,7 @@ def bandwidth_timer(megabytes: int = 512) -> Callable[[], float]:
 
 
 def transformers_timer(checkpoint: Checkpoint, dtype: str) -> Callable[[], float] | None:
-  """Seconds a token of `transformers`' eager decoding with its cache; None if it is not installed."""
+  """Seconds per token of `transformers`' eager decoding with its cache; None if it is not installed."""
   try:
     import torch
     import transformers
@@ -198,8 +186,7 @@ def transformers_timer(checkpoint: Checkpoint, dtype: str) -> Callable[[], float
 
 
 def llama_cpp_timer() -> Callable[[], float] | None:
-  """Seconds a token of llama.cpp on the GGUF file as it is (Q4_1); None if llama-cpp-python is not
-  installed."""
+  """Seconds per token of llama.cpp on the GGUF file (Q4_1); None if llama-cpp-python is not installed."""
   try:
     import llama_cpp
   except ImportError:
@@ -227,7 +214,7 @@ def main(argv: list[str]) -> None:
   if FLAGS.cost and (
     len(set(FLAGS.branches)) < 2 or len(set(FLAGS.pools)) < 2
   ):  # before minutes of measuring
-    sys.exit("error: --cost needs two numbers of --branches and two sizes of --pools at least")
+    sys.exit("error: --cost needs at least two numbers of --branches and two sizes of --pools")
   console = rich.console.Console()
   checkpoint = load_checkpoint(FLAGS.model)
   vocabulary = checkpoint.vocabulary
@@ -265,8 +252,7 @@ def main(argv: list[str]) -> None:
 
 
 def step_cost(median: dict[tuple, float], dtype: str) -> dict[str, float]:
-  """`base`, `row` and `entry` (`preference.score.StepCost`) of a parallel step: least squares of relative
-  errors.
+  """`base`, `row` and `entry` of a parallel step (`preference.score.StepCost`), fitted to relative errors.
 
   A measured step has half of its pool's entries in use.
   """
@@ -289,7 +275,7 @@ def show(
   for dtype in FLAGS.dtypes:
     weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(_MODELS[dtype])))
     table_bytes = _MODELS[dtype].embed.embedding.size * _MODELS[dtype].dtype.itemsize
-    floor = (weights - table_bytes) / bandwidth  # the embedding is looked up, not read
+    floor = (weights - table_bytes) / bandwidth  # the embedding is a lookup, which reads few rows
     one = median[dtype, MAIN_BRANCHES, MAIN_POOL]
     table = rich.table.Table(title=f"{dtype}: floor of a step {1e3 * floor:.1f} ms")
     for name in ("step", "ms", "share of the floor", "to one branch", "tokens/s"):
@@ -328,5 +314,20 @@ def show(
     console.print(table)
 
 
+def define_flags() -> None:
+  flags.DEFINE_string("model", "smollm2-135m-instruct", "name, GGUF file or Hugging Face folder")
+  flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "precisions")
+  flags.DEFINE_list("branches", ["1", "2", "4", "8", "16"], "branches in a step")
+  flags.DEFINE_list("pools", ["256", "512", "1024", "2048", "4096"], "pool entries")
+  flags.DEFINE_list("requests", ["8", "24"], "requests in a batch")
+  flags.DEFINE_integer("steps", 16, "decode steps in a measurement")
+  flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")
+  flags.DEFINE_string("json", None, "write the figures to this file too")
+  flags.DEFINE_string(
+    "cost", None, "write the step cost of the last of --dtypes to this file (preference.cost)"
+  )
+
+
 if __name__ == "__main__":
+  define_flags()
   app.run(main)

@@ -38,19 +38,7 @@ from pasta_jax.train.state import init_train_state, make_model, make_optimizer
 from pasta_jax.utils.jsonl import read_jsonl
 from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
 
-FLAGS = flags.FLAGS
-config_flags.DEFINE_config_file("config", "configs/smollm2_135m.py", "its model, and how `train` trains it")
-flags.DEFINE_string("data", "data/seed.jsonl", "annotated rows that are packed")
-flags.DEFINE_list("lengths", ["2048", "8192"], 'tokens of a row in the measurements of attention; "": none')
-flags.DEFINE_integer("dense_up_to", 8192, "longest row for which the whole mask is tried")
-flags.DEFINE_list("kinds", ["auto"], "programs for attention (train.attention) beside the dense one")
-flags.DEFINE_string("dtype", "bfloat16", "of attention's products")
-flags.DEFINE_list("steps", ["full float32", "full bfloat16", "lora bfloat16"], 'training steps; "": none')
-flags.DEFINE_integer("rows", 4, "of a training step")
-flags.DEFINE_integer("length", 512, "tokens of a row of a training step")
-flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")
-flags.DEFINE_string("json", None, "write the figures to this file too")
-
+FLAGS = flags.FLAGS  # defined by `define_flags`, so that importing this module defines none
 CHUNKS = 16  # of the long answer
 
 
@@ -244,5 +232,20 @@ def main(argv: list[str]) -> None:
     Path(FLAGS.json).write_text(json.dumps({"attention": attention, "steps": steps}, indent=2))
 
 
+def define_flags() -> None:
+  config_flags.DEFINE_config_file("config", "configs/smollm2_135m.py", "its model, and how `train` trains it")
+  flags.DEFINE_string("data", "data/seed.jsonl", "annotated rows that are packed")
+  flags.DEFINE_list("lengths", ["2048", "8192"], 'tokens of a row in the measurements of attention; "": none')
+  flags.DEFINE_integer("dense_up_to", 8192, "longest row for which the whole mask is tried")
+  flags.DEFINE_list("kinds", ["auto"], "programs for attention (train.attention) beside the dense one")
+  flags.DEFINE_string("dtype", "bfloat16", "of attention's products")
+  flags.DEFINE_list("steps", ["full float32", "full bfloat16", "lora bfloat16"], 'training steps; "": none')
+  flags.DEFINE_integer("rows", 4, "of a training step")
+  flags.DEFINE_integer("length", 512, "tokens of a row of a training step")
+  flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")
+  flags.DEFINE_string("json", None, "write the figures to this file too")
+
+
 if __name__ == "__main__":
+  define_flags()
   app.run(main)
