@@ -77,10 +77,10 @@ def pilot(config: Config, values: flags.FlagValues) -> None:
 
 
 def report(config: Config, values: flags.FlagValues) -> None:
-  from pasta_jax.evaluate.report import report
+  from pasta_jax.evaluate.report.write import write_report
 
-  del config  # the run's own
-  report.write(Path(values.workdir))
+  del config  # the run has its own
+  write_report(Path(values.workdir))
 
 
 def annotate(config: Config, values: flags.FlagValues) -> None:

@@ -52,8 +52,8 @@ class Response:
 
   @property
   def record(self) -> dict:
-    """Text and figures, ready for JSON (`decode.record.to_record`)."""
-    return to_record(self.trace, self.vocabulary)
+    """Text and figures, ready for JSON (`decode.record.ResponseRecord`)."""
+    return to_record(self.trace, self.vocabulary).to_json()
 
   def timeline(self, path: str | Path) -> None:
     """Draws the response: a page for a path that ends in .html, a picture for .svg. Raises ValueError otherwise."""

@@ -1,52 +1,143 @@
-"""One response as a record for JSON lines: its text and its figures."""
+"""The record of one response: its text and its figures, one JSON object a line in every file of responses.
+
+A record's keys changed once: rows without `schema` have the keys of schema 1. `RENAMED` lists every key that
+changed, in records and in the summaries made of them, and `current` reads both. No old key was given to
+another quantity, so a row that has one is an old row.
+"""
 
 import collections
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 from pasta_jax.decode.trace import Trace
 from pasta_jax.lang.vocabulary import Vocabulary
 
-LOOP_LENGTH, LOOP_TIMES = 20, 3
+SCHEMA = 2
+
+_SPEEDUPS = {
+  "wall_clock_speedup": "realised_speedup",
+  "wall_clock_low": "realised_speedup_low",
+  "wall_clock_high": "realised_speedup_high",
+}
+RENAMED = {
+  # responses, samples, and summaries of them
+  "theoretical_speedup": "theoretical_parallelism",
+  "theoretical_speedup_with_promises": "theoretical_parallelism_with_promises",
+  "theoretical_against_baseline": "speedup_over_baseline",
+  "parallelism": "tokens_per_round",
+  **_SPEEDUPS,
+  **{f"with_promises_{old}": f"with_promises_{new}" for old, new in _SPEEDUPS.items()},
+  # judgements, pairs and rounds of preference optimisation
+  "faults": "defects",
+  "faults of samples, share": "defects of samples, share",
+  "share with faults": "share with defects",
+  "curt": "too short",
+  "runaway": "too long",
+  "promise storm": "too many promises",
+  "none without faults": "all have defects",
+  "lost": "ref_logp_drop",
+}
+
+LOOP_LENGTH, LOOP_REPEATS = 20, 3
 
 
-def loops(tokens: Sequence[int], length: int = LOOP_LENGTH, times: int = LOOP_TIMES) -> bool:
-  """Whether some run of `length` tokens comes `times` times (overlaps count once a start)."""
-  seen: dict[tuple[int, ...], int] = {}
-  for i in range(len(tokens) - length + 1):
-    run = tuple(tokens[i : i + length])
-    seen[run] = seen.get(run, 0) + 1
-    if seen[run] >= times:
-      return True
-  return False
+def current(row: Mapping) -> dict:
+  """`row`, of any schema, with the keys of today; keys that did not change are kept, in their order.
 
-
-def to_record(trace: Trace, vocabulary: Vocabulary) -> dict:
-  """The record of one response, ready for JSON.
-
-  `text_tokens` counts what the reader sees, tokenised as plain text, with the token that ends the response:
-  the steps that ordinary decoding of the same text takes. `theoretical_speedup` is that over the longest
-  sequential path.
+  Dicts inside it are read in the same way, lists are not. Not for dicts whose keys a user chooses.
   """
-  reading = vocabulary.tokenizer.encode(trace.text)
-  ended = trace.finish_reason == "stop"
+  return {
+    RENAMED.get(key, key): current(value) if isinstance(value, dict) else value for key, value in row.items()
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponseRecord:
+  """Text and figures of one response."""
+
+  text: str  # in reading order
+  finish_reason: str  # "stop": the model ended it; else the limit that cut it off
+  text_tokens: int  # of the text, tokenised as plain text, and the token that ends the response
+  total_tokens: int  # written tokens: tags, topics and numbers too
+  steps: int  # decode steps that were run
+  longest_path: int  # decode steps with unlimited branches
+  peak_parallelism: int  # threads that write in the same step, at most
+  promises: int  # chunks
+  depth: int  # of nested chunks: 0 without chunks
+  ill_formed: int  # tags
+  refused: int  # promises beyond the limits on count and depth
+  topic_twice: bool  # whether two promises have the same topic
+  loops: bool  # whether the text repeats itself (`loops`)
+  lengths: tuple[tuple[int, int], ...]  # (tokens that the promise declares, tokens) of each finished chunk
+
+  @property
+  def theoretical_parallelism(self) -> float:
+    """The response's own text tokens over its longest sequential path."""
+    return self.text_tokens / max(self.longest_path, 1)
+
+  @property
+  def tokens_per_round(self) -> float:
+    """Written tokens over the longest sequential path."""
+    return self.total_tokens / max(self.longest_path, 1)
+
+  def to_json(self) -> dict:
+    """The record as a JSON object, with its schema."""
+    fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    return {
+      "schema": SCHEMA,
+      **fields,
+      "lengths": [list(pair) for pair in self.lengths],
+      "theoretical_parallelism": self.theoretical_parallelism,
+      "tokens_per_round": self.tokens_per_round,
+    }
+
+  @classmethod
+  def from_json(cls, row: Mapping) -> "ResponseRecord":
+    """The record in a row of any schema. Keys that are not a record's are ignored.
+
+    Raises ValueError that names what the row lacks.
+    """
+    names = [f.name for f in dataclasses.fields(cls)]
+    if missing := [n for n in names if n not in row]:
+      raise ValueError(f"a record of a response needs {', '.join(missing)}")
+    fields = {name: row[name] for name in names}
+    return cls(**fields | {"lengths": tuple((declared, n) for declared, n in row["lengths"])})
+
+
+def to_record(trace: Trace, vocabulary: Vocabulary) -> ResponseRecord:
+  """The record of a decoded response."""
+  tokens = vocabulary.tokenizer.encode(trace.text)
   chunks = trace.threads[1:]
   topics = collections.Counter(c.topic.lower() for c in chunks)
-  text_tokens = len(reading) + int(ended)
-  return {
-    "text": trace.text,
-    "finish_reason": trace.finish_reason,
-    "text_tokens": text_tokens,
-    "total_tokens": trace.cost.total_tokens,
-    "steps": trace.steps,
-    "longest_path": trace.cost.longest_path,
-    "theoretical_speedup": text_tokens / max(trace.cost.longest_path, 1),
-    "parallelism": trace.cost.tokens_per_round,
-    "peak_parallelism": trace.cost.peak_parallelism,
-    "promises": len(chunks),
-    "depth": trace.thread.depth,
-    "ill_formed": trace.ill_formed,
-    "refused": trace.refused,
-    "topic_twice": any(n > 1 for n in topics.values()),
-    "loops": loops(reading),
-    "lengths": [[c.declared, c.length] for c in chunks if c.declared is not None and c.finished],
-  }
+  return ResponseRecord(
+    text=trace.text,
+    finish_reason=trace.finish_reason,
+    text_tokens=count_text_tokens(tokens, trace.finish_reason),
+    total_tokens=trace.cost.total_tokens,
+    steps=trace.steps,
+    longest_path=trace.cost.longest_path,
+    peak_parallelism=trace.cost.peak_parallelism,
+    promises=len(chunks),
+    depth=trace.thread.depth,
+    ill_formed=trace.ill_formed,
+    refused=trace.refused,
+    topic_twice=any(n > 1 for n in topics.values()),
+    loops=loops(tokens),
+    lengths=tuple((c.declared, c.length) for c in chunks if c.declared is not None and c.finished),
+  )
+
+
+def count_text_tokens(tokens: Sequence[int], finish_reason: str) -> int:
+  """Steps of ordinary decoding for a text of these tokens, with the end token if it was written."""
+  return len(tokens) + (finish_reason == "stop")
+
+
+def loops(tokens: Sequence[int], length: int = LOOP_LENGTH, repeats: int = LOOP_REPEATS) -> bool:
+  """Whether an n-gram of `length` tokens occurs `repeats` times (overlapping occurrences count)."""
+  seen: dict[tuple[int, ...], int] = {}
+  for i in range(len(tokens) - length + 1):
+    ngram = tuple(tokens[i : i + length])
+    seen[ngram] = seen.get(ngram, 0) + 1
+    if seen[ngram] >= repeats:
+      return True
+  return False

@@ -1,5 +1,7 @@
-"""Sampled answers under the trainer's forward pass: does it agree with the decode loop, how far did policies
-go, and what did they learn?"""
+"""Sampled answers under the trainer's forward pass.
+
+Does it agree with the decode loop, how far is a policy from the start, and what did a round learn?
+"""
 
 import dataclasses
 import json
@@ -13,30 +15,21 @@ import numpy as np
 from pasta_jax.data.packing import pack_row
 from pasta_jax.lang.layout import NO_TARGET, PositionRule
 from pasta_jax.model.transformer import set_matmul_precision
-from pasta_jax.preference.selection import laid_out
+from pasta_jax.preference.selection import lay_out_sample
 from pasta_jax.train.losses import token_log_likelihood
 from pasta_jax.train.state import compute_model, make_model
 from pasta_jax.weights.adapter import read_metadata
 from pasta_jax.weights.checkpoint import Checkpoint
 
 T = TypeVar("T")
-KINDS = (
-  "text",
-  "digits",
-  "promise",
-  "number",
-  "close",
-  "async",
-  "end",
-  "sync",
-  "eos",
-)  # in `automaton`'s order
+# Classes of tokens, in the order of `lang.automaton`.
+KINDS = ("text", "digits", "promise", "number", "close", "async", "end", "sync", "eos")
 
 
 def token_log_likelihoods(
   config, checkpoint: Checkpoint, adapter: Path, samples: Sequence[dict]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-  """(targets, the trainer's log p of each) of sampled answers under the policy `adapter`, in
+  """(targets, the trainer's log p of each) of every sample under the policy `adapter`, in
   `preference.sample_dtype`."""
   vocabulary = checkpoint.vocabulary
   c = dataclasses.replace(config.preference, dtype=config.preference.sample_dtype)
@@ -50,7 +43,7 @@ def token_log_likelihoods(
   )
   out = []
   for s in samples:
-    laid = laid_out(s, vocabulary, rule)
+    laid = lay_out_sample(s, vocabulary, rule)
     row = pack_row([laid], 1 << (len(laid) - 1).bit_length(), laid.masked_intervals.shape[1])
     learned = row.targets[0] != NO_TARGET
     out.append((row.targets[0][learned], np.asarray(run(trainable, frozen, row.as_dict()))[0][learned]))
@@ -58,7 +51,7 @@ def token_log_likelihoods(
 
 
 def log_likelihoods(config, checkpoint: Checkpoint, adapter: Path, samples: Sequence[dict]) -> np.ndarray:
-  """[n] their sums, an answer each."""
+  """[n] log p of each sample's answer, by `token_log_likelihoods`."""
   return np.array(
     [log_p.sum(dtype=np.float64) for _, log_p in token_log_likelihoods(config, checkpoint, adapter, samples)]
   )
@@ -67,11 +60,11 @@ def log_likelihoods(config, checkpoint: Checkpoint, adapter: Path, samples: Sequ
 def gains(
   config, before: tuple[Checkpoint, Path], after: tuple[Checkpoint, Path], pairs: Sequence[tuple[dict, dict]]
 ) -> dict[str, dict[str, dict[str, float]]]:
-  """Of the `best` and the `worst` of pairs, by kind of token: how many an answer has (`tokens`), and how much
-  likelier they became, nats a token (`gain`).
+  """What training changed in the `best` and the `worst` of pairs, by class of token.
 
-  Where text loses in best and worst answers alike and tags win, a policy has learned length, and nothing
-  about them.
+  `tokens` is the number of such tokens per answer, `gain` the mean increase of their log p, nats per token.
+  If text becomes less likely in best and worst answers alike and tags more likely, the policy has learned
+  length and nothing about the answers.
   """
   classes = before[0].vocabulary.table.classes
   answers = [answer for pair in pairs for answer in pair]
@@ -90,12 +83,12 @@ def gains(
 
 
 def some(samples: Sequence[T], n: int) -> list[T]:
-  """At most `n` of the samples, drawn: always the same ones."""
+  """At most `n` of the samples, at random, but always the same ones."""
   return [samples[i] for i in np.random.default_rng(0).permutation(len(samples))[:n]]
 
 
 def compare(config, checkpoint: Checkpoint, adapter: Path, samples: Sequence[dict]) -> dict[str, float]:
-  """Differences between the samples' own log p and the trainer's, a token: `mean` and `worst`, in nats."""
+  """Differences between decode loop and trainer in a sample's log p, nats per token: `mean` and `worst`."""
   tokens = np.array([max(s["total_tokens"], 1) for s in samples])
   differences = (
     np.abs(log_likelihoods(config, checkpoint, adapter, samples) - [s["log_p"] for s in samples]) / tokens
@@ -104,10 +97,10 @@ def compare(config, checkpoint: Checkpoint, adapter: Path, samples: Sequence[dic
 
 
 def divergence(config, checkpoint: Checkpoint, start: Path, samples: Sequence[dict]) -> float:
-  """Nats a token by which the policy that wrote the samples finds them likelier than `start` does.
+  """Mean log p of the samples under their own policy minus that under `start`, nats per token.
 
-  At temperature 1 without penalties, bans and bias this estimates the Kullback-Leibler divergence from the
-  start.
+  At temperature 1 without penalties, blocked n-grams and bias this estimates the Kullback-Leibler divergence
+  from the start.
   """
   gain = np.array([s["log_p"] for s in samples]) - log_likelihoods(config, checkpoint, start, samples)
   return float(gain.sum() / max(sum(s["total_tokens"] for s in samples), 1))

@@ -1,5 +1,4 @@
-"""From samples to pairs: judged against the baseline's answers, scored, chosen, counted, laid out for
-training."""
+"""From samples to pairs: judging against the baseline, scoring, choosing, counting, laying out for training."""
 
 import collections
 import math
@@ -12,51 +11,55 @@ from pasta_jax.data.pairs import PreferencePair
 from pasta_jax.decode.trace import from_json
 from pasta_jax.evaluate.judges.judge import Answer, Judge, Pair
 from pasta_jax.evaluate.judges.judging import judge_pairs
-from pasta_jax.evaluate.metrics.measures import geometric_mean
+from pasta_jax.evaluate.metrics.measures import geometric_mean, tag_overhead
 from pasta_jax.lang.layout import Layout, PositionRule, layout
 from pasta_jax.lang.vocabulary import Vocabulary
-from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, faults
+from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, defects
 from pasta_jax.utils.jsonl import write_jsonl
 
-Samples = Mapping[str, Sequence[dict]]  # of each prompt, by its id
+Samples = Mapping[str, Sequence[dict]]  # samples of each prompt, by the prompt's id
 
 
-def judged(judge: Judge, samples: Samples, baseline: Mapping[str, dict], folder: Path) -> dict[str, float]:
-  """Quality of each sample, by its id: the judge's preference for it over the baseline's answer. Kept in
-  `folder`."""
-  asked = [
+def judge_samples(
+  judge: Judge, samples: Samples, baseline: Mapping[str, dict], folder: Path
+) -> dict[str, float]:
+  """Quality of each sample, by its id: the judge's preference for it over the baseline's answer.
+
+  Judgements are kept in `folder`; a sample that cannot be judged is left out.
+  """
+  pairs = [
     Pair(s["id"], _answer(s), _answer(baseline[of]), "samples") for of, rows in samples.items() for s in rows
   ]
-  return {i: row["preference"] for i, row in judge_pairs(judge, asked, folder / "samples.jsonl").items()}
+  return {i: row["preference"] for i, row in judge_pairs(judge, pairs, folder / "samples.jsonl").items()}
 
 
 def _answer(row: dict) -> Answer:
   return Answer([{"role": "user", "content": row["prompt"]}], row["text"], row["finish_reason"] == "stop")
 
 
-def scored(
+def score_samples(
   samples: Samples,
   baseline: Mapping[str, dict],
   quality: Mapping[str, float],
-  how: str,
+  measure: str,
   cost: StepCost | None,
   *,
   prompts: Mapping[str, Sequence[int]],
   length: int,
 ) -> dict[str, list[dict]]:
-  """The samples with `speedup`, `quality` and `faults`.
+  """The samples with `speedup` (by `cost` if given, else `SPEEDUPS[measure]`), `quality` and `defects`.
 
-  Left out are those that no judge could judge, and those that are longer than `length` tokens behind their
-  prompt's tokens in `prompts`: no training row holds them.
+  Samples without a judgement are left out, and those that do not fit a training row: more than `length`
+  tokens with their prompt's tokens in `prompts`.
   """
-  speedup = cost.speedup if cost else SPEEDUPS[how]
+  speedup = cost.speedup if cost else SPEEDUPS[measure]
   return {
     of: [
       {
         **s,
         "speedup": speedup(s, baseline[of]),
         "quality": quality[s["id"]],
-        "faults": faults(s, baseline[of]),
+        "defects": defects(s, baseline[of]),
       }
       for s in rows
       if s["id"] in quality and len(prompts[of]) + s["total_tokens"] <= length
@@ -68,7 +71,7 @@ def scored(
 def choose_pairs(
   samples: Samples, weight: float, *, guards: bool
 ) -> tuple[list[tuple[dict, dict]], dict[str, int]]:
-  """((best, worst) of each prompt that gives a pair, how many prompts give none for which reason)."""
+  """((best, worst) of each prompt with a pair, number of prompts without a pair by reason)."""
   pairs: list[tuple[dict, dict]] = []
   reasons: collections.Counter[str] = collections.Counter()
   for rows in samples.values():
@@ -80,22 +83,25 @@ def choose_pairs(
   return pairs, dict(reasons)
 
 
-def lay_out(
+def lay_out_pairs(
   pairs: Sequence[tuple[dict, dict]],
   vocabulary: Vocabulary,
   rule: PositionRule,
   prompts: Mapping[str, Sequence[int]],
 ) -> list[PreferencePair]:
-  """Pairs for training. `prompts` are the tokens of each prompt as the policy is to read them; a sample's own
-  prompt may lack the wanted speed."""
-  lay = lambda s: laid_out(s, vocabulary, rule, prompts[s["of"]])
+  """Pairs for training.
+
+  `prompts` are each prompt's tokens as the policy will read them: a sample's own prompt may lack the wanted
+  speed.
+  """
+  lay = lambda s: lay_out_sample(s, vocabulary, rule, prompts[s["of"]])
   return [PreferencePair(lay(best), lay(worst)) for best, worst in pairs]
 
 
-def laid_out(
+def lay_out_sample(
   sample: dict, vocabulary: Vocabulary, rule: PositionRule, prompt: Sequence[int] | None = None
 ) -> Layout:
-  """A sample's answer behind its own prompt, or behind another one."""
+  """The layout of a sample's answer after its own prompt, or after `prompt`."""
   trace = from_json(sample["trace"], vocabulary, rule)
   return layout(trace.thread, rule, vocabulary.table, trace.prompt.tolist() if prompt is None else prompt)
 
@@ -103,10 +109,9 @@ def laid_out(
 def figures(
   samples: Samples, pairs: Sequence[tuple[dict, dict]], reasons: Mapping[str, int], drawn: int
 ) -> dict:
-  """What a round's report says of its samples and pairs; `drawn` samples were there before some were left
-  out."""
+  """Figures of a round's samples and pairs for its report. `drawn`: samples before any were left out."""
   rows = [s for of in samples.values() for s in of]
-  found = collections.Counter(f for s in rows for f in s["faults"])
+  counts = collections.Counter(d for s in rows for d in s["defects"])
   n = max(len(rows), 1)
 
   def side(chosen: Sequence[dict]) -> dict[str, float]:
@@ -114,12 +119,11 @@ def figures(
       return {}
     return {
       "speedup": geometric_mean(s["speedup"] for s in chosen),
-      "theoretical_speedup": geometric_mean(s["theoretical_speedup"] for s in chosen),
+      "theoretical_parallelism": geometric_mean(s["theoretical_parallelism"] for s in chosen),
       "quality": float(np.mean([s["quality"] for s in chosen])),
       "promises": float(np.mean([s["promises"] for s in chosen])),
       "text_tokens": float(np.mean([s["text_tokens"] for s in chosen])),
-      "tag_overhead": 1
-      - sum(s["text_tokens"] for s in chosen) / max(sum(s["total_tokens"] for s in chosen), 1),
+      "tag_overhead": tag_overhead(chosen),
     }
 
   return {
@@ -131,14 +135,14 @@ def figures(
     "worst": side([w for _, w in pairs]),
     "pairs": len(pairs),
     "without a pair": dict(reasons),
-    "faults of samples, share": {name: count / n for name, count in sorted(found.items())},
-    "share with faults": sum(bool(s["faults"]) for s in rows) / n,
+    "defects of samples, share": {name: count / n for name, count in sorted(counts.items())},
+    "share with defects": sum(bool(s["defects"]) for s in rows) / n,
   }
 
 
 def write_pairs(path: Path, pairs: Sequence[tuple[dict, dict]], weight: float) -> None:
-  """The pairs with where they come from; texts are left in the samples' file."""
-  fields = ("id", "speedup", "quality", "longest_path", "text_tokens", "promises", "faults", "text")
+  """Writes the pairs and what decided their choice; the samples' file has everything else."""
+  fields = ("id", "speedup", "quality", "longest_path", "text_tokens", "promises", "defects", "text")
   rows = [
     {
       "id": b["of"],

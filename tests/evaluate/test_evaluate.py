@@ -10,16 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.folders import trained_config, with_fields
+from helpers.old_schema import make_old
 
 from pasta_jax.config import Config
+from pasta_jax.config.sections import DECODINGS
 from pasta_jax.data.prompts import conversation, read_prompts
 from pasta_jax.decode.generator import Model
 from pasta_jax.decode.scheduler import decode
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.likelihood import Likelihood
-from pasta_jax.evaluate.report import report
-from pasta_jax.evaluate.run import _requests, evaluate, pilot
-from pasta_jax.evaluate.systems.skeleton import Skeleton, parse_outline
+from pasta_jax.evaluate.judges.registry import JUDGES
+from pasta_jax.evaluate.report.run_record import read_run
+from pasta_jax.evaluate.report.write import write_report
+from pasta_jax.evaluate.run import evaluate, pilot, select_requests
+from pasta_jax.evaluate.systems.registry import SYSTEMS
+from pasta_jax.evaluate.systems.skeleton import Skeleton, joint_trace, parse_outline
 from pasta_jax.utils.jsonl import DataError
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +107,7 @@ def test_a_stopped_run_goes_on(trained, finished, tmp_path):
   path.write_text("".join(lines[:2]) + lines[2][: len(lines[2]) // 2])  # killed while a line was written
   timed = workdir / "timed" / "sot.jsonl"
   timed.write_text(timed.read_text().splitlines(keepends=True)[0])
-  report.write(workdir)  # at any time: half a line is no row
+  write_report(workdir)  # at any time: half a line is no row
   assert json.loads((workdir / "summary.json").read_text())["systems"]["pasta"]["responses"]["prompts"] == 2
   evaluate(copy_of(config, timed=2), workdir)
   assert path.read_text().startswith("".join(lines[:2]))
@@ -129,15 +134,78 @@ def test_a_stopped_run_goes_on(trained, finished, tmp_path):
     evaluate(copy_of(config, prompts=str(tmp_path / "other.jsonl")), workdir)
 
 
+def test_a_run_of_the_old_schema_is_reported_resumed_and_judged(trained, finished, tmp_path):
+  """Rows with the old keys and a run.json without judges: the same figures, no row made again."""
+  config, _ = trained
+  whole, summary = finished
+  workdir = tmp_path / "run"
+  shutil.copytree(whole, workdir)
+  assert {"theoretical_speedup", "parallelism", "wall_clock_low", "faults"} <= make_old(workdir)
+  assert write_report(workdir) == summary
+  judgements = workdir / "judgements" / "local"
+  scores = (judgements / "scores.jsonl").read_text()
+  (judgements / "pasta-against-baseline.jsonl").unlink()  # judged again, by the scores of the old run
+  path = workdir / "responses" / "pasta.jsonl"
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text("".join(lines[:-1]))
+  before = {p: p.read_text() for p in (path, *(workdir / "timed").glob("*.jsonl"))}
+  resumed = evaluate(copy_of(config, timed=2), workdir)
+  assert resumed["systems"] == summary["systems"]
+  assert (judgements / "scores.jsonl").read_text() == scores
+  for p, text in before.items():
+    assert p.read_text().startswith(text)
+    assert len(p.read_text()) > len(text) if p == path else p.read_text() == text
+  assert [json.loads(line).get("schema") for line in path.read_text().splitlines()] == [None, None, None, 2]
+  assert json.loads((workdir / "run.json").read_text())["judges"] == ["local"]
+
+
+def test_the_judges_of_the_last_call_come_first(finished, tmp_path):
+  """In their order: from run.json, or from the words of an old run's config."""
+  whole, _ = finished
+  workdir = tmp_path / "run"
+  shutil.copytree(whole, workdir)
+  for name in ("a-model", "people-123abc"):
+    shutil.copytree(workdir / "judgements" / "local", workdir / "judgements" / name)
+  about, config = (json.loads((workdir / f"{n}.json").read_text()) for n in ("run", "config"))
+  assert about["judges"] == ["local"] and [*read_run(workdir).judgements][0] == "local"
+  for judges in (["people-123abc", "local"], ["local", "a-model", "people-123abc"]):
+    (workdir / "run.json").write_text(json.dumps(about | {"judges": judges}))
+    assert [*read_run(workdir).judgements][: len(judges)] == judges
+  del about["judges"]
+  (workdir / "run.json").write_text(json.dumps(about))
+  config["eval"]["judges"], config["judge"]["model"] = "data/people.jsonl, llm", "a/model"
+  (workdir / "config.json").write_text(json.dumps(config))
+  assert [*read_run(workdir).judgements] == ["people-123abc", "a-model", "local"]
+
+
+def test_benchmarks_can_be_imported_together():
+  """None of them defines a flag before it runs as a program."""
+  modules = (
+    "evaluate.benchmark",
+    "train.benchmark",
+    "evaluate.metrics.length_control",
+    "evaluate.judges.agreement",
+  )
+  imports = "; ".join(f"import pasta_jax.{m}" for m in modules)
+  names = ("config", "data", "json", "model", "rounds", "steps", "workdir")
+  code = f"{imports}; from absl import flags; assert not {set(names)} & set(flags.FLAGS)"
+  subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+  for module in modules[:2]:
+    command = [sys.executable, "-m", f"pasta_jax.{module}", "--helpshort"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "--rounds" in done.stdout and "--json" in done.stdout, done.stderr
+
+
 def test_the_summary_says_what_the_records_say(finished):
   workdir, summary = finished
   assert json.loads((workdir / "summary.json").read_text()) == summary
   pasta = summary["systems"]["pasta"]
   rows = rows_of(workdir / "responses" / "pasta.jsonl").values()
   assert pasta["responses"]["prompts"] == 4 == summary["prompts"] and summary["timed"] == 2
-  assert pasta["responses"]["parallelism"] == pytest.approx(
-    float(np.exp(np.mean([np.log(r["parallelism"]) for r in rows])))
+  assert pasta["responses"]["tokens_per_round"] == pytest.approx(
+    float(np.exp(np.mean([np.log(r["tokens_per_round"]) for r in rows])))
   )
+  assert summary["schema"] == 2 and all(r["schema"] == 2 for r in rows)
   assert set(pasta["responses_by_category"]) == {"writing", "why"}
   assert sum(g["prompts"] for g in pasta["responses_by_length"].values()) == 4
   judged = rows_of(workdir / "judgements" / "local" / "pasta-against-baseline.jsonl")
@@ -146,9 +214,9 @@ def test_the_summary_says_what_the_records_say(finished):
   )
   clock = [rows_of(workdir / "timed" / f"{n}.jsonl") for n in ("baseline", "pasta")]
   ratios = [clock[0][i]["seconds"] / clock[1][i]["seconds"] for i in ("a", "b")]
-  assert pasta["timed"]["wall_clock_speedup"] == pytest.approx(float(np.sqrt(np.prod(ratios))))
+  assert pasta["timed"]["realised_speedup"] == pytest.approx(float(np.sqrt(np.prod(ratios))))
   assert summary["systems"]["baseline"]["quality"] == {}
-  for heading in ("wall-clock speedup", "win rate (local)", "theoretical speedup"):
+  for heading in ("realised speedup", "win rate (local)", "theoretical speedup", "theoretical parallelism"):
     assert heading in (workdir / "report.md").read_text()
 
 
@@ -230,7 +298,7 @@ def test_the_page_in_a_browser(finished, tmp_path, dark):
     [CHROMIUM, *options, "--dump-dom", url], check=True, capture_output=True, timeout=120, text=True
   )
   explored = done.stdout[done.stdout.index('id="answer"') :]
-  assert "pasta-timeline" in explored[: explored.index("<script")] and "in theory" in explored
+  assert "pasta-timeline" in explored[: explored.index("<script")] and "theoretical parallelism" in explored
 
 
 def test_skeletons(trained):
@@ -249,16 +317,22 @@ def test_skeletons(trained):
     decode(generator.interpreter(False, max_new_tokens=n), generator.encode(p), generator.sampling)
     for n, p in zip((6, 9), points)
   ]
-  record = skeleton._record(outline, points, answers)
-  assert record["longest_path"] == outline.cost.longest_path + max(a.cost.longest_path for a in answers)
+  record = skeleton.record(outline, points, answers)
+  assert record.longest_path == outline.cost.longest_path + max(a.cost.longest_path for a in answers)
   assert (
-    record["promises"] == 2
-    and record["text"].startswith("1. First thing:")
-    and "\n2. Second thing:" in record["text"]
+    record.promises == 2 and record.text.startswith("1. First thing:") and "\n2. Second thing:" in record.text
   )
-  threads = record["trace"]["threads"]
+  threads = joint_trace(outline, points, answers)["threads"]
   assert [t["topic"] for t in threads] == ["", *points]
   assert min(threads[1]["rounds"]) == max(threads[0]["rounds"]) + 1
+
+
+def test_systems_and_judges_are_those_that_settings_name():
+  """A new one is a class, a line of its registry, and its name in the settings."""
+  assert tuple(SYSTEMS) == DECODINGS
+  for name in JUDGES:
+    assert with_fields(Config(), "eval", judges=name).eval.judges == (name,)
+  assert {s.promises for s in SYSTEMS.values()} == {True, False}
 
 
 def test_outlines_are_read():
@@ -300,8 +374,8 @@ def test_wrong_settings_are_one_line(trained, tmp_path):
     with pytest.raises(ValueError, match=words):
       evaluate(copy_of(config, **changes), tmp_path / "run")
     assert not (tmp_path / "run" / "responses" / "pasta.jsonl").exists()
-  with pytest.raises(EvalError, match="holds no evaluation"):
-    report.write(tmp_path / "none")
+  with pytest.raises(EvalError, match="has no evaluation"):
+    write_report(tmp_path / "none")
   with pytest.raises(ValueError, match="systems.pasta.decode must be"):
     with_fields(config, "systems.pasta", decode="sideways")
 
@@ -312,7 +386,7 @@ def test_pilot_says_whether_thresholds_are_met(trained, finished, tmp_path, caps
   workdir = tmp_path / "run"
   shutil.copytree(whole, workdir)
   reached = summary["systems"]["pasta"]
-  speed, rate = reached["timed"]["wall_clock_speedup"], reached["quality"]["local"]["win_rate"]
+  speed, rate = reached["timed"]["realised_speedup"], reached["quality"]["local"]["win_rate"]
   assert pilot(copy_of(config, timed=2, min_speedup=speed - 0.01, min_quality=rate - 0.01), workdir)
   assert "NOT MET" not in capsys.readouterr().out
   assert "not met" not in (workdir / "report.html").read_text()
@@ -369,7 +443,7 @@ def test_which_prompts_are_timed(tmp_path):
 
   def ids(**changes):
     found = with_fields(Config(), "eval", prompts=str(files[0]), **changes)
-    return tuple([r.id for r in part] for part in _requests(found.eval))
+    return tuple([r.id for r in part] for part in select_requests(found.eval))
 
   everything = [*map(str, range(10)), "c/1", "c/2"]
   assert ids() == (everything, [])

@@ -25,7 +25,7 @@ def record(**changes) -> dict:
     "id": "a",
     "promises": 0,
     "lengths": [],
-    "theoretical_speedup": 1.0,
+    "theoretical_parallelism": 1.0,
     "ill_formed": 0,
     "refused": 0,
     "topic_twice": False,
@@ -35,7 +35,7 @@ def record(**changes) -> dict:
     "total_tokens": 100,
     "seconds": 2.0,
     "longest_path": 50,
-    "parallelism": 1.5,
+    "tokens_per_round": 1.5,
   } | changes
 
 
@@ -45,32 +45,34 @@ def test_summary_of_hand_made_records():
     record(
       id="b",
       promises=3,
-      theoretical_speedup=4.0,
+      theoretical_parallelism=4.0,
       total_tokens=150,
       seconds=1.0,
       text_tokens=100,
       lengths=[[40, 20], [30, 60]],
       loops=True,
     ),
-    record(id="c", promises=1, theoretical_speedup=1.0, ill_formed=2, finish_reason="length", seconds=4.0),
+    record(
+      id="c", promises=1, theoretical_parallelism=1.0, ill_formed=2, finish_reason="length", seconds=4.0
+    ),
   ]
   base = [record(), record(id="b", seconds=3.0, text_tokens=60), record(id="c", seconds=2.0)]
   s = summarise(rows, base)
   assert s["promise_share"] == pytest.approx(2 / 3) and s["promises_a_response"] == 2
-  assert s["theoretical_speedup"] == pytest.approx(4 ** (1 / 3))
-  assert s["theoretical_speedup_with_promises"] == pytest.approx(2)
+  assert s["theoretical_parallelism"] == pytest.approx(4 ** (1 / 3))
+  assert s["theoretical_parallelism_with_promises"] == pytest.approx(2)
   for key in ("malformed_share", "loop_share", "cut_share", "slower_share"):
     assert s[key] == pytest.approx(1 / 3), key
   assert s["topic_twice_share"] == s["refused_share"] == 0
   assert s["tag_overhead"] == pytest.approx(1 - 300 / 350)
   assert s["length_error"] == pytest.approx((1.0 + 0.5) / 2) and s["outgrown_share"] == 0.5
-  assert s["wall_clock_speedup"] == pytest.approx((1 * 3 * 0.5) ** (1 / 3))
+  assert s["realised_speedup"] == pytest.approx((1 * 3 * 0.5) ** (1 / 3))
   # b: the baseline would have taken 3.0 / 60 * 100 = 5 s for the same text.
   assert s["same_text_speedup"] == pytest.approx((1 * 5 * 0.5) ** (1 / 3))
   assert s["efficiency"] == pytest.approx((1 * 5 / 4 * 0.5) ** (1 / 3))
-  assert s["wall_clock_low"] <= s["wall_clock_speedup"] <= s["wall_clock_high"]
+  assert s["realised_speedup_low"] <= s["realised_speedup"] <= s["realised_speedup_high"]
   # b and c hold promises.
-  assert s["with_promises_wall_clock_speedup"] == pytest.approx((3 * 0.5) ** (1 / 2))
+  assert s["with_promises_realised_speedup"] == pytest.approx((3 * 0.5) ** (1 / 2))
   assert s["with_promises_efficiency"] == pytest.approx((5 / 4 * 0.5) ** (1 / 2))
   assert s["with_promises_slower_share"] == 0.5
 
@@ -91,10 +93,10 @@ def test_a_record_says_what_the_trace_says():
   for seed in range(100):  # some are cut off while a sync waits
     run.params = tiny.weights(seed % 6, "habits")
     trace = decode(run, [1, 2], SamplingConfig(temperature=1.0, seed=seed))
-    row = to_record(trace, tiny.VOCABULARY)
+    row = to_record(trace, tiny.VOCABULARY).to_json()
     assert row["promises"] == len(trace.threads) - 1 == trace.cost.n_promises
     assert row["longest_path"] == max(int(np.max(t.rounds, initial=0)) for t in trace.threads)
-    assert row["theoretical_speedup"] == pytest.approx(row["text_tokens"] / row["longest_path"])
+    assert row["theoretical_parallelism"] == pytest.approx(row["text_tokens"] / row["longest_path"])
     topics = [t.topic for t in trace.threads[1:]]
     assert row["topic_twice"] == (len(set(topics)) < len(topics))
     promised += row["promises"]

@@ -11,9 +11,10 @@ from helpers.loopback import KEY
 from pasta_jax.config import Config, with_changes
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.agreement import measure
-from pasta_jax.evaluate.judges.judge import Answer, FileJudge, Pair
+from pasta_jax.evaluate.judges.files import FileJudge
+from pasta_jax.evaluate.judges.judge import Answer, Pair
 from pasta_jax.evaluate.judges.llm import LlmJudge, confidence_in_a, messages
-from pasta_jax.evaluate.judges.local import contradicts_length, faults, preference, repetition
+from pasta_jax.evaluate.judges.local import contradicts_length, defects, preference, repetition
 from pasta_jax.utils.endpoint import Endpoint, EndpointError
 
 
@@ -260,23 +261,23 @@ def test_lengths_that_the_prompt_asks_for(prompt, text, wrong):
   assert contradicts_length(prompt, text) == wrong
 
 
-def test_faults_and_preferences():
+def test_defects_and_preferences():
   assert repetition("a b c d " * 5) > 0.5 and repetition("one two three four five six") == 0 == repetition(
     "a b"
   )
-  assert faults("x", "", True, []) == ["empty"]
-  assert faults("x", "word " * 30, False, [1] * 30) == ["cut off", "loops", "repeats"]
+  assert defects("x", "", True, []) == ["empty"]
+  assert defects("x", "word " * 30, False, [1] * 30) == ["cut off", "loops", "repeats"]
   fine, unlikely, cut = (
-    {"log_p": -1.0, "faults": []},
-    {"log_p": -2.0, "faults": []},
-    {"log_p": -1.0, "faults": ["cut off"]},
+    {"log_p": -1.0, "defects": []},
+    {"log_p": -2.0, "defects": []},
+    {"log_p": -1.0, "defects": ["cut off"]},
   )
   assert preference(fine, fine) == 0.5
   assert preference(fine, unlikely) == pytest.approx(1 - preference(unlikely, fine))
   assert preference(fine, unlikely) > 0.5
   assert preference(cut, fine) < 0.5
-  empty = {"log_p": -10.0, "faults": ["empty", "cut off"]}
-  loop = {"log_p": -0.1, "faults": ["loops", "repeats"]}  # likely, since it says the same again
+  empty = {"log_p": -10.0, "defects": ["empty", "cut off"]}
+  loop = {"log_p": -0.1, "defects": ["loops", "repeats"]}  # likely, since it says the same again
   assert preference(empty, fine) < 0.05 and preference(loop, fine) < 0.2 and preference(fine, loop) > 0.8
 
 

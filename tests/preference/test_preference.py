@@ -19,7 +19,7 @@ from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.scheduler import Scheduler
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 from pasta_jax.lang.layout import NO_TARGET, Layout, layout
-from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, chunk_facts, faults, score
+from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, chunk_facts, defects, score
 from pasta_jax.train.preference import answer_likelihoods, make_pair_update
 from pasta_jax.train.preference_loss import LOSSES, default_beta, preference_loss
 from pasta_jax.train.sharding import AXES, make_mesh
@@ -111,7 +111,7 @@ def test_losses_are_those_of_the_decode_loops_log_p(drawn, some_pairs, kind, per
   batches = PairBatches(pairs, rows=ROWS, length=LENGTH, levels=LEVELS, seed=0)
   alpha, beta = 0.1, 0.05
   model = nnx.merge(tiny.GRAPH, drawn[0])
-  total = {k: 0.0 for k in ("loss", "pairs", "margin", "accuracy", "chosen", "rejected", "lost")}
+  total = {k: 0.0 for k in ("loss", "pairs", "margin", "accuracy", "chosen", "rejected", "ref_logp_drop")}
   for step in range(batches.steps_in_epoch(0)):
     _, sums = preference_loss(model, batches(step), loss=kind, alpha=alpha, beta=beta, per_token=per_token)
     total = {k: v + float(sums[k]) for k, v in total.items()}
@@ -124,7 +124,7 @@ def test_losses_are_those_of_the_decode_loops_log_p(drawn, some_pairs, kind, per
     "accuracy": (delta > 0).sum(),
     "chosen": known[:, 0].sum(),
     "rejected": known[:, 1].sum(),
-    "lost": -gains.sum(),
+    "ref_logp_drop": -gains.sum(),
   }
   for name, value in expected.items():
     assert total[name] == pytest.approx(value, rel=1e-4, abs=1e-3), name
@@ -281,7 +281,7 @@ def row(**changes) -> dict:
     longest_path=50,
     speedup=1.6,
     quality=0.5,
-    faults=[],
+    defects=[],
   )
   return base | changes
 
@@ -289,8 +289,8 @@ def row(**changes) -> dict:
 def test_saying_less_is_no_speed():
   """60 tokens on a path of 30, where the baseline wrote 120; and 200 on a path of 100."""
   baseline = dict(text_tokens=120)
-  short = dict(text_tokens=60, longest_path=30, theoretical_speedup=2.0, parallelism=2.5)
-  long = dict(text_tokens=200, longest_path=100, theoretical_speedup=2.0, parallelism=2.5)
+  short = dict(text_tokens=60, longest_path=30, theoretical_parallelism=2.0, tokens_per_round=2.5)
+  long = dict(text_tokens=200, longest_path=100, theoretical_parallelism=2.0, tokens_per_round=2.5)
   values = lambda how: (SPEEDUPS[how](short, baseline), SPEEDUPS[how](long, baseline))
   assert values("theoretical") == (4.0, 1.2)
   assert values("delivered") == (2.0, 1.2)
@@ -312,24 +312,24 @@ def test_the_best_and_the_worst():
   tie = [row(text="a", speedup=1.0, quality=0.7), row(text="b", speedup=2.0, quality=0.7)]
   assert pick(math.inf, tie) == (1, 0, "")  # speed breaks ties
   assert score(2.0, 0.5, 4.0) > score(3.0, 0.2, 4.0)
-  broken = [slow, fast | {"faults": ["loops"]}, good]
+  broken = [slow, fast | {"defects": ["loops"]}, good]
   assert pick(0.0, broken) == (2, 1, "")  # below all that are whole, fast as it is
   assert pick(0.0, broken, guards=False) == (1, 0, "")
   assert pick(1.0, [good, dict(good)])[2] == "all the same"
   assert pick(1.0, [good])[2] == "not judged, or too long"
-  assert pick(1.0, [s | {"faults": ["empty"]} for s in samples])[2] == "none without faults"
+  assert pick(1.0, [s | {"defects": ["empty"]} for s in samples])[2] == "all have defects"
   assert pick(1.0, [row(text="a"), row(text="b")])[2] == "no difference"
 
 
 @pytest.mark.parametrize("changes, name", [
   ({"text": " \n"}, "empty"), ({"finish_reason": "length"}, "cut off"), ({"ill_formed": 1}, "malformed"),
   ({"loops": True}, "loops"), ({"empty_chunks": 1}, "empty chunks"), ({"copied_chunks": 1}, "copied chunks"),
-  ({"refused": 2}, "promise storm"), ({"total_tokens": 170}, "promise storm"),
-  ({"text_tokens": 400}, "runaway"), ({"text_tokens": 8}, "curt")])  # fmt: skip
+  ({"refused": 2}, "too many promises"), ({"total_tokens": 170}, "too many promises"),
+  ({"text_tokens": 400}, "too long"), ({"text_tokens": 8}, "too short")])  # fmt: skip
 def test_ways_to_cheat_have_names(changes, name):
   baseline = {"text_tokens": 100}
-  assert faults(row(), baseline) == []
-  assert faults(
+  assert defects(row(), baseline) == []
+  assert defects(
     row(**({"total_tokens": changes["text_tokens"]} if "text_tokens" in changes else {}) | changes), baseline
   ) == [name]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.folders import trained_config, with_fields
+from helpers.old_schema import make_old, old
 from safetensors.numpy import load_file
 
 from pasta_jax.data.prompts import read_prompts
@@ -16,8 +17,9 @@ from pasta_jax.decode import command
 from pasta_jax.decode.generator import DecodeError, Model
 from pasta_jax.decode.scheduler import Scheduler
 from pasta_jax.evaluate.benchmark import step_cost
-from pasta_jax.preference import audit, front, rollout
-from pasta_jax.preference.rounds import optimise, policies
+from pasta_jax.preference import audit, pareto_front, rollout
+from pasta_jax.preference.policies import policies
+from pasta_jax.preference.rounds import optimise
 from pasta_jax.preference.score import StepCost
 from pasta_jax.weights.adapter import AdapterError, read_metadata
 from pasta_jax.weights.checkpoint import load_checkpoint
@@ -54,7 +56,7 @@ def start(tmp_path_factory):
     prompts=str(folder / "prompts.jsonl"),
     judge_dtype="float32",
   )
-  # A model of random weights is cut off nearly always, so nothing here is without faults.
+  # A model of random weights is nearly always cut off, so every sample here has defects.
   return with_fields(
     config,
     "preference",
@@ -115,7 +117,7 @@ def test_two_rounds_leave_what_they_promise(whole, start):
       value = lambda side, p=p: p[side]["speedup"] + 2 * p[side]["quality"]
       assert value("best") > value("worst") and p["best"]["text"] == by_id[p["best"]["id"]]["text"]
     assert (
-      figures["faults of samples, share"]["cut off"] == sum(r["finish_reason"] != "stop" for r in drawn) / 12
+      figures["defects of samples, share"]["cut off"] == sum(r["finish_reason"] != "stop" for r in drawn) / 12
     )
     assert report["training"]["margin"] > 0.1 and (folder / "train" / "metrics.jsonl").exists()
     assert len(rows_of(folder / "train" / "reference.jsonl")) == len(pairs)
@@ -205,6 +207,31 @@ def test_a_training_that_was_killed_goes_on(whole, start, tmp_path, steps, capsy
   )
 
 
+def test_a_folder_of_the_old_schema_goes_on(whole, start, tmp_path, capsys):
+  """Samples, scores and the first round's report with the old keys: the second round is trained as before."""
+  for name in ("baseline.jsonl", "baseline.settings.json"):
+    shutil.copy(whole / name, tmp_path)
+  shutil.copytree(whole / "start", tmp_path / "start")
+  shutil.copytree(whole / "weight_2", tmp_path / "weight_2")
+  assert {"theoretical_speedup", "faults", "share with faults", "lost"} <= make_old(tmp_path)
+  first, second = (tmp_path / "weight_2" / f"round{n}" for n in (1, 2))
+  old_report = (first / "round.json").read_text()
+  for path in (second / "round.json", second / "pairs.jsonl"):
+    path.unlink()
+  shutil.rmtree(second / "train")
+  shutil.rmtree(second / "judgements" / "local")
+  optimise(changed(start, stages="judge,train"), tmp_path)
+  assert (first / "round.json").read_text() == old_report
+  adapter = Path("weight_2") / "round2" / "train" / "adapter.safetensors"
+  assert_same_adapter(tmp_path / adapter, whole / adapter)
+  reports = [json.loads((w / "weight_2" / "round2" / "round.json").read_text()) for w in (tmp_path, whole)]
+  for report in reports:
+    del report["training"]["pairs_per_second"], report["training"]["data_wait"]
+  assert reports[0] == reports[1] and reports[0]["schema"] == 2
+  shown = capsys.readouterr().out
+  assert "weight_2, round 1: cut off" in shown and "weight_2, round 2: cut off" in shown
+
+
 def test_every_parameter_can_be_trained(whole, start, tmp_path):
   """From a low-rank start: each round goes on from the weights of the one before, and so does whoever
   decodes."""
@@ -253,12 +280,12 @@ def test_other_settings_need_another_folder(whole, start):
 def test_samples_depend_on_their_own_seed_alone(start, tmp_path, whole):
   """Fewer prompts and other places beside them: the same samples."""
   requests = read_prompts(start.preference.prompts)[1:3]
-  drawn = rollout.draw(
+  drawn = rollout.draw_samples(
     changed(start, decode_batch_size=2), start.model.adapter, requests, tmp_path / "samples.jsonl"
   )
   other = [dataclasses.replace(requests[0], prompt="Another prompt.")]
   with pytest.raises(ValueError, match="another prompt with the id '1#0'"):
-    rollout.draw(start, start.model.adapter, other, tmp_path / "samples.jsonl")
+    rollout.draw_samples(start, start.model.adapter, other, tmp_path / "samples.jsonl")
   known = {r["id"]: r["text"] for r in rows_of(whole / "start" / "samples.jsonl")}
   assert {s["id"]: s["text"] for rows in drawn.values() for s in rows} == {
     i: t for i, t in known.items() if i.split("#")[0] in ("1", "2")
@@ -391,7 +418,7 @@ def test_what_a_round_learned_is_in_its_report(whole, start):
 
 def summary(**systems) -> str:
   one = lambda own, paper, win: {
-    "responses": {"theoretical_speedup": own, "theoretical_against_baseline": paper},
+    "responses": {"theoretical_parallelism": own, "speedup_over_baseline": paper},
     "quality": {"local": {"win_rate": win, "win_rate_error": 2.0}},
   }
   return json.dumps({"systems": {name: one(*values) for name, values in systems.items()}})
@@ -403,22 +430,24 @@ def test_the_figure_shows_every_policy_from_the_start_on(tmp_path):
   for name, text in (("a", first), ("b", second)):
     (tmp_path / name).mkdir()
     (tmp_path / name / "summary.json").write_text(text)
-  found = front.points([tmp_path / "a", tmp_path / "b"])
+  found = pareto_front.points([tmp_path / "a", tmp_path / "b"])
   assert {(p.policy, p.number, p.speed, p.quality) for p in found} == {
     ("start", 0, (1.6, 1.8), 43.0),
     ("weight_1", 1, (1.7, 2.4), 42.0),
     ("weight_1", 2, (2.3, 2.4), 38.0),
     ("conditioned_speed0", 1, (1.5, 1.9), 44.0),
   }
-  for axes, k in zip(front.draw(found).axes, (0, 1)):
+  for axes, k in zip(pareto_front.draw(found).axes, (0, 1)):
     paths = [list(zip(*line.get_data())) for line in axes.lines]
     assert [(f[k], q) for f, q in (((1.6, 1.8), 43.0), ((1.7, 2.4), 42.0), ((2.3, 2.4), 38.0))] in paths
     assert [(f[k], q) for f, q in (((1.6, 1.8), 43.0), ((1.5, 1.9), 44.0))] in paths
-  front.main([str(tmp_path / "a"), str(tmp_path / "front.svg")])
+  pareto_front.main([str(tmp_path / "a"), str(tmp_path / "front.svg")])
   assert "<svg" in (tmp_path / "front.svg").read_text()
+  (tmp_path / "a" / "summary.json").write_text(json.dumps(old(json.loads(first))))
+  assert pareto_front.points([tmp_path / "a", tmp_path / "b"]) == found
   (tmp_path / "a" / "summary.json").write_text(summary(start=(1.6, 1.8, 43.0)))
-  assert front.points([tmp_path / "a"]) == []
-  for name, words in (("a", "no round was judged in"), ("c", "is no finished evaluation")):
+  assert pareto_front.points([tmp_path / "a"]) == []
+  for name, words in (("a", "no round was judged in"), ("c", "has no finished evaluation")):
     with pytest.raises(SystemExit, match=words):
-      front.main([str(tmp_path / name), str(tmp_path / "none.svg")])
+      pareto_front.main([str(tmp_path / name), str(tmp_path / "none.svg")])
   assert not (tmp_path / "none.svg").exists()

@@ -1,10 +1,11 @@
-"""How far judges agree with people: `python -m pasta_jax.evaluate.judges.agreement --data=a.jsonl,b.jsonl
---workdir=…`.
+"""How often judges agree with people.
 
-Rows have `prompt`, `chosen` and `rejected`, and may have a `category`. Each is judged with the chosen answer
-as the system's; the judge agrees where its preference is above one half, and half agrees at one half. Beside
-it stands what preferring the longer answer would give, and the judge's agreement on pairs where the shorter
-one was chosen.
+    python -m pasta_jax.evaluate.judges.agreement --data=a.jsonl,b.jsonl --workdir=…
+
+Rows have `prompt`, `chosen` and `rejected`, and may have a `category`. The chosen answer takes the system's
+place: the judge agrees where its preference is above one half, and counts half where it is exactly one half.
+Two figures put that into perspective: how often the chosen answer is the longer one, and the agreement on
+pairs whose chosen answer is the shorter one.
 """
 
 import json
@@ -20,17 +21,18 @@ from ml_collections import config_flags
 from pasta_jax.config import from_flags
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.judge import Answer, Pair
-from pasta_jax.evaluate.judges.judging import judge_pairs, judges_of
+from pasta_jax.evaluate.judges.judging import judge_pairs
+from pasta_jax.evaluate.judges.registry import judges_of
 from pasta_jax.utils.jsonl import read_jsonl
 
 
 def pairs_of_labels(path: str) -> tuple[list[Pair], list[str]]:
-  """(pairs with the chosen answer as the system's, their categories) of a file of labels."""
+  """(pairs with the chosen answer in the system's place, their categories) of a file of labels."""
   pairs, categories = [], []
   for number, row in enumerate(read_jsonl(path)):
     try:
-      said = [{"role": "user", "content": row["prompt"]}]
-      chosen, rejected = (Answer(said, row[k] + "") for k in ("chosen", "rejected"))
+      conversation = [{"role": "user", "content": row["prompt"]}]
+      chosen, rejected = (Answer(conversation, row[k] + "") for k in ("chosen", "rejected"))
     except (KeyError, TypeError):
       raise EvalError(f"{path}: row {number + 1} needs texts under prompt, chosen and rejected") from None
     pairs.append(Pair(str(row.get("id", number)), chosen, rejected, "chosen"))
@@ -39,22 +41,24 @@ def pairs_of_labels(path: str) -> tuple[list[Pair], list[str]]:
 
 
 def agreement(preferences: list[float]) -> tuple[float, float]:
-  """(share of agreement in per cent, its standard error) of preferences for the chosen answers."""
+  """(agreement in per cent, its standard error) of preferences for the chosen answers."""
   agree = np.array([(p > 0.5) + 0.5 * (p == 0.5) for p in preferences])
   error = float(agree.std(ddof=1)) / math.sqrt(len(agree)) if len(agree) > 1 else math.nan
   return 100 * float(agree.mean()), 100 * error
 
 
 def measure(config, workdir: Path, files: list[str]) -> list[dict]:
-  """A row for each judge of `config.eval.judges`, file and category; judgements are kept in `workdir`."""
+  """Agreement by judge of `config.eval.judges`, file and category; judgements are kept in `workdir`."""
   rows = []
   for judge in judges_of(config):
     for path in files:
       pairs, categories = pairs_of_labels(path)
-      rows_of = judge_pairs(
+      judgements = judge_pairs(
         judge, pairs, workdir / "judgements" / judge.name / f"labels-{Path(path).stem}.jsonl"
       )
-      judged = [(p, c, rows_of[p.id]["preference"]) for p, c in zip(pairs, categories) if p.id in rows_of]
+      judged = [
+        (p, c, judgements[p.id]["preference"]) for p, c in zip(pairs, categories) if p.id in judgements
+      ]
       groups = {"all": judged} | (
         {c: [j for j in judged if j[1] == c] for c in sorted(set(categories))}
         if len(set(categories)) > 1

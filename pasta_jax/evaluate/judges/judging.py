@@ -1,45 +1,15 @@
-"""Judges over a run's responses: every system against the baseline, each judgement made once."""
+"""Has a run's responses judged: every system against the baseline, each pair once."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from pasta_jax.data.prompts import PromptTurn, conversation
-from pasta_jax.decode.generator import Model, adapter_digest
-from pasta_jax.evaluate.judges.judge import Answer, FileJudge, Judge, Pair
-from pasta_jax.evaluate.judges.llm import LlmJudge
-from pasta_jax.evaluate.judges.local import LocalJudge
-from pasta_jax.utils.endpoint import Endpoint
+from pasta_jax.evaluate.judges.judge import Answer, Judge, Pair
 from pasta_jax.utils.records import Records, read_records
 
 
-def judges_of(config) -> list[Judge]:
-  """The judges that `config.eval.judges` names: "local", "llm" (`config.judge`), or files of preferences."""
-  judges: list[Judge] = []
-  for name in config.eval.judges:
-    if name == "local":
-      judges.append(local_judge(config))
-    elif name == "llm":
-      judges.append(LlmJudge(Endpoint.from_config(config.judge, part="judge"), cache=config.judge.cache))
-    else:
-      judges.append(FileJudge(name, config.eval.baseline))
-  return judges
-
-
-def local_judge(config) -> LocalJudge:
-  """The judge whose model is the baseline system's."""
-  entry = config.systems[config.eval.baseline]
-  return LocalJudge(
-    lambda: Model(config, adapter=entry.adapter, dtype=config.eval.judge_dtype),
-    {
-      "source": config.model.source,
-      "adapter": adapter_digest(entry.adapter),
-      "dtype": config.eval.judge_dtype,
-    },
-  )
-
-
 def pairs_of(workdir: Path, name: str, baseline: str, requests: list[PromptTurn]) -> list[Pair]:
-  """The requests' answers by a system and by the baseline, each behind its own answers to earlier turns."""
+  """The answers of a system and of the baseline, each after its own answers to earlier turns."""
   rows = {
     n: {r["id"]: r for r in read_records(workdir / "responses" / f"{n}.jsonl")} for n in (name, baseline)
   }
@@ -59,25 +29,27 @@ def pairs_of(workdir: Path, name: str, baseline: str, requests: list[PromptTurn]
   ]
 
 
-def judge(config, workdir: Path, names: list[str], requests: list[PromptTurn], judges: list[Judge]) -> None:
-  """Judges what has not been judged: `judgements/JUDGE/SYSTEM-against-BASELINE.jsonl`."""
-  baseline = config.eval.baseline
-  for j in judges:
+def judge_run(
+  workdir: Path, names: Sequence[str], baseline: str, requests: list[PromptTurn], judges: Sequence[Judge]
+) -> None:
+  """Judges the pairs that have no judgement yet, into `judgements/JUDGE/SYSTEM-against-BASELINE.jsonl`."""
+  for judge in judges:
     for name in names:
-      if name == baseline:
-        continue
-      folder = workdir / "judgements" / j.name
-      judge_pairs(j, pairs_of(workdir, name, baseline, requests), folder / f"{name}-against-{baseline}.jsonl")
+      if name != baseline:
+        path = workdir / "judgements" / judge.name / f"{name}-against-{baseline}.jsonl"
+        judge_pairs(judge, pairs_of(workdir, name, baseline, requests), path)
 
 
 def judge_pairs(judge: Judge, pairs: Sequence[Pair], path: Path) -> dict[str, dict]:
-  """Judgements by id, of those pairs that could be judged; kept in `path` and made once, unless a text
-  changes."""
+  """Judgements by id, of the pairs that could be judged.
+
+  They are kept in `path`; a pair is judged again only where one of its texts has changed.
+  """
   records = Records(path, judge.settings)
-  known = lambda p: records.rows.get(p.id, {}).get("texts") == p.digest()
-  todo = [p for p in pairs if not known(p)]
+  is_judged = lambda p: records.rows.get(p.id, {}).get("texts") == p.digest()
+  todo = [p for p in pairs if not is_judged(p)]
   if todo:
     judge.compare(
       todo, path.parent, lambda i, row: records.add({"id": todo[i].id, "texts": todo[i].digest(), **row})
     )
-  return {p.id: records.rows[p.id] for p in pairs if known(p)}
+  return {p.id: records.rows[p.id] for p in pairs if is_judged(p)}

@@ -1,4 +1,4 @@
-"""How likely texts are under a model: the trainer's own forward pass over packed rows."""
+"""Log-likelihoods of texts under a model, by the trainer's forward pass over packed rows."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,35 +13,38 @@ from pasta_jax.lang.thread import Thread
 from pasta_jax.model.transformer import stack
 from pasta_jax.train.losses import token_log_likelihood
 
-ROW = 1024  # tokens of a packed row; a longer text gets rows of the next power of two
-ROWS = 2  # of a batch
+ROW_LENGTH = 1024  # tokens of a packed row; for a longer text, the next power of two
+BATCH_ROWS = 2
 
 
 class Likelihood:
-  """Log-likelihood of plain texts behind prompts, under a generator's model without promises."""
+  """Log-likelihoods of plain texts after prompts, without promises."""
 
-  def __init__(self, generator: Model):
-    self._generator = generator
-    graph, self._params = nnx.split(stack(generator.model))
+  def __init__(self, model: Model):
+    self._model = model
+    graph, self._params = nnx.split(stack(model.model))
     self._run = jax.jit(lambda params, batch: token_log_likelihood(nnx.merge(graph, params), batch)[0])
 
   def __call__(
-    self, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], done: Callable[[int, float], None]
+    self,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    on_finish: Callable[[int, float], None],
   ) -> None:
-    """`done(i, sum of log p over the tokens texts[i] behind prompts[i])`, in an order of its own."""
-    g = self._generator
+    """Calls `on_finish(i, sum of log p of the tokens texts[i] given prompts[i])`, in any order of i."""
+    g = self._model
     examples = [layout(Thread(tuple(t)), g.rule, g.vocabulary.table, p) for p, t in zip(prompts, texts)]
     buckets: dict[int, list[int]] = {}
     for i, e in enumerate(examples):
-      buckets.setdefault(max(ROW, 1 << (len(e) - 1).bit_length()), []).append(i)
+      buckets.setdefault(max(ROW_LENGTH, 1 << (len(e) - 1).bit_length()), []).append(i)
     for length, members in sorted(buckets.items()):
       rows = [[members[k] for k in row] for row in fill_rows([len(examples[i]) for i in members], length)]
-      rows += [[]] * (-len(rows) % ROWS)
-      for first in range(0, len(rows), ROWS):
+      rows += [[]] * (-len(rows) % BATCH_ROWS)
+      for first in range(0, len(rows), BATCH_ROWS):
         batch = concatenate(
-          [pack_row([examples[i] for i in row], length, 1) for row in rows[first : first + ROWS]]
+          [pack_row([examples[i] for i in row], length, 1) for row in rows[first : first + BATCH_ROWS]]
         )
         log_p = np.asarray(self._run(self._params, batch.as_dict()))
-        for b, row in enumerate(rows[first : first + ROWS]):
+        for b, row in enumerate(rows[first : first + BATCH_ROWS]):
           for segment, i in enumerate(row, 1):
-            done(i, float(log_p[b][batch.segment_ids[b] == segment].sum()))
+            on_finish(i, float(log_p[b][batch.segment_ids[b] == segment].sum()))

@@ -1,13 +1,12 @@
-"""The judge that needs no network: how likely each answer is under the sequential baseline model, and plain
-faults.
+"""The judge that needs no network: an answer's likelihood under the baseline model, and its plain defects.
 
-What it can see: whether the text hangs together as the baseline model would write it (a chunk that
-contradicts its neighbour, repeats it, or starts in the middle is unlikely there), whether it loops, was cut
-off, or has a length that the prompt forbids. What it cannot see: whether an answer is true or useful. It
-leans towards bland text, and towards the baseline itself, whose own greedy answers are close to the likeliest
-ones it knows; so it is a lower bound on the quality of others, good for comparing two of them, and no
-replacement for a judge that reads. How far it agrees with people is measured by `python -m
-pasta_jax.evaluate.judges.agreement`.
+It sees whether a text reads as the baseline model would write it (a chunk that contradicts or repeats its
+neighbour, or that starts in the middle, is unlikely there), and whether it loops, was cut off, or has a
+length that the prompt forbids. It does not see whether an answer is true or useful. It prefers bland text and
+the baseline's own greedy answers, which are close to the likeliest ones that it knows; its figures are
+therefore a lower bound on the quality of other systems, good for comparing two of them, and no replacement
+for a judge that reads. `python -m pasta_jax.evaluate.judges.agreement` measures how often it agrees with
+people.
 """
 
 import hashlib
@@ -15,19 +14,20 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
-from pasta_jax.decode.generator import Model
-from pasta_jax.decode.record import loops
+from pasta_jax.decode.generator import Model, adapter_digest
+from pasta_jax.decode.record import current, loops
 from pasta_jax.evaluate.judges.judge import Answer, Pair
 from pasta_jax.evaluate.judges.likelihood import Likelihood
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import Records
 
-PER_NAT = 4.0  # logits of preference for a nat a token of likelihood
-FAULT = 1.0  # and for each fault
-NOTHING = -10.0  # log p a token of an answer without any
+PER_NAT = 4.0  # logits of preference per nat per token of likelihood
+PER_DEFECT = 1.0  # logits of preference per defect
+EMPTY_LOG_P = -10.0  # log p per token of an answer without tokens
 
 _WORDS = {
   w: i for i, w in enumerate("zero one two three four five six seven eight nine ten eleven twelve".split())
@@ -48,14 +48,14 @@ _COUNT = {
 
 
 def contradicts_length(prompt: str, text: str) -> bool:
-  """Whether the text's length is not what the prompt asks for in words, sentences or paragraphs.
+  """Whether the text has another length than the prompt asks for in words, sentences or paragraphs.
 
-  A quarter more or less is let pass; a bare number ("two sentences") is taken as exact.
+  A quarter more or less is accepted; a bare number ("two sentences") means exactly that many.
   """
   for match in _LIMIT.finditer(prompt):
     number = match[2].lower()
     wanted = int(_WORDS.get(number, number if number.isdigit() else 0))
-    there = _COUNT[match["unit"].lower().rstrip("s")](text)
+    count = _COUNT[match["unit"].lower().rstrip("s")](text)
     how = (match["how"] or "").lower()
     low = (
       0.0
@@ -64,96 +64,113 @@ def contradicts_length(prompt: str, text: str) -> bool:
       else 0.75 * wanted
     )
     high = float("inf") if how in ("at least", "more than", "over") else 1.25 * wanted
-    if not low <= there <= high:
+    if not low <= count <= high:
       return True
   return False
 
 
 def repetition(text: str, n: int = 4) -> float:
-  """Share of the text's runs of n words that came before in it."""
+  """Share of the text's word n-grams that occur earlier in it."""
   words = text.lower().split()
-  runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-  return 1 - len(set(runs)) / len(runs) if runs else 0.0
+  ngrams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+  return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def faults(prompt: str, text: str, finished: bool, tokens: Sequence[int]) -> list[str]:
-  """Names of what is plainly wrong with an answer."""
-  found = {
+def defects(prompt: str, text: str, finished: bool, tokens: Sequence[int]) -> list[str]:
+  """Names of an answer's plain defects."""
+  tests = {
     "empty": not text.strip(),
     "cut off": not finished,
     "loops": loops(tokens),
     "repeats": repetition(text) > 0.2,
     "length": contradicts_length(prompt, text),
   }
-  return [name for name, there in found.items() if there]
+  return [name for name, applies in tests.items() if applies]
 
 
 def preference(system: Mapping, baseline: Mapping) -> float:
-  """P(the system's answer is better) from two scores (`log_p` a token, `faults`), in (0, 1)."""
+  """P(the system's answer is better) from two scores (`log_p` per token, `defects`), in (0, 1)."""
   gain = PER_NAT * (system["log_p"] - baseline["log_p"])
-  loops_ = [bool({"loops", "repeats"} & set(answer["faults"])) for answer in (system, baseline)]
-  if loops_[0] != loops_[1]:  # what is said again is likely, and worth nothing
-    gain = min(gain, 0.0) if loops_[0] else max(gain, 0.0)
-  gain -= FAULT * (len(system["faults"]) - len(baseline["faults"]))
+  system_repeats, baseline_repeats = (
+    bool({"loops", "repeats"} & set(answer["defects"])) for answer in (system, baseline)
+  )
+  if system_repeats != baseline_repeats:  # repeated text is likely, and worth nothing
+    gain = min(gain, 0.0) if system_repeats else max(gain, 0.0)
+  gain -= PER_DEFECT * (len(system["defects"]) - len(baseline["defects"]))
   return 1 / (1 + float(np.exp(-gain)))
 
 
 class LocalJudge:
-  """Scores each answer once, under the model that `load` gives; scores are kept beside the judgements."""
+  """Scores each answer once, under the model that `load` returns; the scores are kept with the judgements."""
 
   name = "local"
 
   def __init__(self, load: Callable[[], Model], settings: dict):
     self._load = load
-    self.settings = settings | {"per nat": PER_NAT, "fault": FAULT}
+    self.settings = settings | {"per nat": PER_NAT, "fault": PER_DEFECT}  # names that old runs have too
     self._likelihood: Likelihood | None = None
-    self._generator: Model | None = None
+    self._model: Model | None = None
 
-  def compare(self, pairs: Sequence[Pair], folder: Path, done: Callable[[int, dict], None]) -> None:
-    """Preferences of all pairs, by `done(i, {"preference": …})`; scores go to `folder/scores.jsonl`."""
-    scores = Records(folder / "scores.jsonl", self.settings)
+  @classmethod
+  def from_config(cls, config) -> Self:
+    """The judge whose model is the baseline system's, in `eval.judge_dtype`."""
+    entry = config.systems[config.eval.baseline]
+    return cls(
+      lambda: Model(config, adapter=entry.adapter, dtype=config.eval.judge_dtype),
+      {
+        "source": config.model.source,
+        "adapter": adapter_digest(entry.adapter),
+        "dtype": config.eval.judge_dtype,
+      },
+    )
+
+  def compare(self, pairs: Sequence[Pair], folder: Path, on_judged: Callable[[int, dict], None]) -> None:
+    """Judges all pairs; each answer's score is kept in `folder/scores.jsonl`."""
+    records = Records(folder / "scores.jsonl", self.settings)
     answers = {_key(a): a for p in pairs for a in (p.system, p.baseline)}
-    self._score({k: v for k, v in answers.items() if k not in scores.rows}, scores)
+    self._score({k: a for k, a in answers.items() if k not in records.rows}, records)
+    scores = {k: current(records.rows[k]) for k in answers}
     for i, p in enumerate(pairs):
-      system, baseline = (scores.rows[_key(a)] for a in (p.system, p.baseline))
-      done(
+      system, baseline = scores[_key(p.system)], scores[_key(p.baseline)]
+      on_judged(
         i,
         {
           "preference": preference(system, baseline),
           "log_p": [system["log_p"], baseline["log_p"]],
-          "faults": [system["faults"], baseline["faults"]],
+          "defects": [system["defects"], baseline["defects"]],
         },
       )
 
-  def _score(self, answers: dict[str, Answer], scores: Records) -> None:
+  def _score(self, answers: dict[str, Answer], records: Records) -> None:
+    """Adds the score of each answer to the records."""
     if not answers:
       return
-    if self._likelihood is None or self._generator is None:
-      self._generator = self._load()
-      self._likelihood = Likelihood(self._generator)
-    vocabulary = self._generator.vocabulary
-    names = list(answers)
+    if self._likelihood is None or self._model is None:
+      self._model = self._load()
+      self._likelihood = Likelihood(self._model)
+    vocabulary = self._model.vocabulary
+    keys = list(answers)
     texts = [
       (*vocabulary.tokenizer.encode(a.text), *(vocabulary.tags.eos[:1] if a.finished else ()))
       for a in answers.values()
     ]
-    prompts = [self._generator.encode(a.conversation) for a in answers.values()]
-    bar, task = progress_bar("likelihoods", len(names))
+    prompts = [self._model.encode(a.conversation) for a in answers.values()]
+    bar, task = progress_bar("likelihoods", len(keys))
 
-    def done(i: int, log_p: float) -> None:
-      answer = answers[names[i]]
-      scores.add(
+    def on_finish(i: int, log_p: float) -> None:
+      answer = answers[keys[i]]
+      records.add(
         {
-          "id": names[i],
-          "log_p": log_p / len(texts[i]) if texts[i] else NOTHING,
+          "id": keys[i],
+          "log_p": log_p / len(texts[i]) if texts[i] else EMPTY_LOG_P,
           "tokens": len(texts[i]),
-          "faults": faults(answer.prompt, answer.text, answer.finished, texts[i]),
+          "defects": defects(answer.prompt, answer.text, answer.finished, texts[i]),
         }
       )
       bar.advance(task)
 
     with bar:
-      self._likelihood(prompts, texts, done)
+      self._likelihood(prompts, texts, on_finish)
 
 
 def _key(answer: Answer) -> str:

@@ -1,21 +1,23 @@
 r"""Length-controlled win rate, as AlpacaEval 2 defines it (Dubois et al. 2024, arXiv 2404.04475).
 
-A judge likes long answers. A logistic model splits its preference for a model over the baseline on prompt i,
+Judges favour long answers. A logistic model splits a judge's preference for a model over the baseline on
+prompt i,
 
     logit p_i = phi * tanh(d_i / std(d)) + psi * gamma_i + theta,      d_i = baseline's characters - model's,
 
-into length, the prompt's difficulty gamma, and the model itself; the length-controlled win rate is its mean prediction
-with the length term struck out.
+into length, the prompt's difficulty gamma, and the model itself; the length-controlled win rate is the
+model's mean prediction without the length term.
 
-The original fits phi and psi together with rows of a "gamed" baseline (the baseline told to be verbose or concise, at
-a tenth of the weight each), which are not public. They hold phi and psi near what they are for those two; here a
-Gaussian prior with their published coefficients does the same (`GAMED`). The difficulties are not public either:
-`fit_difficulty` finds those under which the published coefficients of some models explain those models' preferences.
+The original fits phi and psi together with rows of a "gamed" baseline (the baseline told to be verbose or
+concise, at a tenth of the weight each), which are not public. Those rows keep phi and psi near their values
+for these two models; here a Gaussian prior at their published coefficients has the same effect (`GAMED`). The
+difficulties are not public either: `fit_difficulty` fits those under which the published coefficients of some
+models explain these models' preferences.
 
     python -m pasta_jax.evaluate.metrics.length_control --preferences=… --leaderboard=… --weights=… \\
       [--output=difficulty.jsonl]
 
-checks the whole against a leaderboard.
+compares the result with a leaderboard.
 """
 
 import dataclasses
@@ -33,10 +35,10 @@ from absl import app, flags
 
 from pasta_jax.utils.jsonl import DataError, read_jsonl
 
-# Gaussian priors on (phi, psi): centre and curvature. GAMED's centre are the means of the published weights
+# Gaussian priors on (phi, psi): centre and curvature. GAMED's centre is the mean of the published weights
 # of gpt4_1106_preview told to be verbose and concise; its rows count as 161 (2 x 805 at a tenth), each with
-# about E[x^2] p (1 - p) = 0.5 * 0.25 of curvature. It knows how GPT-4-turbo likes length; of other judges
-# nothing is known.
+# about E[x^2] p (1 - p) = 0.5 * 0.25 of curvature. It describes GPT-4-turbo's bias for length; nothing is
+# known of other judges.
 GAMED = (-1.61, 0.76), 20.0
 NOTHING_KNOWN = (0.0, 0.0), 1.0
 DIFFICULTY_SPREAD = 1.5  # standard deviation of the difficulties' own prior
@@ -82,7 +84,7 @@ def length_controlled(
   """
   judged = ~np.isnan(preference)
   if judged.sum() < 3:
-    raise ValueError("a length-controlled win rate needs three judged prompts at least")
+    raise ValueError("a length-controlled win rate needs at least three judged prompts")
   y = preference[judged]
   feature = length_feature(baseline, system)[judged]
   gamma = np.zeros(len(y)) if difficulty is None else difficulty[judged]
@@ -103,7 +105,7 @@ def length_controlled(
 
 
 def _fit(x: np.ndarray, y: np.ndarray, prior: Prior) -> np.ndarray:
-  """(phi, psi, theta) of largest posterior for features x [N, 3] and preferences y [N]."""
+  """(phi, psi, theta) of maximum posterior for features x [N, 3] and preferences y [N]."""
   (phi, psi), strength = prior
   centre, precision = np.array([phi, psi, 0.0]), np.array([strength, strength, 1e-3])
   if not x[:, 1].any():
@@ -120,10 +122,9 @@ def _fit(x: np.ndarray, y: np.ndarray, prior: Prior) -> np.ndarray:
 def fit_difficulty(
   preference: np.ndarray, baseline: np.ndarray, system: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-  """gamma [N] from the preferences [M, N] and lengths of M models with known (phi, psi, theta), `weights` [M,
-  3].
+  """gamma [N] from preferences [M, N] and lengths of M models with known (phi, psi, theta): weights [M, 3].
 
-  One-dimensional logistic regressions, one a prompt, by Newton's method.
+  A one-dimensional logistic regression per prompt, by Newton's method.
   """
   known = ~np.isnan(preference)
   phi, psi, theta = (weights[:, k : k + 1] for k in range(3))
@@ -140,7 +141,7 @@ def fit_difficulty(
   return gamma
 
 
-# The check against a leaderboard.
+# Comparison with a leaderboard.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Preferences:
 
 
 def read_preferences(path: str | Path) -> Preferences:
-  """Rows with `id`, `baseline_chars`, and by model `preference` and `output_chars`."""
+  """Reads rows with `id`, `baseline_chars`, and by model `preference` and `output_chars`."""
   rows = read_jsonl(path)
   try:
     models = list(dict.fromkeys(m for r in rows for m in r["preference"]))
@@ -188,10 +189,10 @@ def check(
   difficulty: np.ndarray | None = None,
   held_out: bool = True,
 ) -> list[dict]:
-  """A row a model of the leaderboard: win rates computed and published, and their differences in points.
+  """For each model of the leaderboard: computed and published win rates, and their differences in points.
 
   Difficulties are fitted on all models with published weights; `held_out_error` is the error with
-  difficulties from all models but the one in question.
+  difficulties fitted on all other models.
   """
   known = [i for i, m in enumerate(preferences.models) if m in weights]
 

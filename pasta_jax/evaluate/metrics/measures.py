@@ -1,4 +1,4 @@
-"""Figures of sets of responses, from their records (`decode.record`). No model here."""
+"""Figures of sets of responses, from their rows (`decode.record`). No model here."""
 
 import math
 import re
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-  """NaN where there is none."""
+  """NaN for no values."""
   logs = [math.log(max(v, 1e-9)) for v in values]
   return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
@@ -23,45 +23,52 @@ def bootstrap_interval(values: Sequence[float], samples: int = 2000, seed: int =
   return float(low), float(high)
 
 
-def theoretical_against(row: dict, baseline: dict) -> float:
-  """Tokens of the baseline's text over the longest path of a system's answer: the paper's theoretical
-  speedup."""
+def speedup_over_baseline(row: dict, baseline: dict) -> float:
+  """The paper's theoretical speedup: the baseline's text tokens over the longest path of a response."""
   return max(baseline["text_tokens"], 1) / max(row["longest_path"], 1)
 
 
+def _parallelism(row: dict) -> float:
+  """Theoretical parallelism, of one token at least: an empty response has no geometric mean."""
+  return max(row["theoretical_parallelism"], 1 / max(row["longest_path"], 1))
+
+
+def tag_overhead(rows: Sequence[dict]) -> float:
+  """Share of the written tokens that are not text: tags, topics and numbers, or outlines."""
+  return 1 - sum(r["text_tokens"] for r in rows) / max(sum(r["total_tokens"] for r in rows), 1)
+
+
 def summarise(rows: Sequence[dict], baseline: Sequence[dict] | None = None) -> dict[str, float]:
-  """Figures over prompts of one system's records; with the baseline's records, what compares the two as well.
+  """Figures over the prompts of one system; with the baseline's rows, also those that compare the two.
 
-  A figure of nothing (lengths where nothing was promised) is left out. Shares and errors are fractions.
+  Shares and errors are fractions, speedups geometric means. A figure of no rows is left out, such as the
+  error of declared lengths where nothing was promised.
 
-  `theoretical_speedup` is tokens of the text over the longest sequential path; `theoretical_against_baseline`
-  takes the tokens of the baseline's text instead (the paper's score). Of records with `seconds`:
-  `wall_clock_speedup` is seconds of the baseline over seconds of the system, prompt by prompt (the paper's
-  protocol); `same_text_speedup` replaces the baseline's seconds by its seconds a token times the system's
-  `text_tokens`, so that it compares like with like when the two answers differ in length. `efficiency` is the
-  share of the theoretical speedup that the clock sees.
+  `theoretical_parallelism` is a response's own text tokens over its longest path; `speedup_over_baseline`
+  takes the text tokens of the baseline's response instead (the paper's theoretical speedup).
+  `tokens_per_round` counts all written tokens. From rows with `seconds`: `realised_speedup` is the baseline's
+  seconds over the system's, prompt by prompt (the paper's protocol); `same_text_speedup` takes the baseline's
+  seconds per token times the system's `text_tokens`, which compares two responses of different length fairly;
+  `efficiency` is that over the theoretical parallelism.
   """
   n = max(len(rows), 1)
   with_promises = [r for r in rows if r["promises"]]
   lengths = [pair for r in rows for pair in r["lengths"]]
-  theory = lambda r: max(
-    r["theoretical_speedup"], 1 / max(r["longest_path"], 1)
-  )  # at least one token, for the mean
   share = lambda f: sum(map(bool, map(f, rows))) / n
   out = {
     "prompts": len(rows),
     "promise_share": len(with_promises) / n,
     "promises_a_response": sum(r["promises"] for r in with_promises) / max(len(with_promises), 1),
-    "theoretical_speedup": geometric_mean(map(theory, rows)),
-    "theoretical_speedup_with_promises": geometric_mean(map(theory, with_promises)),
-    "parallelism": geometric_mean(r["parallelism"] for r in rows),
+    "theoretical_parallelism": geometric_mean(map(_parallelism, rows)),
+    "theoretical_parallelism_with_promises": geometric_mean(map(_parallelism, with_promises)),
+    "tokens_per_round": geometric_mean(r["tokens_per_round"] for r in rows),
     "malformed_share": share(lambda r: r["ill_formed"]),
     "refused_share": share(lambda r: r["refused"]),
     "topic_twice_share": share(lambda r: r["topic_twice"]),
     "loop_share": share(lambda r: r["loops"]),
     "cut_share": share(lambda r: r["finish_reason"] != "stop"),
     "text_tokens": sum(r["text_tokens"] for r in rows) / n,
-    "tag_overhead": 1 - sum(r["text_tokens"] for r in rows) / max(sum(r["total_tokens"] for r in rows), 1),
+    "tag_overhead": tag_overhead(rows),
     "length_error": float(np.median([abs(d - t) / t for d, t in lengths])) if lengths else math.nan,
     "outgrown_share": sum(t > d for d, t in lengths) / max(len(lengths), 1),
   }
@@ -69,34 +76,34 @@ def summarise(rows: Sequence[dict], baseline: Sequence[dict] | None = None) -> d
   if timed:
     out["tokens_a_second"] = sum(r["text_tokens"] for r in timed) / sum(r["seconds"] for r in timed)
   by_id = {r["id"]: r for r in baseline or ()}
-  both = [(r, by_id[r["id"]]) for r in rows if r["id"] in by_id]
-  out["theoretical_against_baseline"] = geometric_mean(theoretical_against(r, b) for r, b in both)
-  pairs = [(r, b) for r, b in both if r.get("seconds") and b.get("seconds")]
-  if pairs:
-    out |= _speedups(pairs)
-  if promising := [(r, b) for r, b in pairs if r["promises"]]:
-    out |= {f"with_promises_{name}": value for name, value in _speedups(promising).items()}
+  pairs = [(r, by_id[r["id"]]) for r in rows if r["id"] in by_id]
+  out["speedup_over_baseline"] = geometric_mean(speedup_over_baseline(r, b) for r, b in pairs)
+  timed_pairs = [(r, b) for r, b in pairs if r.get("seconds") and b.get("seconds")]
+  if timed_pairs:
+    out |= _realised(timed_pairs)
+  if promising := [(r, b) for r, b in timed_pairs if r["promises"]]:
+    out |= {f"with_promises_{name}": value for name, value in _realised(promising).items()}
   return {name: value for name, value in out.items() if not math.isnan(value)}
 
 
-def _speedups(pairs: Sequence[tuple[dict, dict]]) -> dict[str, float]:
-  """Figures by the clock of (a system's record, the baseline's of the same prompt)."""
-  wall = [b["seconds"] / r["seconds"] for r, b in pairs]
-  same = [b["seconds"] / max(b["text_tokens"], 1) * max(r["text_tokens"], 1) / r["seconds"] for r, b in pairs]
-  low, high = bootstrap_interval(wall)
+def _realised(pairs: Sequence[tuple[dict, dict]]) -> dict[str, float]:
+  """Wall-clock figures of (a system's row, the baseline's row for the same prompt)."""
+  speedups = [b["seconds"] / r["seconds"] for r, b in pairs]
+  same_text = [
+    b["seconds"] / max(b["text_tokens"], 1) * max(r["text_tokens"], 1) / r["seconds"] for r, b in pairs
+  ]
+  low, high = bootstrap_interval(speedups)
   return {
-    "wall_clock_speedup": geometric_mean(wall),
-    "wall_clock_low": low,
-    "wall_clock_high": high,
-    "same_text_speedup": geometric_mean(same),
-    "efficiency": geometric_mean(
-      s / max(r["theoretical_speedup"], 1 / max(r["longest_path"], 1)) for s, (r, _) in zip(same, pairs)
-    ),
-    "slower_share": sum(w < 1 for w in wall) / len(wall),
+    "realised_speedup": geometric_mean(speedups),
+    "realised_speedup_low": low,
+    "realised_speedup_high": high,
+    "same_text_speedup": geometric_mean(same_text),
+    "efficiency": geometric_mean(s / _parallelism(r) for s, (r, _) in zip(same_text, pairs)),
+    "slower_share": sum(s < 1 for s in speedups) / len(speedups),
   }
 
 
-LENGTHS = (100, 200, 350)  # bounds between classes of answers, in tokens of the text
+LENGTHS = (100, 200, 350)  # bounds between classes of answers, in text tokens
 
 
 def length_class(row: dict) -> str:
@@ -107,7 +114,7 @@ def length_class(row: dict) -> str:
 
 
 def natural(name: str) -> tuple[int, str]:
-  """Sorts names by the first number in them, if any, then by the alphabet."""
+  """Sort key: the first number in a name, if any, then the name."""
   numbers = re.findall(r"\d+", name)
   return (int(numbers[0]) if numbers else 0, name)
 

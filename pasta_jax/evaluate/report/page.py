@@ -1,5 +1,7 @@
-"""The report as one self-contained HTML page: figures, plots, best and worst prompts, and any response with
-its timeline."""
+"""The report as one self-contained HTML page.
+
+Tables, plots, fastest and slowest prompts, and every response with its timeline.
+"""
 
 import base64
 import json
@@ -8,23 +10,29 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from pasta_jax.decode.record import ResponseRecord
 from pasta_jax.decode.trace import from_json
 from pasta_jax.decode.views.timeline import printable, timeline_style, timeline_svg
+from pasta_jax.evaluate.report.figures import speed_name
+from pasta_jax.evaluate.report.run_record import Run
+from pasta_jax.evaluate.report.summary import Threshold
+from pasta_jax.evaluate.report.tables import about, group_tables, judge_note, table
 from pasta_jax.lang.layout import PositionRule
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.weights.checkpoint import load_checkpoint
 
-if TYPE_CHECKING:
-  from pasta_jax.evaluate.report.report import Run
-
-SHOWN = 3  # best, and as many worst prompts side by side
+SHOWN = 3  # fastest prompts, and as many slowest ones, side by side with the baseline
+PLOT_TITLES = {
+  "speedups": "How many prompts reach which speed",
+  "speedups_by_category": "By category",
+  "speedups_by_length": "By length of the answer",
+}
 
 
 def _file(name: str) -> str:
-  """A file of this package."""
-  return (resources.files("pasta_jax.evaluate") / name).read_text(encoding="utf-8")
+  """The text of a file beside this module."""
+  return (resources.files("pasta_jax.evaluate.report") / name).read_text(encoding="utf-8")
 
 
 def _packed(text: str) -> str:
@@ -41,30 +49,30 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _facts(row: dict, preference: float | None = None) -> str:
+  record = ResponseRecord.from_json(row)
   parts = [
-    f"{row['text_tokens']} tokens",
-    f"longest path {row['longest_path']}",
-    f"{row['theoretical_speedup']:.2f}× in theory",
+    f"{record.text_tokens} tokens",
+    f"longest path {record.longest_path}",
+    f"theoretical parallelism {record.theoretical_parallelism:.2f}×",
   ]
-  if row["promises"]:
-    parts.append(f"{row['promises']} promises")
-  if row["finish_reason"] != "stop":
+  if record.promises:
+    parts.append(f"{record.promises} promises")
+  if record.finish_reason != "stop":
     parts.append("cut off")
   if preference is not None:
-    parts.append(f"preferred with {100 * preference:.0f} %")
+    parts.append(f"preferred over the baseline with {100 * preference:.0f} %")
   return " · ".join(parts)
 
 
-def _extremes(run: "Run", name: str, ranked: list[tuple[dict, float]]) -> str:
-  """Best and worst prompts of a system beside the baseline's answers."""
-  # Those that the speed-up is about: the answers by the clock where there are any.
-  rows = run.timed if any("seconds" in r for r, _ in ranked) else run.responses
-  base = {r["id"]: r for r in rows.get(run.baseline, [])}
+def _extremes(run: Run, name: str, ranked: Sequence[tuple[dict, float]]) -> str:
+  """Fastest and slowest prompts of a system, with the baseline's answers."""
+  rows = run.timed if any("seconds" in r for r, _ in ranked) else run.responses  # those whose speed is shown
+  baseline = {r["id"]: r for r in rows.get(run.baseline, [])}
   out = []
   for title, chosen in (("Fastest", ranked[:SHOWN]), ("Slowest", ranked[::-1][:SHOWN])):
     out.append(f"<h3>{title}</h3>")
     for row, speed in chosen:
-      sides = [(name, row), (run.baseline, base.get(row["id"]))]
+      sides = [(name, row), (run.baseline, baseline.get(row["id"]))]
       boxes = "".join(
         f'<div><h3>{escape(n)}</h3><div class="muted">{escape(_facts(r))}</div>'
         f'<div class="text">{escape(printable(r["text"]))}</div></div>'
@@ -78,8 +86,8 @@ def _extremes(run: "Run", name: str, ranked: list[tuple[dict, float]]) -> str:
   return "".join(out)
 
 
-def _timelines(run: "Run") -> dict[str, dict[str, str]]:
-  """Packed SVGs by system and id, of every response."""
+def _timelines(run: Run) -> dict[str, dict[str, str]]:
+  """The packed SVG of every response, by system and id."""
   checkpoint = load_checkpoint(run.config["model"]["source"], progress=False)
   vocabulary = checkpoint.vocabulary
   rule = PositionRule(run.config["positions"]["strategy"], run.config["positions"]["fixed"])
@@ -88,14 +96,15 @@ def _timelines(run: "Run") -> dict[str, dict[str, str]]:
   bar, task = progress_bar("timelines", len(rows))
   with bar:
     for name, r in rows:
+      record = ResponseRecord.from_json(r)
       caption = [
-        ("tokens", f"{r['total_tokens']}"),
-        ("shown to the reader", f"{r['text_tokens']}"),
-        ("longest path", f"{r['longest_path']}"),
-        ("theoretical speed-up", f"{r['theoretical_speedup']:.2f}×"),
-        ("promises", f"{r['promises']}"),
-        ("at once, at most", f"{r['peak_parallelism']}"),
-        ("finish", r["finish_reason"]),
+        ("tokens", f"{record.total_tokens}"),
+        ("shown to the reader", f"{record.text_tokens}"),
+        ("longest path", f"{record.longest_path}"),
+        ("theoretical parallelism", f"{record.theoretical_parallelism:.2f}×"),
+        ("promises", f"{record.promises}"),
+        ("peak parallelism", f"{record.peak_parallelism}"),
+        ("finish", record.finish_reason),
       ]
       svg = timeline_svg(from_json(r["trace"], vocabulary, rule), vocabulary, caption)
       drawn.setdefault(name, {})[r["id"]] = _packed(svg.replace(timeline_style(), ""))
@@ -103,22 +112,22 @@ def _timelines(run: "Run") -> dict[str, dict[str, str]]:
   return drawn
 
 
-def _by_clock(seconds: float | None, baseline: float | None, compared: bool) -> str:
+def _wall_clock(seconds: float | None, baseline: float | None) -> str:
+  """Of one response; `baseline`: the baseline's seconds for the same prompt, to compare with."""
   if seconds is None:
     return ""
-  return f" · {seconds:.1f} s by the clock" + (
-    f", {baseline / seconds:.2f}×" if baseline and compared else ""
-  )
+  return f" · {seconds:.1f} s" + (f", realised speedup {baseline / seconds:.2f}×" if baseline else "")
 
 
-def _data(run: "Run") -> dict:
-  """What the page's script shows: prompts, and by system each answer's text, facts and speed-up."""
+def _data(run: Run) -> dict:
+  """What the page's script shows: prompts, and by system each answer's text, facts and parallelism."""
   judge = next(iter(run.judgements), None)
   prompts: dict[str, dict] = {}
   answers: dict[str, dict[str, dict]] = {}
   for name, rows in run.responses.items():
-    clock = {r["id"]: r["seconds"] for r in run.timed.get(name, [])}
-    base = {r["id"]: r["seconds"] for r in run.timed.get(run.baseline, [])}
+    seconds = {r["id"]: r["seconds"] for r in run.timed.get(name, [])}
+    baseline_rows = run.timed.get(run.baseline, []) if name != run.baseline else []
+    baseline = {r["id"]: r["seconds"] for r in baseline_rows}
     judged = run.judgements[judge].get(name, {}) if judge else {}
     for r in rows:
       prompts.setdefault(
@@ -127,63 +136,52 @@ def _data(run: "Run") -> dict:
       preference = judged[r["id"]]["preference"] if r["id"] in judged else None
       answers.setdefault(name, {})[r["id"]] = {
         "text": printable(r["text"]),
-        "facts": _facts(r, preference)
-        + _by_clock(clock.get(r["id"]), base.get(r["id"]), name != run.baseline),
-        "speed": round(r["theoretical_speedup"], 3),
+        "facts": _facts(r, preference) + _wall_clock(seconds.get(r["id"]), baseline.get(r["id"])),
+        "speed": round(r["theoretical_parallelism"], 3),
       }
   order = [*(n for n in answers if n != run.baseline), *([run.baseline] if run.baseline in answers else [])]
   return {"systems": order, "prompts": list(prompts.values()), "answers": answers}
 
 
-def write(
+def _threshold_card(t: Threshold) -> str:
+  reached = "–" if t.value is None else f"{t.value:.2f}"
+  return (
+    f'<div class="card"><div class="muted">{escape(t.what)}</div>'
+    f'<div class="big {"met" if t.is_met else "missed"}">{reached} '
+    f'<span class="muted">of {t.wanted:g} wanted: {"met" if t.is_met else "not met"}</span></div></div>'
+  )
+
+
+def write_page(
   path: Path,
-  run: "Run",
+  run: Run,
   summary: dict,
-  table: list[list[str]],
-  drawn: Mapping[str, str],
-  ranked: Mapping[str, list[tuple[dict, float]]],
-  report_groups: Mapping[str, list[list[str]]],
-  verdict: Sequence[tuple] = (),
-  note: str = "",
+  svgs: Mapping[str, str],
+  ranked: Mapping[str, Sequence[tuple[dict, float]]],
+  thresholds: Sequence[Threshold],
 ) -> None:
-  """Writes the page. `drawn` are SVGs by name, `ranked` each system's (record, speed-up), fastest first;
-  `report_groups` tables by heading, `note` what must be said of the figures."""
+  """Writes the page.
+
+  `svgs` are the plots by name, `ranked` each system's (row, speed) with the fastest first (`figures.speeds`).
+  """
   data = _data(run)
   timelines = _timelines(run)
-  titles = {
-    "speedups": "How many prompts get how much",
-    "speedups_by_category": "By category",
-    "speedups_by_length": "By length of the answer",
-  }
+  met = "".join(map(_threshold_card, thresholds))
   plots = "".join(
-    f'<div class="card"><h3>{escape(titles.get(n, "Speed against quality"))}</h3>{svg}</div>'
-    for n, svg in drawn.items()
-  )
-  met = "".join(
-    f'<div class="card"><div class="muted">{escape(what)}</div><div class="big {"met" if ok else "missed"}">'
-    f'{"–" if value is None else f"{value:.2f}"} <span class="muted">of {wanted:g} wanted: '
-    f"{'met' if ok else 'not met'}</span></div></div>"
-    for what, value, wanted, ok in verdict
+    f'<div class="card"><h3>{escape(PLOT_TITLES.get(n, "Speed against quality"))}</h3>{svg}</div>'
+    for n, svg in svgs.items()
   )
   extremes = "".join(
-    f"<h2>Best and worst prompts: {escape(n)}</h2>{_extremes(run, n, rows)}"
+    f"<h2>Fastest and slowest prompts: {escape(n)} ({speed_name(run)})</h2>{_extremes(run, n, rows)}"
     for n, rows in ranked.items()
     if n in run.responses and n != run.baseline and any(r["promises"] for r, _ in rows)
   )
   options = "".join(f"<option>{escape(n)}</option>" for n in data["systems"])
   groups = "".join(
     f'<div class="card"><h3>{escape(heading)}</h3>{_table(rows)}</div>'
-    for heading, rows in report_groups.items()
+    for heading, rows in group_tables(summary).items()
   )
-  timed = f", {summary['timed']} by the clock" if summary["timed"] else ""
-  about = " · ".join(
-    (
-      summary["model"],
-      f"{summary['prompts']} prompts{timed}, against {summary['baseline']}",
-      summary["machine"],
-      f"pasta-jax {summary['version']}",
-    )
-  )
+  note = judge_note(summary)
   path.write_text(
     f"""<!DOCTYPE html>
 <html lang="en">
@@ -196,10 +194,10 @@ def write(
 <body>
 <main>
 <h1>Speed and quality</h1>
-<p class="note">{escape(about)}</p>
+<p class="note">{escape(" · ".join(about(summary)))}</p>
 {f'<div class="row">{met}</div>' if met else ""}
 <h2>Figures</h2>
-<div class="card">{_table(table)}</div>
+<div class="card">{_table(table(summary))}</div>
 {f'<p class="note">{escape(note)}</p>' if note else ""}
 <h2>By category and length</h2>
 <div class="row">{groups}</div>
@@ -211,8 +209,8 @@ def write(
 <select id="system" aria-label="system">{options}</select>
 <div style="height:8px"></div>
 <select id="order" aria-label="order">
-<option value="fast">fastest first</option>
-<option value="slow">slowest first</option>
+<option value="fast">most parallel first</option>
+<option value="slow">least parallel first</option>
 <option value="file">in the file's order</option></select>
 <div style="height:8px"></div>
 <input id="search" type="search" placeholder="search prompts" aria-label="search prompts"/>

@@ -1,5 +1,4 @@
-"""Figures of a run, for a page and for papers: speed against quality, the spread of speed-ups, groups of
-prompts."""
+"""Plots for the page and for papers: speed against quality, speed by prompt, speed by group of prompts."""
 
 import io
 import math
@@ -11,11 +10,11 @@ import matplotlib
 import matplotlib.figure
 import numpy as np
 
-# Of middle lightness: readable on light and on dark ground.
+# Medium lightness: readable on light and on dark backgrounds.
 COLOURS = ("#2f7de1", "#e0702a", "#1f9d6b", "#c44f97", "#a5831f", "#7d68d8", "#1f9fb8", "#d8515a")
-# Jin et al. 2025, abstract: Gemma 7B on AlpacaEval, length-controlled win rate by GPT-4, speed on an H100.
-PAPER = {(1.93, 50 - 7.1): (0, -14), (1.21, 50 + 2.2): (0, 8)}  # and where the label goes, in points
-_INK = "#010203"  # stands for the reader's own text colour in SVGs on a page
+# Jin et al. 2025, abstract: Gemma 7B on AlpacaEval, length-controlled win rate by GPT-4, realised speedup.
+PAPER = {(1.93, 50 - 7.1): (0, -14), (1.21, 50 + 2.2): (0, 8)}  # and the label's offset in points
+_INK = "#010203"  # placeholder that `svg` replaces by the page's own text colour
 _STYLE: Any = {
   "font.size": 10,
   "axes.spines.top": False,
@@ -39,8 +38,8 @@ def colours(names: Sequence[str]) -> dict[str, str]:
   return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
 
 
-def _front(points: Iterable[tuple]) -> list[tuple[float, float]]:
-  """The (speed, quality) of those that no other one equals or beats in both, by speed."""
+def _pareto_front(points: Iterable[tuple]) -> list[tuple[float, float]]:
+  """The Pareto-optimal (speed, quality), sorted by speed."""
   all_ = sorted({p[:2] for p in points})
   return [p for p in all_ if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in all_)]
 
@@ -54,11 +53,10 @@ def pareto(
   baseline: str,
   paper: bool = True,
 ) -> Figure:
-  """Speed against quality: `points` are (speed-up, win rate in per cent, 95 % interval of the speed-up or
-  None).
+  """Speed against quality. `points`: (speedup, win rate in per cent, 95 % interval of the speedup or None).
 
-  A line joins the systems that no other one beats in both. `paper` adds the paper's two ends, which another
-  judge gave another model.
+  A line joins the Pareto-optimal systems. `paper` adds the two ends of the paper's range, measured with
+  another model and another judge.
   """
   with matplotlib.rc_context(_STYLE):
     figure, ax = _new(6.4, 4.0)
@@ -86,7 +84,7 @@ def pareto(
           color=_INK,
           alpha=0.65,
         )
-    ax.plot(*zip(*_front(points.values())), color=_INK, linewidth=1, alpha=0.4)
+    ax.plot(*zip(*_pareto_front(points.values())), color=_INK, linewidth=1, alpha=0.4)
     for name, (x, y, interval) in points.items():
       if interval:
         ax.plot(interval, (y, y), color=palette[name], linewidth=2, alpha=0.5, solid_capstyle="round")
@@ -106,19 +104,17 @@ def pareto(
     return figure
 
 
-def distribution(
-  speedups: Mapping[str, Sequence[float]], *, speed: str, palette: Mapping[str, str]
-) -> Figure:
-  """Sorted speed-ups of each system's prompts: how many get how much."""
+def distribution(speeds: Mapping[str, Sequence[float]], *, speed: str, palette: Mapping[str, str]) -> Figure:
+  """The speed of each system's prompts, sorted: the share of prompts that reach a given speed."""
   with matplotlib.rc_context(_STYLE):
     figure, ax = _new(6.4, 3.4)
     ax.axhline(1, color=_INK, linewidth=0.8, alpha=0.35, linestyle=(0, (3, 3)))
-    for name, values in speedups.items():
+    for name, values in speeds.items():
       ordered = np.sort(np.asarray(values))[::-1]
       share = 100 * (np.arange(len(ordered)) + 0.5) / max(len(ordered), 1)
       ax.plot(share, ordered, color=palette[name], linewidth=2, label=name)
     ax.set_xlabel("share of prompts, %")
-    ax.set_ylabel(f"{speed} of at least (times)")
+    ax.set_ylabel(f"{speed}, at least (times)")
     ax.set_xlim(0, 100)
     ax.set_yscale("log", base=2)
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}×")
@@ -127,7 +123,7 @@ def distribution(
 
 
 def groups(figures: Mapping[str, Mapping[str, float]], *, speed: str, palette: Mapping[str, str]) -> Figure:
-  """A bar for each group of prompts and system: `figures[system][group]` is a speed-up."""
+  """A bar for each group of prompts and system: `figures[system][group]` is its speed."""
   names = list(dict.fromkeys(g for values in figures.values() for g in values))
   with matplotlib.rc_context(_STYLE):
     figure, ax = _new(6.4, 0.9 + 0.24 * len(names) * max(len(figures), 1) + 0.12 * len(names))
@@ -149,8 +145,7 @@ def groups(figures: Mapping[str, Mapping[str, float]], *, speed: str, palette: M
 
 
 def svg(figure: Figure) -> str:
-  """The figure as an SVG element in the colours of the page around it; `figure` itself takes a stand-in for
-  them."""
+  """The figure as an SVG element in the page's text colour. Changes the colours of `figure`."""
   out = io.StringIO()
   with matplotlib.rc_context(
     _STYLE
@@ -169,7 +164,7 @@ def svg(figure: Figure) -> str:
 
 
 def _ink(figure: Figure) -> None:
-  """Gives frame, ticks and labels the stand-in colour."""
+  """Gives frame, ticks and labels the placeholder colour."""
   for ax in figure.axes:
     ax.tick_params(colors=_INK, which="both")
     for label in (ax.xaxis.label, ax.yaxis.label, ax.title):
@@ -179,7 +174,7 @@ def _ink(figure: Figure) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-  """`path` with .svg and .png, on white, for papers."""
+  """Writes `path` with .svg and .png, on white, for papers."""
   with matplotlib.rc_context(_STYLE):
     for suffix in (".svg", ".png"):
       figure.savefig(

@@ -1,9 +1,9 @@
-"""Where rounds lead: speed and quality of every policy, from the start through its rounds, as a figure.
+"""The figure of speed against quality for every policy, from the start through its rounds.
 
-    python -m pasta_jax.preference.front EVALUATION_FOLDER… OUT.svg
+    python -m pasta_jax.preference.pareto_front EVALUATION_FOLDER… OUT.svg
 
-Folders of --mode=eval whose systems are named as stage two names them: "start" and "POLICY_roundN".
-(--mode=preference draws the same figure of its own evaluation.)
+The folders are those of --mode=eval with systems named as stage two names them: "start" and "POLICY_roundN".
+--mode=preference draws the same figure of its own evaluation.
 """
 
 import json
@@ -17,17 +17,18 @@ from typing import NamedTuple
 import matplotlib
 import matplotlib.figure
 
+from pasta_jax.decode.record import current
 from pasta_jax.evaluate.report.plots import COLOURS
 
 _ROUND = re.compile(r"(?P<policy>.+)_round(?P<number>\d+)")
-MEASURES = {
-  "theoretical_speedup": "theoretical speedup",
-  "theoretical_against_baseline": "baseline's tokens over the longest path",
+MEASURES = {  # of speed: a key of a summary, and its name on an axis
+  "theoretical_parallelism": "theoretical parallelism",
+  "speedup_over_baseline": "theoretical speedup",
 }
 
 
 class Point(NamedTuple):
-  """A policy behind a round, 0 for the start."""
+  """A policy after a round; round 0 is the start."""
 
   policy: str
   number: int
@@ -37,38 +38,38 @@ class Point(NamedTuple):
 
 
 def points(folders: Iterable[Path]) -> list[Point]:
-  """Those of the folders' systems that rounds made and that were judged, and the start; none if no round was.
+  """The judged policies in the folders' evaluations, and the start; [] if no policy of a round was judged.
 
-  Raises ValueError, one line, for a folder that is no finished evaluation.
+  Raises ValueError, one line, for a folder without a finished evaluation.
   """
-  found: dict[str, Point] = {}
+  by_name: dict[str, Point] = {}
   for folder in folders:
     try:
       systems = json.loads((folder / "summary.json").read_text())["systems"]
     except (OSError, ValueError, KeyError) as error:
-      raise ValueError(f"{folder} is no finished evaluation ({error})") from None
+      raise ValueError(f"{folder} has no finished evaluation ({error})") from None
     for name, entry in systems.items():
       match = _ROUND.fullmatch(name)
       judged = next(iter(entry.get("quality", {}).values()), None)
       if judged is None or "win_rate" not in judged or not (match or name == "start"):
         continue
-      speed = tuple(entry["responses"].get(key, math.nan) for key in MEASURES)
+      figures = current(entry["responses"])
+      speed = tuple(figures.get(key, math.nan) for key in MEASURES)
       policy, number = (match["policy"], int(match["number"])) if match else ("start", 0)
-      found[name] = Point(
-        policy, number, speed, judged["win_rate"], judged.get("win_rate_error", 0.0)
-      )  # a single answer has none
-  return list(found.values()) if any(p.number for p in found.values()) else []
+      standard_error = judged.get("win_rate_error", 0.0)  # few answers have none
+      by_name[name] = Point(policy, number, speed, judged["win_rate"], standard_error)
+  return list(by_name.values()) if any(p.number for p in by_name.values()) else []
 
 
-def draw(found: list[Point]) -> matplotlib.figure.Figure:
-  """Quality over each measure of speed: a path for each policy, standard errors of the win rate as bars."""
+def draw(judged: list[Point]) -> matplotlib.figure.Figure:
+  """Quality against each measure of speed: a line per policy, bars are standard errors of the win rate."""
   with matplotlib.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "pasta"}):
     figure = matplotlib.figure.Figure(figsize=(9.6, 3.8), layout="constrained", dpi=160)
-    start = next((p for p in found if p.number == 0), None)
-    policies = sorted({p.policy for p in found if p.number})
+    start = next((p for p in judged if p.number == 0), None)
+    policies = sorted({p.policy for p in judged if p.number})
     for k, (axes, label) in enumerate(zip(figure.subplots(1, 2, sharey=True), MEASURES.values())):
       for policy, colour in zip(policies, COLOURS):
-        path = sorted((p for p in found if p.policy == policy), key=lambda p: p.number)
+        path = sorted((p for p in judged if p.policy == policy), key=lambda p: p.number)
         line = ([start] if start else []) + path
         axes.plot(
           [p.speed[k] for p in line], [p.quality for p in line], color=colour, linewidth=1.2, alpha=0.6
@@ -112,13 +113,13 @@ def draw(found: list[Point]) -> matplotlib.figure.Figure:
 
 def main(arguments: list[str]) -> None:
   if len(arguments) < 2:
-    sys.exit("usage: python -m pasta_jax.preference.front EVALUATION_FOLDER… OUT.svg")
+    sys.exit("usage: python -m pasta_jax.preference.pareto_front EVALUATION_FOLDER… OUT.svg")
   *folders, out = map(Path, arguments)
   try:
-    found = points(folders)
-    if not found:
+    judged = points(folders)
+    if not judged:
       raise ValueError(f"no round was judged in {', '.join(map(str, folders))}")
-    draw(found).savefig(out)
+    draw(judged).savefig(out)
   except (ValueError, OSError) as error:
     sys.exit(f"error: {error}")
 

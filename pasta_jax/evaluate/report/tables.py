@@ -1,0 +1,162 @@
+"""A summary as rows of text: for the terminal, Markdown and the page."""
+
+import rich.console
+import rich.table
+
+from pasta_jax.evaluate.metrics.measures import natural
+
+Rows = list[list[str]]
+
+_SHARE = lambda v: f"{100 * v:.0f} %"
+_PER_CENT = lambda v: f"{v:.1f} %"
+_TIMES = lambda v: f"{v:.2f}"
+_NUMBER = lambda v: f"{v:.0f}"
+FIGURES = (  # (heading, part of a system's entry, key, format)
+  ("prompts answered", "responses", "prompts", _NUMBER),
+  ("answers with promises or points", "responses", "promise_share", _SHARE),
+  ("theoretical speedup", "responses", "speedup_over_baseline", _TIMES),
+  ("theoretical parallelism", "responses", "theoretical_parallelism", _TIMES),
+  (
+    "theoretical parallelism, answers with promises",
+    "responses",
+    "theoretical_parallelism_with_promises",
+    _TIMES,
+  ),
+  ("tokens per round, tags included", "responses", "tokens_per_round", _TIMES),
+  ("non-text tokens (tags, outlines)", "responses", "tag_overhead", _SHARE),
+  ("declared lengths: median error", "responses", "length_error", _SHARE),
+  ("ill-formed answers", "responses", "malformed_share", _SHARE),
+  ("answers that promise a topic twice", "responses", "topic_twice_share", _SHARE),
+  ("answers that loop", "responses", "loop_share", _SHARE),
+  ("answers cut off", "responses", "cut_share", _SHARE),
+  ("text tokens per answer", "responses", "text_tokens", _NUMBER),
+  ("prompts timed", "timed", "prompts", _NUMBER),
+  ("realised speedup", "timed", "realised_speedup", _TIMES),
+  ("95 % interval", "timed", "interval", str),
+  ("realised speedup at equal length", "timed", "same_text_speedup", _TIMES),
+  ("efficiency (that over theoretical parallelism)", "timed", "efficiency", _SHARE),
+  ("prompts slower than the baseline", "timed", "slower_share", _SHARE),
+  ("tokens per second", "timed", "tokens_a_second", lambda v: f"{v:.1f}"),
+)
+NOTHING = "–"
+
+_LOCAL_JUDGE = (
+  "The local judge compares how likely each answer is under the baseline model, and counts plain defects "
+  "(loops, answers that are cut off, lengths that the prompt forbids). It sees whether a text is coherent; it "
+  "does not see whether it is true or useful, and it favours the baseline's own answers."
+)
+
+
+def table(summary: dict) -> Rows:
+  """The heading, then a row for each figure that any system has, and a column for each system."""
+  systems = summary["systems"]
+  rows = [["", *systems]]
+  for heading, part, key, form in FIGURES:
+    row = [heading]
+    for entry in systems.values():
+      figures = dict(entry.get(part, {}))
+      if "realised_speedup_low" in figures:
+        figures["interval"] = _interval(figures)
+      row.append(form(figures[key]) if key in figures else NOTHING)
+    if any(cell != NOTHING for cell in row[1:]):
+      rows.append(row)
+  for judge in dict.fromkeys(j for entry in systems.values() for j in entry["quality"]):
+    rates = [entry["quality"].get(judge, {}) for entry in systems.values()]
+    rows += [
+      [f"answers judged ({judge})", *(str(r["judged"]) if "judged" in r else NOTHING for r in rates)],
+      [f"win rate ({judge})", *(_win_rate(r, "win_rate") for r in rates)],
+      [f"length-controlled win rate ({judge})", *(_win_rate(r, "length_controlled") for r in rates)],
+    ]
+  return rows
+
+
+def _interval(figures: dict) -> str:
+  return f"{figures['realised_speedup_low']:.2f} to {figures['realised_speedup_high']:.2f}"
+
+
+def _win_rate(rates: dict, key: str) -> str:
+  if key not in rates:
+    return NOTHING
+  error = f" ± {rates[key + '_error']:.1f}" if key + "_error" in rates else ""
+  return _PER_CENT(rates[key]) + error
+
+
+def group_tables(summary: dict) -> dict[str, Rows]:
+  """Speed by category and by length, by heading: a row for each group and a column for each system.
+
+  Realised speedups with 95 % intervals if there are timings, else theoretical parallelism.
+  """
+  systems = {n: e for n, e in summary["systems"].items() if n != summary["baseline"]}
+  timed = any("realised_speedup" in e.get("timed", {}) for e in systems.values())
+  part, key, what = (
+    ("timed", "realised_speedup", "realised speedup")
+    if timed
+    else ("responses", "theoretical_parallelism", "theoretical parallelism")
+  )
+
+  def cell(figures: dict) -> str:
+    if key not in figures:
+      return NOTHING
+    interval = f", {_interval(figures)}" if timed else ""
+    return f"{figures[key]:.2f}{interval} ({figures['prompts']})"
+
+  tables = {}
+  for heading, kind in (("By category", "category"), ("By length of the answer", "length")):
+    groups = {n: e.get(f"{part}_by_{kind}", {}) for n, e in systems.items()}
+    names = sorted({g for by_name in groups.values() for g in by_name}, key=natural)
+    rows = [[g, *(cell(by_name.get(g, {})) for by_name in groups.values())] for g in names]
+    tables[f"{heading}: {what} (prompts)"] = [["", *systems], *rows]
+  return tables
+
+
+def judge_note(summary: dict) -> str:
+  """What a reader must know of the judges' figures; "" if nothing."""
+  return _LOCAL_JUDGE if any("local" in e["quality"] for e in summary["systems"].values()) else ""
+
+
+def about(summary: dict) -> tuple[str, str]:
+  """(model, prompts and baseline, machine and version) in words."""
+  timed = f"; {summary['timed']} of them timed ({summary['dtype']})" if summary["timed"] else ""
+  return (
+    f"{summary['model']}, {summary['prompts']} prompts{timed}, against {summary['baseline']}",
+    f"{summary['machine']}; pasta-jax {summary['version']}",
+  )
+
+
+def markdown(summary: dict) -> str:
+  """All tables, with model, machine and version."""
+  note = judge_note(summary)
+  return "\n".join(
+    [
+      "; ".join(about(summary)),
+      "",
+      *_markdown_table(table(summary)),
+      *(("", note) if note else ()),
+      *(
+        line
+        for heading, rows in group_tables(summary).items()
+        for line in ("", heading, "", *_markdown_table(rows))
+      ),
+      "",
+    ]
+  )
+
+
+def _markdown_table(rows: Rows) -> list[str]:
+  line = lambda cells: "| " + " | ".join(cells) + " |"
+  return [line(rows[0]), line(["---"] * len(rows[0])), *map(line, rows[1:])]
+
+
+def show(summary: dict) -> None:
+  """Prints the table in the terminal."""
+  rows = table(summary)
+  timed = f", {summary['timed']} timed" if summary["timed"] else ""
+  shown = rich.table.Table(title=f"{summary['prompts']} prompts{timed}")
+  for k, name in enumerate(rows[0]):
+    shown.add_column(name, justify="right" if k else "left")
+  for row in rows[1:]:
+    shown.add_row(*row)
+  console = rich.console.Console()
+  console.print(shown)
+  if note := judge_note(summary):
+    console.print(note)

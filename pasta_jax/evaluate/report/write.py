@@ -1,0 +1,44 @@
+"""Writes a run's report: `summary.json`, `report.md`, `report.html`, plots, and files for AlpacaEval's tools.
+
+    python main.py --mode=report --workdir=runs/eval
+
+It reads what `evaluate.run` left in the folder and loads no weights but the tokenizer's. It can be run at any
+time, on the systems, timings and judgements that exist so far.
+"""
+
+import json
+from pathlib import Path
+
+from pasta_jax.evaluate.report import page, plots, tables
+from pasta_jax.evaluate.report.figures import draw, speeds
+from pasta_jax.evaluate.report.run_record import Run, read_run
+from pasta_jax.evaluate.report.summary import summarise_run, thresholds
+
+
+def write_report(workdir: Path) -> dict:
+  """Writes everything into the run's folder, prints the table, and returns the summary."""
+  run = read_run(workdir)
+  summary = summarise_run(run)
+  (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+  (workdir / "report.md").write_text(tables.markdown(summary))
+  write_alpaca_eval(workdir / "alpaca_eval", run)
+  (workdir / "figures").mkdir(exist_ok=True)
+  svgs = {}
+  for name, figure in draw(run, summary).items():
+    plots.save(figure, workdir / "figures" / name)
+    svgs[name] = plots.svg(figure)
+  ranked = {n: sorted(speeds(run, n), key=lambda pair: -pair[1]) for n in run.systems}
+  page.write_page(workdir / "report.html", run, summary, svgs, ranked, thresholds(run, summary))
+  tables.show(summary)
+  return summary
+
+
+def write_alpaca_eval(folder: Path, run: Run) -> None:
+  """`folder/SYSTEM.json` in the form that AlpacaEval's tools read."""
+  folder.mkdir(exist_ok=True)
+  for name, rows in run.responses.items():
+    outputs = [
+      {"dataset": r.get("category", ""), "instruction": r["prompt"], "output": r["text"], "generator": name}
+      for r in rows
+    ]
+    (folder / f"{name}.json").write_text(json.dumps(outputs, indent=1, ensure_ascii=False))
