@@ -59,7 +59,7 @@ def make_pair_update(graph, optimiser: optax.GradientTransformation, config, bet
 
   def means(sums, pairs):
     return {name: sums[name] / pairs for name in ("loss", "margin", "accuracy", "chosen", "rejected")} | {
-      "lost": sums["lost"] / jnp.maximum(sums["tokens"], 1)
+      "ref_logp_drop": sums["ref_logp_drop"] / jnp.maximum(sums["tokens"], 1)
     }
 
   return make_step(one, optimiser, over="pairs", means=means)

@@ -56,8 +56,8 @@ def preference_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum of the pairs' losses, and sums for metrics (divide by `pairs`, token ones by `tokens`).
 
-  `margin` is Δ, `accuracy` counts Δ > 0, `chosen` and `rejected` are log p, `lost` is log p_ref − log p of
-  both answers together: how much less likely they became.
+  `margin` is Δ, `accuracy` counts Δ > 0, `chosen` and `rejected` are log p, `ref_logp_drop` is
+  log p_ref − log p of both answers together: how much less likely they became.
   """
   log_p = answer_log_likelihood(model, batch, **how)
   weight = batch["weight"]
@@ -83,6 +83,6 @@ def preference_loss(
     "accuracy": over(margin > 0),
     "chosen": over(log_p[:, 0]),
     "rejected": over(log_p[:, 1]),
-    "lost": -over(gain.sum(axis=1)),
+    "ref_logp_drop": -over(gain.sum(axis=1)),
     "tokens": tokens,
   }
