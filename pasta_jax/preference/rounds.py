@@ -1,7 +1,7 @@
 """`--mode=preference`: rounds of sampling, judging, choosing pairs, training and evaluating. Resumable.
 
     workdir/baseline.jsonl                     the baseline's answers to the training prompts
-    workdir/start/samples.jsonl, judgements/   samples of the start policy, for the first round of every policy
+    workdir/start/samples.jsonl, judgements/   samples of the start, for the first round of every policy
     workdir/POLICY/round1/settings.json        what the round depends on: other settings need another folder
     workdir/POLICY/round1/pairs.jsonl          best and worst samples of each prompt
     workdir/POLICY/round1/round.json           figures of samples, defects, pairs and training
@@ -42,7 +42,7 @@ from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
 
 
 def read_step_cost(c) -> StepCost | None:
-  """The step cost of `preference.score=clock`, else None. Raises ValueError, one line, if it cannot be read."""
+  """The step cost of `preference.score=clock`, else None. Raises ValueError, one line, for a bad file."""
   if c.score != "clock":
     return None
   try:

@@ -1,4 +1,4 @@
-"""From samples to pairs: judging against the baseline, scoring, choosing, counting, laying out for training."""
+"""From samples to pairs: judging, scoring, choosing, counting, and laying out for training."""
 
 import collections
 import math
