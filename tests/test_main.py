@@ -52,7 +52,7 @@ def test_decode_one_prompt(trained, capsys, tmp_path):
     "Longest path",
     "Theoretical",
     "Wall clock",
-    "Measured speed-up",
+    "Same-text speedup",
     "Peak",
   ):
     assert figure in out.err
