@@ -247,6 +247,6 @@ def load(source: str | Path = DEFAULT_MODEL, adapter: str | None = None, **setti
   adapter = DEFAULT_ADAPTERS.get(str(source), "") if adapter is None else str(adapter)
   changes = {f"decode.{name}": value for name, value in settings.items()}
   config = with_changes(Config(), {"model.source": str(source), "model.adapter": adapter, **changes})
-  if not jax.config.read("jax_compilation_cache_dir"):
+  if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
     use_compilation_cache(cache_folder() / "compiled")
   return Model(config)
