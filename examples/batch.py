@@ -25,9 +25,7 @@ def main() -> None:
     return scheduler.submit(DecodeRequest(model.encode(prompt), model.sampling, on_step=progress, every=32))
 
   prompts = {submit(prompt): prompt for prompt in args.prompts}
-  running = True
-  while running:  # requests may be submitted and cancelled between two steps, or by another thread
-    running = scheduler.step()
+  while scheduler.step():  # requests may be submitted and cancelled between two steps, or by another thread
     for id, trace in scheduler.results():
       print(f"\n# {prompts[id]} ({trace.finish_reason})\n\n{trace.text}\n")
 

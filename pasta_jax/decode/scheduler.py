@@ -161,9 +161,11 @@ class Scheduler:
   def step(self, max_steps: int = EVERY) -> bool:
     """Admits requests, runs one segment of at most `max_steps` decode steps, and collects what finished.
 
-    Returns whether requests are left. A segment ends early when a request finishes that another could follow.
+    Returns False if there was nothing to do: no request waits or runs. A segment ends early when a request
+    finishes whose place another can take.
     """
     self._admit()
+    ran = self._running is not None
     if self._running is not None:
       streamed = [job.request.every for job in self._running.jobs() if job.request.on_step]
       traces = self._running.advance(min([max_steps, *streamed]), bool(self._queue))
@@ -177,7 +179,7 @@ class Scheduler:
       for job, trace in traces:
         if job.request.on_step and not job.cancelled:
           job.request.on_step(trace)
-    return bool(self._jobs)
+    return ran or bool(self._jobs)
 
   def _admit(self) -> None:
     """Starts the next planned batch if none runs, and fills free places."""

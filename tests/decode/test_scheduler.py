@@ -154,7 +154,6 @@ def test_requests_of_other_sampling_run_beside_each_other(interpreter):
   found = {}
   while scheduler.step():
     found.update((id, figures(trace)) for id, trace in scheduler.results())
-  found.update((id, figures(trace)) for id, trace in scheduler.results())
   assert found == {id: figures(decode(interpreter, [1, 2, 3], s)) for id, s in ids.items()}
   assert len({str(f) for f in found.values()}) > 3
 
@@ -230,7 +229,7 @@ def test_streamed_traces_grow_and_come_in_time(interpreter, alone, places, width
     for earlier, later in zip([None, *traces], traces):
       assert 0 <= later.steps - (earlier.steps if earlier else 0) <= 5
     if traces:
-      assert figures(traces[-1]) == alone[2][i] and len(traces) > 1
+      assert figures(traces[-1]) == alone[2][i] and (len(traces) > 1 or traces[-1].steps <= 5)
 
 
 def test_submit_and_cancel_from_other_threads(interpreter, alone):
@@ -253,7 +252,6 @@ def test_submit_and_cancel_from_other_threads(interpreter, alone):
   found = {}
   while scheduler.step() or any(c.is_alive() for c in clients) or scheduler.step():
     found.update((id, figures(trace)) for id, trace in scheduler.results())
-  found.update((id, figures(trace)) for id, trace in scheduler.results())
   assert found == {id: alone[1][i] for id, i in index.items()} and len(dropped) == 2
 
 
