@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pasta_jax.decode.generator import DecodeError, Model, Response
+from pasta_jax.decode.scheduler import precompile
 from pasta_jax.decode.views.live import LiveView, figures_table
 from pasta_jax.utils.files import write_atomic
 from pasta_jax.utils.jsonl import read_jsonl, to_jsonl
@@ -84,7 +85,7 @@ def _compile(model: Model, prompt_length: int, modes: list[bool]) -> None:
   with bar:
     for parallel in modes:
       show = lambda done, total: bar.update(task, completed=done, total=total)
-      model.interpreter(parallel).precompile(prompt_length, model.sampling, on_progress=show)
+      precompile(model.interpreter(parallel), prompt_length, model.sampling, on_progress=show)
 
 
 def decode_file(config, prompts_file: str, output: str | None) -> None:

@@ -1,11 +1,10 @@
 """The compiled programs of one model: prefill, and segments of a loop over `decode.step`.
 
-A segment is a `lax.while_loop` that stays on the device until the host has something to decide. The segment of
-one request ends when the request has finished, its steps are spent, the pool is full, or the number of
-runnable branches asks for another width. The segment of a batch has a request axis in front of every array of
-the state; it ends when enough of its requests have finished or its steps are spent. Its loop is written around
-a vmap of `step`; a vmap of the loop would select the whole state, pools included, at every step. A step of a
-finished request changes nothing.
+A segment is a `lax.while_loop` that stays on the device until the host has something to decide. For one request
+it ends when the request has finished, its steps are spent, the pool is full, or the number of runnable branches
+asks for another width. For a batch, with a request axis in front of every array of the state, it ends when
+enough requests have finished or its steps are spent; the loop is around a vmap of `step`, because a vmap of the
+loop would select the whole state, pools included, at every step. A step of a finished request changes nothing.
 
 The host's side, which starts segments and reads traces, is `decode.scheduler`.
 """
@@ -19,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pasta_jax.decode.sampling import Sampling, as_arrays
-from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures, specialise
-from pasta_jax.decode.state import STOP, UNFINISHED, State, grow, initial, reseed, summary
+from pasta_jax.decode.sampling import Sampling
+from pasta_jax.decode.settings import Limits, StepFeatures
+from pasta_jax.decode.state import UNFINISHED, State, grow, initial, reseed, summary
 from pasta_jax.decode.step import Tables, step
 from pasta_jax.lang import automaton
 from pasta_jax.lang.vocabulary import Vocabulary
@@ -161,7 +160,7 @@ class Interpreter:
     size = min(padded_length(len(prompt)), self.limits.kv_buckets[-1])
     padded = np.zeros(size, np.int32)
     padded[: len(prompt)] = prompt
-    capacity = capacity or next(c for c in self._capacities() if c >= size + self.limits.branch_widths[-1])
+    capacity = capacity or next(c for c in self.capacities() if c >= size + self.limits.branch_widths[-1])
     return self._prefill(
       self.params, padded, np.int32(len(prompt)), np.uint32(seed & 0xFFFFFFFF), capacity=capacity
     )
@@ -197,7 +196,7 @@ class Interpreter:
   def grow(self, state: State) -> State:
     """The state with a pool of the next size."""
     size = capacity_of(state)
-    return self._grow(state, capacity=next(c for c in self._capacities() if c > size))
+    return self._grow(state, capacity=next(c for c in self.capacities() if c > size))
 
   def insert(self, batch: Any, one: Any, row: int) -> Any:
     """The batch with `one`, the same pytree without the request axis, in place of row `row`."""
@@ -207,47 +206,12 @@ class Interpreter:
     """The batch of these rows; a row may be taken more than once."""
     return self._take(batch, np.asarray(rows, np.int32))
 
-  def stop(self, states: State, rows: Sequence[bool]) -> State:
-    """The batch with the requests of the rows that are True marked as finished."""
-    return states._replace(finish=jnp.where(np.asarray(rows), STOP, states.finish))
-
-  def row(self, states: State, row: int) -> State:
-    """One request of a batch, without its pool: what `read_trace` needs."""
-    return jax.tree.map(lambda x: x[row], states._replace(pool=None))  # type: ignore[arg-type]
-
-  def _capacities(self) -> list[int]:
+  def capacities(self) -> list[int]:
     """Sizes of the pool: the buckets, and one with room for the lanes of a step after the last entry."""
     last = self.limits.kv_buckets[-1]
     return [*self.limits.kv_buckets, last + -(-self.limits.branch_widths[-1] // 128) * 128]
-
-  # Compilation.
 
   def compiled(self) -> int:
     """The number of programs compiled so far."""
     programs = (self._prefill, self._segment, self._batch_segment, self._grow, self._insert, self._take)
     return sum(f._cache_size() for f in (*programs, self.reseed))
-
-  def precompile(
-    self,
-    prompt_length: int,
-    sampling: SamplingConfig = SamplingConfig(),
-    *,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-  ) -> None:
-    """Compiles everything that one request with a prompt of this length may need.
-
-    Timings taken afterwards include no compilation. `on_progress(done, total)` is called for each program.
-    """
-    features, numbers = specialise(self.features, sampling), as_arrays(sampling)
-    widths = self.limits.branch_widths
-    state = self.prefill([1] * min(prompt_length, self.limits.kv_buckets[-1] - widths[-1]))
-    longest = prompt_length + self.limits.max_new_tokens + widths[-1]
-    sizes = [c for c in self._capacities() if c >= capacity_of(state)]
-    sizes = [c for i, c in enumerate(sizes) if i == 0 or sizes[i - 1] < longest]
-    shapes = [(size, width) for size in sizes for width in widths]
-    for done, (size, width) in enumerate(shapes):
-      on_progress(done, len(shapes))
-      if size > capacity_of(state):
-        state = self.grow(state)
-      state, _ = self.segment(state, numbers, 0, width=width, features=features)
-    on_progress(len(shapes), len(shapes))

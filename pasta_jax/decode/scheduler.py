@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pasta_jax.decode.interpreter import (
@@ -18,7 +19,7 @@ from pasta_jax.decode.interpreter import (
 )
 from pasta_jax.decode.sampling import Sampling, as_arrays
 from pasta_jax.decode.settings import SamplingConfig, StepFeatures, specialise
-from pasta_jax.decode.state import UNFINISHED, State
+from pasta_jax.decode.state import STOP, UNFINISHED, State
 from pasta_jax.decode.trace import Trace, read_trace
 
 EVERY = 16  # decode steps between two looks at a running batch
@@ -269,7 +270,7 @@ class Scheduler:
   def precompile(self, prompt_length: int, sampling: SamplingConfig) -> None:
     """Compiles what a full batch of prompts of this length needs, and the smaller ones that it becomes."""
     if self.batch_size == 1:
-      self.interpreter.precompile(prompt_length, sampling)
+      precompile(self.interpreter, prompt_length, sampling)
       return
     request = DecodeRequest([1] * prompt_length, sampling)
     features, pool_size = specialise(self.interpreter.features, sampling), self._pool_size(request.tokens)
@@ -299,6 +300,32 @@ def decode(
     pass
   [(_, trace)] = scheduler.results()
   return trace
+
+
+def precompile(
+  interpreter: Interpreter,
+  prompt_length: int,
+  sampling: SamplingConfig = SamplingConfig(),
+  *,
+  on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+  """Compiles everything that `decode` may need for a prompt of this length.
+
+  Timings taken afterwards include no compilation. `on_progress(done, total)` is called for each program.
+  """
+  features, numbers = specialise(interpreter.features, sampling), as_arrays(sampling)
+  limits, widths = interpreter.limits, interpreter.limits.branch_widths
+  state = interpreter.prefill([1] * min(prompt_length, limits.kv_buckets[-1] - widths[-1]))
+  longest = prompt_length + limits.max_new_tokens + widths[-1]
+  sizes = [c for c in interpreter.capacities() if c >= capacity_of(state)]
+  sizes = [c for i, c in enumerate(sizes) if i == 0 or sizes[i - 1] < longest]
+  shapes = [(size, width) for size in sizes for width in widths]
+  for done, (size, width) in enumerate(shapes):
+    on_progress(done, len(shapes))
+    if size > capacity_of(state):
+      state = interpreter.grow(state)
+    state, _ = interpreter.segment(state, numbers, 0, width=width, features=features)
+  on_progress(len(shapes), len(shapes))
 
 
 class _One:
@@ -415,7 +442,9 @@ class _Batch:
     traces = []
     for row, job in enumerate(self._places):
       if job is not None and (ended[row] or job.request.on_step):
-        traces.append((job, read_trace(it.row(states, row), it.vocabulary, self._features.rule)))
+        small = states._replace(pool=None)  # type: ignore[arg-type]  # a trace does without it
+        one = jax.tree.map(lambda x, row=row: x[row], small)
+        traces.append((job, read_trace(one, it.vocabulary, self._features.rule)))
         if ended[row]:
           self._places[row] = None
     return traces
@@ -441,4 +470,4 @@ class _Batch:
     """Marks rows as finished, so that nothing waits for them."""
     assert self._arrays is not None
     states, sampling = self._arrays
-    self._arrays = self._interpreter.stop(states, rows), sampling
+    self._arrays = states._replace(finish=jnp.where(np.asarray(rows), STOP, states.finish)), sampling

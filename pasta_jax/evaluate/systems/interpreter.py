@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Self
 
 from pasta_jax.decode.generator import Model
 from pasta_jax.decode.record import to_record
-from pasta_jax.decode.scheduler import Scheduler
+from pasta_jax.decode.scheduler import Scheduler, precompile
 from pasta_jax.decode.trace import Trace, to_json
 from pasta_jax.evaluate.systems.system import Conversation, OnProgress, check_length
 
@@ -60,7 +60,7 @@ class InterpreterSystem:
       def tell(done: int, total: int, length=length) -> None:
         on_progress(f"prompts of {length}: {done} of {total}")
 
-      interpreter.precompile(length, self.model.sampling, on_progress=tell)
+      precompile(interpreter, length, self.model.sampling, on_progress=tell)
 
   def _row(self, trace: Trace) -> dict:
     return to_record(trace, self.model.vocabulary).to_json() | {"trace": to_json(trace)}

@@ -14,7 +14,7 @@ from pasta_jax.config import identity
 from pasta_jax.decode.generator import Model
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.record import ResponseRecord, count_text_tokens, loops
-from pasta_jax.decode.scheduler import Scheduler, decode
+from pasta_jax.decode.scheduler import Scheduler, decode, precompile
 from pasta_jax.decode.trace import Trace, to_json
 from pasta_jax.evaluate.systems.system import Conversation, OnProgress, check_length
 
@@ -178,9 +178,9 @@ class Skeleton:
     sampling = self.model.sampling
     for length in lengths:
       on_progress(f"outlines of prompts of {length}")
-      self._outlines.precompile(length, sampling)
-      self._outlines.precompile(length + extra_outline, sampling)
-      self._plain.precompile(length, sampling)
+      precompile(self._outlines, length, sampling)
+      precompile(self._outlines, length + extra_outline, sampling)
+      precompile(self._plain, length, sampling)
 
 
 def joint_trace(outline: Trace, points: list[str], answers: list[Trace]) -> dict:
