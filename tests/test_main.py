@@ -157,7 +157,7 @@ def test_a_stopped_training_has_an_exit_code_of_its_own(monkeypatch, tmp_path, c
   from pasta_jax.train import loop, sft
 
   def stopped(config, workdir):
-    raise loop.Stopped("stopped by SIGTERM behind step 3 of 6")
+    raise loop.Stopped("stopped by SIGTERM after step 3 of 6")
 
   monkeypatch.setattr(sft, "train", stopped)
   monkeypatch.setenv("PASTA_CACHE", str(tmp_path))
@@ -165,7 +165,7 @@ def test_a_stopped_training_has_an_exit_code_of_its_own(monkeypatch, tmp_path, c
   main.parse(["main.py", "--mode=train", f"--workdir={tmp_path}"])
   with pytest.raises(SystemExit) as left:
     main.main(["main.py"])
-  assert left.value.code == main.RESTART == 75 and "behind step 3 of 6" in capsys.readouterr().out
+  assert left.value.code == main.RESTART == 75 and "after step 3 of 6" in capsys.readouterr().out
   monkeypatch.setattr(sys, "argv", ["main.py"])
   main.parse(["main.py", "--mode=eval", f"--workdir={tmp_path}", "--distributed"])
   with pytest.raises(SystemExit) as left:

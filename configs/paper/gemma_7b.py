@@ -13,7 +13,7 @@ The paper's own: the model, SlimOrca annotated by a language model (not publishe
 form of data/seed.jsonl), 8 rows a step, 1e-5 falling linearly to 0, four epochs; ten samples a prompt, the
 weights 1, 2, 4, 8 and inf, two rounds, theoretical speedup, Gemini 1.5 Pro as the judge of samples, greedy
 answers to AlpacaEval's 805 prompts. Not published, and chosen here: lengths, stage two's rate, alpha and beta
-(`train.preference_loss`), and the temperature of samples. Nothing here has been run at this size; a test
+(`train.losses`), and the temperature of samples. Nothing here has been run at this size; a test
 lowers both training steps for eight TPU chips, and they compile for v5p:2x2x2 and, with mesh.tensor=2, for
 v5e:4x4:
 

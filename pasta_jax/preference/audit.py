@@ -17,7 +17,10 @@ from pasta_jax.lang.layout import NO_TARGET, PositionRule
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.preference.selection import lay_out_sample
 from pasta_jax.train.losses import token_log_likelihood
-from pasta_jax.train.state import compute_model, make_model
+from pasta_jax.train.preference import Preference
+from pasta_jax.train.sharding import AXES, make_mesh
+from pasta_jax.train.state import make_model
+from pasta_jax.train.trainer import Trainer
 from pasta_jax.weights.adapter import read_metadata
 from pasta_jax.weights.checkpoint import Checkpoint
 
@@ -34,19 +37,16 @@ def token_log_likelihoods(
   vocabulary = checkpoint.vocabulary
   c = dataclasses.replace(config.preference, dtype=config.preference.sample_dtype)
   set_matmul_precision(c.dtype)
-  graph, trainable, frozen = make_model(checkpoint, vocabulary, c, adapter=adapter)
+  mesh = make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1])
+  trainer = Trainer(Preference(c), make_model(checkpoint, vocabulary, c, adapter=adapter, mesh=mesh), mesh)
   rule = PositionRule(**json.loads(read_metadata(adapter)["positions"]))
-  run = jax.jit(
-    lambda trainable, frozen, batch: token_log_likelihood(
-      compute_model(graph, trainable, frozen, c.dtype), batch
-    )[0]
-  )
+  run = trainer.evaluator(lambda model, batch: token_log_likelihood(model, batch)[0])
   out = []
   for s in samples:
     laid = lay_out_sample(s, vocabulary, rule)
     row = pack_row([laid], 1 << (len(laid) - 1).bit_length(), laid.masked_intervals.shape[1])
     learned = row.targets[0] != NO_TARGET
-    out.append((row.targets[0][learned], np.asarray(run(trainable, frozen, row.as_dict()))[0][learned]))
+    out.append((row.targets[0][learned], run(trainer.trainable, row.as_dict())[0][learned]))
   return out
 
 

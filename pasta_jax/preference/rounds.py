@@ -34,7 +34,8 @@ from pasta_jax.preference.policies import Policy, policies
 from pasta_jax.preference.report import show
 from pasta_jax.preference.score import StepCost
 from pasta_jax.train.metrics import last_scalars
-from pasta_jax.train.preference import mesh_for, train_on_pairs
+from pasta_jax.train.preference import train_on_pairs
+from pasta_jax.train.trainer import training_mesh
 from pasta_jax.utils.files import write_json_atomic
 from pasta_jax.utils.records import agree
 from pasta_jax.weights.adapter import has_tags, read_metadata
@@ -61,7 +62,7 @@ class _Job:
     self.config, self.workdir = config, workdir
     self.stages, self.cost = config.preference.stages, read_step_cost(config.preference)
     if "train" in self.stages:
-      mesh_for(config)
+      training_mesh(config, "preference")
     self.policies = policies(config)
     judges = judges_of(config)
     if not judges:

@@ -1,10 +1,10 @@
-"""What tokens of packed rows see, by one of several programs that compute the same.
+"""Attention over packed rows in training, by one of several programs that compute the same.
 
-chunked    plain JAX in blocks of queries
+chunked    plain JAX, in blocks of queries
 tpu, gpu   the kernels of `model.flash`
-auto       the TPU's kernels there, chunked elsewhere: the GPU's have been interpreted and lowered, not yet run
-interpret  the TPU's kernels step by step in plain JAX: slow, to try them anywhere
-dense      the whole T x T mask: the reference
+auto       the TPU kernels on TPU, chunked elsewhere: the GPU kernels have been interpreted and lowered, not run
+interpret  the TPU kernels, interpreted in plain JAX: slow, for tests on any machine
+dense      the full T x T mask: the reference
 """
 
 from collections.abc import Mapping
@@ -35,9 +35,11 @@ def check_machine(config, name: str) -> None:
 
 
 def masked_intervals(batch: Batch) -> jax.Array:
-  """[B, T, L + 1, 2]: the query indices that each key is hidden from. The last one says that what stands
-  behind an example, in the same row, does not see it (`layout.is_visible` does the rest); padding sees
-  nothing but itself."""
+  """[B, T, L + 1, 2]: the intervals of query indices that each key is masked from.
+
+  The last level masks an example from the examples after it in the same row (causality in `layout.is_visible`
+  masks it from those before); a padding token sees only itself.
+  """
   segment_ids = batch["segment_ids"]
   rows, length = segment_ids.shape
   at = jnp.arange(length, dtype=jnp.int32)
@@ -54,7 +56,7 @@ def attention_mask(batch: Batch) -> jax.Array:
 
 
 def make_attend(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
-  """`attend` for a batch's rows, computed by `kind`. On a mesh rows and heads are divided."""
+  """`attend` for a batch's rows, computed by `kind`. On a mesh, rows and heads are sharded."""
   if kind == "auto":
     kind = "tpu" if jax.default_backend() == "tpu" else "chunked"
   positions = batch["positions"]
@@ -68,7 +70,7 @@ def make_attend(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
   elif kind in ATTENTION:
     attend = _by_kernel(kind, batch, config, dtype)
   else:
-    raise ValueError(f"no program for attention is called {kind!r}, only {', '.join(ATTENTION)}")
+    raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, not {kind!r}")
 
   def pinned(cache, q, k, v, local):
     q, k, v = (constrain_rows(x, None, "tensor") for x in (q, k, v))
@@ -79,8 +81,8 @@ def make_attend(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
 
 
 def _by_kernel(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
-  """The partitioner cannot divide a kernel: each device runs it on its rows and heads; where there are too
-  few heads of keys, on its heads of queries."""
+  """The partitioner cannot split a kernel, so each device runs it on its rows and key heads, or on its query heads
+  if there are too few key heads."""
   platform = "gpu" if kind == "gpu" else "tpu"
   size = flash.tile_size(platform, batch["tokens"].shape[1], config.head_dim)
   settings = flash.Settings(platform, size, config.attention_softcap, config.window > 0, kind == "interpret")

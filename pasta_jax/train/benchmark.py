@@ -1,9 +1,9 @@
-"""What training costs here: `python -m pasta_jax.train.benchmark`.
+"""The cost of training on this machine: `python -m pasta_jax.train.benchmark`.
 
-Attention, forward and backward, by row length: the whole T x T mask against the program that trains on this
+Attention, forward and backward, by row length: the full T x T mask against the program that trains on this
 machine (`train.attention`), for plain causal rows, for one long answer of 16 chunks, and for real examples
-packed into a row. Then whole training steps: tokens a second, and their share of what the chip can do (MFU).
-Medians; what is compared is measured in turns.
+packed into a row. Then whole training steps: tokens per second and model FLOPs utilisation (MFU). Figures are
+medians; the cases are measured in turns.
 """
 
 import dataclasses
@@ -32,13 +32,14 @@ from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.train.attention import make_attend, masked_intervals
 from pasta_jax.train.flops import chip, step_flops
-from pasta_jax.train.sft import make_update
-from pasta_jax.train.sharding import make_mesh, shard_put_batch
-from pasta_jax.train.state import init_train_state, make_model, make_optimizer
+from pasta_jax.train.sft import SFT
+from pasta_jax.train.sharding import AXES, make_mesh, shard_put_batch
+from pasta_jax.train.state import make_model
+from pasta_jax.train.trainer import Trainer
 from pasta_jax.utils.jsonl import read_jsonl
 from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
 
-FLAGS = flags.FLAGS  # defined by `define_flags`, so that importing this module defines none
+FLAGS = flags.FLAGS
 CHUNKS = 16  # of the long answer
 
 
@@ -51,7 +52,7 @@ def causal_row(length: int) -> PackedBatch:
 
 
 def answer_row(length: int) -> PackedBatch:
-  """One answer: an eighth of it before any chunk, chunks of equal length, and an eighth behind their sync."""
+  """One answer: an eighth of it before any chunk, chunks of equal length, and an eighth after their sync."""
   row = causal_row(length)
   head = length // 8
   size = (length - 2 * head) // CHUNKS
@@ -62,7 +63,7 @@ def answer_row(length: int) -> PackedBatch:
 
 
 def packed_row(vocabulary: Vocabulary, length: int) -> PackedBatch:
-  """Examples of `--data`, again and again until the row is full."""
+  """Examples of `--data`, repeated until the row is full."""
   found = examples(
     read_jsonl(FLAGS.data), vocabulary, PositionRule(), annotation="plan", max_length=length
   ).examples
@@ -72,7 +73,7 @@ def packed_row(vocabulary: Vocabulary, length: int) -> PackedBatch:
 
 
 def attention_timer(kind: str, row: PackedBatch, config: ModelConfig) -> tuple[Callable[[], float], int]:
-  """(seconds of a forward and backward pass over one row, bytes of temporary memory that it takes)."""
+  """(a function that measures seconds of a forward and backward pass over one row, bytes of temporary memory)."""
   dtype, length = jnp.dtype(FLAGS.dtype), row.tokens.shape[1]
   set_matmul_precision(FLAGS.dtype)
   keys = jax.random.split(jax.random.key(0), 3)
@@ -96,13 +97,13 @@ def attention_timer(kind: str, row: PackedBatch, config: ModelConfig) -> tuple[C
 
 
 def _temporary(compiled) -> int:
-  """Bytes beside arguments and results."""
+  """Bytes of memory in addition to arguments and results."""
   memory = compiled.memory_analysis()
   return memory.temp_size_in_bytes if memory else 0
 
 
 def visited(row: PackedBatch, size: int) -> float:
-  """Tiles of `size` tokens in which anything is seen, as a share of those of a causal row."""
+  """Tiles of `size` tokens that are not fully masked, as a fraction of those of a causal row."""
   batch = {name: jnp.asarray(x) for name, x in row.as_dict().items()}
   length = row.tokens.shape[1] // size * size
   hidden = masked_intervals(batch)[:, :length]
@@ -152,20 +153,18 @@ def measure_step(checkpoint: Checkpoint, what: str) -> dict[str, Any]:
     length=FLAGS.length,
   )
   set_matmul_precision(dtype)
-  mesh = make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-  graph, trainable, frozen = make_model(checkpoint, checkpoint.vocabulary, c, mesh=mesh)
-  optimiser, _ = make_optimizer(c, 100)
-  update, _ = make_update(graph, optimiser, c)
+  mesh = make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
+  trainer = Trainer(SFT(c), make_model(checkpoint, checkpoint.vocabulary, c, mesh=mesh), mesh, steps=100)
   row = packed_row(checkpoint.vocabulary, c.length).as_dict()
   batch = shard_put_batch(
     mesh, {name: np.stack([np.concatenate([x] * c.batch_size)]) for name, x in row.items()}
   )
-  state = init_train_state(mesh, trainable, optimiser)
-  step = update.lower(state, frozen, batch).compile()
+  state = trainer.init_state()
+  step = trainer.update.lower(state, trainer.frozen, batch).compile()
   seconds = []
   for _ in range(FLAGS.rounds + 1):
     started = time.perf_counter()
-    state, metrics = step(state, frozen, batch)
+    state, metrics = step(state, trainer.frozen, batch)
     float(metrics["loss"])
     seconds.append(time.perf_counter() - started)
   median = statistics.median(seconds[1:])

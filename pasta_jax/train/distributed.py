@@ -1,10 +1,11 @@
-"""Training by several processes, one a host: they start together, hold pieces of the same arrays, and write
-once.
+"""Training on several processes, one a host.
 
-Every process runs the same program over the same data files, in a folder that all of them see. What is
-divided is the mesh's affair (`train.sharding`).
+Every process runs the same program over the same data files, in a shared folder. Each holds its shards of the
+same arrays (`train.sharding`), and the first one writes files.
 """
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,10 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def start(coordinator: str, count: int, index: int) -> None:
-  """Joins the other processes, before JAX is used. Nothing is needed on Cloud TPU, under SLURM or Open MPI;
-  elsewhere the first process's address ("host:port"), how many there are, and which one this is, from 0.
+  """Connects to the other processes; must be called before JAX is used. No argument is needed on Cloud TPU and
+  under SLURM or Open MPI; elsewhere the address of the first process ("host:port"), the number of processes, and
+  the index of this one, from 0.
 
-  Raises ValueError, one line, if they do not find each other.
+  Raises ValueError, one line, if the processes cannot connect.
   """
   given = [bool(coordinator), count > 0, index >= 0]
   if any(given) and not all(given):
@@ -25,33 +27,54 @@ def start(coordinator: str, count: int, index: int) -> None:
       "--coordinator, --processes and --process go together; leave all three out on Cloud TPU and SLURM"
     )
   if count and index >= count:
-    raise ValueError(f"--process={index} is none of 0 to {count - 1}")
+    raise ValueError(f"--process={index} must be in 0 to {count - 1}")
   try:
     if all(given):
       jax.distributed.initialize(coordinator, count, index)
     else:
       jax.distributed.initialize()
   except (RuntimeError, ValueError) as error:
-    raise ValueError(
-      f"the processes did not find each other ({' '.join(str(error).split())[:300]})"
-    ) from None
+    raise ValueError(f"the processes could not connect ({' '.join(str(error).split())[:300]})") from None
 
 
 def is_first() -> bool:
-  """Whether this process is the one that writes what is written once."""
+  """Whether this is the process that writes files."""
   return jax.process_index() == 0
 
 
 def any_of(flag: bool) -> bool:
-  """Whether the flag is set in one of the processes, the same answer in all. They must all ask."""
+  """Whether the flag is set in any process, the same answer in all. All processes must call this."""
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
+def from_first(make: Callable[[], Any]) -> Any:
+  """The JSON value that `make()` returns in the first process, in every process; the others do not call it. All
+  processes must call this.
+
+  A ValueError or OSError in the first process is raised there, and as a ValueError in the others.
+  """
+  if jax.process_count() == 1:
+    return make()
+  value, error = None, None
+  if is_first():
+    try:
+      value = make()
+    except (ValueError, OSError) as caught:
+      error = caught
+  sent = np.frombuffer(json.dumps([value, error and str(error)]).encode(), np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(sent))))
+  sent = sent if is_first() else np.zeros(size, np.uint8)
+  value, message = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(sent)).tobytes())
+  if message is not None:
+    raise error or ValueError(message)
+  return value
+
+
 def to_host(tree: Any, mesh: Mesh) -> Any:
-  """Whole arrays on every host, one after another, of arrays that lie on the mesh; as they are in a single
-  process."""
+  """Arrays on the mesh as whole arrays on every host, gathered one after another; in a single process, the
+  arrays unchanged."""
   if jax.process_count() == 1:
     return tree
   whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))

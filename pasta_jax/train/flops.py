@@ -1,5 +1,4 @@
-"""FLOPs of a training step, and what chips can do: together, model FLOPs utilisation (Chowdhery et al.
-2022)."""
+"""FLOPs of a training step and peak FLOP/s of chips, for model FLOPs utilisation (Chowdhery et al. 2022)."""
 
 from typing import NamedTuple
 
@@ -7,13 +6,13 @@ from pasta_jax.model.config import ModelConfig
 
 
 class Chip(NamedTuple):
-  """Dense bfloat16 products (FLOP/s), and bytes of memory, as the makers state them."""
+  """Dense bfloat16 FLOP/s and bytes of memory, as the vendors state them."""
 
   peak: float
   memory: float
 
 
-# By what the kind of a device begins with.
+# By prefix of `jax.Device.device_kind`.
 _CHIPS = {
   "TPU v4": Chip(275e12, 32e9), "TPU v5 lite": Chip(197e12, 16e9), "TPU v5e": Chip(197e12, 16e9),
   "TPU v5": Chip(459e12, 95e9), "TPU v6 lite": Chip(918e12, 32e9), "TPU v6e": Chip(918e12, 32e9),
@@ -22,27 +21,23 @@ _CHIPS = {
 
 
 def chip(kind: str) -> Chip | None:
-  """What is known of a `jax.Device.device_kind`; None for CPUs and chips that are not listed."""
+  """The chip of a `jax.Device.device_kind`; None for CPUs and chips that are not listed."""
   return next((_CHIPS[name] for name in sorted(_CHIPS, key=len, reverse=True) if kind.startswith(name)), None)
 
 
 def matmul_parameters(c: ModelConfig) -> int:
-  """Parameters that every token is multiplied with: the layers' matrices and the head, not the embedding's
-  rows."""
+  """Parameters of matrix products: the layers' matrices and the head, not the embedding lookup."""
   attention = c.d_model * c.head_dim * 2 * (c.n_heads + c.n_kv_heads)
   return c.n_layers * (attention + 3 * c.d_model * c.d_ff) + c.d_model * c.vocab_size
 
 
 def step_flops(c: ModelConfig, rows: int, length: int, *, full: bool) -> float:
-  """FLOPs that a step on `rows` rows of `length` tokens needs: forward and backward, nothing computed again.
+  """FLOPs of a step on `rows` rows of `length` tokens: forward and backward, without recomputation.
 
-  Low-rank training (`full` False) needs no gradient of the weights. Attention is that of rows which are one
-  plain text each, inside of windows: several examples in a row, and chunks that do not see each other, need
-  less of it.
+  Low-rank training (`full` False) needs no gradient of the weights. Attention is counted as if each row were one
+  plain text, within its windows: several examples in a row, and chunks masked from each other, need less.
   """
   passes = 3 if full else 2
-  seen = sum(
-    min(length / 2, c.window) if c.is_local(i) else length / 2 for i in range(c.n_layers)
-  )  # keys of a query
-  attention = 2 * c.n_heads * c.head_dim * seen  # scores and context, multiplications a token
+  keys = [min(length / 2, c.window) if c.is_local(i) else length / 2 for i in range(c.n_layers)]  # of a query
+  attention = 2 * c.n_heads * c.head_dim * sum(keys)  # scores and context, multiplications a token
   return 2.0 * rows * length * (passes * matmul_parameters(c) + 3 * attention)

@@ -1,7 +1,7 @@
-"""The loop that every kind of training runs: resume, step, check, note, save; SIGTERM saves and stops.
+"""The training loop: resume, step, check, log, save; SIGTERM saves and stops.
 
-Resuming: the step is read from the newest checkpoint, and what a step does is a function of seed and step, so
-a run that was killed goes on bit for bit as if it had not been.
+Resuming: the step number is read from the newest checkpoint, and a step is a function of the state, the seed and
+the step number. A run that was killed and resumed is bitwise identical to one that was not.
 """
 
 import contextlib
@@ -17,8 +17,9 @@ from typing import Any
 from pasta_jax.config import current_names
 from pasta_jax.data.pipeline import Batch, DataIterator
 from pasta_jax.train import distributed
+from pasta_jax.train.checkpoints import Checkpoints
 from pasta_jax.train.metrics import MetricWriter
-from pasta_jax.train.state import Checkpoints, TrainState
+from pasta_jax.train.state import TrainState
 from pasta_jax.utils.files import write_atomic
 from pasta_jax.utils.progress import progress_bar
 
@@ -26,7 +27,7 @@ Step = Callable[[int, TrainState, Batch], tuple[TrainState, dict[str, float]]]
 
 
 class Stopped(Exception):
-  """SIGTERM came; the state was saved, and the same command goes on from there."""
+  """SIGTERM was received and the state saved; the same command continues from there."""
 
 
 def run_steps(
@@ -43,14 +44,14 @@ def run_steps(
   """Runs `one_step(step, state, batch)` up to step `total` with the batches of `feed`; returns the last
   state.
 
-  Leaves checkpoints (with `checkpoint_metadata`, see `state.checkpoint_metadata`), `metrics.jsonl`,
-  `tensorboard/` and `config.json` in `workdir`. The scalars need `loss` and `gradient_norm`.
+  Leaves checkpoints (with `checkpoint_metadata`, see `checkpoints.checkpoint_metadata`), `metrics.jsonl`,
+  `tensorboard/` and `config.json` in `workdir`. The scalars must include `loss` and `gradient_norm`.
 
-  Raises Stopped where SIGTERM came to one of the processes before the last step, FloatingPointError when one
-  of the two is not finite, and ValueError, one line, when an earlier run in `workdir` cannot be gone on with.
+  Raises Stopped if one of the processes received SIGTERM before the last step, FloatingPointError if one of
+  these two scalars is not finite, and ValueError, one line, if an earlier run in `workdir` cannot be resumed.
   """
   if total < 1:
-    raise ValueError(f"{total} training steps were asked for: one at least is needed")
+    raise ValueError(f"{total} training steps were requested: at least one is needed")
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(workdir, checkpoint_every, checkpoint_metadata)
@@ -64,7 +65,7 @@ def run_steps(
     state, data = restored or (state, None)
     first = int(state.step)
     if first > total:
-      raise ValueError(f"{workdir} is at step {first} already, behind the {total} steps asked for")
+      raise ValueError(f"{workdir} is at step {first} already, past the {total} steps requested")
     if data is not None:
       feed.restore(data)
     if distributed.is_first():
@@ -78,7 +79,7 @@ def run_steps(
         waited = time.perf_counter() - started
         state, scalars = one_step(step, state, batch)
         scalars["data_wait"] = waited / (time.perf_counter() - started)  # share of the step
-        for name in ("loss", "gradient_norm"):  # a finite loss with another gradient spoils the state as well
+        for name in ("loss", "gradient_norm"):  # a bad gradient spoils the state even if the loss is finite
           if not math.isfinite(scalars[name]):
             raise FloatingPointError(
               f"{name} is {scalars[name]} at step {step + 1}; the newest checkpoint is kept"
@@ -87,16 +88,14 @@ def run_steps(
           writer.write(step + 1, scalars)
         bar.update(task, completed=step + 1, note=f"loss {scalars['loss']:.3f}")
         last = step + 1 == total
-        stopping = distributed.any_of(
-          bool(stop)
-        )  # once: a signal that comes during the save gets a save of its own
+        stopping = distributed.any_of(bool(stop))  # read once: a signal during the save stops the next step
         checkpoints.save(state, feed.state(), force=last or stopping)
         if stopping and not last:
           raise Stopped(
-            f"stopped by SIGTERM behind step {step + 1} of {total}; the same command goes on from there"
+            f"stopped by SIGTERM after step {step + 1} of {total}; the same command continues from there"
           )
   finally:
-    with contextlib.ExitStack() as closing:  # each of them, whatever the others say
+    with contextlib.ExitStack() as closing:  # all of them, even if one raises
       closing.callback(signal.signal, signal.SIGTERM, previous)
       if writer is not None:
         closing.callback(writer.close)
@@ -106,7 +105,7 @@ def run_steps(
 
 
 def checked_workdir(workdir: str | Path | None) -> Path:
-  """The run's folder, which need not exist yet. Raises ValueError if it cannot be made or written."""
+  """The run's folder, which need not exist yet. Raises ValueError if it cannot be created or written."""
   if workdir is None or not str(workdir):
     raise ValueError("training needs a folder for its checkpoints and metrics: pass --workdir=runs/NAME")
   workdir = Path(workdir).expanduser()
@@ -119,7 +118,7 @@ def checked_workdir(workdir: str | Path | None) -> Path:
 
 
 def _write_config(path: Path, config, first: int) -> None:
-  """Writes the resolved config; says which settings differ from those that a resumed run began with."""
+  """Writes the resolved config; prints which settings differ from those that a resumed run started with."""
   if first and path.exists():
     try:
       before = current_names(_flat(json.loads(path.read_text())))
@@ -129,7 +128,7 @@ def _write_config(path: Path, config, first: int) -> None:
     changed = [k for k in sorted(before.keys() & now.keys()) if before[k] != now[k]]
     if changed:
       changes = ", ".join(f"{k} {before[k]} -> {now[k]}" for k in changed)
-      print(f"resuming behind step {first} with other settings than before: {changes}")
+      print(f"resuming after step {first} with other settings than before: {changes}")
   write_atomic(path, config.to_json(indent=2))
 
 

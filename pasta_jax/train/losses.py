@@ -1,16 +1,35 @@
-"""Log-likelihood of packed rows under PASTA's mask, positions and targets (PASTA.md section 6)."""
+"""Losses over packed rows under PASTA's mask, positions and targets (docs/language.md section 6).
+
+SFT minimises the negative log-likelihood of the targets. Training on pairs uses BoNBoN, or DPO or IPO for
+comparison. With Δ = log p(y⁺)/p(y⁻) − log p_ref(y⁺)/p_ref(y⁻), every log p summed over the answer's targets:
+
+    bonbon   −α log p(y⁺) + (1 − α) (Δ − 1/β)²      Gui et al. 2024, arXiv 2406.00832
+    ipo      (Δ − 1/(2β))²                          Azar et al. 2023, arXiv 2310.12036
+    dpo      −log σ(β Δ)                            Rafailov et al. 2023, arXiv 2305.18290
+
+Fast answers are short, so the rejected answer is usually the longer one, and the cheapest way to increase Δ is
+to make every text token slightly less likely: the sum over the longer answer falls by more, and the probability
+that text loses goes to tags. `per_token` removes this incentive. With n targets an answer and m the mean of both,
+
+    Δ = m (log p(y⁺)/p_ref(y⁺) / n⁺ − log p(y⁻)/p_ref(y⁻) / n⁻)
+
+which does not change when all tokens shift alike, and equals the sum when both answers have the same length.
+"""
 
 import jax
 import jax.numpy as jnp
 
+from pasta_jax.config.sections import LOSSES
 from pasta_jax.lang.layout import NO_TARGET
 from pasta_jax.model.transformer import Transformer
 from pasta_jax.train.attention import Batch, make_attend
 from pasta_jax.train.sharding import constrain_rows
 
+_DPO_BETA = 0.1
+
 
 def hidden_states(model: Transformer, batch: Batch, *, remat: str, attention: str) -> jax.Array:
-  """[B, T, D] behind the final norm."""
+  """[B, T, D] after the final norm."""
   attend = make_attend(attention, batch, model.config, model.dtype)
   hidden, _ = model(batch["tokens"], batch["positions"], attend, remat=remat)
   return constrain_rows(hidden)
@@ -19,11 +38,11 @@ def hidden_states(model: Transformer, batch: Batch, *, remat: str, attention: st
 def token_log_likelihood(
   model: Transformer, batch: Batch, *, chunk: int = 1024, remat: str = "none", attention: str = "auto"
 ) -> tuple[jax.Array, jax.Array]:
-  """(log p of each target [B, T], whether it is the model's first choice [B, T]); zero where none is. `remat`
-  is one of `decoder.REMAT`, `attention` of `config.sections.ATTENTION`.
+  """(log p of each target [B, T], whether the target is the argmax [B, T]); zero and False without a target.
 
-  The vocabulary's logits are formed for about `chunk` tokens at a time, as many of each row, and recomputed
-  in the backward pass, so that memory stays at chunk x V.
+  `remat` is one of `transformer.REMAT`, `attention` one of `attention.KINDS`. Logits are computed for about
+  `chunk` tokens at a time, the same columns of every row, and recomputed in the backward pass: their memory is
+  O(chunk x V).
   """
   hidden, targets = hidden_states(model, batch, remat=remat, attention=attention), batch["targets"]
   rows, length = targets.shape
@@ -42,7 +61,7 @@ def token_log_likelihood(
 
   split = lambda x: x.reshape(rows, -1, columns, *x.shape[2:]).swapaxes(
     0, 1
-  )  # [B, T, …] -> [T / columns, B, …]
+  )  # [B, T, …] -> [n, B, columns, …]
   found = jax.lax.map(lambda xs: score(*xs), (split(hidden), split(targets)))
   log_p, correct = (x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in found)
   return log_p, correct
@@ -53,10 +72,73 @@ def sft_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum of the targets' negative log-likelihood, and sums for metrics: `loss`, `tokens`, `correct`.
 
-  Sums, not means: gradients of several batches add up, and one division by Σ tokens gives what the big
-  batch gives.
+  Sums, not means: the gradients of several batches add up, and dividing once by the total number of tokens
+  gives the gradient of one large batch.
   """
   log_p, correct = token_log_likelihood(model, batch, chunk=chunk, remat=remat, attention=attention)
   total = -log_p.sum()
   tokens = (batch["targets"] != NO_TARGET).sum()
   return total, {"loss": total, "tokens": tokens, "correct": correct.sum()}
+
+
+def default_beta(loss: str, samples: int) -> float:
+  """β if the config gives none.
+
+  For the policy that answers with the best of n samples of the reference, E Δ = (n − 1) H(n−1) between the best
+  and the worst of n, where H are harmonic numbers (order statistics of n uniform ranks; Gui et al. 2024,
+  section 4, whose β is half of this one because they write 1/(2β)). BoNBoN and IPO use this as their target.
+  """
+  if loss == "dpo":
+    return _DPO_BETA
+  target = (samples - 1) * sum(1 / k for k in range(1, samples))
+  return 1 / target if loss == "bonbon" else 1 / (2 * target)
+
+
+def _by_answer(x: jax.Array, batch: Batch) -> jax.Array:
+  """[P, 2] sums of a per-token value [B, T] over the chosen and the rejected answer of each pair."""
+  n = 2 * batch["weight"].shape[0]
+  return jax.ops.segment_sum(x.reshape(-1), batch["answers"].reshape(-1), n + 1)[:n].reshape(-1, 2)
+
+
+def answer_log_likelihood(model: Transformer, batch: Batch, **how) -> jax.Array:
+  """[P, 2] log p of the chosen and the rejected answer of each pair, summed over their targets; 0 for unused
+  pairs. `how`: `chunk`, `remat` and `attention` of `token_log_likelihood`."""
+  log_p, _ = token_log_likelihood(model, batch, **how)
+  return _by_answer(log_p, batch)
+
+
+def preference_loss(
+  model: Transformer, batch: Batch, *, loss: str, alpha: float, beta: float, per_token: bool = False, **how
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Sum of the pairs' losses, and sums for metrics (divide by `pairs`; `ref_logp_drop` by `tokens`).
+
+  `margin` is Δ, `accuracy` counts Δ > 0, `chosen` and `rejected` are log p, and `ref_logp_drop` is log p_ref − log p of
+  both answers together: how much less likely they have become.
+  """
+  log_p = answer_log_likelihood(model, batch, **how)
+  weight = batch["weight"]
+  gain = log_p - batch["reference"]
+  lengths = jnp.maximum(_by_answer((batch["targets"] >= 0).astype(jnp.float32), batch), 1)
+  scaled = gain * lengths.mean(axis=1, keepdims=True) / lengths if per_token else gain
+  margin = scaled[:, 0] - scaled[:, 1]
+  if loss == "bonbon":
+    losses = -alpha * log_p[:, 0] + (1 - alpha) * (margin - 1 / beta) ** 2
+  elif loss == "ipo":
+    losses = (margin - 1 / (2 * beta)) ** 2
+  elif loss == "dpo":
+    losses = -jax.nn.log_sigmoid(beta * margin)
+  else:
+    raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}")
+  total = jnp.sum(weight * losses)
+  over = lambda x: jnp.sum(weight * x)
+  tokens = jnp.sum(weight[:, None] * lengths)
+  return total, {
+    "loss": total,
+    "pairs": weight.sum(),
+    "margin": over(margin),
+    "accuracy": over(margin > 0),
+    "chosen": over(log_p[:, 0]),
+    "rejected": over(log_p[:, 1]),
+    "ref_logp_drop": -over(gain.sum(axis=1)),
+    "tokens": tokens,
+  }

@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object a line, the same scalars for TensorBoard."""
+"""Metrics of a run: JSON lines, and the same scalars for TensorBoard."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ from pasta_jax.utils.files import write_atomic
 
 
 class MetricWriter:
-  """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`; later steps than a resume's are dropped."""
+  """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`; a resumed run drops the steps it repeats."""
 
   def __init__(self, workdir: Path, first_step: int):
     self._path = workdir / "metrics.jsonl"
-    if self._path.exists():  # lines of steps that will be done again, and a line cut off by a kill
+    if self._path.exists():  # drops steps that will run again, and a line cut off by a kill
       kept = [line for line in self._path.read_text().splitlines() if 0 < _step(line) <= first_step]
       write_atomic(self._path, "".join(line + "\n" for line in kept))
     self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
@@ -38,7 +38,7 @@ def last_scalars(workdir: Path, share: float = 0.0) -> dict[str, float]:
 
 
 def _step(line: str) -> int:
-  """The step of a line of metrics.jsonl; 0 if it is no whole line."""
+  """The step of a line of metrics.jsonl; 0 if the line is incomplete."""
   try:
     return int(json.loads(line)["step"])
   except (ValueError, KeyError, TypeError):

@@ -1,12 +1,12 @@
-"""Where a training run's arrays live: a mesh of devices, one table of rules; XLA's partitioner (GSPMD) does
-the rest.
+"""How a training run's arrays are sharded: a mesh of devices and one table of rules; XLA's partitioner (GSPMD)
+does the rest.
 
-    data    rows of a batch, parameters repeated
-    fsdp    rows of a batch too, and parameters and the optimiser's moments in pieces (Zhao et al. 2023)
+    data    rows of a batch; parameters are replicated
+    fsdp    rows of a batch; parameters and the optimiser's moments are sharded (Zhao et al. 2023)
     tensor  heads and feed-forward columns (Shoeybi et al. 2019), and the vocabulary
 
-Functions that are traced find the mesh in `jax.set_mesh`; without one, or with one of a single device, they
-change nothing, so losses and updates are the same code on one device and on many.
+Traced functions read the mesh from `jax.set_mesh`; without a mesh, or on a mesh of one device, they add no
+constraint, so losses and updates are the same code on one device and on many.
 """
 
 import math
@@ -19,13 +19,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # the axes that divide a batch
+ROWS = ("data", "fsdp")  # the axes that shard a batch
 
-# Name of an array → axes of its last two dimensions. What no rule names (norm scales, tag rows, counters) is
-# on every device. An optimiser's moments bear the name of their parameter.
+# Name of an array → axes of its last two dimensions. Arrays without a rule (norm scales, tag rows, counters) are
+# replicated. An optimiser's moments have the name of their parameter.
 _Axes = str | tuple[str, ...] | None
 _RULES: tuple[tuple[str, tuple[_Axes, _Axes]], ...] = (
-  (r"embed\.embedding", (("tensor", "fsdp"), None)),  # rows alone: tokens then fetch whole ones
+  (r"embed\.embedding", (("tensor", "fsdp"), None)),  # rows only: a token's lookup then reads a whole row
   (r"(q|k|v|gate|up|head)\.kernel", ("fsdp", "tensor")),
   (r"(o|down)\.kernel", ("tensor", "fsdp")),
   (r"(q|k|v|gate|up)\.lora_a", ("fsdp", None)),
@@ -33,20 +33,20 @@ _RULES: tuple[tuple[str, tuple[_Axes, _Axes]], ...] = (
   (r"(o|down)\.lora_a", ("tensor", None)),
   (r"(o|down)\.lora_b", (None, "fsdp")),
 )
-_OF_PAIRS = ("reference", "weight")  # leaves of a batch that count pairs, not rows
+PER_PAIR = ("reference", "weight")  # leaves of a batch [P, …], one entry a pair; the others have one a row
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh of `config.mesh` (`mesh_shape`) of these devices, or of all."""
+  """The mesh of `config.mesh` (`mesh_shape`) over these devices, or all."""
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(sizes, len(devices))
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
-  """A size for each axis, of which one of `sizes` may be -1 (all devices that the others leave).
+  """A size for each axis; one of `sizes` may be -1, for all devices that the others leave.
 
-  Raises ValueError, one line, if the sizes do not make up the devices.
+  Raises ValueError, one line, if the sizes do not multiply to the number of devices.
   """
   shape = [int(sizes[axis]) for axis in AXES]
   given = math.prod(n for n in shape if n != -1)
@@ -61,7 +61,7 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
 
 
 def check_rows(mesh: Mesh, rows: int, name: str) -> None:
-  """Raises ValueError, one line, if a batch of so many rows (the setting `name`) cannot be divided over the
+  """Raises ValueError, one line, if a batch of `rows` rows (the setting `name`) cannot be divided over the
   mesh."""
   parts = math.prod(mesh.shape[axis] for axis in ROWS)
   if rows % parts:
@@ -72,7 +72,7 @@ def check_rows(mesh: Mesh, rows: int, name: str) -> None:
 
 
 def spec(name: str, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
-  """How an array is divided; axes of a mesh (`sizes`) that do not divide their dimension are left out."""
+  """How an array is sharded; axes of a mesh (`sizes`) that do not divide their dimension are left out."""
   axes = next((axes for rule, axes in _RULES if re.search(rf"(^|\.){rule}$", name)), None)
   if axes is None or len(shape) < 2:
     return PartitionSpec()
@@ -80,7 +80,7 @@ def spec(name: str, shape: Sequence[int], sizes: Mapping[str, int]) -> Partition
 
 
 def _fitting(axes: Sequence[_Axes], shape: Sequence[int], sizes: Mapping[str, int]) -> list[_Axes]:
-  """None in the place of axes that do not divide their dimension."""
+  """The axes, with None in place of those that do not divide their dimension."""
   parts = lambda axis: math.prod(sizes[a] for a in ((axis,) if isinstance(axis, str) else axis))
   return [axis if axis and n % parts(axis) == 0 else None for axis, n in zip(axes, shape)]
 
@@ -98,11 +98,11 @@ def shard_put(mesh: Mesh, tree: Any) -> Any:
 
 
 def shard_put_array(mesh: Mesh, name: str, x: Any) -> jax.Array:
-  """An array on the mesh, or itself if it lies there. Of several processes each has it whole, and keeps its
-  pieces.
+  """An array on the mesh; the same array if it has that sharding already. Each of several processes passes the
+  whole array and keeps its shards.
 
-  What has the same place by another name is put there too: a jitted step would otherwise be compiled once for
-  what it is given first, and again for what it gives back.
+  An array with an equivalent but differently named sharding is put again: a jitted step would otherwise be
+  compiled once for its first argument and again for its own result.
   """
   where = NamedSharding(mesh, spec(name, x.shape, mesh.shape))
   if isinstance(x, jax.Array) and (not x.is_fully_addressable or x.committed and x.sharding == where):
@@ -113,7 +113,7 @@ def shard_put_array(mesh: Mesh, name: str, x: Any) -> jax.Array:
 
 
 def constrain(tree: Any) -> Any:
-  """The same for traced values: what a step gives back lies where it lay."""
+  """The same for traced values: the results of a step keep the shardings of its arguments."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size <= 1:
     return tree
@@ -123,7 +123,7 @@ def constrain(tree: Any) -> Any:
 
 
 def constrain_rows(x: jax.Array, *axes: str | None) -> jax.Array:
-  """A traced array [B, …] with its rows divided; `axes` are for the dimensions behind."""
+  """A traced array [B, …] with its rows sharded; `axes` are for the dimensions after the first."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size <= 1:
     return x
@@ -131,14 +131,19 @@ def constrain_rows(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def divides(axis: str, n: int) -> bool:
-  """Whether an axis of the mesh that a traced function runs on divides a dimension of `n`."""
+  """Whether an axis of the mesh that a traced function runs on divides a dimension of size `n`."""
   return n % jax.sharding.get_abstract_mesh().shape[axis] == 0
 
 
 def local_rows(mesh: Mesh, n: int) -> list[int]:
-  """Which of the `n` rows of a batch this process's devices hold."""
+  """Which of the `n` rows of a batch are on this process's devices."""
   parts = NamedSharding(mesh, PartitionSpec(ROWS)).addressable_devices_indices_map((n,))
   return sorted({row for (part,) in parts.values() for row in range(*part.indices(n))})  # type: ignore[misc]
+
+
+def batch_spec(name: str, axis: int) -> PartitionSpec:
+  """How a leaf of a batch is sharded whose rows are dimension `axis`."""
+  return PartitionSpec() if name in PER_PAIR else PartitionSpec(*[None] * axis, ROWS)
 
 
 def shard_put_batch(
@@ -146,25 +151,26 @@ def shard_put_batch(
   batch: Mapping[str, np.ndarray],
   share: tuple[Sequence[int], int] | None = None,
 ) -> dict[str, jax.Array]:
-  """A batch ([B, …], or several [A, B, …]) on the mesh. `share` are the rows that `batch` has of a larger one
-  and how many that has (`local_rows`); without it, every process has the whole batch, and keeps its rows."""
+  """A batch ([B, …], or several [A, B, …]) on the mesh.
+
+  `share` says which rows of the global batch `batch` has (`local_rows`), and how many rows that has; without it,
+  every process passes the whole batch. Leaves in PER_PAIR are always whole.
+  """
   axis = batch["tokens"].ndim - 2
 
   def put(name: str, x: np.ndarray) -> jax.Array:
-    if name in _OF_PAIRS:
-      return jax.make_array_from_callback(
-        x.shape, NamedSharding(mesh, PartitionSpec()), lambda index: x[index]
-      )
+    where = NamedSharding(mesh, batch_spec(name, axis))
+    if name in PER_PAIR:
+      return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
     rows, n = share or (range(x.shape[axis]), x.shape[axis])
-    shard_put = {row: at for at, row in enumerate(rows)}
+    index_of = {row: at for at, row in enumerate(rows)}
 
     def part(index) -> np.ndarray:
       wanted = range(*index[axis].indices(n))
-      at = shard_put[wanted[0]]  # the rows of a device follow one another
+      at = index_of[wanted[0]]  # the rows of a device are consecutive
       return x[(*index[:axis], slice(at, at + len(wanted)), *index[axis + 1 :])]
 
-    divided = NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
-    return jax.make_array_from_callback((*x.shape[:axis], n, *x.shape[axis + 1 :]), divided, part)
+    return jax.make_array_from_callback((*x.shape[:axis], n, *x.shape[axis + 1 :]), where, part)
 
   return {name: put(name, x) for name, x in batch.items()}
 

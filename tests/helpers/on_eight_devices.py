@@ -1,5 +1,5 @@
-"""A script for `test_sharding`: SFT, stage two and a run that moves, on meshes of eight virtual devices,
-against one.
+"""A script for `test_sharding`: SFT, stage two and a run that moves between meshes of eight virtual devices,
+compared with one device.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/on_eight_devices.py FOLDER
 
@@ -24,29 +24,32 @@ import test_training as t  # noqa: E402
 from test_attention import CONFIG, random_rows  # noqa: E402
 
 from pasta_jax.config import with_changes  # noqa: E402
-from pasta_jax.data.pairs import PairBatches, PreferencePair  # noqa: E402
-from pasta_jax.train import loop, preference, sft  # noqa: E402
+from pasta_jax.data.pairs import PreferencePair  # noqa: E402
+from pasta_jax.train import loop, sft  # noqa: E402
 from pasta_jax.train.attention import make_attend  # noqa: E402
+from pasta_jax.train.preference import Preference  # noqa: E402
 from pasta_jax.train.sharding import AXES, make_mesh, shard_put, shard_put_batch  # noqa: E402
-from pasta_jax.train.state import TrainState, make_model, make_optimizer  # noqa: E402
+from pasta_jax.train.state import SplitModel, make_model  # noqa: E402
+from pasta_jax.train.trainer import Trainer  # noqa: E402
 
 SHAPES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (1, 2, 4), (2, 2, 2)]
 STEPS = 20
 
 
-def steps(config, update, model, batches, shape, n):
-  """(parameters, metrics of each step, the placed state) behind n steps on a mesh."""
+def steps(task, model, shape, n):
+  """(parameters, metrics of each step, the state) after n steps on a mesh."""
   mesh = make_mesh(dict(zip(AXES, shape)), jax.devices()[: np.prod(shape)])
-  _, trainable, frozen = model
+  graph, trainable, frozen = model
   copy = jax.tree.map(lambda x: jnp.array(np.asarray(x)), trainable)
-  optimiser, _ = make_optimizer(config, STEPS)
-  state = shard_put(mesh, TrainState(jnp.zeros((), jnp.int32), copy, optimiser.init(copy)))
-  frozen, metrics = shard_put(mesh, frozen), []
+  trainer = Trainer(
+    task, SplitModel(graph, shard_put(mesh, copy), shard_put(mesh, frozen)), mesh, steps=STEPS
+  )
+  state, metrics = trainer.init_state(), []
   where = jax.tree.map(lambda x: x.sharding, state)
   with jax.set_mesh(mesh):
     for step in range(n):
-      batch = {k: v[None] for k, v in batches(step).items()}
-      state, scalars = update(state, frozen, shard_put_batch(mesh, batch))
+      batch = {k: v[None] for k, v in task.batch(step, range(8)).items()}
+      state, scalars = trainer.update(state, trainer.frozen, shard_put_batch(mesh, batch))
       metrics.append({k: float(v) for k, v in scalars.items()})
   jax.tree.map(
     lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or sys.exit(f"moved: {x.sharding}, was {s}"),
@@ -57,17 +60,17 @@ def steps(config, update, model, batches, shape, n):
 
 
 def pieces(state) -> int:
-  """How many of the state's arrays are divided."""
+  """How many of the state's arrays are sharded."""
   return sum(x.addressable_shards[0].data.size < x.size for x in jax.tree.leaves(state))
 
 
-def compare(name, config, update, model, batches, *, shapes=SHAPES, n=STEPS, atol=1e-5):
-  params, metrics, _ = steps(config, update, model, batches, (1, 1, 1), n)
+def compare(name, task, model, *, shapes=SHAPES, n=STEPS, atol=1e-5):
+  params, metrics, _ = steps(task, model, (1, 1, 1), n)
   start = jax.tree.map(np.asarray, model[1])
   moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), start, params)))
   assert moved > 1e-3, f"{name} trains nothing"
   for shape in shapes:
-    theirs, their_metrics, state = steps(config, update, model, batches, shape, n)
+    theirs, their_metrics, state = steps(task, model, shape, n)
     for one, other in zip(metrics, their_metrics):
       for key in one:
         np.testing.assert_allclose(
@@ -88,33 +91,34 @@ def main(folder: Path) -> None:
     t.read_jsonl(folder / "data.jsonl"), vocabulary, t.RULE, annotation="plan", max_length=t.LENGTH
   ).examples
   for rank in (2, 0):
-    config = t.settings(folder, lora_rank=rank, learning_rate=1e-3).train
+    config = t.settings(folder, lora_rank=rank, learning_rate=1e-3, batch_size=8).train
     model = make_model(checkpoint, vocabulary, config)
-    packed = t.PackedBatches(laid, batch_size=8, length=t.LENGTH, levels=2, seed=0)
-    update, _ = sft.make_update(model[0], make_optimizer(config, STEPS)[0], config)
-    batches = lambda i, packed=packed: packed(i).as_dict()
-    compare(f"sft, rank {rank}", config, update, model, batches, shapes=SHAPES[-2:] if rank else SHAPES)
+    compare(f"sft, rank {rank}", sft.SFT(config, laid), model, shapes=SHAPES[-2:] if rank else SHAPES)
   config = dataclasses.replace(config, attention="interpret")
-  update, _ = sft.make_update(model[0], make_optimizer(config, STEPS)[0], config)
   compare(
-    "sft by kernel", config, update, model, batches, shapes=SHAPES[-2:], n=5
-  )  # heads repeated, and divided
+    "sft by kernel", sft.SFT(config, laid), model, shapes=SHAPES[-2:], n=5
+  )  # heads repeated, and sharded
   pairs = [PreferencePair(a, b, (-300.0, -310.0 - i)) for i, (a, b) in enumerate(zip(laid[::2], laid[1::2]))]
   config = dataclasses.replace(
-    t.settings(folder).preference, lora_rank=2, learning_rate=1e-3, dtype="float32", loss_chunk=256
+    t.settings(folder).preference,
+    lora_rank=2,
+    learning_rate=1e-3,
+    dtype="float32",
+    loss_chunk=256,
+    batch_size=8,
+    length=t.LENGTH,
+    beta=0.1,
   )
   model = make_model(checkpoint, vocabulary, config)
-  batches = PairBatches(pairs, rows=8, length=t.LENGTH, levels=2, seed=0)
-  update = preference.make_pair_update(model[0], make_optimizer(config, STEPS)[0], config, 0.1)
   # A margin is a difference of sums of some hundred nats, and its square is in the loss.
-  compare("preference", config, update, model, batches, shapes=SHAPES[-1:], atol=1e-3)
+  compare("preference", Preference(config, pairs), model, shapes=SHAPES[-1:], atol=1e-3)
   heads_divide()
   refused(folder)
   moved_run(folder)
 
 
 def heads_divide() -> None:
-  """Kernels on four devices' heads: of keys, of queries in one group, and too few of either."""
+  """Kernels with heads on four devices: of keys, of queries in one group, and too few of either."""
   mesh = make_mesh(dict(data=2, fsdp=1, tensor=4))
   rng = np.random.default_rng(0)
   batch = {name: jnp.asarray(x) for name, x in random_rows(rng, 2, 40).items()}
@@ -136,7 +140,7 @@ def heads_divide() -> None:
 
 
 def refused(folder: Path) -> None:
-  """Rows that eight devices cannot share: one line, and no folder."""
+  """A batch that cannot be divided over eight devices: an error of one line, and no folder."""
   try:
     sft.train(t.settings(folder, batch_size=3), folder / "refused")
   except ValueError as error:
@@ -147,7 +151,7 @@ def refused(folder: Path) -> None:
 
 
 def moved_run(folder: Path) -> None:
-  """A run that SIGTERM stops on one mesh goes on on another."""
+  """A run that SIGTERM stops on one mesh resumes on another."""
   config = t.settings(folder, batch_size=8, learning_rate=1e-3, lora_rank=0)
   config = with_changes(config, {"mesh.data": 1, "mesh.fsdp": 8})
   sft.train(config, folder / "whole")

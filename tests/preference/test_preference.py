@@ -12,18 +12,19 @@ import optax
 import pytest
 from flax import nnx
 from helpers import tiny
-from ml_collections import ConfigDict
 
+from pasta_jax.config import Config
 from pasta_jax.data.pairs import PairBatches, PreferencePair
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.scheduler import Scheduler
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 from pasta_jax.lang.layout import NO_TARGET, Layout, layout
 from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, chunk_facts, defects, score
-from pasta_jax.train.preference import answer_likelihoods, make_pair_update
-from pasta_jax.train.preference_loss import LOSSES, default_beta, preference_loss
+from pasta_jax.train.losses import LOSSES, default_beta, preference_loss
+from pasta_jax.train.preference import Preference, answer_likelihoods
 from pasta_jax.train.sharding import AXES, make_mesh
-from pasta_jax.train.state import TrainState
+from pasta_jax.train.state import SplitModel, TrainState
+from pasta_jax.train.trainer import Trainer, make_update
 
 LIMITS = Limits(max_new_tokens=40, max_threads=6, max_depth=2, branch_widths=(2,), kv_buckets=(128,))
 SAMPLED = SamplingConfig(temperature=1.0)
@@ -196,36 +197,33 @@ def test_batches_hold_whole_pairs_and_every_pair_once_an_epoch(some_pairs):
     PairBatches(pairs, rows=1, length=40, levels=LEVELS, seed=5)
 
 
+def settings(**changes):
+  """`config.preference` for the tiny model."""
+  return dataclasses.replace(
+    Config().preference, **dict(loss_chunk=256, remat="none", attention="auto", dtype="float32") | changes
+  )
+
+
 @pytest.mark.parametrize("per_token", [False, True])
 @pytest.mark.parametrize("wanted", [1, -1])
 def test_a_policy_learns_what_is_rewarded(decoder, drawn, wanted, per_token):
   """Planted reward: one that is paid for promises makes more of them, one that is fined for them fewer."""
   params, groups = drawn
-  config = ConfigDict(
-    dict(
-      loss="bonbon",
-      alpha=0.005,
-      per_token=per_token,
-      loss_chunk=256,
-      remat="none",
-      attention="auto",
-      dtype="float32",
-    )
-  )
+  task = Preference(settings(alpha=0.005, per_token=per_token, samples=N, batch_size=ROWS, length=LENGTH))
   pairs = []
   for group in groups:
     order = sorted(group, key=lambda t: wanted * (len(t.threads) - 1))
     if len(order[-1].threads) != len(order[0].threads):
       pairs.append(PreferencePair(laid(decoder, order[-1]), laid(decoder, order[0])))
   assert len(pairs) >= 8
-  graph, trainable, frozen = nnx.split(nnx.merge(tiny.GRAPH, params), nnx.Param, ...)
-  shape = dict(rows=ROWS, length=LENGTH, levels=LEVELS, seed=0)
+  model = SplitModel(*nnx.split(nnx.merge(tiny.GRAPH, params), nnx.Param, ...))
+  graph, trainable, frozen = model
   known: dict[int, tuple[float, float]] = {}
-  answer_likelihoods(graph, trainable, frozen, config, MESH, PairBatches(pairs, **shape), known.__setitem__)
+  answer_likelihoods(Trainer(task, model, MESH), task.batches_of(pairs), known.__setitem__)
   pairs = [dataclasses.replace(p, reference=known[i]) for i, p in enumerate(pairs)]
-  batches = PairBatches(pairs, **shape)
+  batches = task.batches_of(pairs)
   optimiser = optax.adam(3e-3)
-  update = make_pair_update(graph, optimiser, config, default_beta("bonbon", N))
+  update = make_update(task, graph, optimiser)
   state = TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trainable), optimiser.init(trainable))
   first = last = None
   for step in range(40):
@@ -244,15 +242,11 @@ def test_a_policy_learns_what_is_rewarded(decoder, drawn, wanted, per_token):
 def test_accumulated_batches_weigh_every_pair_the_same(drawn, some_pairs):
   """Two batches with different numbers of pairs: the mean over pairs, not of batches' means."""
   pairs, _ = some_pairs
-  config = ConfigDict(
-    dict(
-      loss="ipo", alpha=0.0, per_token=False, loss_chunk=256, remat="none", attention="auto", dtype="float32"
-    )
-  )
   graph, trainable, frozen = nnx.split(nnx.merge(tiny.GRAPH, drawn[0]), nnx.Param, ...)
   batches = PairBatches(pairs, rows=ROWS, length=LENGTH, levels=LEVELS, seed=0)
   two = [batches.batch(pairs[:2]), batches.batch(pairs[2:3])]
-  update = make_pair_update(graph, optax.sgd(1.0), config, 0.05)
+  task = Preference(settings(loss="ipo", alpha=0.0, beta=0.05, per_token=False))
+  update = make_update(task, graph, optax.sgd(1.0))
 
   def run(found):
     state = TrainState(

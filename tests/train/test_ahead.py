@@ -1,4 +1,4 @@
-"""Steps compiled for machines that are not here, and what they cost."""
+"""Steps compiled for machines you do not have, and their cost."""
 
 import dataclasses
 import subprocess
@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
-from ml_collections import ConfigDict
 from test_data import example_of
 from test_model import TIED, UNTIED
 
@@ -22,6 +21,7 @@ from pasta_jax.data.pairs import PairBatches, PreferencePair
 from pasta_jax.train import ahead
 from pasta_jax.train.flops import chip, matmul_parameters, step_flops
 from pasta_jax.train.sharding import AXES
+from pasta_jax.train.state import abstract_model
 from pasta_jax.weights.arrays import param_shapes
 
 ROOT = Path(__file__).parents[2]
@@ -30,14 +30,14 @@ GEMMA = str(Path(gemma_7b.__file__).with_suffix(".json"))
 
 @pytest.mark.parametrize("config", [TIED, UNTIED])
 def test_matrices_are_counted(config):
-  """A tied head is multiplied with, an embedding is looked up."""
+  """A tied head is a matrix product, an embedding a lookup."""
   sizes = {name: int(np.prod(shape)) for name, shape in param_shapes(config).items()}
   expected = sum(n for name, n in sizes.items() if name.startswith("layers") and name.endswith("kernel"))
   assert matmul_parameters(config) == expected + config.vocab_size * config.d_model
 
 
 def test_flops_are_those_of_the_products():
-  """Against what XLA counts of the forward pass's matrix products, one at a time."""
+  """Against XLA's count for the forward pass's matrix products, one at a time."""
   c = dataclasses.replace(TIED, n_heads=4, n_kv_heads=4)
   shape = lambda *n: jax.ShapeDtypeStruct(n, "float32")
   count = lambda a, b: jax.jit(lambda x, y: x @ y).lower(a, b).compile().cost_analysis()["flops"]
@@ -64,7 +64,7 @@ def test_an_architecture_is_enough():
 
 
 def test_abstract_steps_are_those_that_train():
-  """Names, shapes and types of everything that a real run holds."""
+  """Names, shapes and types of all arrays of a real run."""
   from pasta_jax.train.state import make_model
   from pasta_jax.weights.checkpoint import load_checkpoint
 
@@ -72,7 +72,7 @@ def test_abstract_steps_are_those_that_train():
   for rank in (0, 4):
     config = with_changes(start, {"train.lora_rank": rank})
     real = make_model(checkpoint, checkpoint.vocabulary, config.train)
-    shapes = ahead.abstract_model(checkpoint.config, config.train, tags=True)
+    shapes = abstract_model(checkpoint.config, config.train)
     for ours, theirs in zip(shapes[1:], real[1:]):
       described = lambda tree: [
         (jax.tree_util.keystr(path), x.shape, x.dtype)
@@ -82,15 +82,17 @@ def test_abstract_steps_are_those_that_train():
 
 
 def test_abstract_batches_are_those_that_are_packed():
-  """Names, types and shapes, but for the levels of chunks, which are the data's."""
+  """Names, types and shapes, except the number of nesting levels, which depends on the data."""
   example = example_of(0, 40)
   rows = PackedBatches([example], batch_size=2, length=64, levels=1, seed=0)(0).as_dict()
   pairs = PairBatches([PreferencePair(example, example)], rows=2, length=128, levels=1, seed=0)(0)
+  start, model = from_flags(tiny.get_config()), ahead.model_config("tiny")
   mesh = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
-  for real, length in ((rows, 64), (pairs, 128)):
-    c = ConfigDict(dict(batch_size=2, length=length, grad_accum_steps=3))
-    shapes = ahead._batches(c, mesh, real is pairs)
-    assert {n: (x.shape, x.dtype) for n, x in shapes.items()} == {
+  for stage, real in (("train", rows), ("preference", pairs)):
+    changes = {"batch_size": 2, "length": real["tokens"].shape[1], "grad_accum_steps": 3}
+    config = with_changes(start, {f"{stage}.{name}": value for name, value in changes.items()})
+    _, _, batches = ahead.abstract_trainer(config, stage, model, mesh).abstract_arguments()
+    assert {n: (x.shape, x.dtype) for n, x in batches.items()} == {
       n: ((3, *x.shape), x.dtype) for n, x in real.items()
     }
 
@@ -106,7 +108,7 @@ def test_what_cannot_be_compiled():
   ):
     with pytest.raises(ValueError, match=message):
       ahead.compile_steps(with_changes(Config(), {f"train.{field}": value}))
-  with pytest.raises(ValueError, match="compile.topology='nowhere' is not to be had .*libtpu is needed"):
+  with pytest.raises(ValueError, match="compile.topology='nowhere' is not available .*libtpu is needed"):
     ahead.topology("nowhere")
 
 

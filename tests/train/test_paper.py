@@ -1,5 +1,5 @@
-"""The paper's configs: Gemma 7B is read as it is published, and both stages' steps lower for TPU at full
-size. And the adapters that configs name."""
+"""The paper's configs: Gemma 7B is read as published, and both stages' steps lower for TPU at full size. And the
+adapters that configs name."""
 
 import json
 from pathlib import Path
@@ -21,26 +21,27 @@ from pasta_jax.train.sharding import AXES
 from pasta_jax.weights.adapter import read_metadata
 from pasta_jax.weights.checkpoint import load_checkpoint
 
-ARCHITECTURE = Path(gemma_7b.__file__).with_suffix(".json")  # what google/gemma-7b's config.json says of it
+ARCHITECTURE = Path(gemma_7b.__file__).with_suffix(".json")  # google/gemma-7b's config.json
 MESH = AbstractMesh((1, 8, 1), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @pytest.mark.parametrize("stage", ["pasta", "baseline", "preference"])
 def test_step_lowers_for_tpu_at_full_size(stage: str):
-  """With the kernels, and nothing of the size of a mask."""
+  """With the kernels, and without an array of the size of a mask."""
   flags = gemma_7b.get_config("baseline" if stage == "baseline" else "")
   flags.train.attention = flags.preference.attention = "tpu"
   config = from_flags(flags)
-  update, arguments = ahead.abstract_step(
+  trainer = ahead.abstract_trainer(
     config, "preference" if stage == "preference" else "train", ahead.model_config(str(ARCHITECTURE)), MESH
   )
+  arguments = trainer.abstract_arguments()
   trainable = arguments[0].trainable
   n = sum(x.size for x in jax.tree.leaves(trainable))
   assert n == 8_537_680_896 + (stage != "baseline") * 6 * 3072  # "7B" is 8.5 with its embeddings
   kernel = trainable["layers"]["mlp"]["gate"]["kernel"].get_value()
   assert kernel.sharding.shard_shape(kernel.shape) == (28, 3072 // 8, 24_576)
   with jax.sharding.use_abstract_mesh(MESH):
-    text = update.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+    text = trainer.update.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
   assert "256000" in text and ("sdy.sharding" in text or "mhlo.sharding" in text)
   length = (config.preference if stage == "preference" else config.train).length
   assert "tpu_custom_call" in text and f"{length}x{length}x" not in text
@@ -50,8 +51,8 @@ def test_step_lowers_for_tpu_at_full_size(stage: str):
   "make", [module.get_config for module in (gemma_7b, gemma3_270m, llama32_1b, qwen25_05b, tiny_config)]
 )
 def test_other_models_have_no_adapter_of_smollm2(make):
-  """Adapters fit one model: what a config names was made for it, or is what its own commands leave; a flag
-  changes what follows from it."""
+  """An adapter fits one model: a config names adapters made for its model, or files that its own commands write; a
+  flag changes the values that follow from it."""
   for arg in ("", "baseline"):
     config = make(arg)
     named = {config.model.adapter, *(s.adapter for s in config.systems.values())} - {""}
@@ -66,7 +67,7 @@ def test_other_models_have_no_adapter_of_smollm2(make):
 
 @pytest.mark.parametrize("adapter", EMBEDDED)
 def test_released_adapters_are_of_their_models(adapter: str):
-  """Shapes, and who has tags: all but Baseline-SFT."""
+  """Shapes, and tags: all but Baseline-SFT have them."""
   found = read_metadata(adapter_path(adapter))
   rows, layers = json.loads(found["model"])["vocabulary"], json.loads(found["model"])["layers"]
   assert (rows, layers) == ((262_144, 18) if adapter.startswith("gemma3") else (49_152, 30))

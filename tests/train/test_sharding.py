@@ -1,5 +1,6 @@
-"""Where arrays live: rules, meshes, and eight virtual devices against one."""
+"""Sharding: rules, meshes, eight virtual devices against one, and two processes against one."""
 
+import json
 import os
 import shutil
 import socket
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers.on_two_processes import config_of
+from helpers.on_two_processes import config_of, train_pairs
 from jax.sharding import PartitionSpec
 from safetensors import safe_open
 from test_training import metric_lines, tiny  # noqa: F401  (a fixture)
@@ -23,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_eight_devices_give_what_one_gives(tiny):  # noqa: F811
-  """Losses and parameters over twenty steps: of full training on every shape of mesh, low-rank, by the kernel
-  (five steps) and of pairs on those that mix axes; a run that moves to another shape."""
+  """Losses and parameters over twenty steps: full training on every shape of mesh; low-rank, with the kernel (five
+  steps) and on pairs on meshes that mix axes; and a run that moves to another mesh."""
   environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(
     [sys.executable, str(ROOT / "tests" / "helpers" / "on_eight_devices.py"), str(tiny)],
@@ -42,8 +43,8 @@ def test_eight_devices_give_what_one_gives(tiny):  # noqa: F811
 
 
 def test_two_processes_give_what_one_gives(tiny, tmp_path):  # noqa: F811
-  """Losses and weights, low-rank and full; where one of them is told to stop, both do, and go on together, or
-  one."""
+  """Losses and weights: low-rank, on pairs, and full. If one process receives SIGTERM, both stop; the run resumes on
+  two processes or on one."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -65,10 +66,12 @@ def test_two_processes_give_what_one_gives(tiny, tmp_path):  # noqa: F811
   said = [p.communicate(timeout=600) for p in both]
   for process, (out, errors) in zip(both, said):
     assert process.returncode == 0, errors[-3000:]
-    assert "stopped by SIGTERM behind step 3 of 6" in out and out.splitlines()[-1] == "done"
-  sft.train(config_of(folder, 1, 1, lora_rank=0), folder / "left")  # one process goes on with what two began
-  for name, changes in (("two", {}), ("stopped", dict(lora_rank=0))):
-    sft.train(config_of(folder, 1, 1, **changes), folder / f"{name}, alone")
+    assert "stopped by SIGTERM after step 3 of 6" in out and out.splitlines()[-1] == "done"
+  sft.train(config_of(folder, 1, 1, lora_rank=0), folder / "left")  # one process resumes what two started
+  sft.train(config_of(folder, 1, 1), folder / "two, alone")
+  sft.train(config_of(folder, 1, 1, lora_rank=0), folder / "stopped, alone")
+  train_pairs(config_of(folder, 1, 1), folder, folder / "pairs, alone")
+  for name in ("two", "stopped", "pairs"):
     ours, theirs = ([row["loss"] for row in metric_lines(folder / run)] for run in (f"{name}, alone", name))
     np.testing.assert_allclose(theirs, ours, rtol=1e-5)
     if name == "stopped":
@@ -84,6 +87,11 @@ def test_two_processes_give_what_one_gives(tiny, tmp_path):  # noqa: F811
       for key in one.keys():
         ours, theirs = (file.get_tensor(key).astype("f") for file in (one, two))
         np.testing.assert_allclose(theirs, ours, rtol=1e-2, atol=1e-4)  # bfloat16
+  one, two = (
+    [*map(json.loads, (folder / run / "reference.jsonl").open())] for run in ("pairs, alone", "pairs")
+  )
+  assert [row["id"] for row in one] == [row["id"] for row in two] and len(one) == 4  # written once
+  np.testing.assert_allclose([row["log_p"] for row in two], [row["log_p"] for row in one], rtol=1e-5)
   weights = [load_checkpoint(folder / run / "model").params for run in ("stopped, alone", "stopped")]
   for key, value in weights[0].items():
     np.testing.assert_allclose(weights[1][key], value, rtol=1e-5, atol=1e-5, err_msg=key)
@@ -94,7 +102,7 @@ def test_two_processes_give_what_one_gives(tiny, tmp_path):  # noqa: F811
   [
     (("", 2, 0), "go together"),
     (("host:1", 0, 0), "go together"),
-    (("host:1", 2, 2), "--process=2 is none of 0 to 1"),
+    (("host:1", 2, 2), "--process=2 must be in 0 to 1"),
   ],
 )
 def test_processes_say_who_they_are(given, words):

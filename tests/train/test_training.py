@@ -1,4 +1,4 @@
-"""Training: the loss is the likelihood that the language defines; a killed run goes on as if never killed."""
+"""Training: the loss is the likelihood that the language defines; a killed run resumes as if never killed."""
 
 import json
 import os
@@ -29,10 +29,11 @@ from pasta_jax.model import lora
 from pasta_jax.model.attention import causal_mask, dense_attention
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.transformer import REMAT, stack, unstack
-from pasta_jax.train import loop, sft
+from pasta_jax.train import loop, sft, trainer
 from pasta_jax.train.attention import attention_mask
+from pasta_jax.train.checkpoints import Checkpoints
 from pasta_jax.train.losses import sft_loss, token_log_likelihood
-from pasta_jax.train.state import Checkpoints, TrainState, compute_model, make_model
+from pasta_jax.train.state import TrainState, compute_model, make_model
 from pasta_jax.utils.jsonl import DataError, read_jsonl
 from pasta_jax.weights import build
 from pasta_jax.weights.adapter import Merged, load_adapter, read_adapter, save_adapter, weights_of
@@ -49,7 +50,7 @@ LENGTH = 320
 
 
 def shorter(row: dict) -> dict:
-  """The row with words left out, so that 320 tokens hold it: every span keeps its first 24 characters."""
+  """The row shortened to fit 320 tokens: every span keeps its first 24 characters."""
   ends = (c[k] for c in row["chunks"] for k in ("start", "end"))
   cuts = sorted({0, len(row["response"]), *row["syncs"], *ends})
   text, at = "", {}
@@ -113,8 +114,8 @@ def settings(tiny: Path, **train) -> Config:
 
 
 class Account:
-  """What a thread tree says, found by running it: each thread owns a set of visible entries, a fork copies
-  it, a join adds the children's. Nothing here knows of intervals over serialised indices.
+  """The layout of a thread tree, computed by running it: each thread has a set of visible entries, a fork copies
+  it, a join adds the children's. It uses no intervals over serialised indices.
   """
 
   def __init__(self, thread: Thread, prompt: list[int], vocabulary: Vocabulary):
@@ -138,7 +139,7 @@ class Account:
     return seen
 
   def _run(self, thread, position, seen, main=False):
-    """Returns what the thread sees at its end, and the visible sets of children nobody joined."""
+    """Returns what the thread sees at its end, and the visible sets of children that were not joined."""
     children = {fork.at: fork for fork in thread.forks}
     waiting: list[set[int]] = []
     for i, token in enumerate(thread.tokens):
@@ -162,7 +163,7 @@ class Account:
 
 
 def numpy_log_likelihood(config: ModelConfig, params: dict, tags, tokens, positions, mask, targets) -> float:
-  """Σ log p of the targets: a llama decoder in float64, written out for one example."""
+  """Σ log p of the targets: a Llama decoder in float64 for one example."""
   p = {name: np.asarray(value, np.float64) for name, value in params.items()}
   table = p["embed.embedding"].copy()
   table[list(config.tag_ids)] = tags  # the tiny model has rows that no token has
@@ -201,7 +202,7 @@ def numpy_log_likelihood(config: ModelConfig, params: dict, tags, tokens, positi
 
 @pytest.fixture(scope="module")
 def nested(checkpoint, vocabulary):
-  """(layout, account) of one nested example behind a prompt."""
+  """(layout, account) of one nested example after a prompt."""
   prompt = checkpoint.tokenizer.chat_prompt([{"role": "user", "content": "Why?"}])
   thread = vocabulary.encode(NESTED, RULE)
   return layout(thread, RULE, vocabulary.table, prompt), Account(thread, prompt, vocabulary)
@@ -209,14 +210,14 @@ def nested(checkpoint, vocabulary):
 
 @pytest.fixture(scope="module")
 def full(tiny, checkpoint, vocabulary):
-  """(graph, trainable) of the model whose every parameter is trained, float32."""
+  """(graph, trainable) of a model whose parameters are all trained, float32."""
   graph, trainable, frozen = make_model(checkpoint, vocabulary, settings(tiny, lora_rank=0).train)
   assert not jax.tree.leaves(frozen)
   return graph, trainable
 
 
 def as_batch(*rows, length: int = 0) -> dict[str, np.ndarray]:
-  """A batch of rows, each a list of layouts, of `length` or else the shortest length that holds them."""
+  """A batch of rows, each a list of layouts, of `length` or else the shortest length that fits them."""
   length = length or max(sum(len(e) for e in row) for row in rows)
   levels = max(e.masked_intervals.shape[1] for row in rows for e in row)
   return concatenate([pack_row(row, length, levels) for row in rows]).as_dict()
@@ -332,7 +333,7 @@ def test_packing_equals_no_packing(laid_out, full):
 
 
 def test_what_carries_no_loss(laid_out, full, vocabulary):
-  """Prompts, the ends of chunks and padding have no target; the tags that the interpreter writes are none."""
+  """Prompts, the ends of chunks and padding have no target; tags that the interpreter writes are no targets."""
   tags = vocabulary.tags
   for e in laid_out:
     prompt = (e.index < 0).sum()
@@ -350,7 +351,7 @@ def test_what_carries_no_loss(laid_out, full, vocabulary):
 
 
 def test_packed_rows_equal_single_rows(laid_out, full):
-  """Each target's likelihood is the same in a row of its own, and behind others in a row."""
+  """Each target's likelihood is the same in a row of its own and after other examples in a row."""
   score = jax.jit(lambda batch: token_log_likelihood(nnx.merge(*full), batch, chunk=200)[0])
   few = laid_out[:6]
   alone = np.asarray(score(as_batch(*([e] for e in few))))
@@ -367,9 +368,9 @@ def test_packed_rows_equal_single_rows(laid_out, full):
 
 
 def sgd_update(tiny, graph, trainable, batches, **train):
-  """The trainer's update under plain gradient descent at rate 1: what it takes away is the gradient."""
+  """The trainer's update under plain gradient descent at rate 1: it subtracts the gradient."""
   optimiser = optax.sgd(1.0)
-  update, _ = sft.make_update(graph, optimiser, settings(tiny, **train).train)
+  update = trainer.make_update(sft.SFT(settings(tiny, **train).train), graph, optimiser)
   copy = jax.tree.map(jnp.array, trainable)  # the update takes its argument's buffers
   nothing = nnx.State({})  # is frozen: the whole model is trained
   state, metrics = update(TrainState(jnp.zeros((), jnp.int32), copy, optimiser.init(copy)), nothing, batches)
@@ -378,7 +379,7 @@ def sgd_update(tiny, graph, trainable, batches, **train):
 
 
 def test_accumulated_gradients_equal_the_big_batch(tiny, laid_out, full):
-  """Even where the small ones have different numbers of targets: the mean is over tokens, not batches."""
+  """Even if the small ones have different numbers of targets: the mean is over tokens, not batches."""
   graph, trainable = full
   packed = PackedBatches(laid_out, batch_size=1, length=LENGTH, levels=2, seed=0)
   rows = [packed(i).as_dict() for i in range(3)] + [
@@ -423,8 +424,8 @@ def whole_run(tiny, tmp_path_factory) -> Path:
   return workdir
 
 
-def terminate_behind(monkeypatch: pytest.MonkeyPatch, step: int):
-  """SIGTERM to this process while that step's metrics are written."""
+def terminate_after(monkeypatch: pytest.MonkeyPatch, step: int):
+  """Sends SIGTERM to this process while that step's metrics are written."""
   write = loop.MetricWriter.write
 
   def and_terminate(self, at, scalars):
@@ -455,12 +456,12 @@ def test_a_run_leaves_what_it_promises(whole_run: Path, tiny: Path, checkpoint):
 
 
 def test_killed_and_resumed_equals_never_killed(whole_run, tiny, tmp_path, monkeypatch, capsys):
-  """Behind step 3, which is no step that a checkpoint is due at; then again in the same folder."""
+  """After step 3, at which no checkpoint is due; then again in the same folder."""
   config = settings(tiny, validation=str(tiny / "data.jsonl"), validate_every=4)
   with monkeypatch.context() as patch:
-    terminate_behind(patch, 3)
+    terminate_after(patch, 3)
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(loop.Stopped, match="stopped by SIGTERM behind step 3 of 6"):
+    with pytest.raises(loop.Stopped, match="stopped by SIGTERM after step 3 of 6"):
       sft.train(config, tmp_path)
     assert signal.getsignal(signal.SIGTERM) is handler
   assert int(saved_state(tmp_path)["step"]) == 3 and not (tmp_path / "adapter.safetensors").exists()
@@ -481,7 +482,7 @@ def test_killed_and_resumed_equals_never_killed(whole_run, tiny, tmp_path, monke
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_step_is_compiled_once(tiny, tmp_path, caplog, rank: int):
-  """What a step is given first lies where it puts it."""
+  """The first state of a step has the shardings of its results."""
   with jax.log_compiles():
     sft.train(settings(tiny, steps=3, lora_rank=rank), tmp_path)
   assert sum("Finished XLA compilation of jit(step)" in record.getMessage() for record in caplog.records) == 1
@@ -497,8 +498,8 @@ def test_checkpoints_of_an_earlier_version_are_refused(whole_run, tiny, tmp_path
 
 @pytest.mark.parametrize("kind", ["low-rank", "full", "baseline"])
 def test_a_run_is_a_source_of_weights(tiny, tmp_path: Path, kind: str):
-  """Its newest checkpoint, stopped on its way: the weights that the run itself goes on with, tags and
-  positions too."""
+  """The newest checkpoint of an unfinished run gives the weights that the run itself resumes with, and its tags
+  and positions."""
   config = settings(
     tiny, lora_rank=0 if kind == "full" else 2, steps=2, annotation="none" if kind == "baseline" else "plan"
   )
@@ -530,12 +531,12 @@ def test_a_run_is_a_source_of_weights(tiny, tmp_path: Path, kind: str):
 
 
 def test_resuming_with_other_settings_says_so(whole_run, tiny, tmp_path, capsys):
-  """What the arrays do not show: the run goes on, and tells which settings changed."""
+  """Settings that do not change arrays: the run continues and prints which of them changed."""
   shutil.copytree(whole_run, tmp_path / "copy")
   sft.train(settings(tiny, seed=1, lora_alpha=5.0), tmp_path / "copy")
   out = capsys.readouterr().out
   assert "train.seed 0 -> 1" in out and "train.lora_alpha 4.0 -> 5.0" in out and "train.length" not in out
-  with pytest.raises(ValueError, match="at step 6 already, behind the 5 steps"):
+  with pytest.raises(ValueError, match="at step 6 already, past the 5 steps"):
     sft.train(settings(tiny, steps=5), tmp_path / "copy")
 
 
@@ -559,7 +560,7 @@ def test_resuming_with_other_arrays_is_refused(whole_run, tiny, tmp_path, what: 
 
 
 def test_a_checkpoint_holds_its_step_whatever_the_next_step_does(tmp_path: Path):
-  """Saves run in the background while the next update reuses the state's buffers; fields keep their place."""
+  """Saves run in the background while the next update reuses the state's buffers; fields keep their order."""
   step = jax.jit(
     lambda s: TrainState(s.step + 1, jax.tree.map(lambda x: x * 2, s.trainable), s.optimiser),
     donate_argnums=0,
@@ -581,9 +582,9 @@ def test_a_checkpoint_holds_its_step_whatever_the_next_step_does(tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["loss", "gradient_norm"])
 def test_numbers_that_are_not_finite_stop_the_run(tiny, tmp_path, monkeypatch, name: str):
-  """At step 4: the checkpoint of step 2 stays the newest, and that is the one a rerun starts from."""
+  """At step 4: the checkpoint of step 2 stays the newest, and a rerun starts from it."""
 
-  def poisoned(graph, optimiser, config):
+  def poisoned(task, graph, optimiser):
     def update(state, frozen, batches):
       del frozen, batches
       value = {"loss": 1.0, "accuracy": 0.0, "tokens": 1, "gradient_norm": 1.0}
@@ -591,9 +592,9 @@ def test_numbers_that_are_not_finite_stop_the_run(tiny, tmp_path, monkeypatch, n
         value[name] = np.nan
       return state._replace(step=state.step + 1), value
 
-    return update, None
+    return update
 
-  monkeypatch.setattr(sft, "make_update", poisoned)
+  monkeypatch.setattr(trainer, "make_update", poisoned)
   handler = signal.getsignal(signal.SIGTERM)
   with pytest.raises(FloatingPointError, match=f"{name} is nan at step 4"):
     sft.train(settings(tiny), tmp_path)
@@ -603,21 +604,21 @@ def test_numbers_that_are_not_finite_stop_the_run(tiny, tmp_path, monkeypatch, n
 
 
 def test_loss_falls_and_the_base_stays(tiny, tmp_path, checkpoint):
-  """Twenty steps on four rows. The frozen half is what was loaded, bit for bit."""
+  """Twenty steps on four rows. The frozen part is bitwise what was loaded."""
   rows = (tiny / "data.jsonl").read_text().splitlines()[4:8]
   (tmp_path / "few.jsonl").write_text("\n".join(rows))
   seen = {}
-  make = sft.make_update
+  make = trainer.make_update
 
-  def watched(graph, optimiser, config):
-    update, evaluate = make(graph, optimiser, config)
+  def watched(task, graph, optimiser):
+    update = make(task, graph, optimiser)
 
     def and_keep(state, frozen, batches):
       state, metrics = update(state, frozen, batches)
       seen.update(frozen=frozen, model=compute_model(graph, state.trainable, frozen, jnp.float32))
       return state, metrics
 
-    return and_keep, evaluate
+    return and_keep
 
   config = settings(
     tiny,
@@ -630,7 +631,7 @@ def test_loss_falls_and_the_base_stays(tiny, tmp_path, checkpoint):
     checkpoint_every=100,
   )
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sft, "make_update", watched)
+    patch.setattr(trainer, "make_update", watched)
     sft.train(config, tmp_path / "run")
   losses = [line["loss"] for line in metric_lines(tmp_path / "run")]
   assert len(losses) == 20 and losses[-1] < 0.8 * losses[0] and np.mean(losses[-5:]) < np.mean(losses[:5])
@@ -658,8 +659,7 @@ def test_baseline_has_no_tags(tiny, tmp_path, checkpoint, vocabulary):
 
 
 def test_an_adapter_is_merged_where_every_parameter_is_trained(tmp_path):
-  """Updates into the kernels; tag rows of the embedding and of an untied head each as the adapter has
-  them."""
+  """Low-rank updates into the kernels; the tag rows of the embedding and of an untied head are the adapter's."""
   checkpoint = load_checkpoint(write_model(tmp_path / "model", model_config(tie_embeddings=False)))
   vocabulary = checkpoint.vocabulary
   config = settings(tmp_path)
@@ -683,10 +683,10 @@ def test_an_adapter_is_merged_where_every_parameter_is_trained(tmp_path):
 def test_full_training_leaves_a_model_that_others_load(
   tiny, tmp_path, checkpoint, monkeypatch, annotated: bool
 ):
-  """`model/` and the tags beside it are the trained model; `transformers` reads the folder as well."""
+  """`model/` and the adapter's tag rows are the trained model; `transformers` reads the folder too."""
   trained = []
-  export = sft.export
-  monkeypatch.setattr(sft, "export", lambda *a, **k: (trained.append(a[1]), export(*a, **k)))
+  export = trainer.export
+  monkeypatch.setattr(trainer, "export", lambda *a, **k: (trained.append(a[1]), export(*a, **k)))
   sft.train(
     settings(tiny, annotation="plan" if annotated else "none", lora_rank=0, steps=2, dtype="float32"),
     tmp_path,

@@ -1,0 +1,90 @@
+"""Checkpoints of a training run: its state, the input pipeline's state, and what makes weights of them."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from pasta_jax.model import lora
+from pasta_jax.model.transformer import Transformer
+from pasta_jax.train.state import TrainState
+from pasta_jax.weights.checkpoint import Checkpoint
+
+
+class Checkpoints:
+  """Orbax checkpoints of a TrainState under `workdir/checkpoints`, written in the background."""
+
+  def __init__(self, workdir: Path, every: int, metadata: dict[str, Any], keep: int = 2):
+    """`metadata` (`checkpoint_metadata`) is stored with each state; `weights.run_folder` reads it."""
+    self._metadata = metadata
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every)
+    self._path = (workdir / "checkpoints").resolve()
+    # Handlers are named so that shapes can be read before anything is restored.
+    handlers = {
+      "state": ocp.StandardCheckpointHandler(),
+      "data": ocp.JsonCheckpointHandler(),
+      "about": ocp.JsonCheckpointHandler(),
+    }
+    self._manager = ocp.CheckpointManager(self._path, options=options, item_handlers=handlers)
+
+  def save(self, state: TrainState, data: dict[str, Any], *, force: bool = False) -> None:
+    """Saves if a save is due at this step (or `force`), with `data`, the state of the input pipeline. The
+    state's buffers may be donated as soon as this returns."""
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(_by_name(state)),
+      data=ocp.args.JsonSave(data),
+      about=ocp.args.JsonSave(self._metadata),
+    )
+    self._manager.save(int(state.step), args=items, force=force)
+
+  def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest checkpoint's state, with the shapes and shardings of `like`, and its pipeline state; None if
+    there is no checkpoint.
+
+    Raises ValueError, one line, if the checkpoint has other arrays than `like`.
+    """
+    step = self._manager.latest_step()
+    if step is None:
+      return None
+    wanted = _by_name(like)
+    if not all((self._path / str(step) / item).is_dir() for item in ("state", "data")):
+      raise ValueError(
+        f"{self._path / str(step)} is of an earlier version of this program: choose another --workdir"
+      )
+    stored = {name: array.shape for name, array in self._manager.item_metadata(step).state.tree.items()}
+    for name in sorted(wanted.keys() | stored.keys()):
+      here = wanted[name].shape if name in wanted else None
+      if stored.get(name) != here:
+        there, here = (("absent" if s is None else f"{list(s)}") for s in (stored.get(name), here))
+        raise ValueError(
+          f"{self._path} belongs to a run with another model or configuration: {name} is "
+          f"{there} there, {here} here; choose another --workdir, or the settings of that run"
+        )
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
+    saved = self._manager.restore(
+      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+    )
+    # By name: the leaves of a dict are sorted, those of the state are in the order of its fields.
+    return jax.tree.unflatten(jax.tree.structure(like), [saved.state[name] for name in wanted]), saved.data
+
+  def close(self) -> None:
+    """Waits until the last save is on disk."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def checkpoint_metadata(
+  checkpoint: Checkpoint, model: Transformer, metadata: dict[str, str]
+) -> dict[str, Any]:
+  """What `Checkpoints` stores with the states of a run that started from `checkpoint`; `metadata` is the
+  header of its adapter."""
+  scales = [module.lora_scale for module in lora.linears(model).values() if module.lora_a is not None]
+  return {"source": checkpoint.source, "scale": scales[0] if scales else 1.0, "metadata": metadata}
+
+
+def _by_name(state: TrainState) -> dict[str, Any]:
+  """The state's leaves under stable names, which `weights.run_folder` knows: checkpoints do not depend on
+  classes of optax or NNX."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
