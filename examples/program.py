@@ -6,8 +6,10 @@ python examples/program.py
 import numpy as np
 
 from pasta_jax.lang.cost import cost
-from pasta_jax.lang.layout import PositionRule, is_visible, layout
+from pasta_jax.lang.layout import layout
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.syntax import parse
+from pasta_jax.lang.visibility import is_visible
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 SOURCE = (

@@ -14,7 +14,7 @@ import main
 from configs import smollm2_135m, tiny
 from pasta_jax import config as settings
 from pasta_jax.config import ALIASES, Config, System, from_flags, identity, sections, to_flags, with_changes
-from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.model import transformer
 from pasta_jax.preference.score import SPEEDUPS
 from pasta_jax.utils import endpoint

@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from configs.ablations import positions, preference
 from pasta_jax.decode import command
 from pasta_jax.decode.generator import DecodeError, Model
-from pasta_jax.lang.layout import STRATEGIES
+from pasta_jax.lang.positions import STRATEGIES
 from pasta_jax.utils.jsonl import DataError
 from pasta_jax.weights.adapter import AdapterError
 

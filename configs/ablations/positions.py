@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script
 from ml_collections import ConfigDict  # noqa: E402
 
 from configs import smollm2_135m  # noqa: E402
-from pasta_jax.lang.layout import STRATEGIES  # noqa: E402
+from pasta_jax.lang.positions import STRATEGIES  # noqa: E402
 
 
 def get_config(arg: str = "pred_10x") -> ConfigDict:

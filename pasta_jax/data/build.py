@@ -16,7 +16,7 @@ from pasta_jax.data import report
 from pasta_jax.data.dataset import Responses, write
 from pasta_jax.data.examples import program_of
 from pasta_jax.data.sources import Source, decontaminate, read_instructions
-from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.jsonl import DataError, write_jsonl
 

@@ -14,7 +14,8 @@ from pasta_jax.config.sections import ANNOTATIONS
 from pasta_jax.data import structure
 from pasta_jax.data.pipeline import parallel_map
 from pasta_jax.lang.cost import cost
-from pasta_jax.lang.layout import Layout, PositionRule, layout
+from pasta_jax.lang.layout import Layout, layout
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise, reading_order
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.jsonl import DataError, read_jsonl

@@ -14,7 +14,8 @@ import rich.table
 
 from pasta_jax.data.examples import program_of
 from pasta_jax.lang.cost import cost
-from pasta_jax.lang.layout import NO_TARGET, Layout, PositionRule, layout
+from pasta_jax.lang.layout import NO_TARGET, Layout, layout
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 
 SAMPLES = 6

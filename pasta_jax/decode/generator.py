@@ -18,7 +18,7 @@ from pasta_jax.decode.scheduler import EVERY, Scheduler, decode
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 from pasta_jax.decode.trace import Trace
 from pasta_jax.decode.views.timeline import write_timeline
-from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.utils.environment import cache_folder, use_compilation_cache

@@ -1,8 +1,8 @@
 """Which classes of token a guarded branch may write next: well-formed tags only, within the limits.
 
-Unguarded, every token may come and has a meaning (`lang.automaton`); guarded, ill-formed ones cannot.
-Ordinary text is never touched. But for the limits on the whole response (threads, tokens left) and the topics
-that `StepFeatures.no_repeat` compares, the guard reads only what the branch can see, so it keeps exactness.
+Unguarded, every token may come and has a meaning (`lang.automaton`); guarded, ill-formed ones cannot. Ordinary
+text is never restricted. Except for the limits on the whole response (threads, tokens left) and the topics that
+`StepFeatures.no_repeat` compares, the guard reads only what the branch can see, so it keeps exactness.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from pasta_jax.lang import automaton as A
 
 
 class View(NamedTuple):
-  """What the guard knows of a branch, behind the token that it just read. All scalars (one branch)."""
+  """What the guard knows of a branch after the token that it just read. All scalars (one branch)."""
 
   state: jax.Array
   is_main: jax.Array  # bool
@@ -55,6 +55,6 @@ def allowed(view: View, limits: Limits, features: StepFeatures) -> jax.Array:
 def absurd(view: View, value: jax.Array, scale: jax.Array) -> jax.Array:
   """[V] bool: tokens that would make the promise's number larger than a number may be.
 
-  Where tokens have one digit each, `allowed` says as much; one of several digits can leap over the bound.
+  `allowed` is enough where tokens have one digit each; a token of several digits can step over the bound.
   """
   return (view.state == A.NUMBER) & (A.append_digits(view.number, value, scale) > A.MAX_DECLARED)

@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pasta_jax.decode.sampling import Sampling
+from pasta_jax.decode.attention import make_prefill_attend
+from pasta_jax.decode.sampling import Sampling, TokenTables
 from pasta_jax.decode.settings import Limits, StepFeatures
 from pasta_jax.decode.state import UNFINISHED, State, grow, initial, reseed, summary
-from pasta_jax.decode.step import Tables, step
-from pasta_jax.lang import automaton
+from pasta_jax.decode.step import step
 from pasta_jax.lang.vocabulary import Vocabulary
-from pasta_jax.model.attention import causal_mask, dense_attention, sliding_window_mask
 from pasta_jax.model.transformer import Transformer
 
 PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -43,21 +42,6 @@ def padded_length(prompt_length: int) -> int:
 def capacity_of(state: State) -> int:
   """Entries of the pool."""
   return state.log.token.shape[-1]
-
-
-def penalised_tokens(vocabulary: Vocabulary) -> np.ndarray:
-  """[V] bool, True where the repetition penalty applies: ordinary tokens that are words of four letters or more.
-
-  Digits, punctuation, white space, short function words and tags are exempt: text repeats them legitimately,
-  and tags must not depend on the words written before.
-  """
-  table = vocabulary.table
-  penalised = np.zeros(vocabulary.size, bool)
-  for token in range(vocabulary.tokenizer.vocab_size):
-    if table.classes[token] == automaton.ORDINARY:
-      text = vocabulary.tokenizer.token_bytes(token).decode("utf-8", "replace").strip()
-      penalised[token] = text.isalpha() and len(text) >= 4
-  return penalised
 
 
 @dataclasses.dataclass
@@ -81,10 +65,7 @@ class Interpreter:
       raise DecodeError(
         f"the model has {rows} vocabulary rows and no tags: load a PASTA adapter, or decode without promises"
       )
-    table = self.vocabulary.table
-    per_token = (table.classes, table.value, table.scale, penalised_tokens(self.vocabulary))
-    tags = {"async_tag": jnp.int32(table.tags.async_), "open_tag": jnp.int32(table.tags.open)}
-    self.tables = Tables(*(jnp.asarray(x[:rows]) for x in per_token), **tags)
+    self.tables = TokenTables.build(self.vocabulary, rows)
     self.graph, self.params = nnx.split(self.model)
     shape = ("width", "features")
     self._prefill = jax.jit(self._prefill_pure, static_argnames="capacity")
@@ -102,12 +83,7 @@ class Interpreter:
   def _prefill_pure(self, params: Any, prompt: jax.Array, length, seed, *, capacity: int) -> State:
     model = nnx.merge(self.graph, params)
     positions = jnp.arange(prompt.shape[0])[None]
-    attend = dense_attention(
-      causal_mask(prompt.shape[0]),
-      model.dtype,
-      softcap=model.config.attention_softcap,
-      window_mask=sliding_window_mask(positions, positions, model.config.window),
-    )
+    attend = make_prefill_attend(self.features.attention, positions, model.config, model.dtype)
     _, cached = model(prompt[None], positions, attend)
     return initial(
       [k[0].astype(model.dtype) for k, _ in cached],

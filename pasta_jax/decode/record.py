@@ -118,7 +118,7 @@ def to_record(trace: Trace, vocabulary: Vocabulary) -> ResponseRecord:
     longest_path=trace.cost.longest_path,
     peak_parallelism=trace.cost.peak_parallelism,
     promises=len(chunks),
-    depth=trace.thread.depth,
+    depth=trace.main.depth,
     ill_formed=trace.ill_formed,
     refused=trace.refused,
     topic_twice=any(n > 1 for n in topics.values()),

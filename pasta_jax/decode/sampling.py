@@ -1,12 +1,60 @@
-"""From logits to a token: penalty, temperature, top-k, top-p, min-p. Pure functions of one branch ([V])."""
+"""From logits to a token: penalty, bans, bias, guard, then temperature, top-k, top-p, min-p. One branch ([V])."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pasta_jax.decode.settings import SamplingConfig, StepFeatures
+from pasta_jax.decode import guard
+from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
+from pasta_jax.decode.state import State, earlier
+from pasta_jax.decode.threads import Thread
+from pasta_jax.lang import automaton as A
+from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.attention import MASK_VALUE
+
+
+class TokenTables(NamedTuple):
+  """Per token id [V]: what `automaton.TokenTable` says, and which tokens the repetition penalty is for."""
+
+  classes: jax.Array  # int32
+  value: jax.Array  # int32
+  scale: jax.Array  # int32
+  penalised: jax.Array  # bool
+  async_tag: jax.Array  # int32, not per token: the id that a chunk begins with
+  open_tag: jax.Array  # int32, the id that a promise begins with
+
+  @classmethod
+  def build(cls, vocabulary: Vocabulary, rows: int) -> "TokenTables":
+    """Of a model with `rows` rows in its head."""
+    table = vocabulary.table
+    cut = lambda x: jnp.asarray(x[:rows])
+    return cls(cut(table.classes), cut(table.value), cut(table.scale), cut(penalised_tokens(vocabulary)),
+               jnp.int32(table.tags.async_), jnp.int32(table.tags.open))  # fmt: skip
+
+
+def penalised_tokens(vocabulary: Vocabulary) -> np.ndarray:
+  """[V] bool, True where a token is penalised for repetition: ordinary tokens with a word of four letters or more.
+
+  Digits, punctuation, blanks, short function words and the tags are spared: text needs them again and again, and
+  tags must not depend on earlier text.
+  """
+  penalised = np.zeros(vocabulary.size, bool)
+  for token in range(vocabulary.tokenizer.vocab_size):
+    if vocabulary.table.classes[token] == A.ORDINARY:
+      text = vocabulary.tokenizer.token_bytes(token).decode("utf-8", "replace").strip()
+      penalised[token] = text.isalpha() and len(text) >= 4
+  return penalised
+
+
+class Branch(NamedTuple):
+  """What a branch's forward pass and choice read. A leading axis W outside the vmap."""
+
+  thread: Thread  # before its token is read
+  view: guard.View  # of the same thread after it
+  taken: jax.Array  # [M] bool: that promise, which it knows, has its topic so far, but for one more token
+  ngram: jax.Array  # uint32, hash of its last tokens
 
 
 class Sampling(NamedTuple):
@@ -28,6 +76,35 @@ def as_arrays(c: SamplingConfig) -> Sampling:
   )
 
 
+def choose(logits: jax.Array, state: State, branch: Branch, tables: TokenTables, sampling: Sampling,
+           limits: Limits, features: StepFeatures) -> jax.Array:  # fmt: skip
+  """The token after the one that the branch reads: what is remembered, wanted and allowed, then `draw`."""
+  thread, view = branch.thread, branch.view
+  scores = logits
+  if features.use_repetition_penalty:
+    # The token that is being read has no entry yet, but must not come twice in a row either.
+    tokens = jnp.append(state.log.token, thread.token)
+    written = jnp.append(thread.visible & (state.log.thread >= 0), view.index >= 0) & tables.penalised[tokens]
+    scores = penalise(scores, tokens, written & (view.state == A.TEXT), sampling.repetition_penalty)
+  if features.no_repeat:
+    # What followed the same tokens before may not follow them again, tags excepted. All threads count: chunks that do
+    # not see each other say the same thing too.
+    log = state.log
+    again = earlier(state) & (log.ngram_hash == branch.ngram) & (branch.ngram != 0) & (view.state == A.TEXT)
+    kinds = tables.classes[log.next_token]
+    scores = ban(scores, log.next_token, again & ((kinds == A.ORDINARY) | (kinds == A.DIGITS)))
+  if features.promises:
+    scores = scores.at[tables.open_tag].add(sampling.promise_bias)
+  allowed = guard.allowed(view, limits, features)[tables.classes]
+  if features.guard:
+    allowed &= ~guard.absurd(view, tables.value, tables.scale)
+    # No topic twice: the token that would complete one that was promised may not come.
+    scores = ban(scores, state.threads.kept_last, branch.taken & (view.state == A.TOPIC))
+  scores = jnp.where(allowed, scores, MASK_VALUE)
+  key = jax.random.fold_in(jax.random.wrap_key_data(thread.key), view.index + 1)
+  return draw(scores, key, sampling, features)
+
+
 def penalise(logits: jax.Array, tokens: jax.Array, remembered: jax.Array, penalty: jax.Array) -> jax.Array:
   """Repetition penalty (Keskar et al. 2019): a remembered token's positive logit is divided, a negative one
   multiplied by `penalty`, once however often it was seen.
@@ -40,7 +117,7 @@ def penalise(logits: jax.Array, tokens: jax.Array, remembered: jax.Array, penalt
   return logits.at[jnp.where(remembered, tokens, logits.shape[0])].set(new, mode="drop")
 
 
-def gram_hash(recent: jax.Array) -> jax.Array:
+def ngram_hash(recent: jax.Array) -> jax.Array:
   """Hash of a thread's last n tokens, [..., n] -> [...] uint32; 0 where there are fewer (a negative
   entry)."""
   powers = jnp.asarray([pow(1_000_003, i, 1 << 32) for i in range(recent.shape[-1])], jnp.uint32)

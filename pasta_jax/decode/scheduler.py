@@ -442,7 +442,7 @@ class _Batch:
     traces = []
     for row, job in enumerate(self._places):
       if job is not None and (ended[row] or job.request.on_step):
-        small = states._replace(pool=None)  # type: ignore[arg-type]  # a trace does without it
+        small = states.replace(pool=None)  # a trace does without it
         one = jax.tree.map(lambda x, row=row: x[row], small)
         traces.append((job, read_trace(one, it.vocabulary, self._features.rule)))
         if ended[row]:
@@ -470,4 +470,4 @@ class _Batch:
     """Marks rows as finished, so that nothing waits for them."""
     assert self._arrays is not None
     states, sampling = self._arrays
-    self._arrays = states._replace(finish=jnp.where(np.asarray(rows), STOP, states.finish)), sampling
+    self._arrays = states.replace(finish=jnp.where(np.asarray(rows), STOP, states.finish)), sampling

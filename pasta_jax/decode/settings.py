@@ -4,7 +4,7 @@ import dataclasses
 
 from pasta_jax.config.fields import check_rules
 from pasta_jax.config.sections import Decode
-from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.positions import PositionRule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class StepFeatures:
   use_top_k_p: bool = False
   use_repetition_penalty: bool = False
   no_repeat: int = 0  # length of n-grams (and topics) of earlier rounds that no thread may repeat; 0: off
+  attention: str = "auto"  # a kind of `decode.attention`
   return_logits: bool = False  # keep every step's logits in the trace (for tests: capacity x V floats)
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from pasta_jax.decode.state import DONE, FINISH_REASONS, State
+from pasta_jax.decode.state import FINISH_REASONS, State
+from pasta_jax.decode.threads import DONE
 from pasta_jax.lang.cost import Cost, cost
-from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Program, reading_order
-from pasta_jax.lang.thread import Fork, Reading, Thread, ill_formed_tags, read
+from pasta_jax.lang.thread import Fork, Reading, Thread, read
 from pasta_jax.lang.vocabulary import Vocabulary
 
 
@@ -47,7 +48,8 @@ class Trace:
 
   threads: tuple[ThreadTrace, ...]  # by number: in the order in which they were promised
   prompt: np.ndarray  # token ids
-  thread: Thread  # the main thread, as `lang` has it
+  readings: tuple[Reading, ...]  # by number: what the tag automaton makes of each thread
+  main: Thread  # the main thread, as `lang` has it
   program: Program
   steps: int  # decode steps that were run
   finish_reason: str
@@ -64,38 +66,33 @@ class Trace:
 
 def read_trace(state: State, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
   """Reads a state back. The state is not changed; the pool's keys and values are not copied."""
-  small = (
-    state.log._replace(logits=state.used),
-    state.threads._replace(visible=state.used),
-  )  # the large ones stay
+  # The large arrays stay where they are.
+  small = state.log.replace(logits=state.used), state.threads.replace(visible=state.used)
   (log, table), used, prompt_entries, steps, finish, n = jax.device_get(
     (small, state.used, state.prompt, state.steps, state.finish, state.n_threads)
   )
   n, used = int(n), int(used)
   last_prompt = log.token[prompt_entries] if used > prompt_entries else table.token[0]
   prompt = np.append(log.token[:prompt_entries], last_prompt)
-  owner = log.thread[:used]
-  order = np.argsort(owner, kind="stable")
-  bounds = np.searchsorted(owner[order], np.arange(n + 1))
+  order = np.argsort(log.thread[:used], kind="stable")
+  bounds = np.searchsorted(log.thread[:used][order], np.arange(n + 1))
 
   traces: list[ThreadTrace] = []
   readings: list[Reading] = []
-  promised = 0  # promises that were read back, kept or not
   for i in range(n):  # parents come first
     trace = _thread_trace(i, order[bounds[i] : bounds[i + 1]], log, table, int(prompt_entries), vocabulary)
     if i:
-      parent = traces[trace.parent]
       topic = vocabulary.text(readings[trace.parent].topics.get(trace.fork_index, ()))
-      trace = dataclasses.replace(trace, path=(*parent.path, int(table.ordinal[i])), topic=topic.strip())
-    reading = read(
-      Thread(tuple(trace.tokens.tolist())), vocabulary.table, is_main=i == 0, numbered=rule.numbered
-    )
-    promised += sum(int(trace.entries[k]) >= 0 for k in reading.declared)
+      path = (*traces[trace.parent].path, int(table.ordinal[i]))
+      trace = dataclasses.replace(trace, path=path, topic=topic.strip())
     traces.append(trace)
-    readings.append(reading)
+    readings.append(_reading(trace, vocabulary, rule))
 
+  # Promises that were read back, kept or not.
+  promised = sum(int(t.entries[k]) >= 0 for t, r in zip(traces, readings) for k in r.declared)
   return _whole(
     traces,
+    readings,
     vocabulary,
     rule,
     prompt=prompt,
@@ -106,10 +103,24 @@ def read_trace(state: State, vocabulary: Vocabulary, rule: PositionRule) -> Trac
   )
 
 
-def _whole(threads: Sequence[ThreadTrace], vocabulary: Vocabulary, rule: PositionRule, **facts) -> Trace:
-  """The trace of these threads: program and figures follow from them, `facts` are what does not."""
+def _reading(trace: ThreadTrace, vocabulary: Vocabulary, rule: PositionRule) -> Reading:
+  tokens = Thread(tuple(trace.tokens.tolist()))
+  return read(tokens, vocabulary.table, is_main=trace.number == 0, numbered=rule.numbered)
+
+
+def _whole(
+  threads: Sequence[ThreadTrace],
+  readings: Sequence[Reading],
+  vocabulary: Vocabulary,
+  rule: PositionRule,
+  **facts,
+) -> Trace:
+  """The trace of these threads, read by the automaton: program and figures follow from them, `facts` are what does
+  not."""
+  walked: list[Reading] = []  # in the order of `lang.thread.walk`
 
   def tree(i: int) -> Thread:
+    walked.append(readings[i])
     below = [t for t in threads[i + 1 :] if t.parent == i]
     forks = tuple(Fork(t.fork_index, t.declared, tree(t.number)) for t in below)
     return Thread(tuple(threads[i].tokens.tolist()), forks)
@@ -117,10 +128,11 @@ def _whole(threads: Sequence[ThreadTrace], vocabulary: Vocabulary, rule: Positio
   main = tree(0)
   return Trace(
     threads=tuple(threads),
-    thread=main,
-    program=vocabulary.decode(main, rule),
-    cost=cost(main, vocabulary.table),
-    ill_formed=ill_formed_tags(main, vocabulary.table, numbered=rule.numbered),
+    readings=tuple(readings),
+    main=main,
+    program=vocabulary.decode(main, rule, walked),
+    cost=cost(main, vocabulary.table, walked),
+    ill_formed=sum(r.malformed for r in readings),
     **facts,
   )
 
@@ -157,6 +169,7 @@ def from_json(saved: dict, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
     )
   return _whole(
     threads,
+    [_reading(t, vocabulary, rule) for t in threads],
     vocabulary,
     rule,
     prompt=np.asarray(saved["prompt"], np.int32),
@@ -168,11 +181,11 @@ def from_json(saved: dict, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
 def _thread_trace(
   i: int, entries: np.ndarray, log: Any, table: Any, prompt_entries: int, vocabulary: Vocabulary
 ) -> ThreadTrace:
-  """Thread `i`, whose tokens stand at the pool's `entries`; its path and topic are left for the caller.
+  """Thread `i`, whose tokens are the pool's `entries`; the caller adds path and topic.
 
-  `log` and `table` are the state's Log and Threads on the host.
+  `log` and `table` are the state's TokenLog and table of threads on the host.
   """
-  # A token was chosen behind the thread's entry before it: the promise's for a chunk, the prompt's for the
+  # A token was chosen after the thread's entry before it: the promise's for a chunk, the prompt's for the
   # response.
   chosen_at = np.concatenate([[table.fork_entry[i] if i else prompt_entries], entries]).astype(np.int32)
   tokens, positions, at = log.token[entries], log.position[entries], entries.astype(np.int32)

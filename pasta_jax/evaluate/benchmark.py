@@ -27,7 +27,8 @@ from flax import nnx
 from pasta_jax.decode.interpreter import UNBOUNDED, Interpreter
 from pasta_jax.decode.sampling import as_arrays
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures, specialise
-from pasta_jax.decode.state import RUNNING, State, grow
+from pasta_jax.decode.state import State, grow
+from pasta_jax.decode.threads import RUNNING
 from pasta_jax.lang.automaton import ORDINARY
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.weights import build
@@ -48,7 +49,7 @@ def busy_state(interpreter: Interpreter, branches: int, capacity: int) -> State:
   t = state.threads
   live = jnp.arange(t.status.shape[0]) < branches
   seen = jnp.arange(capacity) < capacity // 2
-  t = t._replace(
+  t = t.replace(
     status=jnp.where(live, RUNNING, t.status),
     token=jnp.full_like(t.token, 100),
     kind=jnp.full_like(t.kind, ORDINARY),
@@ -56,7 +57,7 @@ def busy_state(interpreter: Interpreter, branches: int, capacity: int) -> State:
     position=jnp.full_like(t.position, capacity // 2),
     visible=jnp.broadcast_to(seen, t.visible.shape),
   )
-  return state._replace(
+  return state.replace(
     threads=t,
     used=jnp.int32(capacity // 2),
     prompt=jnp.int32(capacity // 2),

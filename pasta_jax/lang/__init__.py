@@ -1,4 +1,5 @@
-"""PASTA-LANG: programs, their text and token forms, who sees whom, and what a program costs.
+"""PASTA-LANG (docs/language.md): programs, their text and token forms, who sees whom, where, and at what cost.
 
-Nothing here imports JAX. Read in this order: program, syntax, automaton, thread, vocabulary, layout, cost.
+Nothing here imports JAX: training, kernels and the interpreter all take the rules from this package. Read in this
+order: program, syntax, automaton, thread, joins, positions, visibility, layout, vocabulary, cost.
 """

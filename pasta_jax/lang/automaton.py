@@ -1,17 +1,17 @@
-"""What each token means: one transition table, read by the interpreter on the device and by Python alike.
+"""The tag automaton: what each token means, in one table for the interpreter on the device and for Python.
 
 Every token sequence has a meaning. A thread is in one of three states; a token's class and the state give
-the next state, what the token does, and whether it is ill-formed there.
+the next state, the action, and whether the token is ill-formed there.
 
   state   | ordinary  digits   OPEN   MIDDLE  CLOSE  ASYNC   END      SYNC    EOS
   TEXT    | text      text     TOPIC  !       !      !       end (1)  join    end (2)
   TOPIC   | topic     topic    !      NUMBER  fork   !       ! end    ! join  ! end
   NUMBER  | !         number   !      !       fork   !       ! end    ! join  ! end
 
-`!` is ill-formed: the token is written to the cache and otherwise ignored; END, SYNC and EOS inside a
+`!` is ill-formed: the token is written to the pool and otherwise ignored; END, SYNC and EOS inside a
 promise abandon it and act as usual. (1) In the main thread END is ill-formed and ignored. (2) In a chunk
-EOS is ill-formed and ends the chunk as END does. A fork whose number is missing is ill-formed too
-(except under the `fixed` strategy, which has none): it reserves `PositionRule.fixed`.
+EOS is ill-formed and ends the chunk as END does. A fork without a number is ill-formed too, except under
+strategies without numbers (`fixed`, `oracle`): it reserves `PositionRule.fixed` positions.
 """
 
 import dataclasses
@@ -47,8 +47,8 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 NEXT_STATE, ACTION, ILL_FORMED = _tables()  # each [3, N_CLASSES]
 
-# What a guarded decoder may write: well-formed tokens only. Whether END and EOS fit the thread, and whether a
-# number has digits, is decided beside this table by `decode.guard`.
+# What a guarded decoder may write. `decode.guard` adds whether END and EOS fit the thread and whether a number has
+# digits.
 WELL_FORMED = ~ILL_FORMED
 
 
@@ -97,7 +97,7 @@ MAX_DECLARED = 999  # a larger number is absurd: ill-formed, and read as this
 
 
 def append_digits(number, value, scale):
-  """The number read so far with one more digit token behind it, kept within MAX_DECLARED + 1.
+  """The number read so far with one more digit token, kept within MAX_DECLARED + 1.
 
   Works on Python integers and on arrays; `number` is -1 before the first digit. The cap keeps every
   intermediate product inside 32 bits for tokens of up to five digits.

@@ -22,8 +22,8 @@ class Fork:
 class Thread:
   """One thread's own tokens, in order.
 
-  A chunk's tokens begin with `<async>` and end with `</async>` (unless it was cut off); the main thread's
-  end with the end-of-turn token (unless cut off). Forks are ordered by `at`.
+  A chunk's tokens begin with `<async>` and end with `</async>`; the main thread's end with the end-of-turn
+  token. A thread that was cut off lacks its last one. Forks are ordered by `at`.
   """
 
   tokens: tuple[int, ...]
@@ -61,21 +61,23 @@ def serialise(thread: Thread) -> Iterator[tuple[Thread, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-  """What one thread's own tokens say, read by the automaton."""
+  """What the automaton makes of one thread's own tokens (n)."""
 
   is_text: np.ndarray  # [n] bool: the reader sees this token
   is_topic: np.ndarray  # [n] bool
   declared: dict[int, int | None]  # own index of a promise's last token -> its number
   topics: dict[int, tuple[int, ...]]  # the same index -> the tokens of its topic
-  ill_formed: int
-  state: int  # after the last token; not TEXT where a promise was cut off
+  ill_formed: int  # tags that are ill-formed where they stand
+  state: int  # of the automaton after the last token
+
+  @property
+  def malformed(self) -> int:
+    """Ill-formed tags, a promise that was cut off included."""
+    return self.ill_formed + int(self.state != automaton.TEXT)
 
 
 def read(thread: Thread, table: TokenTable, *, is_main: bool, numbered: bool = True) -> Reading:
-  """Runs the automaton over one thread's own tokens.
-
-  `numbered` is False under the `fixed` strategy, whose promises carry no number.
-  """
+  """Runs the automaton over one thread's own tokens. `numbered`: whether promises carry a number."""
   n = len(thread.tokens)
   is_text, is_topic = np.zeros(n, bool), np.zeros(n, bool)
   declared: dict[int, int | None] = {}
@@ -104,10 +106,8 @@ def read(thread: Thread, table: TokenTable, *, is_main: bool, numbered: bool = T
   return Reading(is_text, is_topic, declared, topics, ill, state)
 
 
-def ill_formed_tags(thread: Thread, table: TokenTable, *, numbered: bool = True) -> int:
-  """Ill-formed tags of a whole response: `read` over every thread, promises that were cut off included."""
-  count = 0
-  for t in walk(thread):
-    reading = read(t, table, is_main=t is thread, numbered=numbered)
-    count += reading.ill_formed + int(reading.state != automaton.TEXT)
-  return count
+def read_all(
+  top: Thread, table: TokenTable, *, is_main: bool = True, numbered: bool = True
+) -> tuple[Reading, ...]:
+  """`read` of a whole response, or of a chunk and all below it, in the order of `walk`."""
+  return tuple(read(t, table, is_main=is_main and t is top, numbered=numbered) for t in walk(top))

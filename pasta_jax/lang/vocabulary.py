@@ -1,17 +1,17 @@
-"""Programs to threads of tokens and back. Tags are single special tokens behind the base vocabulary."""
+"""Programs to threads of tokens and back. Each tag is a single special token."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from pasta_jax.lang.automaton import Tags, TokenTable
-from pasta_jax.lang.layout import PositionRule, span
+from pasta_jax.lang.positions import PositionRule, span
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise
 from pasta_jax.lang.syntax import TAG_TEXTS
-from pasta_jax.lang.thread import Fork, Thread, read
+from pasta_jax.lang.thread import Fork, Reading, Thread, read_all
 
 
 class TextTokenizer(Protocol):
-  """What the language needs of a tokenizer (`model.tokenizer.Tokenizer` is one)."""
+  """What the language needs of a tokenizer (`weights.tokenizer.Tokenizer` is one)."""
 
   vocab_size: int
   eos_id: int
@@ -24,13 +24,11 @@ class TextTokenizer(Protocol):
 
 
 class Vocabulary:
-  """A tokenizer with the six tags: ids `tag_ids`, else behind the others, `base_size` to `base_size + 5`.
+  """A tokenizer with the six tags: ids `tag_ids`, else six new ones, `base_size` to `base_size + 5`.
 
-  A topic's tokens begin with a blank (" cost" is one token where "cost" may be three), which is not part of
-  the topic.
-
-  `base_size` is the number of rows of the model's embedding, which may exceed the tokenizer's vocabulary.
-  The tokenizer's control tokens all end a response, but for those that the tags take.
+  `base_size` is the number of rows of the model's embedding, which may exceed the tokenizer's vocabulary. Every
+  control token of the tokenizer that the tags do not take ends a response. A topic's tokens begin with a blank
+  (" cost" is one token where "cost" may be three), which is not part of the topic.
   """
 
   def __init__(self, tokenizer: TextTokenizer, base_size: int | None = None, tag_ids: Sequence[int] = ()):
@@ -48,10 +46,7 @@ class Vocabulary:
 
   def encode(self, program: Iterable[Node], rule: PositionRule, *, finished: bool = True) -> Thread:
     """The main thread of a program; promises get the number that `rule` writes for their true length."""
-    thread = self._encode_thread(
-      normalise(program), rule, head=(), tail=(self.tags.eos[0],) if finished else ()
-    )
-    return thread
+    return self._encode_thread(normalise(program), rule, (), (self.tags.eos[0],) if finished else ())
 
   def _encode_thread(
     self, nodes: Program, rule: PositionRule, head: tuple[int, ...], tail: tuple[int, ...]
@@ -76,36 +71,38 @@ class Vocabulary:
   # Tokens to programs.
 
   def text(self, tokens: Sequence[int]) -> str:
-    """Ordinary tokens as text; bytes that are no UTF-8 (a character cut off) become U+FFFD.
-
-    A model may write a row of its embedding that no token has; that leaves nothing.
-    """
+    """Ordinary tokens as text; bytes that are not UTF-8 (a character cut off) become U+FFFD, and embedding
+    rows without a token become nothing."""
     known = (int(t) for t in tokens if t < self.tokenizer.vocab_size)
     return b"".join(self.tokenizer.token_bytes(t) for t in known).decode("utf-8", "replace")
 
   def label(self, token: int) -> str:
-    """One token as a person would want it in a dump: a tag's text, or the token's own."""
+    """One token for a dump: a tag's text, or the token's own."""
     return self._tag_texts[token] if token in self._tag_texts else self.text([token])
 
-  def decode(self, thread: Thread, rule: PositionRule, *, is_main: bool = True) -> Program:
-    """The program that a thread wrote: its text, kept promises and syncs; ill-formed tags leave nothing."""
-    reading = read(thread, self.table, is_main=is_main, numbered=rule.numbered)
+  def decode(self, main: Thread, rule: PositionRule, readings: Sequence[Reading] | None = None) -> Program:
+    """The program that a response wrote: text, kept promises and syncs; ill-formed tags leave nothing.
+
+    `readings` are its threads' (`thread.read_all`), where they are known.
+    """
+    known = read_all(main, self.table, numbered=rule.numbered) if readings is None else readings
+    return self._decode_thread(main, iter(known))
+
+  def _decode_thread(self, thread: Thread, readings: Iterator[Reading]) -> Program:
+    reading = next(readings)
     forks = {f.at: f for f in thread.forks}
     nodes: list[Node] = []
     text: list[int] = []
     for i, token in enumerate(thread.tokens):
       if reading.is_text[i]:
         text.append(token)
-      fork = forks.get(i)
-      if fork is None and token != self.tags.sync:
+      if i not in forks and token != self.tags.sync:
         continue
       nodes.append(Text(self.text(text)))
       text = []
-      if fork is not None:
-        body = self.decode(fork.child, rule, is_main=False)
+      if i in forks:
         topic = self.text(reading.topics.get(i, ())).removeprefix(" ")
-        nodes.append(Promise(topic, reading.declared.get(i), body))
+        nodes.append(Promise(topic, reading.declared.get(i), self._decode_thread(forks[i].child, readings)))
       else:
         nodes.append(Sync())
-    nodes.append(Text(self.text(text)))
-    return normalise(nodes)
+    return normalise([*nodes, Text(self.text(text))])

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pasta_jax.lang.layout import is_visible
+from pasta_jax.lang.visibility import is_visible
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.products import matmul
 from pasta_jax.model.transformer import Attend, Local, soft_cap

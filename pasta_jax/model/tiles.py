@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pasta_jax.lang.layout import outside
+from pasta_jax.lang.visibility import outside
 from pasta_jax.model.attention import MASK_VALUE, in_window
 from pasta_jax.model.transformer import soft_cap
 

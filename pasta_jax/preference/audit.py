@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from pasta_jax.data.packing import pack_row
-from pasta_jax.lang.layout import NO_TARGET, PositionRule
+from pasta_jax.lang.layout import NO_TARGET
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.preference.selection import lay_out_sample
 from pasta_jax.train.losses import token_log_likelihood

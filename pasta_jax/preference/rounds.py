@@ -28,7 +28,7 @@ from pasta_jax.decode.generator import adapter_path, source_of, with_speed
 from pasta_jax.decode.record import SCHEMA
 from pasta_jax.evaluate.judges.registry import judges_of
 from pasta_jax.evaluate.run import evaluate
-from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.preference import audit, pareto_front, rollout, selection
 from pasta_jax.preference.policies import Policy, policies
 from pasta_jax.preference.report import show

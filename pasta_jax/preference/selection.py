@@ -12,7 +12,8 @@ from pasta_jax.decode.trace import from_json
 from pasta_jax.evaluate.judges.judge import Answer, Judge, Pair
 from pasta_jax.evaluate.judges.judging import judge_pairs
 from pasta_jax.evaluate.metrics.measures import geometric_mean, tag_overhead
-from pasta_jax.lang.layout import Layout, PositionRule, layout
+from pasta_jax.lang.layout import Layout, layout
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, defects
 from pasta_jax.utils.jsonl import write_jsonl
@@ -103,7 +104,7 @@ def lay_out_sample(
 ) -> Layout:
   """The layout of a sample's answer after its own prompt, or after `prompt`."""
   trace = from_json(sample["trace"], vocabulary, rule)
-  return layout(trace.thread, rule, vocabulary.table, trace.prompt.tolist() if prompt is None else prompt)
+  return layout(trace.main, rule, vocabulary.table, trace.prompt.tolist() if prompt is None else prompt)
 
 
 def figures(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pasta_jax.config.sections import ATTENTION
-from pasta_jax.lang.layout import is_visible
+from pasta_jax.lang.visibility import is_visible
 from pasta_jax.model import flash, tiles
 from pasta_jax.model.attention import chunked_attention, dense_attention, sliding_window_mask
 from pasta_jax.model.config import ModelConfig

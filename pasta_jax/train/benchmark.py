@@ -25,7 +25,7 @@ from rich.table import Table
 from pasta_jax.config import from_flags
 from pasta_jax.data.examples import examples
 from pasta_jax.data.packing import PackedBatch, fill_rows, pack_row
-from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import flash, tiles
 from pasta_jax.model.config import ModelConfig

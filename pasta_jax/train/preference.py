@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pasta_jax.config import identity
 from pasta_jax.data.pairs import PairBatches, PreferencePair
 from pasta_jax.data.pipeline import Batch, fingerprint
-from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import Transformer, set_matmul_precision
 from pasta_jax.train import distributed

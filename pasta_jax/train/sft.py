@@ -12,7 +12,8 @@ from pasta_jax.config import identity
 from pasta_jax.data.examples import examples, mix
 from pasta_jax.data.packing import PackedBatches, single_batches
 from pasta_jax.data.pipeline import Batch, fingerprint
-from pasta_jax.lang.layout import Layout, PositionRule
+from pasta_jax.lang.layout import Layout
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import Transformer, set_matmul_precision
 from pasta_jax.train import distributed

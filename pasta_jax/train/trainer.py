@@ -24,7 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pasta_jax.data.pipeline import Batch, DataIterator
-from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.model.transformer import Transformer
 from pasta_jax.train import distributed
 from pasta_jax.train.attention import check_machine

@@ -18,8 +18,10 @@ from pasta_jax.data.annotate import check, measure, plan, prompts, units
 from pasta_jax.data.annotate.contexts import contexts
 from pasta_jax.data.annotate.run import _spread, annotate
 from pasta_jax.data.examples import program_of
-from pasta_jax.lang.layout import PositionRule, is_visible, layout
+from pasta_jax.lang.layout import layout
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Promise, reading_order
+from pasta_jax.lang.visibility import is_visible
 from pasta_jax.utils.endpoint import EndpointError
 from pasta_jax.utils.jsonl import DataError, read_jsonl
 

@@ -15,7 +15,7 @@ from pasta_jax.config import Config
 from pasta_jax.data import build, dataset, report
 from pasta_jax.data.examples import mix, program_of
 from pasta_jax.data.sources import read_instructions
-from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.utils.jsonl import DataError, read_jsonl
 
 SEED = Path(__file__).parents[2] / "data" / "seed.jsonl"

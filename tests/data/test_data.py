@@ -16,7 +16,8 @@ from test_layout import trees, visible_matrix
 from pasta_jax.data.examples import examples, mix, program_of
 from pasta_jax.data.packing import PackedBatch, PackedBatches, fill_rows, pack_row, single_batches
 from pasta_jax.lang.cost import cost
-from pasta_jax.lang.layout import NO_TARGET, Layout, PositionRule, layout
+from pasta_jax.lang.layout import NO_TARGET, Layout, layout
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Program, Promise, Sync, Text, promises, reading_order
 from pasta_jax.lang.syntax import parse, print_program
 from pasta_jax.lang.thread import Thread

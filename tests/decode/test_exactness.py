@@ -25,7 +25,9 @@ from pasta_jax.decode.scheduler import decode
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 from pasta_jax.decode.trace import Trace
 from pasta_jax.lang.cost import clocks
-from pasta_jax.lang.layout import NO_TARGET, PositionRule, is_visible, layout
+from pasta_jax.lang.layout import NO_TARGET, layout
+from pasta_jax.lang.positions import PositionRule
+from pasta_jax.lang.visibility import is_visible
 
 LIMITS = Limits(
   max_new_tokens=80, max_threads=48, max_depth=3, max_topic=4, branch_widths=(4,), kv_buckets=(128,)
@@ -56,7 +58,7 @@ class Tally(collections.Counter):
     self["programs"] += 1
     self["finished"] += finished
     self["promises"] += promised
-    self["nested"] += trace.thread.depth > 1
+    self["nested"] += trace.main.depth > 1
     self["joins"] += joins(trace)
     self["finished with promises"] += finished and promised
 
@@ -89,16 +91,16 @@ def check_teacher_forcing(
 ):
   """Logits, log-probabilities, positions, rounds and targets of every token that the model chose."""
   prompt = len(trace.prompt)
-  laid = layout(trace.thread, rule, TABLE, trace.prompt.tolist())
+  laid = layout(trace.main, rule, TABLE, trace.prompt.tolist())
   at = np.arange(len(laid))
   visible = is_visible(at[:, None], at[None, :], laid.masked_intervals[None])
   dense = tiny.dense_logits(params, laid.tokens, laid.positions, visible, graph=graph)
   log_p = np.asarray(jax.nn.log_softmax(dense))
-  names = dict(enumerate(path for path, _ in tiny.paths(trace.thread)))
+  names = dict(enumerate(path for path, _ in tiny.paths(trace.main)))
   place = {(names[laid.threads[i]], int(laid.index[i])): i for i in range(prompt, len(laid))}
   assert len(place) == sum(t.length for t in trace.threads) == len(laid) - prompt
   assert sorted(names.values()) == sorted(t.path for t in trace.threads)
-  clock = dict(zip(names.values(), clocks(trace.thread, VOCABULARY.tags.sync)[0]))
+  clock = dict(zip(names.values(), clocks(trace.main, VOCABULARY.tags.sync)[0]))
   targets = np.full(len(laid), NO_TARGET)
   for thread in trace.threads:
     np.testing.assert_array_equal(thread.rounds, chosen_at(thread, clock[thread.path]))
@@ -407,7 +409,7 @@ def test_the_repetition_penalty_remembers_what_a_thread_sees():
     trace = decode(run, prompt, SamplingConfig(repetition_penalty=penalty))
     tally.add(trace)
     check_against_reference(run.params, trace, "pred_10x", False, penalty)
-    tally["another answer"] += trace.thread != decode(run, prompt).thread
+    tally["another answer"] += trace.main != decode(run, prompt).main
 
   tally = tiny.over_programs(
     check,

@@ -124,7 +124,7 @@ def test_the_schedule_changes_nothing(case):
         "programs": 1,
         first.finish_reason: 1,
         "promises": len(first.threads) > 1,
-        "nested": first.thread.depth > 1,
+        "nested": first.main.depth > 1,
         "refused": first.refused > 0,
         "full": len(first.threads) == limits.max_threads,
       }
@@ -168,7 +168,7 @@ def check_bounds(trace: Trace, limits: Limits, guard: bool):
   assert 0 <= written <= limits.max_new_tokens
   assert len(trace.prompt) + written <= limits.kv_buckets[-1]
   assert trace.cost.total_tokens <= limits.max_new_tokens + len(trace.threads)
-  assert len(trace.threads) <= limits.max_threads and trace.thread.depth <= limits.max_depth
+  assert len(trace.threads) <= limits.max_threads and trace.main.depth <= limits.max_depth
   assert trace.steps <= limits.max_new_tokens
   ill, refused, topics = recount(trace)
   assert (trace.ill_formed, trace.refused) == (ill, refused)

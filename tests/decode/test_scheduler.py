@@ -26,7 +26,7 @@ def interpreter():
 
 def figures(trace):
   return (
-    trace.thread,
+    trace.main,
     trace.finish_reason,
     [t.positions.tolist() for t in trace.threads],
     [t.rounds.tolist() for t in trace.threads],

@@ -14,9 +14,10 @@ from pasta_jax.decode.trace import ThreadTrace, Trace
 from pasta_jax.decode.views.live import LiveView, figures_table
 from pasta_jax.decode.views.timeline import joins, pieces, timeline_html, timeline_svg
 from pasta_jax.lang.cost import clocks, cost
-from pasta_jax.lang.layout import PositionRule, layout
+from pasta_jax.lang.layout import layout
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Promise, Sync, Text, promises
-from pasta_jax.lang.thread import Fork, Thread, ill_formed_tags
+from pasta_jax.lang.thread import Fork, Thread, read
 from pasta_jax.lang.vocabulary import Vocabulary
 
 RULE = PositionRule("pred_10x")
@@ -111,15 +112,19 @@ def as_trace(
       )
     )
   main = cut(whole, clock_of, last)
+  readings = [
+    read(Thread(tuple(t.tokens.tolist())), VOCABULARY.table, is_main=t.number == 0) for t in threads
+  ]
   return Trace(
     threads=tuple(threads),
+    readings=tuple(readings),
     prompt=np.zeros(3, np.int32),
-    thread=main,
+    main=main,
     program=VOCABULARY.decode(main, RULE),
     steps=min(last, end) + 7,
     finish_reason=finish_reason or ("stop" if last >= end else "unfinished"),
     cost=cost(main, VOCABULARY.table),
-    ill_formed=ill_formed_tags(main, VOCABULARY.table),
+    ill_formed=sum(r.malformed for r in readings),
     refused=0,
     logits=None,
   )

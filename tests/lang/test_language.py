@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from pasta_jax.lang import automaton as A
 from pasta_jax.lang.automaton import Tags, TokenTable, append_digits
-from pasta_jax.lang.layout import STRATEGIES, PositionRule
+from pasta_jax.lang.positions import STRATEGIES, PositionRule
 from pasta_jax.lang.program import Program, Promise, Sync, Text, normalise, promises, reading_order
 from pasta_jax.lang.syntax import MAX_DEPTH, TAG_TEXTS, PastaSyntaxError, parse, print_program
-from pasta_jax.lang.thread import Fork, Thread, ill_formed_tags, read, walk
+from pasta_jax.lang.thread import Fork, Thread, read, read_all, walk
 from pasta_jax.lang.vocabulary import Vocabulary
 
 RELAXED = settings(deadline=None)  # a loaded machine is no failure
@@ -217,7 +217,7 @@ def check_round_trip(vocabulary: Vocabulary, program: Program, strategy: str):
   main = vocabulary.encode(program, rule)
   decoded = vocabulary.decode(main, rule)
   assert without_numbers(decoded) == without_numbers(normalise(program))
-  assert ill_formed_tags(main, vocabulary.table, numbered=rule.numbered) == 0
+  assert sum(r.malformed for r in read_all(main, vocabulary.table, numbered=rule.numbered)) == 0
   chunks = list(walk(main))[1:]
   assert [p.tokens is not None for p in promises(decoded)] == [rule.numbered] * len(chunks)
   for thread in walk(main):
@@ -395,8 +395,10 @@ def test_ill_formed_threads(text: str, is_main: bool, ill: int, program: str):
   thread = Thread(tokens, tuple(Fork(at, n, child) for at, n in reading.declared.items()))
   assert reading.ill_formed + (reading.state != A.TEXT) == ill
   if is_main:
-    assert ill_formed_tags(thread, BYTES.table) == ill
-  printed = print_program(BYTES.decode(thread, PositionRule(), is_main=is_main))
+    assert sum(r.malformed for r in read_all(thread, BYTES.table)) == ill
+  printed = print_program(
+    BYTES.decode(thread, PositionRule(), read_all(thread, BYTES.table, is_main=is_main))
+  )
   assert printed.replace("<promise ", "").replace("/><async></async>", "") == program
 
 
@@ -409,6 +411,6 @@ def test_every_token_sequence_has_a_meaning(tokens: list[int], is_main: bool):
   reading = read(thread, BYTES.table, is_main=is_main)
   assert not (reading.is_text & reading.is_topic).any()
   assert 0 <= reading.ill_formed <= len(tokens)
-  program = BYTES.decode(thread, PositionRule(), is_main=is_main)
+  program = BYTES.decode(thread, PositionRule(), read_all(thread, BYTES.table, is_main=is_main))
   assert sum(isinstance(n, Sync) for n in program) == tokens.count(TAGS.sync)
   assert not list(promises(program)), "a promise without a fork was refused, and leaves nothing"

@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from test_language import BYTES, programs
 
 from pasta_jax.lang.cost import clocks, cost
-from pasta_jax.lang.layout import NO_TARGET, STRATEGIES, Layout, PositionRule, is_visible, layout, span
+from pasta_jax.lang.layout import NO_TARGET, Layout, layout
+from pasta_jax.lang.positions import STRATEGIES, PositionRule, span
 from pasta_jax.lang.program import Text, reading_order
 from pasta_jax.lang.syntax import parse
 from pasta_jax.lang.thread import Fork, Thread, serialise, walk
+from pasta_jax.lang.visibility import is_visible
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RELAXED = settings(deadline=None)

@@ -14,7 +14,8 @@ from test_layout import trees
 
 from pasta_jax.config.sections import Train
 from pasta_jax.data.packing import fill_rows, pack_row
-from pasta_jax.lang.layout import PositionRule, layout
+from pasta_jax.lang.layout import layout
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.model import flash, tiles
 from pasta_jax.model.attention import chunked_attention, dense_attention, sliding_window_mask
 from pasta_jax.model.config import ModelConfig

@@ -13,7 +13,9 @@ from helpers.programs import NESTED
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from pasta_jax.lang.layout import PositionRule, is_visible, layout
+from pasta_jax.lang.layout import layout
+from pasta_jax.lang.positions import PositionRule
+from pasta_jax.lang.visibility import is_visible
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import lora
 from pasta_jax.model.attention import MASK_VALUE, causal_mask, dense_attention, sliding_window_mask

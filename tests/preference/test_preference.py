@@ -54,7 +54,7 @@ def sample(decoder, params, first_seed: int):
 
 def laid(decoder, trace) -> Layout:
   rule = decoder.interpreter.features.rule
-  return layout(trace.thread, rule, tiny.VOCABULARY.table, trace.prompt.tolist())
+  return layout(trace.main, rule, tiny.VOCABULARY.table, trace.prompt.tolist())
 
 
 def log_p(trace) -> float:

@@ -21,7 +21,8 @@ from pasta_jax.config import Config, with_changes
 from pasta_jax.data.examples import examples, program_of
 from pasta_jax.data.packing import PackedBatches, concatenate, pack_row
 from pasta_jax.decode.generator import Model
-from pasta_jax.lang.layout import NO_TARGET, PositionRule, layout
+from pasta_jax.lang.layout import NO_TARGET, layout
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Promise
 from pasta_jax.lang.thread import Thread
 from pasta_jax.lang.vocabulary import Vocabulary

@@ -13,8 +13,10 @@ from test_model import NESTED, logits, torch_logits
 
 from pasta_jax.config import Config
 from pasta_jax.decode.generator import Model
-from pasta_jax.lang.layout import PositionRule, is_visible, layout
+from pasta_jax.lang.layout import layout
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.syntax import TAG_TEXTS, TOKEN_TEXTS
+from pasta_jax.lang.visibility import is_visible
 from pasta_jax.model import lora
 from pasta_jax.train.state import make_model
 from pasta_jax.weights import build

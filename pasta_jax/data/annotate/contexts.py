@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from pasta_jax.data.examples import program_of
+from pasta_jax.lang.joins import Unjoined
 from pasta_jax.lang.program import Program, Promise, Sync, Text, reading_order
 
 
@@ -36,25 +37,24 @@ def _walk(
 ) -> int:
   """Follows a thread that starts with `seen`; `around`: the unseen topics of its promising threads. Returns
   the offset after it."""
-  waiting: list[tuple[str, str, str]] = []  # mark in `seen`, topic, text
+  unjoined: Unjoined[tuple[str, str, str]] = Unjoined()  # mark in `seen`, topic, text
   for node in nodes:
-    topics = (*around, *(topic for _, topic, _ in waiting))
+    topics = (*around, *(topic for _, topic, _ in unjoined.chunks))
     if isinstance(node, Text):
-      if waiting and node.text.strip():
+      if unjoined.chunks and node.text.strip():
         found.append(Context(_clean(seen), node.text, None, topics, count[0], offset))
       seen += node.text
       offset += len(node.text)
     elif isinstance(node, Sync):
-      for mark, _, text in waiting:
+      for mark, _, text in unjoined.sync():  # the whole text of a chunk, whatever its thread left unjoined
         seen = seen.replace(mark, text)
-      waiting = []
     elif isinstance(node, Promise):
       text, mark = reading_order(node.body), f"\0{count[0]}\0⟦{node.topic}⟧"
       found.append(Context(_clean(seen), text, node.topic, topics, count[0], offset))
       count[0] += 1
       offset = _walk(node.body, seen, topics, offset, found, count)
       seen += mark
-      waiting.append((mark, node.topic, text))
+      unjoined.promise((mark, node.topic, text))
   return offset
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 
 from pasta_jax.data.annotate import units
+from pasta_jax.lang.joins import Unjoined
 
 MAX_TOPIC = 60  # characters
 _FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
@@ -104,12 +105,34 @@ def _unit(number: object, what: str, count: int) -> int:
 
 
 def useful_syncs(chunks: Sequence[dict], syncs: Sequence[int]) -> list[int]:
-  """The syncs that join a chunk of their own thread that no earlier one joined."""
+  """The syncs that join a chunk. A sync inside a chunk, not at its start, is that chunk's own thread's."""
   kept: list[int] = []
-  for s in sorted(set(syncs)):
-    thread = max((c["start"] for c in chunks if c["start"] < s < c["end"]), default=-1)
-    within = [c for c in chunks if c["end"] <= s and c["start"] > thread]
-    before = [k for k in kept if k > thread and not any(c["start"] < k < c["end"] for c in within)]
-    if any(c["start"] >= max(before, default=-1) for c in within):
-      kept.append(s)
-  return kept
+
+  def thread(inside: Sequence[dict], own: Sequence[int]) -> list[dict]:
+    """Reads one thread's chunks and syncs in order; returns the chunks that it leaves unjoined."""
+    unjoined: Unjoined[dict] = Unjoined()
+    left = sorted(own)
+    for chunk, nested in _outermost(inside):
+      while left and left[0] <= chunk["start"]:
+        if unjoined.sync():
+          kept.append(left[0])
+        left.pop(0)
+      within = [s for s in left if s < chunk["end"]]
+      left = left[len(within) :]
+      unjoined.promise(chunk, thread(nested, within))
+    kept.extend(s for s in left if unjoined.sync())
+    return unjoined.chunks
+
+  thread(chunks, sorted(set(syncs)))
+  return sorted(kept)
+
+
+def _outermost(chunks: Sequence[dict]) -> list[tuple[dict, list[dict]]]:
+  """The chunks that no other contains, in order, each with those inside it."""
+  found: list[tuple[dict, list[dict]]] = []
+  for c in sorted(chunks, key=lambda c: (c["start"], -c["end"])):
+    if found and c["start"] < found[-1][0]["end"]:
+      found[-1][1].append(c)
+    else:
+      found.append((c, []))
+  return found

@@ -19,7 +19,7 @@ from pasta_jax.data import structure
 from pasta_jax.data.annotate import check, measure, plan, prompts
 from pasta_jax.data.prompts import read_prompts
 from pasta_jax.data.sources import decontaminate, read_instructions
-from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.utils.endpoint import Caller, Endpoint
 from pasta_jax.utils.files import write_json_atomic
 from pasta_jax.utils.jsonl import DataError, read_jsonl, write_jsonl

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from pasta_jax.decode.trace import ThreadTrace, Trace
-from pasta_jax.lang.thread import Thread, read
+from pasta_jax.lang.joins import Unjoined
+from pasta_jax.lang.thread import Reading
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.files import write_atomic
 
@@ -48,7 +49,7 @@ class Piece:
 def pieces(trace: Trace, number: int, vocabulary: Vocabulary) -> list[Piece]:
   """Thread `number` in order: text, promises, syncs. Ill-formed tags are left out."""
   tokens = [int(t) for t in trace.threads[number].tokens]
-  reading = read(Thread(tuple(tokens)), vocabulary.table, is_main=number == 0)
+  reading = trace.readings[number]
   children = {c.fork_index: c for c in trace.threads if c.parent == number}
   out: list[Piece] = []
   text: list[int] = []
@@ -93,21 +94,20 @@ def pieces(trace: Trace, number: int, vocabulary: Vocabulary) -> list[Piece]:
 def joins(trace: Trace, vocabulary: Vocabulary) -> dict[int, tuple[int, int]]:
   """For each chunk that a sync joins: (number of the thread that wrote the sync, the sync's own index).
 
-  A sync joins the chunks that its thread promised before it, and what those left unjoined. Chunks that are
-  left to the end of the response are absent. In a trace that still grows the sync may yet wait for them.
+  Chunks that are left to the end of the response are absent. In a trace that still grows the sync may yet wait
+  for them.
   """
   joined: dict[int, tuple[int, int]] = {}
 
   def visit(thread: ThreadTrace) -> list[int]:
     children = {c.fork_index: c for c in trace.threads if c.parent == thread.number}
-    waiting: list[int] = []
+    unjoined: Unjoined[int] = Unjoined()
     for i, token in enumerate(thread.tokens):
       if token == vocabulary.tags.sync:
-        joined.update((w, (thread.number, i)) for w in waiting)
-        waiting = []
+        joined.update((chunk, (thread.number, i)) for chunk in unjoined.sync())
       if i in children:
-        waiting += [children[i].number, *visit(children[i])]
-    return waiting
+        unjoined.promise(children[i].number, visit(children[i]))
+    return unjoined.chunks
 
   if trace.threads:
     visit(trace.threads[0])
@@ -316,7 +316,7 @@ def _join(plot: _Plot, thread: ThreadTrace, into: int, resumed: int) -> str:
   )
 
 
-def _lane(plot: _Plot, thread: ThreadTrace, vocabulary: Vocabulary) -> str:
+def _lane(plot: _Plot, thread: ThreadTrace, reading: Reading, vocabulary: Vocabulary) -> str:
   """The label in the margin and the bar of a thread."""
   y, n = plot.y(thread.number), thread.length
   top = y - _BAR / 2
@@ -361,7 +361,6 @@ def _lane(plot: _Plot, thread: ThreadTrace, vocabulary: Vocabulary) -> str:
       f'width="{_n(max(x1 - x0, 1))}" height="{_BAR - 5}" rx="2">'
       f"<title>{left_over} more reserved</title></rect>"
     )
-  reading = read(Thread(tuple(int(t) for t in thread.tokens)), vocabulary.table, is_main=thread.number == 0)
   first = int(thread.positions[0])
   for i in range(n):
     over = thread.declared is not None and int(thread.positions[i]) - first >= thread.declared
@@ -479,7 +478,7 @@ def timeline_svg(
     )
   height = plot.bottom + _FOOT
   beyond = any(reserve(t)[1] for t in trace.threads)
-  lanes = "\n".join(_lane(plot, t, vocabulary) for t in by_tree(trace))
+  lanes = "\n".join(_lane(plot, t, trace.readings[t.number], vocabulary) for t in by_tree(trace))
   return (
     f'<svg xmlns="http://www.w3.org/2000/svg" class="pasta-timeline" '
     f'viewBox="0 0 {WIDTH} {_n(height)}" width="{WIDTH}" height="{_n(height)}" '

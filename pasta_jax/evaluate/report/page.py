@@ -18,7 +18,7 @@ from pasta_jax.evaluate.report.figures import speed_name
 from pasta_jax.evaluate.report.run_record import Run
 from pasta_jax.evaluate.report.summary import Threshold
 from pasta_jax.evaluate.report.tables import about, group_tables, judge_note, table
-from pasta_jax.lang.layout import PositionRule
+from pasta_jax.lang.positions import PositionRule
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.weights.checkpoint import load_checkpoint
 

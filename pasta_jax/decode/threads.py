@@ -1,0 +1,166 @@
+"""A thread on the device: what it knows, how it is born, what a token does to it, and how threads are joined.
+
+A field is declared once, in `Thread`, and set once at birth, in `born`. Shapes are those of one thread; the table of
+a request has a leading axis M in every leaf, the threads of a step have W. P: pool entries.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from pasta_jax.lang import automaton as A
+from pasta_jax.lang.positions import PositionRule
+
+FREE, RUNNING, WAITING, DONE = range(4)  # status
+
+
+class Thread(struct.PyTreeNode):
+  """One thread. Scalars are int32 unless another type is given; number 0 is the main thread, and parents have
+  lower numbers than their children."""
+
+  # The token that comes next: chosen, but not yet read back into the pool.
+  status: jax.Array
+  token: jax.Array
+  kind: jax.Array  # class of that token (`lang.automaton`)
+  index: jax.Array  # of that token in the thread's own tokens; -1: the prompt's last
+  position: jax.Array  # where that token will stand
+  round: jax.Array  # in which it will be read back
+  # The tag automaton, before that token.
+  state: jax.Array
+  number: jax.Array  # of the current promise so far; -1: no digit yet
+  topic: jax.Array  # uint32, hash of the current promise's topic so far
+  topic_before: jax.Array  # uint32, the same without its last token
+  topic_last: jax.Array  # that token
+  topic_length: jax.Array
+  recent: (
+    jax.Array
+  )  # [n] own tokens read last, oldest first; -1: none (n: `StepFeatures.no_repeat` - 1, or 0)
+  length: jax.Array  # own tokens read back
+  children: jax.Array  # promises kept so far
+  visible: jax.Array  # [P] bool: pool entries that it sees
+  # Fixed at birth, but for the owner.
+  key: jax.Array  # [2] uint32, from the request's seed and the path of ordinals
+  parent: jax.Array  # -1 for the main thread
+  owner: jax.Array  # whose next sync joins it: the parent, or the thread that adopted it; -1 once joined
+  depth: jax.Array
+  ordinal: jax.Array  # among the parent's children
+  declared: jax.Array  # number in its promise; -1: none
+  kept_before: jax.Array  # uint32, hash of its promise's topic without the last token
+  kept_last: jax.Array  # that token; -1 for an empty topic
+  fork_entry: jax.Array  # pool entry of its promise's last token
+  fork_index: jax.Array  # index of that token in the parent's own tokens
+
+
+def born(*, token, index, position, round, key, visible, recent, depth=0, parent=-1, ordinal=0, declared=-1,
+         kept_before=0, kept_last=-1, fork_entry=0, fork_index=0) -> Thread:  # fmt: skip
+  """A thread before its first token, which the prompt or the interpreter wrote: it is only read."""
+  i, u = jnp.int32, jnp.uint32
+  return Thread(
+    status=i(RUNNING), token=i(token), kind=i(A.ORDINARY), index=i(index), position=i(position), round=i(round),
+    state=i(A.TEXT), number=i(-1), topic=u(0), topic_before=u(0), topic_last=i(-1), topic_length=i(0),
+    recent=jnp.full_like(recent, -1), length=i(0), children=i(0), visible=visible, key=key, parent=i(parent),
+    owner=i(parent), depth=i(depth), ordinal=i(ordinal), declared=i(declared), kept_before=u(kept_before),
+    kept_last=i(kept_last), fork_entry=i(fork_entry), fork_index=i(fork_index),
+  )  # fmt: skip
+
+
+class Reading(NamedTuple):
+  """A thread whose token has been read, and what that token asks for."""
+
+  thread: Thread
+  forks: jax.Array  # bool: a promise is complete
+  ends: jax.Array  # bool: the thread's last token
+
+
+def read_token(thread: Thread, value: jax.Array, scale: jax.Array) -> Reading:
+  """Runs the tag automaton over the thread's token, whose digits are worth `value` (`TokenTable`)."""
+  t = thread
+  action = jnp.asarray(A.ACTION)[t.state, t.kind]
+  opens = (t.kind == A.OPEN) & (t.state == A.TEXT)
+  digit = (t.kind == A.DIGITS) & (t.state == A.NUMBER)
+  in_topic = (t.state == A.TOPIC) & ((t.kind == A.ORDINARY) | (t.kind == A.DIGITS))
+  longer = t.topic * jnp.uint32(1_000_003) + t.token.astype(jnp.uint32) + jnp.uint32(1)
+  pick = lambda read, fresh, old: jnp.where(in_topic, read, jnp.where(opens, fresh, old))
+  recent = jnp.append(t.recent[1:], t.token) if t.recent.size else t.recent
+  after = t.replace(
+    state=jnp.asarray(A.NEXT_STATE)[t.state, t.kind],
+    number=jnp.where(digit, A.append_digits(t.number, value, scale), jnp.where(opens, -1, t.number)),
+    topic=pick(longer, jnp.uint32(0), t.topic),
+    topic_before=jnp.where(in_topic, t.topic, t.topic_before),
+    topic_last=pick(t.token, -1, t.topic_last),
+    topic_length=pick(t.topic_length + 1, 0, t.topic_length),
+    recent=jnp.where(t.index >= 0, recent, t.recent),
+  )
+  return Reading(after, action == A.FORK, (action == A.FINISH) & (t.parent >= 0))
+
+
+def advance(read: Reading, forks, entry, live, chosen, kind, rule: PositionRule) -> Thread:
+  """The thread after its turn: its token is pool entry `entry`, its next one is `chosen`, of class `kind`.
+
+  `forks`: its promise was granted; `live` False: an idle lane. One token a thread a round is stated here.
+  """
+  t = read.thread
+  joins = jnp.asarray(A.ACTION)[t.state, kind] == A.JOIN
+  over = read.ends | ((t.parent < 0) & (kind == A.EOS))  # the main thread's last token need not be read back
+  return t.replace(
+    status=jnp.where(over, DONE, jnp.where(joins, WAITING, RUNNING)),
+    token=jnp.where(read.ends, t.token, chosen),
+    kind=jnp.where(read.ends, t.kind, kind),
+    index=jnp.where(read.ends, t.index, t.index + 1),
+    position=t.position + 1 + jnp.where(forks, rule.gap(jnp.minimum(t.number, A.MAX_DECLARED)), 0),
+    round=t.round + 1,
+    length=t.index + 1,
+    children=t.children + forks,
+    visible=t.visible | (live & (jnp.arange(t.visible.shape[0]) == entry)),
+  )
+
+
+def spawn(read: Reading, number, entry, visible, async_tag) -> Thread:
+  """The chunk that thread `number` has just promised; **a fork copies the parent's row** (`visible`).
+
+  Its key folds in its ordinal, after a constant, so that no token's key is a child's key.
+  """
+  t = read.thread
+  path = jax.random.fold_in(jax.random.wrap_key_data(t.key), 0x7FFFFFFF)
+  key = jax.random.key_data(jax.random.fold_in(path, t.children + 1))
+  return born(
+    token=async_tag, index=0, position=t.position + 1, round=t.round + 1, key=key, visible=visible, recent=t.recent,
+    depth=t.depth + 1, parent=number, ordinal=t.children, declared=jnp.minimum(t.number, A.MAX_DECLARED),
+    kept_before=t.topic_before, kept_last=t.topic_last, fork_entry=entry, fork_index=t.index,
+  )  # fmt: skip
+
+
+def adopt(threads: Thread, levels: int) -> jax.Array:
+  """[M] owners, where the chunks of a thread that is done belong to the thread that will join that one."""
+  owner = threads.owner
+  for _ in range(levels - 1):  # through several, if those are done too
+    above = jnp.maximum(owner, 0)
+    owner = jnp.where((owner > 0) & (threads.status[above] == DONE), threads.owner[above], owner)
+  return owner
+
+
+def join(threads: Thread, over: jax.Array, round: jax.Array, rule: PositionRule) -> Thread:
+  """Wakes each waiting thread whose chunks are all done, if `round` is `over`: **a join ORs their rows into its
+  own**, and its sync is read in the next round. The rule of `lang.joins.Unjoined`, by owners."""
+  t = threads
+  numbers = jnp.arange(t.status.shape[0])
+  owned = (t.owner[None, :] == numbers[:, None]) & (t.status != FREE)[None, :]  # [thread, chunk]
+  ready = over & (t.status == WAITING) & ~(owned & (t.status != DONE)[None, :]).any(axis=1)
+  joins = owned & ready[:, None]
+  joined = joins.any(axis=0)
+
+  def merge(visible):
+    counts = jnp.dot(joins.astype(jnp.float32), visible.astype(jnp.float32))
+    return visible | (counts > 0)
+
+  furthest = jnp.max(jnp.where(joins, t.position[None, :], 0), axis=1)
+  n_joined = jnp.sum(jnp.where(joins, t.length[None, :], 0), axis=1)
+  return t.replace(
+    owner=jnp.where(joined, -1, t.owner),
+    visible=jax.lax.cond(joined.any(), merge, lambda visible: visible, t.visible),
+    position=jnp.where(ready, rule.at_sync(t.position, furthest, n_joined), t.position),
+    status=jnp.where(ready, RUNNING, t.status),
+    round=jnp.where(ready, round + 1, t.round),
+  )
