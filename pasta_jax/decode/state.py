@@ -61,18 +61,8 @@ class State(struct.PyTreeNode):
   finish: jax.Array  # int32, index into FINISH_REASONS
 
 
-def initial(
-  keys: list[jax.Array],
-  values: list[jax.Array],
-  prompt: jax.Array,
-  length: jax.Array,
-  seed: jax.Array,
-  *,
-  max_threads: int,
-  capacity: int,
-  logits: int,
-  recent: int = 0,
-) -> State:
+def initial(keys: list[jax.Array], values: list[jax.Array], prompt: jax.Array, length: jax.Array, seed: jax.Array,
+            *, max_threads: int, capacity: int, logits: int, recent: int = 0) -> State:  # fmt: skip
   """The state after a prefill.
 
   `keys`, `values`: per layer [S, K, H] of the padded prompt; `prompt` [S] its tokens, of which `length` are real. The

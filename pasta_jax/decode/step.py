@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from pasta_jax.decode import threads as T
 from pasta_jax.decode.attention import make_decode_attend
 from pasta_jax.decode.guard import View
+from pasta_jax.decode.limits import finish_reason, promise_room
 from pasta_jax.decode.sampling import Branch, Sampling, TokenTables, choose, ngram_hash
 from pasta_jax.decode.settings import Limits, StepFeatures
-from pasta_jax.decode.state import LENGTH, POOL, STOP, UNFINISHED, KVPool, State, earlier
-from pasta_jax.decode.threads import DONE, FREE, RUNNING, WAITING, Thread
-from pasta_jax.lang import automaton as A
+from pasta_jax.decode.state import UNFINISHED, KVPool, State, earlier
+from pasta_jax.decode.threads import FREE, RUNNING, Thread
 from pasta_jax.model.attention import sliding_window_mask
 from pasta_jax.model.transformer import Transformer
 
@@ -102,9 +102,8 @@ def observe(state: State, lanes: Lanes, threads: Thread, read: T.Reading, forks:
   t, after = state.threads, read.thread
   m, width = t.status.shape[0], lanes.rows.shape[0]
   known = threads.visible[:, t.fork_entry]  # [W, M]: this thread's promise
-  if (
-    features.no_repeat
-  ):  # those of threads that it does not see too, as with runs of tokens (`sampling.choose`)
+  if features.no_repeat:
+    # Those of threads that it does not see too, as with runs of tokens (`sampling.choose`).
     known |= earlier(state)[t.fork_entry]
   kept = (jnp.arange(m) > 0) & (t.status != FREE) & (t.kept_last >= 0)
   joinable = (t.owner == lanes.rows[:, None]) & (t.status != FREE)
@@ -152,12 +151,10 @@ def append(state: State, lanes: Lanes, branches: Branch, out: Output, features: 
     token=t.token, thread=jnp.where(t.index < 0, -1, lanes.rows), position=t.position, round=every(state.round),
     step=every(state.steps + 1), next_token=out.token, ngram_hash=branches.ngram, log_p=out.log_p,
   )  # fmt: skip
-  note = lambda name, x: write(
-    getattr(state.log, name), x.astype(getattr(state.log, name).dtype), (state.used,)
-  )
-  log = state.log.replace(**{name: note(name, x) for name, x in entries.items()})
+  columns = {name: getattr(state.log, name) for name in entries}
+  log = state.log.replace(**{n: write(c, entries[n].astype(c.dtype), (used,)) for n, c in columns.items()})
   if features.return_logits:
-    log = log.replace(logits=write(log.logits, out.logits, (state.used, zero)))
+    log = log.replace(logits=write(log.logits, out.logits, (used, zero)))
   return state.replace(pool=pool, log=log)
 
 
@@ -174,31 +171,7 @@ def end_round(state: State, limits: Limits, features: StepFeatures) -> State:
     threads=t,
     round=state.round + over,
     served=keep(0, state.served),
-    room=keep(room(state, t, todo, limits), state.room),
+    room=keep(promise_room(state, t, todo, limits), state.room),
     runnable=keep(todo, (running & (t.round == state.round)).sum()),
-    finish=keep(verdict(state, t, todo, limits), state.finish),
+    finish=keep(finish_reason(state, t, todo, limits), state.finish),
   )
-
-
-def verdict(state: State, t: Thread, todo: jax.Array, limits: Limits) -> jax.Array:
-  """Why the response ends before the next round, in which `todo` threads would write; UNFINISHED if it goes on."""
-  running, waiting = t.status == RUNNING, t.status == WAITING
-  # A chunk's last token is read back only for those who may join it.
-  last = running & (t.parent >= 0) & ((t.kind == A.END) | (t.kind == A.EOS))
-  complete = (t.status[0] == DONE) & ~(running & ~last).any() & ~waiting.any()
-  too_long = state.used - state.prompt + todo > limits.max_new_tokens
-  too_large = state.used + todo > limits.kv_buckets[-1]
-  return jnp.where(complete, STOP, jnp.where(too_long, LENGTH, jnp.where(too_large, POOL, UNFINISHED)))
-
-
-def room(state: State, t: Thread, todo: jax.Array, limits: Limits) -> jax.Array:
-  """Promises that may be opened in the next round: the table has a row for each, those being written counted.
-
-  None near the end of the response, where a promise would be cut off before it is written.
-  """
-  running = t.status == RUNNING
-  writing = (t.state != A.TEXT) & (running | (t.status == WAITING))
-  opening = running & (t.state == A.TEXT) & (t.kind == A.OPEN)
-  free = t.status.shape[0] - state.n_threads - (writing | opening).sum()
-  left = limits.max_new_tokens - (state.used - state.prompt)
-  return jnp.where(left < (todo + 1) * limits.tail, 0, free)
