@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.config import Config, with_changes
-from pasta_jax.decode.interpreter import DecodeError, Interpreter
+from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import EVERY, Scheduler, decode
-from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
+from pasta_jax.decode.settings import DecodeError, Limits, SamplingConfig, StepFeatures
 from pasta_jax.decode.trace import Trace
 from pasta_jax.decode.views.timeline import write_timeline
 from pasta_jax.lang.positions import PositionRule

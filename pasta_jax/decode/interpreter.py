@@ -5,8 +5,6 @@ it ends when the request has finished, its steps are spent, the pool is full, or
 asks for another width. For a batch, with a request axis in front of every array of the state, it ends when
 enough requests have finished or its steps are spent; the loop is around a vmap of `step`, because a vmap of the
 loop would select the whole state, pools included, at every step. A step of a finished request changes nothing.
-
-The host's side, which starts segments and reads traces, is `decode.scheduler`.
 """
 
 import dataclasses
@@ -20,23 +18,14 @@ from flax import nnx
 
 from pasta_jax.decode.attention import make_prefill_attend
 from pasta_jax.decode.sampling import Sampling, TokenTables
-from pasta_jax.decode.settings import Limits, StepFeatures
-from pasta_jax.decode.state import UNFINISHED, State, grow, initial, reseed, summary
+from pasta_jax.decode.settings import DecodeError, Limits, StepFeatures, padded_length
+from pasta_jax.decode.state import UNFINISHED, State, grow, initial, reseed
 from pasta_jax.decode.step import step
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import Transformer
 
-PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 UNBOUNDED = 1 << 30  # steps of a segment that only ends for another reason
-
-
-class DecodeError(ValueError):
-  """A request that cannot be decoded; the message says why, in one line."""
-
-
-def padded_length(prompt_length: int) -> int:
-  """The length that a prompt is padded to: prompts of one padded length share compiled programs."""
-  return next((b for b in PROMPT_BUCKETS if b >= prompt_length), prompt_length)
+STEERING = ("used", "runnable", "finish", "steps")  # what the host reads of a state after a segment
 
 
 def capacity_of(state: State) -> int:
@@ -72,30 +61,22 @@ class Interpreter:
     self._segment = jax.jit(self._segment_pure, static_argnames=shape, donate_argnums=1)
     self._batch_segment = jax.jit(self._batch_segment_pure, static_argnames=shape, donate_argnums=1)
     self._grow = jax.jit(grow, static_argnames="capacity")
-    self._insert = jax.jit(
-      lambda batch, one, row: jax.tree.map(lambda b, x: b.at[row].set(x), batch, one), donate_argnums=0
-    )
+    insert = lambda batch, one, row: jax.tree.map(lambda b, x: b.at[row].set(x), batch, one)
+    self._insert = jax.jit(insert, donate_argnums=0)
     self._take = jax.jit(lambda batch, rows: jax.tree.map(lambda x: x[rows], batch))
     self.reseed = jax.jit(reseed)
-
-  # Pure functions.
 
   def _prefill_pure(self, params: Any, prompt: jax.Array, length, seed, *, capacity: int) -> State:
     model = nnx.merge(self.graph, params)
     positions = jnp.arange(prompt.shape[0])[None]
     attend = make_prefill_attend(self.features.attention, positions, model.config, model.dtype)
     _, cached = model(prompt[None], positions, attend)
+    keys, values = ([x[0].astype(model.dtype) for x in layers] for layers in zip(*cached))
     return initial(
-      [k[0].astype(model.dtype) for k, _ in cached],
-      [v[0].astype(model.dtype) for _, v in cached],
-      prompt,
-      length,
-      seed,
-      max_threads=self.limits.max_threads,
-      capacity=capacity,
+      keys, values, prompt, length, seed, max_threads=self.limits.max_threads, capacity=capacity,
       logits=model.config.vocab_size if self.features.return_logits else 0,
       recent=max(self.features.no_repeat - 1, 0),
-    )
+    )  # fmt: skip
 
   def _step(self, params: Any, width: int, features: StepFeatures) -> Callable[[State, Sampling], State]:
     model = nnx.merge(self.graph, params)
@@ -116,7 +97,7 @@ class Interpreter:
 
     body = lambda carry: (advance(carry[0], sampling), carry[1] - 1)
     state, _ = jax.lax.while_loop(goes_on, body, (state, steps))
-    return state, summary(state)
+    return state, {name: getattr(state, name) for name in STEERING}
 
   def _batch_segment_pure(self, params: Any, states, sampling, enough, steps, *, width: int, features):
     advance = jax.vmap(self._step(params, width, features))
@@ -125,43 +106,26 @@ class Interpreter:
     states, _ = jax.lax.while_loop(goes_on, body, (states, steps))
     return states, states.finish
 
-  # Programs.
-
   def prefill(self, prompt: Sequence[int], seed: int = 0, capacity: int | None = None) -> State:
-    """The state after the prefill of a prompt, in a pool of `capacity` entries or of the smallest bucket.
-
-    Raises DecodeError if the prompt is empty or too long.
-    """
-    self.check(prompt)
+    """The state after the prefill of a prompt, in a pool of `capacity` entries or of the smallest bucket. Raises
+    DecodeError if the prompt is empty or too long."""
+    self.limits.check(prompt)
     size = min(padded_length(len(prompt)), self.limits.kv_buckets[-1])
     padded = np.zeros(size, np.int32)
     padded[: len(prompt)] = prompt
-    capacity = capacity or next(c for c in self.capacities() if c >= size + self.limits.branch_widths[-1])
-    return self._prefill(
-      self.params, padded, np.int32(len(prompt)), np.uint32(seed & 0xFFFFFFFF), capacity=capacity
+    capacity = capacity or next(
+      c for c in self.limits.capacities if c >= size + self.limits.branch_widths[-1]
     )
-
-  def check(self, prompt: Sequence[int]) -> None:
-    """Raises DecodeError if the prompt is empty or does not fit the pool."""
-    if not prompt:
-      raise DecodeError("the prompt is empty")
-    longest = self.limits.kv_buckets[-1] - self.limits.branch_widths[-1]
-    if len(prompt) > longest:
-      raise DecodeError(
-        f"the prompt has {len(prompt)} tokens, the pool has room for {longest}: shorten it, or "
-        "raise decode.kv_capacity"
-      )
+    numbers = np.int32(len(prompt)), np.uint32(seed & 0xFFFFFFFF)
+    return self._prefill(self.params, padded, *numbers, capacity=capacity)
 
   def segment(self, state: State, sampling: Sampling, steps: int, *, width: int, features: StepFeatures):
-    """(the state after at most `steps` steps of `width` branches, `state.summary` on the device).
-
-    Needs `used + width` <= the pool's capacity; see the module's docstring for what else ends a segment.
-    """
+    """(the state after at most `steps` steps of `width` branches, its STEERING scalars on the device); needs
+    `used + width` <= the pool's capacity."""
     return self._segment(self.params, state, sampling, np.int32(steps), width=width, features=features)
 
-  def batch_segment(
-    self, states: State, sampling: Sampling, enough: int, steps: int, *, width: int, features: StepFeatures
-  ) -> tuple[State, jax.Array]:
+  def batch_segment(self, states: State, sampling: Sampling, enough: int, steps: int, *, width: int,
+                    features: StepFeatures) -> tuple[State, jax.Array]:  # fmt: skip
     """(states, finish [R] int32) after at most `steps` steps, fewer once `enough` of R requests have finished.
 
     Every array of `states` and `sampling` has a leading axis R. The pools must hold the longest responses.
@@ -171,8 +135,7 @@ class Interpreter:
 
   def grow(self, state: State) -> State:
     """The state with a pool of the next size."""
-    size = capacity_of(state)
-    return self._grow(state, capacity=next(c for c in self.capacities() if c > size))
+    return self._grow(state, capacity=next(c for c in self.limits.capacities if c > capacity_of(state)))
 
   def insert(self, batch: Any, one: Any, row: int) -> Any:
     """The batch with `one`, the same pytree without the request axis, in place of row `row`."""
@@ -181,11 +144,6 @@ class Interpreter:
   def take(self, batch: Any, rows: Sequence[int]) -> Any:
     """The batch of these rows; a row may be taken more than once."""
     return self._take(batch, np.asarray(rows, np.int32))
-
-  def capacities(self) -> list[int]:
-    """Sizes of the pool: the buckets, and one with room for the lanes of a step after the last entry."""
-    last = self.limits.kv_buckets[-1]
-    return [*self.limits.kv_buckets, last + -(-self.limits.branch_widths[-1] // 128) * 128]
 
   def compiled(self) -> int:
     """The number of programs compiled so far."""

@@ -10,15 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pasta_jax.decode.interpreter import (
-  UNBOUNDED,
-  DecodeError,
-  Interpreter,
-  capacity_of,
-  padded_length,
-)
+from pasta_jax.decode.interpreter import UNBOUNDED, Interpreter, capacity_of
 from pasta_jax.decode.sampling import Sampling, as_arrays
-from pasta_jax.decode.settings import SamplingConfig, StepFeatures, specialise
+from pasta_jax.decode.settings import DecodeError, SamplingConfig, StepFeatures, padded_length, specialise
 from pasta_jax.decode.state import STOP, UNFINISHED, State
 from pasta_jax.decode.trace import Trace, read_trace
 
@@ -120,7 +114,7 @@ class Scheduler:
     return self._submit(request, self._pool_size(request.tokens))
 
   def _submit(self, request: DecodeRequest, pool_size: int) -> int:
-    self.interpreter.check(request.tokens)
+    self.interpreter.limits.check(request.tokens)
     features = specialise(self.interpreter.features, request.sampling)
     with self._lock:
       job = _Job(next(self._ids), request, features, pool_size)
@@ -317,7 +311,7 @@ def precompile(
   limits, widths = interpreter.limits, interpreter.limits.branch_widths
   state = interpreter.prefill([1] * min(prompt_length, limits.kv_buckets[-1] - widths[-1]))
   longest = prompt_length + limits.max_new_tokens + widths[-1]
-  sizes = [c for c in interpreter.capacities() if c >= capacity_of(state)]
+  sizes = [c for c in interpreter.limits.capacities if c >= capacity_of(state)]
   sizes = [c for i, c in enumerate(sizes) if i == 0 or sizes[i - 1] < longest]
   shapes = [(size, width) for size in sizes for width in widths]
   for done, (size, width) in enumerate(shapes):

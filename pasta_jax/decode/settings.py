@@ -1,10 +1,22 @@
 """The settings of decoding. `Limits` and `StepFeatures` are compiled in; the numbers of `SamplingConfig` are not."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from pasta_jax.config.fields import check_rules
 from pasta_jax.config.sections import Decode
 from pasta_jax.lang.positions import PositionRule
+
+PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
+
+class DecodeError(ValueError):
+  """A request that cannot be decoded; the message says why, in one line."""
+
+
+def padded_length(prompt_length: int) -> int:
+  """The length that a prompt is padded to: prompts of one padded length share compiled programs."""
+  return next((b for b in PROMPT_BUCKETS if b >= prompt_length), prompt_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +39,23 @@ class Limits:
       value = getattr(self, name)
       if not value or list(value) != sorted(set(value)) or value[0] < 1:
         raise ValueError(f"decode.{name} must be positive and increasing, not {value}")
+
+  @property
+  def capacities(self) -> tuple[int, ...]:
+    """Sizes of the pool: the buckets, and one with room for the lanes of a step after the last entry."""
+    last = self.kv_buckets[-1]
+    return (*self.kv_buckets, last + -(-self.branch_widths[-1] // 128) * 128)
+
+  def check(self, prompt: Sequence[int]) -> None:
+    """Raises DecodeError if the prompt is empty or does not fit the pool."""
+    if not prompt:
+      raise DecodeError("the prompt is empty")
+    longest = self.kv_buckets[-1] - self.branch_widths[-1]
+    if len(prompt) > longest:
+      raise DecodeError(
+        f"the prompt has {len(prompt)} tokens, the pool has room for {longest}: shorten it, or "
+        "raise decode.kv_capacity"
+      )
 
 
 @dataclasses.dataclass(frozen=True)

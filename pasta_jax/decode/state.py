@@ -10,8 +10,6 @@ a time as the step is wide; forks are numbered in that order. So neither numbers
 sees depend on the width: a narrow machine replays what a wide one does (schedule invariance).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -117,8 +115,3 @@ def earlier(state: State) -> jax.Array:
   """[P] bool: entries written before this round. Whatever looks at unseen threads' entries looks at these only, so
   that the width of a step changes nothing."""
   return (jnp.arange(state.log.round.shape[0]) < state.used) & (state.log.round < state.round)
-
-
-def summary(state: State) -> dict[str, Any]:
-  """The scalars that the host steers by."""
-  return {"used": state.used, "runnable": state.runnable, "finish": state.finish, "steps": state.steps}

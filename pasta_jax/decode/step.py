@@ -1,8 +1,5 @@
-"""One decode step: up to W branches take one token each, as a vmap over branches that share the pool.
-
-`step` is a pure function from State to State and reads like the algorithm; what a token does to a thread is
-`decode.threads`, what it may be is `decode.guard` and `decode.sampling`.
-"""
+"""One decode step: up to W branches take one token each, as a vmap over branches that share the pool. What a token
+does to a thread is in `decode.threads`, what it may be in `decode.guard` and `decode.sampling`."""
 
 from functools import partial
 from typing import NamedTuple
@@ -52,12 +49,10 @@ def step(model: Transformer, state: State, tables: TokenTables, sampling: Sampli
   branches = observe(state, lanes, threads, read, forks, limits, features)
   out = jax.vmap(partial(forward, model, state, tables, sampling, limits, features))(branches)
   state = append(state, lanes, branches, out, features)
-  advanced = jax.vmap(partial(T.advance, rule=features.rule))(
-    read, forks, lanes.entry, lanes.live, out.token, tables.classes[out.token]
-  )
-  spawned = jax.vmap(T.spawn, (0, 0, 0, 0, None))(
-    read, lanes.rows, lanes.entry, advanced.visible, tables.async_tag
-  )
+  advance = jax.vmap(partial(T.advance, rule=features.rule))
+  advanced = advance(read, forks, lanes.entry, lanes.live, out.token, tables.classes[out.token])
+  spawn = jax.vmap(T.spawn, (0, 0, 0, 0, None))
+  spawned = spawn(read, lanes.rows, lanes.entry, advanced.visible, tables.async_tag)
   state = put(state, lanes.rows, advanced)
   state = put(state, children, spawned)
   served = lanes.live.sum()
@@ -113,9 +108,8 @@ def observe(state: State, lanes: Lanes, threads: Thread, read: T.Reading, forks:
     topic_length=after.topic_length, may_open=(rank < state.room) & (after.depth < limits.max_depth),
     may_sync=joinable.any(axis=1) | forks,
   )  # fmt: skip
-  return Branch(
-    threads, view, known & kept & (t.kept_before == after.topic[:, None]), ngram_hash(after.recent)
-  )
+  taken = known & kept & (t.kept_before == after.topic[:, None])
+  return Branch(threads, view, taken, ngram_hash(after.recent))
 
 
 def forward(model: Transformer, state: State, tables: TokenTables, sampling: Sampling, limits: Limits,

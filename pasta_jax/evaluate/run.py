@@ -19,7 +19,7 @@ import numpy as np
 from pasta_jax.config import with_changes
 from pasta_jax.data.prompts import PromptTurn, conversation, read_prompts
 from pasta_jax.decode.generator import DecodeError, Model
-from pasta_jax.decode.interpreter import padded_length
+from pasta_jax.decode.settings import padded_length
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.identity import settings_of
 from pasta_jax.evaluate.judges.judge import Judge

@@ -36,12 +36,9 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   action[[TOPIC, NUMBER], CLOSE] = FORK
   action[:, SYNC] = JOIN
   action[:, [END, EOS]] = FINISH
-  for s, well in {
-    TEXT: [ORDINARY, DIGITS, OPEN, END, SYNC, EOS],
-    TOPIC: [ORDINARY, DIGITS, MIDDLE, CLOSE],
-    NUMBER: [DIGITS, CLOSE],
-  }.items():
-    ill[s, well] = False
+  ill[TEXT, [ORDINARY, DIGITS, OPEN, END, SYNC, EOS]] = False
+  ill[TOPIC, [ORDINARY, DIGITS, MIDDLE, CLOSE]] = False
+  ill[NUMBER, [DIGITS, CLOSE]] = False
   return state, action, ill
 
 

@@ -51,13 +51,8 @@ def normalise(nodes: Iterable[Node]) -> Program:
 
 def reading_order(program: Iterable[Node]) -> str:
   """The text that the reader sees: each chunk in the place of its promise, no tags."""
-  parts: list[str] = []
-  for node in program:
-    if isinstance(node, Text):
-      parts.append(node.text)
-    elif isinstance(node, Promise):
-      parts.append(reading_order(node.body))
-  return "".join(parts)
+  seen = (node for node in program if not isinstance(node, Sync))
+  return "".join(node.text if isinstance(node, Text) else reading_order(node.body) for node in seen)
 
 
 def promises(program: Iterable[Node]) -> Iterator[Promise]:

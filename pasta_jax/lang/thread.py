@@ -72,8 +72,7 @@ class Reading:
 
   @property
   def malformed(self) -> int:
-    """Ill-formed tags, a promise that was cut off included."""
-    return self.ill_formed + int(self.state != automaton.TEXT)
+    return self.ill_formed + int(self.state != automaton.TEXT)  # a promise that was cut off counts
 
 
 def read(thread: Thread, table: TokenTable, *, is_main: bool, numbered: bool = True) -> Reading:

@@ -42,15 +42,11 @@ class Vocabulary:
     self._tag_texts = dict(zip(ids, TAG_TEXTS))
     self.table = TokenTable.build(self.size, self.tags, tokenizer.digit_values())
 
-  # Programs to tokens.
-
   def encode(self, program: Iterable[Node], rule: PositionRule, *, finished: bool = True) -> Thread:
     """The main thread of a program; promises get the number that `rule` writes for their true length."""
     return self._encode_thread(normalise(program), rule, (), (self.tags.eos[0],) if finished else ())
 
-  def _encode_thread(
-    self, nodes: Program, rule: PositionRule, head: tuple[int, ...], tail: tuple[int, ...]
-  ) -> Thread:
+  def _encode_thread(self, nodes: Program, rule: PositionRule, head: tuple, tail: tuple) -> Thread:
     tokens = list(head)
     forks: list[Fork] = []
     for node in nodes:
@@ -67,8 +63,6 @@ class Vocabulary:
         tokens.append(self.tags.close)
         forks.append(Fork(len(tokens) - 1, number, child))
     return Thread(tuple(tokens) + tail, tuple(forks))
-
-  # Tokens to programs.
 
   def text(self, tokens: Sequence[int]) -> str:
     """Ordinary tokens as text; bytes that are not UTF-8 (a character cut off) become U+FFFD, and embedding

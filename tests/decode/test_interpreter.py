@@ -11,9 +11,9 @@ from helpers import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pasta_jax.decode.interpreter import DecodeError, Interpreter
+from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.scheduler import decode
-from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
+from pasta_jax.decode.settings import DecodeError, Limits, SamplingConfig, StepFeatures
 from pasta_jax.decode.trace import Trace
 from pasta_jax.lang.thread import Thread, read
 

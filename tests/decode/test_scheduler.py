@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from helpers import tiny
 
-from pasta_jax.decode.interpreter import DecodeError, Interpreter
+from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.scheduler import DecodeRequest, Scheduler, decode, place_counts, pool_groups
-from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
+from pasta_jax.decode.settings import DecodeError, Limits, SamplingConfig, StepFeatures
 
 LIMITS = Limits(max_new_tokens=70, max_threads=6, branch_widths=(1, 2, 4), kv_buckets=(256, 512, 1024))
 SAMPLED = SamplingConfig(temperature=1.0, seed=3)
