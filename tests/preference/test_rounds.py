@@ -179,7 +179,7 @@ def test_samples_drawn_in_shares_are_those_of_one_call(whole, start, tmp_path):
   assert_same_adapter(tmp_path / adapter, whole / adapter)
   with pytest.raises(ValueError, match="preference.share='2/3' is for samples"):
     optimise(changed(once, share="2/3"), tmp_path)
-  with pytest.raises(ValueError, match='write "2/3" for the second of three'):
+  with pytest.raises(ValueError, match='must be like "2/3", for the second of three'):
     optimise(changed(once, stages="sample", share="4/3"), tmp_path)
 
 
