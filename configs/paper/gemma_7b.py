@@ -9,13 +9,12 @@
     $run --config=configs/paper/gemma_7b.py --mode=preference --workdir=runs/gemma_7b/preference \\
       --config.preference.prompts=prompts.jsonl --config.eval.prompts=alpaca_eval.json
 
-The paper's own: the model, SlimOrca annotated by a language model (not published: `annotated.jsonl` has the
-form of data/seed.jsonl), 8 rows a step, 1e-5 falling linearly to 0, four epochs; ten samples a prompt, the
-weights 1, 2, 4, 8 and inf, two rounds, theoretical speedup, Gemini 1.5 Pro as the judge of samples, greedy
-answers to AlpacaEval's 805 prompts. Not published, and chosen here: lengths, stage two's rate, alpha and beta
-(`train.losses`), and the temperature of samples. Nothing here has been run at this size; a test
-lowers both training steps for eight TPU chips, and they compile for v5p:2x2x2 and, with mesh.tensor=2, for
-v5e:4x4:
+From the paper: the model; SlimOrca annotated by a language model (not published: `annotated.jsonl` has the form of
+data/seed.jsonl); 8 rows a step, 1e-5 falling linearly to 0, four epochs; ten samples a prompt at temperature 1,
+the quality weights 1, 2, 4, 8 and inf, two rounds, theoretical speedup, alpha 0.005, rate 5e-7, Gemini 1.5 Pro as
+the judge of samples, greedy answers to AlpacaEval's 805 prompts. Chosen here: lengths, beta (`train.losses`), and
+32 rows of pairs a step in stage two where the paper has 8 pairs. Nothing here has been run at this size; a test
+lowers both training steps for eight TPU chips, and they compile for v5p:2x2x2 and, with mesh.tensor=2, for v5e:4x4:
 
     python main.py --mode=compile --config=configs/paper/gemma_7b.py \
       --config.model.source=configs/paper/gemma_7b.json --config.compile.topology=v5p:2x2x2
@@ -64,7 +63,7 @@ def get_config(arg: str = "") -> ConfigDict:
     length=2560,
     batch_size=8,
     grad_accum_steps=4,
-    learning_rate=1e-6,
+    learning_rate=5e-7,
     lora_rank=0,
     sample_dtype="bfloat16",
     checkpoint_every=100,

@@ -1,4 +1,4 @@
-"""Visibility, positions, targets and clocks, each against an independent reading of PASTA.md.
+"""Visibility, positions, targets and clocks, each against an independent reading of docs/language.md.
 
 The golden dump shows one nested example token by token. To write it anew after an intended change, run
 this file's tests with PASTA_UPDATE_GOLDEN=1 and review the difference.
@@ -210,7 +210,7 @@ def test_prompt_may_be_an_array():
 
 
 def positions_of(tree: Tree, strategy: str, fixed: int) -> np.ndarray:
-  """Positions by PASTA.md section 4, token by token, in the order in which they depend on each other."""
+  """Positions by docs/language.md section 4, token by token, in the order in which they depend on each other."""
 
   @functools.cache
   def length(n: int) -> int:  # positions from a chunk's first token to behind its last, under `oracle`

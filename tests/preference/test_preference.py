@@ -92,7 +92,7 @@ def margins(pairs, known, per_token: bool) -> list[float]:
 
 
 def by_hand(kind: str, pairs, known, alpha: float, beta: float, per_token: bool) -> np.ndarray:
-  """The losses of pairs, from the definitions in PASTA.md and the papers."""
+  """The losses of pairs, from the definitions in docs/language.md and the papers."""
   out = []
   for delta, (chosen, _) in zip(margins(pairs, known, per_token), known):
     out.append(
