@@ -1,5 +1,5 @@
-"""The paper's run: Gemma 7B, every parameter trained, SFT and two rounds of preference optimisation (PASTA.md
-6, 7).
+"""The paper's run: Gemma 7B, every parameter trained, SFT and two rounds of preference optimisation
+(docs/language.md sections 6 and 7).
 
     run="python main.py --config.model.source=/path/to/gemma-7b"   # a Hugging Face folder
     $run --config=configs/paper/gemma_7b.py --mode=train --workdir=runs/gemma_7b/pasta \\
