@@ -4,7 +4,7 @@ import os
 import tempfile
 
 # Most of the time here is XLA's. What it makes of tiny models need not be fast; and one program is compiled
-# once in all processes of these tests, which inherit what stands here.
+# once in all processes of these tests, which inherit these variables.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _compiled = tempfile.TemporaryDirectory(prefix="compiled-")  # goes when the process that made it ends

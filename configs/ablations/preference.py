@@ -4,7 +4,7 @@ rounds.
     python configs/ablations/preference.py RUNS_FOLDER TRAINING_PROMPTS EVALUATION_PROMPTS [flags for all] |
     bash -e
 
-Each score trains in a folder of its own; its report shows every weight behind every round. The first round's
+Each score trains in a folder of its own; its report shows every weight after every round. The first round's
 samples are drawn and judged once and copied. `clock` joins where `--config.preference.cost=FILE` is among the
 flags.
 """

@@ -421,7 +421,7 @@ class _Batch:
   def advance(self, steps: int, others_wait: bool) -> list[tuple[_Job, Trace]]:
     """Runs one segment; (request, trace) of those that finished or are streamed.
 
-    The segment ends with the first request that finishes if others wait for its place; otherwise when so many
+    The segment ends with the first request that finishes if others wait for its place; otherwise when as many
     have finished that half of the places do.
     """
     assert self._arrays is not None

@@ -25,7 +25,7 @@ class Thread(struct.PyTreeNode):
   token: jax.Array
   kind: jax.Array  # class of that token (`lang.automaton`)
   index: jax.Array  # of that token in the thread's own tokens; -1: the prompt's last
-  position: jax.Array  # where that token will stand
+  position: jax.Array  # of that token
   round: jax.Array  # in which it will be read back
   # The tag automaton, before that token.
   state: jax.Array

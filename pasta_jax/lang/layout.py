@@ -1,4 +1,4 @@
-"""The serialised response: where each token stands, who sees it, and what is learned from it.
+"""The serialised response: the position of each token, who sees it, and what is learned from it.
 
 Each chunk comes right after its promise. Visibility, positions and targets are those of docs/language.md
 sections 3, 4 and 6; training and every test of decoding take them from here.

@@ -1,4 +1,4 @@
-"""The tree of a PASTA-LANG program: text, promises with the chunks they stand for, and syncs."""
+"""The tree of a PASTA-LANG program: text, promises with their chunks, and syncs."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """Plain text of the thread that it stands in."""
+  """Plain text of a thread."""
 
   text: str
 

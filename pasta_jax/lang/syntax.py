@@ -2,8 +2,8 @@ r"""The serialised text form: parser and printer.
 
 `<promise topic="cost" tokens="40"/><async>…</async><sync/>`, each chunk right after its promise. Text may
 hold anything, also text that looks like a tag: a tag's opening that is meant as text carries a backslash
-(`\<sync/>`), and backslashes that stand right before a tag's opening are doubled. All other text stands
-as it is. In a topic, `"` and `\` carry a backslash.
+(`\<sync/>`), and backslashes right before a tag's opening are doubled. All other text is
+unchanged. In a topic, `"` and `\` carry a backslash.
 
 `parse(print_program(p)) == normalise(p)` for every program (chunks at most MAX_DEPTH deep, numbers of at most
 nine digits), and `print_program(parse(s)) == s` for every serialised form that the printer can write.
@@ -98,7 +98,7 @@ def _parse_nodes(source: str, at: int, depth: int, opened: int) -> tuple[list[No
 
 
 def _parse_promise(source: str, start: int, at: int, depth: int) -> tuple[Promise, int]:
-  """The promise whose opening stands at [start, at), with its chunk."""
+  """The promise whose opening is at [start, at), with its chunk."""
   match = _TOPIC.match(source, at)
   if match is None:
     raise PastaSyntaxError('promise is never closed: expected topic="…" tokens="…"/>', source, start)

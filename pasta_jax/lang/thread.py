@@ -67,7 +67,7 @@ class Reading:
   is_topic: np.ndarray  # [n] bool
   declared: dict[int, int | None]  # own index of a promise's last token -> its number
   topics: dict[int, tuple[int, ...]]  # the same index -> the tokens of its topic
-  ill_formed: int  # tags that are ill-formed where they stand
+  ill_formed: int  # tags that are ill-formed in their place
   state: int  # of the automaton after the last token
 
   @property

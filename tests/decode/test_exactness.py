@@ -63,7 +63,7 @@ class Tally(collections.Counter):
     self["finished with promises"] += finished and promised
 
   def require(self, **least: int):
-    """Asserts that there were so many programs of each kind."""
+    """Asserts that there were at least these numbers of programs."""
     for name, count in least.items():
       assert self[name.replace("_", " ")] >= count, f"fewer than {count} programs with {name}: {dict(self)}"
 
@@ -72,7 +72,7 @@ KINDS = st.sampled_from(["habits", "habits", "habits", "storm"])
 
 
 def joins(trace: Trace) -> bool:
-  """Whether a thread has gone on behind a sync that joined a chunk."""
+  """Whether a thread has gone on after a sync that joined a chunk."""
   syncs = {t.number: np.flatnonzero(t.tokens[:-1] == VOCABULARY.tags.sync) for t in trace.threads}
   return any((syncs[chunk.parent] > chunk.fork_index).any() for chunk in trace.threads[1:])
 
@@ -200,7 +200,7 @@ def test_other_families_agree_with_one_dense_forward(family):
 
 @dataclasses.dataclass
 class Pending:
-  """A promise whose chunk is not decoded yet: what it will see, where it will stand."""
+  """A promise whose chunk is not decoded yet: what it will see, and its position."""
 
   path: tuple[int, ...]
   seen: list[int]
@@ -212,7 +212,7 @@ class Done:
   """A decoded chunk."""
 
   seen: list[int]
-  behind: int  # one behind the position of its last token
+  after: int  # one after the position of its last token
   own: int  # its tokens
   orphans: list["Done"]
 
@@ -299,9 +299,9 @@ class Reference:
     return -(-number // 10) * 10 if self.strategy == "pred_10x" else number
 
   def at_sync(self, position: int, joined: list[Done]) -> int:
-    """Where a sync stands."""
+    """The position of a sync."""
     if self.strategy == "max":
-      return max([position, *(d.behind for d in joined)])
+      return max([position, *(d.after for d in joined)])
     return position + (sum(d.own for d in joined) if self.strategy == "sum" else 0)
 
   def choose(self, path, tokens, seen, automaton, pending) -> int:

@@ -131,7 +131,7 @@ def test_visibility_is_that_of_rows_forked_and_joined(main: Thread):
   seen: dict[int, frozenset[int]] = {}
 
   def run(thread: Thread, row: frozenset[int]) -> list[frozenset[int]]:
-    """Rows that whoever joins the thread gets: its own, and those of the chunks that it leaves behind."""
+    """Rows that whoever joins the thread gets: its own, and those of the chunks that it leaves unjoined."""
     n, waiting = numbers[id(thread)], []
     for i, token in enumerate(thread.tokens):
       if token == SYNC:
@@ -213,7 +213,7 @@ def positions_of(tree: Tree, strategy: str, fixed: int) -> np.ndarray:
   """Positions by docs/language.md section 4, token by token, in the order in which they depend on each other."""
 
   @functools.cache
-  def length(n: int) -> int:  # positions from a chunk's first token to behind its last, under `oracle`
+  def length(n: int) -> int:  # positions from a chunk's first token to after its last, under `oracle`
     return len(tree.threads[n].tokens) + sum(length(m) for m in children(n))
 
   def children(n: int) -> list[int]:
@@ -340,7 +340,7 @@ def simulate(main: Thread) -> list[list[int]]:
       done[i] = next_read[i] == len(tokens)
     for m in born:
       alive[m] = True
-    for m in range(n):  # what a thread leaves behind passes to its parent
+    for m in range(n):  # what a thread leaves unjoined passes to its parent
       while owner[m] > 0 and done[owner[m]]:
         owner[m] = owner[owner[m]]
     ended = list(done)  # a sync sees who was done when the step before it was over
@@ -385,7 +385,7 @@ def test_plain_text_has_no_speedup(text: str):
   [
     # Clocks: A 1, promise (tag, blank, topic, tag) 2-5, B 6, end 7; <async> 6, xyz 7-9, </async> 10.
     ('A<promise topic="t"/><async>xyz</async>B', 10),
-    # The chunk's end is read back in step 11 and the sync with it behind it; C 12, end 13.
+    # The chunk's end is read back in step 11 and the sync after it; C 12, end 13.
     ('A<promise topic="t"/><async>xyz</async>B<sync/>C', 13),
     # A sync that comes late waits for nothing: B 6 to 15, sync 16, C 17, end 18.
     ('A<promise topic="t"/><async>xyz</async>BBBBBBBBBB<sync/>C', 18),
