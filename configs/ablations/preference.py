@@ -18,8 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script
 from ml_collections import ConfigDict  # noqa: E402
 
 from configs import smollm2_135m  # noqa: E402
-
-SCORES = ("delivered", "theoretical", "parallelism", "arithmetic", "harmonic", "clock")
+from pasta_jax.config.sections import SCORES  # noqa: E402
 
 
 def get_config(arg: str = "delivered") -> ConfigDict:
