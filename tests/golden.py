@@ -6,7 +6,7 @@
 Run it in the root of the code that is to be dumped or compared: that code is imported. `make` needs the
 prompts (JSON lines with "prompt") for `smollm2` and `gemma`; the dumps keep token ids only, which `compare`
 reads (with --prompts it encodes them anew, and compares that too). With --quick real models answer two
-prompts only, one at a time. Compiled programs are kept in a folder `cache` beside OUT_FOLDER.
+prompts only, one at a time. Compiled programs are kept in the project's cache folder.
 
 A violation, and exit code 1: tokens, positions, rounds, finish reasons, threads or packed arrays that differ
 (unless the first token that differs is shown to be a tie), log p that differ by more than 1e-5, losses and
@@ -58,6 +58,7 @@ from pasta_jax.model.lora import Adapter, adapter_of  # noqa: E402
 from pasta_jax.model.transformer import set_matmul_precision  # noqa: E402
 from pasta_jax.train.losses import preference_loss, sft_loss  # noqa: E402
 from pasta_jax.train.state import compute_model, make_model, split  # noqa: E402
+from pasta_jax.utils.environment import cache_folder, use_compilation_cache  # noqa: E402
 from pasta_jax.utils.jsonl import read_jsonl  # noqa: E402
 from pasta_jax.weights import build  # noqa: E402
 from pasta_jax.weights.adapter import write_adapter  # noqa: E402
@@ -772,9 +773,7 @@ def main() -> int:
   if arguments.quick and arguments.action == "make":
     parser.error("--quick is for compare")
   arguments.folder.mkdir(parents=True, exist_ok=True)
-  jax.config.update("jax_compilation_cache_dir", str(arguments.folder.resolve().parent / "cache"))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  use_compilation_cache(cache_folder() / "compiled")
   set_matmul_precision("float32")
   prompts = []
   if arguments.prompts:

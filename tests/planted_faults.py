@@ -1,4 +1,5 @@
-"""Do the tests find faults? Plants one fault at a time in a copy of the code and runs the tests that should fail.
+"""Do the tests find faults? Plants one fault at a time in a copy of the code and runs the tests that should
+fail.
 
     python tests/planted_faults.py            # all faults, a few minutes each
     python tests/planted_faults.py --only=join

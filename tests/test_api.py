@@ -1,4 +1,5 @@
-"""The public API as a user calls it, the examples and the notebook, and what decoding imports; on a tiny model."""
+"""The public API as a user calls it, the examples and the notebook, and what decoding imports; on a tiny
+model."""
 
 import json
 import subprocess

@@ -1,4 +1,5 @@
-"""What the documentation names exists: links, paths, modules, flags, and the commands of continuous integration."""
+"""What the documentation names exists: links, paths, modules, flags, and the commands of continuous
+integration."""
 
 import ast
 import importlib.util

@@ -1,4 +1,5 @@
-"""The paper's ablation of positions, and two later ideas: how far a promise jumps (docs/language.md section 4).
+"""The paper's ablation of positions, and two later ideas: how far a promise jumps (docs/language.md section
+4).
 
     python configs/ablations/positions.py RUNS_FOLDER TRAINING_DATA PROMPTS_FILE [flags for all] | bash -e
 

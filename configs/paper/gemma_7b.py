@@ -9,12 +9,13 @@
     $run --config=configs/paper/gemma_7b.py --mode=preference --workdir=runs/gemma_7b/preference \\
       --config.preference.prompts=prompts.jsonl --config.eval.prompts=alpaca_eval.json
 
-From the paper: the model; SlimOrca annotated by a language model (not published: `annotated.jsonl` has the form of
-data/seed.jsonl); 8 rows a step, 1e-5 falling linearly to 0, four epochs; ten samples a prompt at temperature 1,
-the quality weights 1, 2, 4, 8 and inf, two rounds, theoretical speedup, alpha 0.005, rate 5e-7, Gemini 1.5 Pro as
-the judge of samples, greedy answers to AlpacaEval's 805 prompts. Chosen here: lengths, beta (`train.losses`), and
-32 rows of pairs a step in stage two where the paper has 8 pairs. Nothing here has been run at this size; a test
-lowers both training steps for eight TPU chips, and they compile for v5p:2x2x2 and, with mesh.tensor=2, for v5e:4x4:
+From the paper: the model; SlimOrca annotated by a language model (not published: `annotated.jsonl` has the
+form of data/seed.jsonl); 8 rows a step, 1e-5 falling linearly to 0, four epochs; ten samples a prompt at
+temperature 1, the quality weights 1, 2, 4, 8 and inf, two rounds, theoretical speedup, alpha 0.005, rate
+5e-7, Gemini 1.5 Pro as the judge of samples, greedy answers to AlpacaEval's 805 prompts. Chosen here:
+lengths, beta (`train.losses`), and 32 rows of pairs a step in stage two where the paper has 8 pairs. Nothing
+here has been run at this size; a test lowers both training steps for eight TPU chips, and they compile for
+v5p:2x2x2 and, with mesh.tensor=2, for v5e:4x4:
 
     python main.py --mode=compile --config=configs/paper/gemma_7b.py \
       --config.model.source=configs/paper/gemma_7b.json --config.compile.topology=v5p:2x2x2

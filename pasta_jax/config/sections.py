@@ -19,15 +19,18 @@ from pasta_jax.config.fields import (
 )
 
 # Choices that other modules implement and import from here.
-STRATEGIES = ("pred_10x", "pred_1x", "fixed", "oracle", "max", "sum")  # of positions (lang.layout)
+STRATEGIES = ("pred_10x", "pred_1x", "fixed", "oracle", "max", "sum")  # of positions (lang.positions)
 ANNOTATIONS = ("plan", "structure", "none")  # of responses (data.examples)
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "attention", "products")  # rematerialisation policies (model.transformer)
 ATTENTION = ("auto", "chunked", "tpu", "gpu", "interpret", "dense")  # programs for training (train.attention)
-LOSSES = ("bonbon", "ipo", "dpo")  # of preference optimisation (train.preference_loss)
+DECODE_ATTENTION = ("auto", "xla")  # of decode steps and prefill (decode.attention)
+PRODUCTS = ("xla",)  # matrix products of decoding (model.products)
+LOSSES = ("bonbon", "ipo", "dpo")  # of preference optimisation (train.losses)
 SCORES = ("delivered", "theoretical", "parallelism", "arithmetic", "harmonic", "clock")  # preference.score
 STAGES = ("sample", "judge", "train", "eval")  # of preference optimisation (preference.rounds)
 TRAINING_STAGES = ("train", "preference")  # that can be compiled ahead of time (train.ahead)
+JUDGES = ("local", "llm")  # of evaluation (judges.registry)
 DECODINGS = ("parallel", "sequential", "skeleton")  # of a system that is evaluated
 PROVIDERS = ("openai", "gemini")  # protocols of model endpoints (utils.endpoint)
 EXPORTS = ("merged", "peft")  # forms of exported weights (weights.export)
@@ -39,8 +42,9 @@ def _weights(weights: tuple[float, ...]) -> str:
 
 
 def _judges(names: tuple[str, ...]) -> str:
-  wrong = [n for n in names if n not in ("local", "llm") and not n.endswith((".json", ".jsonl", ".jsonl.gz"))]
-  return f"takes local, llm, and .json or .jsonl files of preferences, not {wrong[0]!r}" if wrong else ""
+  wrong = [n for n in names if n not in JUDGES and not n.endswith((".json", ".jsonl", ".jsonl.gz"))]
+  known = ", ".join(JUDGES)
+  return f"takes {known}, and .json or .jsonl files of preferences, not {wrong[0]!r}" if wrong else ""
 
 
 def share_of(share: str) -> tuple[int, int] | None:
@@ -83,7 +87,7 @@ class Mesh(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Positions(Section):
-  """Positions in training (lang.layout.PositionRule); decoding takes its adapter's."""
+  """Positions in training (lang.positions.PositionRule); decoding takes its adapter's."""
 
   strategy: str = setting("pred_10x", one_of(STRATEGIES))  # how far a promise jumps
   fixed: int = 60  # positions reserved for a chunk whose promise has no number
@@ -151,6 +155,8 @@ class Decode(Section):
   promise_bias: float = setting(1.5, identity=PROMISES)  # added to the logit of a promise's opening tag
   speed: int = setting(-1, identity=NEVER)  # of adapters that have it; 0: best quality; -1: none
   seed: int = 0
+  attention: str = setting("auto", one_of(DECODE_ATTENTION), identity=NEVER)  # program of steps and prefill
+  product: str = setting("xla", one_of(PRODUCTS), identity=NEVER)  # program of matrix products
   live: bool = setting(True, identity=NEVER)  # show branches while they are written, on a terminal
   compare: bool = setting(True, identity=NEVER)  # one prompt: time it without promises too
   batch_size: int = setting(4, at_least(1), identity=NEVER)  # prompts decoded at once, with --prompts_file
@@ -208,7 +214,7 @@ class Eval(Section):
   repeats: int = setting(0, at_least(0))  # runs of each timed prompt, the last counts; 0: 1 on CPU, else 2
   judges: tuple[str, ...] = setting(("local",), _judges)  # local, llm, files of preferences
   judge_dtype: str = setting("bfloat16", one_of(DTYPES))  # of the local judge's model
-  difficulty: str = ""  # file of difficulties for the length-controlled win rate; "": no such win rate
+  difficulty: str = ""  # file of difficulties for the length-controlled win rate; "": without them
   min_quality: float = 0.0  # pilot: win rate to reach, per cent; 0: none
   min_speedup: float = 0.0  # pilot: realised speedup to reach; 0: none
 
@@ -236,7 +242,7 @@ class Preference(Section):
   guards: bool = True  # a defective answer cannot be the best one
   loss: str = setting("bonbon", one_of(LOSSES))
   alpha: float = setting(0.005, within("[0, 1]"))  # weight of the best answer's likelihood in BoNBoN's loss
-  beta: float = setting(0.0, at_least(0))  # 0: from the number of samples (train.preference_loss)
+  beta: float = setting(0.0, at_least(0))  # 0: from the number of samples (train.losses)
   per_token: bool = True  # compare log p per token; False: summed over an answer, as in the paper
   length: int = setting(768, at_least(1))  # tokens of a packed row; longer samples are left out
   batch_size: int = setting(3, at_least(2))  # rows, with about as many pairs

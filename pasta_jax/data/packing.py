@@ -17,7 +17,7 @@ class PackedBatch:
   """Rows for the trainer; every leaf int32. B rows of T tokens, L nesting levels.
 
   `segment_ids` is 0 for padding and counts examples from 1 within a row; `masked_intervals` are indices into
-  the row. A query at q sees a key at k iff `layout.is_visible` says so and their segments are equal.
+  the row. A query at q sees a key at k iff `visibility.is_visible` says so and their segments are equal.
   """
 
   tokens: np.ndarray  # [B, T]

@@ -5,11 +5,12 @@ key-value pool; batch decoding adds a `jax.vmap` over requests, each with a pool
 `make_decode_attend` makes the attention of one branch, `make_prefill_attend` that of a prompt. Both return an
 `Attend` (see `model.transformer`), which is called once per layer.
 
-To add a kernel for decode steps, write a function as `xla_decode` with the same contract and add it to
-`DECODE`; for prefill, the same with `xla_prefill` and `PREFILL`. A kind that has no prefill of its own uses
-"xla" there. A kernel that should read the pool once for all branches defines its own batching rule
-(`jax.custom_batching.custom_vmap`): it then gets queries [W, K, G, H] and masks [W, P] with an unbatched
-pool. tests/decode/test_decode_attention.py compares every kind with float64.
+To add a kernel for decode steps, write a function as `xla_decode` with the same contract, add it to `DECODE`,
+and its name to `config.sections.DECODE_ATTENTION`; for prefill, the same with `xla_prefill` and `PREFILL`. A
+kind that has no prefill of its own uses "xla" there. `--config.decode.attention=NAME` selects it, `_resolve`
+says what "auto" is on which machine. A kernel that should read the pool once for all branches defines its own
+batching rule (`jax.custom_batching.custom_vmap`): it then gets queries [W, K, G, H] and masks [W, P] with an
+unbatched pool. tests/decode/test_decode_attention.py compares every kind with float64.
 
 Letters: P pool entries, K key-value heads, G query heads per key-value head, H head width, T tokens of the
 padded prompt.
@@ -36,12 +37,10 @@ def xla_decode(visible: jax.Array, window_mask: jax.Array | None, softcap: float
   """Attention of one branch's token to itself and to the pool entries that it sees.
 
   Args:
-    visible: [P] boolean, the pool entries that the branch sees. It may be False everywhere. Unused entries
-      are never
-      visible; what they contain is undefined.
+    visible: [P] boolean, the pool entries that the branch sees. It may be False everywhere. Unused entries are
+      never visible; what they contain is undefined.
     window_mask: [P] boolean, the entries in the token's sliding window; None in models without a window. It
-      applies
-      to local layers only (`layer_mask`).
+      applies to local layers only (`layer_mask`).
     softcap: scores become softcap * tanh(score / softcap); 0 means no cap. It applies before masking.
 
   Returns:

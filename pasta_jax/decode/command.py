@@ -17,7 +17,8 @@ from pasta_jax.utils.progress import progress_bar
 
 
 def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Response:
-  """Answers one prompt. The answer goes to stdout; progress and figures go to the terminal, otherwise to stderr.
+  """Answers one prompt. The answer goes to stdout; progress and figures go to the terminal, otherwise to
+  stderr.
 
   With `decode.compare` the same weights answer once more without promises, and the figures include the
   measured speed-up per token. `timeline` names an .html or .svg file to draw the response in.

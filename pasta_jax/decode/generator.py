@@ -56,7 +56,8 @@ class Response:
     return to_record(self.trace, self.vocabulary).to_json()
 
   def timeline(self, path: str | Path) -> None:
-    """Draws the response: a page for a path that ends in .html, a picture for .svg. Raises ValueError otherwise."""
+    """Draws the response: a page for a path that ends in .html, a picture for .svg. Raises ValueError
+    otherwise."""
     write_timeline(path, self.trace, self.vocabulary)
 
 
@@ -84,7 +85,8 @@ def adapter_digest(name: str) -> str | None:
 
 
 def with_speed(message: Mapping[str, str], speed: int) -> dict[str, str]:
-  """A user's message with the requested speed, in the form used in training; unchanged for a negative speed."""
+  """A user's message with the requested speed, in the form used in training; unchanged for a negative
+  speed."""
   if speed < 0:
     return dict(message)
   return {**message, "content": f"{message['content']}\n\n(speed {speed})"}
@@ -118,8 +120,11 @@ class Model:
     self.speeds: tuple[int, ...] = tuple(
       json.loads(metadata.get("speeds", "[]"))
     )  # that the adapter was trained for
-    self.model = build.for_decoding(checkpoint.config, checkpoint.params, merge, jnp.dtype(d.dtype))
-    # XLA's CPU backend multiplies one bfloat16 row more slowly than two: a step has at least two branches there.
+    self.model = build.for_decoding(
+      checkpoint.config, checkpoint.params, merge, jnp.dtype(d.dtype), product=d.product
+    )
+    # XLA's CPU backend multiplies one bfloat16 row more slowly than two: a step has at least two branches
+    # there.
     self._narrowest = 2 if d.dtype == "bfloat16" and jax.default_backend() == "cpu" else 1
     widest = max(d.max_branches, self._narrowest)
     widths = tuple(w for w in (1, 2, 4, 8, 16, 32, 64) if self._narrowest <= w < widest) + (widest,)
@@ -144,7 +149,7 @@ class Model:
       repetition_penalty=d.repetition_penalty,
       promise_bias=d.promise_bias,
     )
-    self._guard, self._no_repeat = d.guard, d.no_repeat
+    self._features = StepFeatures(rule=self.rule, guard=d.guard, no_repeat=d.no_repeat, attention=d.attention)
     self._batch_size, self._branch_width = d.batch_size, min(d.max_branches, 4)
     self._interpreters: dict[tuple[bool, int], Interpreter] = {}
 
@@ -163,7 +168,7 @@ class Model:
       limits = dataclasses.replace(self.limits, max_new_tokens=key[1])
       if not parallel:
         limits = dataclasses.replace(limits, branch_widths=(self._narrowest,), max_threads=1)
-      features = StepFeatures(rule=self.rule, guard=self._guard, promises=parallel, no_repeat=self._no_repeat)
+      features = dataclasses.replace(self._features, promises=parallel)
       self._interpreters[key] = Interpreter(self.model, self.vocabulary, limits, features)
     return self._interpreters[key]
 
@@ -178,8 +183,8 @@ class Model:
     )
 
   def encode(self, prompt: Prompt, speed: int = -1) -> list[int]:
-    """The tokens of a user's prompt, or of a conversation (`role`, `content`) that ends with one, in the model's
-    chat form. A `speed` that is not negative is requested in the prompt."""
+    """The tokens of a user's prompt, or of a conversation (`role`, `content`) that ends with one, in the
+    model's chat form. A `speed` that is not negative is requested in the prompt."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages[-1]["content"].strip():
       raise DecodeError("the prompt is empty")
@@ -225,8 +230,8 @@ class Model:
   ) -> list[Response]:
     """Answers prompts, several at once, in their order. `on_finish(i, response)` is called as each one ends.
 
-    `Response.seconds` counts from the start of all. The responses are those of `generate` (in float32, token by
-    token).
+    `Response.seconds` counts from the start of all. The responses are those of `generate` (in float32, token
+    by token).
     """
     tokens = [self.encode(prompt, speed) for prompt in prompts]
     scheduler = self.scheduler(parallel=parallel, batch_size=batch_size)

@@ -1,8 +1,9 @@
 """Which classes of token a guarded branch may write next: well-formed tags only, within the limits.
 
-Unguarded, every token may come and has a meaning (`lang.automaton`); guarded, ill-formed ones cannot. Ordinary
-text is never restricted. Except for the limits on the whole response (threads, tokens left) and the topics that
-`StepFeatures.no_repeat` compares, the guard reads only what the branch can see, so it keeps exactness.
+Unguarded, every token may come and has a meaning (`lang.automaton`); guarded, ill-formed ones cannot. Text
+outside promises is never restricted. Except for the limits on the whole response (threads, tokens left) and
+the topics that `StepFeatures.no_repeat` compares, the guard reads only what the branch can see, so it keeps
+exactness.
 """
 
 from typing import NamedTuple

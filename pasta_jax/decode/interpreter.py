@@ -1,10 +1,11 @@
 """The compiled programs of one model: prefill, and segments of a loop over `decode.step`.
 
-A segment is a `lax.while_loop` that stays on the device until the host has something to decide. For one request
-it ends when the request has finished, its steps are spent, the pool is full, or the number of runnable branches
-asks for another width. For a batch, with a request axis in front of every array of the state, it ends when
-enough requests have finished or its steps are spent; the loop is around a vmap of `step`, because a vmap of the
-loop would select the whole state, pools included, at every step. A step of a finished request changes nothing.
+A segment is a `lax.while_loop` that stays on the device until the host has something to decide. For one
+request it ends when the request has finished, its steps are spent, the pool is full, or the number of
+runnable branches asks for another width. For a batch, with a request axis in front of every array of the
+state, it ends when enough requests have finished or its steps are spent; the loop is around a vmap of `step`,
+because a vmap of the loop would select the whole state, pools included, at every step. A step of a finished
+request changes nothing.
 """
 
 import dataclasses
@@ -37,10 +38,10 @@ def capacity_of(state: State) -> int:
 class Interpreter:
   """The programs of `model`, compiled on first use for each static shape and kept as long as this object.
 
-  `model` has the form of `weights.build.for_decoding`. `limits` and `features` are compiled in; the features of
-  a request are `specialise(features, its sampling)`. The weights are read from `params` at every call. A state
-  that is passed to `segment`, or a batch passed to `batch_segment` or `insert`, is donated: its buffers are
-  reused for the result.
+  `model` has the form of `weights.build.for_decoding`. `limits` and `features` are compiled in; the features
+  of a request are `specialise(features, its sampling)`. The weights are read from `params` at every call. A
+  state that is passed to `segment`, or a batch passed to `batch_segment` or `insert`, is donated: its buffers
+  are reused for the result.
   """
 
   model: Transformer
@@ -107,8 +108,8 @@ class Interpreter:
     return states, states.finish
 
   def prefill(self, prompt: Sequence[int], seed: int = 0, capacity: int | None = None) -> State:
-    """The state after the prefill of a prompt, in a pool of `capacity` entries or of the smallest bucket. Raises
-    DecodeError if the prompt is empty or too long."""
+    """The state after the prefill of a prompt, in a pool of `capacity` entries or of the smallest bucket.
+    Raises DecodeError if the prompt is empty or too long."""
     self.limits.check(prompt)
     size = min(padded_length(len(prompt)), self.limits.kv_buckets[-1])
     padded = np.zeros(size, np.int32)
@@ -126,7 +127,7 @@ class Interpreter:
 
   def batch_segment(self, states: State, sampling: Sampling, enough: int, steps: int, *, width: int,
                     features: StepFeatures) -> tuple[State, jax.Array]:  # fmt: skip
-    """(states, finish [R] int32) after at most `steps` steps, fewer once `enough` of R requests have finished.
+    """(states, finish [R] int32) after at most `steps` steps, or until `enough` of R requests have ended.
 
     Every array of `states` and `sampling` has a leading axis R. The pools must hold the longest responses.
     """

@@ -10,9 +10,10 @@ from pasta_jax.lang import automaton as A
 
 
 def finish_reason(state: State, t: Thread, todo: jax.Array, limits: Limits) -> jax.Array:
-  """Why the response ends before the next round, in which `todo` threads would write; UNFINISHED if it goes on."""
+  """Why the response ends before the next round, in which `todo` threads would write; UNFINISHED if it goes
+  on."""
   running, waiting = t.status == RUNNING, t.status == WAITING
-  # A chunk's last token is read back only for those who may join it.
+  # A chunk's last token is read back only so that others may join it: the response need not wait for it.
   last = running & (t.parent >= 0) & ((t.kind == A.END) | (t.kind == A.EOS))
   complete = (t.status[0] == DONE) & ~(running & ~last).any() & ~waiting.any()
   too_long = state.used - state.prompt + todo > limits.max_new_tokens
@@ -21,7 +22,8 @@ def finish_reason(state: State, t: Thread, todo: jax.Array, limits: Limits) -> j
 
 
 def promise_room(state: State, t: Thread, todo: jax.Array, limits: Limits) -> jax.Array:
-  """Promises that may be opened in the next round: the table has a row for each, those being written counted.
+  """Promises that may be opened in the next round: free rows of the table, less one for each promise that is
+  being written.
 
   None near the end of the response, where a promise would be cut off before it is written.
   """

@@ -1,4 +1,5 @@
-"""From logits to a token: penalty, bans, bias, guard, then temperature, top-k, top-p, min-p. One branch ([V])."""
+"""From logits to a token: penalty, bans, bias, guard, then temperature, top-k, top-p, min-p. One branch
+([V])."""
 
 from typing import NamedTuple
 
@@ -35,10 +36,11 @@ class TokenTables(NamedTuple):
 
 
 def penalised_tokens(vocabulary: Vocabulary) -> np.ndarray:
-  """[V] bool, True where a token is penalised for repetition: ordinary tokens with a word of four letters or more.
+  """[V] bool, True where a token is penalised for repetition: ordinary tokens that are one word of four
+  letters or more.
 
-  Digits, punctuation, blanks, short function words and the tags are spared: text needs them again and again, and
-  tags must not depend on earlier text.
+  Digits, punctuation, blanks, short function words and the tags are spared: text needs them again and again,
+  and tags must not depend on earlier text.
   """
   penalised = np.zeros(vocabulary.size, bool)
   for token in range(vocabulary.tokenizer.vocab_size):
@@ -53,7 +55,7 @@ class Branch(NamedTuple):
 
   thread: Thread  # before its token is read
   view: guard.View  # of the same thread after it
-  taken: jax.Array  # [M] bool: that promise, which it knows, has its topic so far, but for one more token
+  taken: jax.Array  # [M] bool: it knows that promise, and one more token (`kept_last`) would repeat its topic
   ngram: jax.Array  # uint32, hash of its last tokens
 
 
@@ -87,8 +89,8 @@ def choose(logits: jax.Array, state: State, branch: Branch, tables: TokenTables,
     written = jnp.append(thread.visible & (state.log.thread >= 0), view.index >= 0) & tables.penalised[tokens]
     scores = penalise(scores, tokens, written & (view.state == A.TEXT), sampling.repetition_penalty)
   if features.no_repeat:
-    # What followed the same tokens before may not follow them again, tags excepted. All threads count: chunks that do
-    # not see each other say the same thing too.
+    # What followed the same tokens before may not follow them again, tags excepted. All threads count: chunks
+    # that do not see each other say the same thing too.
     log = state.log
     again = earlier(state) & (log.ngram_hash == branch.ngram) & (branch.ngram != 0) & (view.state == A.TEXT)
     kinds = tables.classes[log.next_token]
@@ -133,9 +135,9 @@ def ban(scores: jax.Array, tokens: jax.Array, which: jax.Array) -> jax.Array:
 def draw(logits: jax.Array, key: jax.Array, sampling: Sampling, features: StepFeatures) -> jax.Array:
   """The next token. `key` is the thread's, folded with the token's index in its thread.
 
-  A Gumbel number for every token, a quarter of a step for many requests on CPU, and worth it: one uniform
-  number against cumulative probabilities changes its answer wherever rounding moves one of V boundaries
-  across it, and then what is sampled depends on the requests beside it.
+  Gumbel noise for every token costs up to a quarter of a step on CPU. One uniform number against cumulative
+  probabilities would be cheaper, but the rounding of one of V boundaries could change the token, and samples
+  would depend on the requests beside them.
   """
   if features.greedy:
     return jnp.argmax(logits).astype(jnp.int32)

@@ -1,4 +1,5 @@
-"""Requests to an interpreter: a queue, a batch with places that are refilled, and the traces that come out."""
+"""Requests to an interpreter: a queue, a batch with places that are refilled, and the traces that come
+out."""
 
 import dataclasses
 import itertools
@@ -80,15 +81,15 @@ class Scheduler:
   A trace depends on its request only: not on when it was submitted, nor on what runs beside it. (Tokens are
   identical in float32; in bfloat16 a wider matrix product may round differently.)
 
-  **Serving.** One thread owns the device: it calls `step` in a loop, and `results` after each call; when `step`
-  returns False it waits for the next request (a `threading.Event` that the handlers set after `submit`). HTTP
-  handlers call `submit` and `cancel` from their own threads: these, and `results`, are safe to call from any
-  thread at any time and never wait for the device; `step`, `run` and `precompile` belong to the one thread.
-  `on_step` is called in that thread, between two segments: it should hand the trace over (to a queue, or to an
-  event loop by `call_soon_threadsafe`) and return. A late request takes a free place of the running batch if
-  its pool fits (it needs the same compiled features, no more entries than the batch's pools have, and no less
-  than half) and no older request waits for another batch; otherwise it waits until the running batch and
-  those planned before it have ended. So nobody starves.
+  **Serving.** One thread owns the device: it calls `step` in a loop, and `results` after each call; when
+  `step` returns False it waits for the next request (a `threading.Event` that the handlers set after
+  `submit`). HTTP handlers call `submit` and `cancel` from their own threads: these, and `results`, are safe
+  to call from any thread at any time and never wait for the device; `step`, `run` and `precompile` belong to
+  the one thread. `on_step` is called in that thread, between two segments: it should hand the trace over (to
+  a queue, or to an event loop by `call_soon_threadsafe`) and return. A late request takes a free place of the
+  running batch if its pool fits (it needs the same compiled features, no more entries than the batch's pools
+  have, and no less than half) and no older request waits for another batch; otherwise it waits until the
+  running batch and those planned before it have ended. So nobody starves.
 
   A cancelled request gives no result: one that waits leaves the queue, one that runs frees its place before
   the next segment, one that has finished is dropped. A client has the partial trace from `on_step`.
@@ -234,10 +235,10 @@ class Scheduler:
   ) -> list[Trace]:
     """The prompts' traces, in their order; `on_finish(i, trace)` is called as each one ends.
 
-    Request i draws from seed `seeds[i]`, else from `sampling.seed`. Consecutive requests with the same prompt,
-    as when several samples are drawn, share one prefill. With `one_pool_size` all get the largest pool that one
-    of them needs. Raises DecodeError, before anything is decoded, if a prompt and its response may exceed the
-    largest pool; RuntimeError while other requests are under way.
+    Request i draws from seed `seeds[i]`, else from `sampling.seed`. Consecutive requests with the same
+    prompt, as when several samples are drawn, share one prefill. With `one_pool_size` all get the largest
+    pool that one of them needs. Raises DecodeError, before anything is decoded, if a prompt and its response
+    may exceed the largest pool; RuntimeError while other requests are under way.
     """
     if self._jobs or self._finished:
       raise RuntimeError("Scheduler.run needs a scheduler without other requests")
@@ -287,7 +288,8 @@ def decode(
   on_step: Callable[[Trace], None] | None = None,
   every: int = EVERY,
 ) -> Trace:
-  """The trace of one request, decoded by itself. `on_step` is called at least every `every` steps, and at the end."""
+  """The trace of one request, decoded by itself. `on_step` is called at least every `every` steps, and at the
+  end."""
   scheduler = Scheduler(interpreter)
   scheduler.submit(DecodeRequest(prompt, sampling, on_step=on_step, every=every))
   while scheduler.step(UNBOUNDED):
@@ -444,7 +446,8 @@ class _Batch:
     return traces
 
   def _start(self, job: _Job) -> tuple[State, Sampling]:
-    """The state after the request's prefill, which is shared with the request before it if the prompts agree."""
+    """The state after the request's prefill, which is shared with the request before it if the prompts
+    agree."""
     it, prompt = self._interpreter, tuple(job.request.tokens)
     if self._kept is None or self._kept[0] != prompt:
       self._kept = prompt, it.prefill(prompt, job.seed, self._pool_size)

@@ -1,4 +1,8 @@
-"""The settings of decoding. `Limits` and `StepFeatures` are compiled in; the numbers of `SamplingConfig` are not."""
+"""The settings of decoding. `Limits` and `StepFeatures` are compiled in; the numbers of `SamplingConfig` are
+not.
+
+The defaults here are neutral; users get those of `config.decode`.
+"""
 
 import dataclasses
 from collections.abc import Sequence

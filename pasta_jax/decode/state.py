@@ -1,13 +1,13 @@
-"""The state of one request on the device: a pool of keys and values, a log of its entries, a table of threads.
+"""The state of one request on the device: keys and values, a log of the entries, a table of threads.
 
-Shapes: P pool entries, M threads at most, K key-value heads, H head width. Everything is a pytree of fixed shapes.
+Shapes: P pool entries, M threads at most, K key-value heads, H head width. All shapes are fixed.
 
-The pool's first entries are the prompt's. After them the entries that the branches of a step write lie next to each
-other. Each thread has a row of visibility over the pool.
+The pool's first entries are the prompt's. After them the entries that the branches of a step write lie next
+to each other. Each thread has a row of visibility over the pool.
 
-Time goes in rounds. In a round every runnable thread takes one token, in the order of thread numbers, as many at
-a time as the step is wide; forks are numbered in that order. So neither numbers, nor limits, nor what a thread
-sees depend on the width: a narrow machine replays what a wide one does (schedule invariance).
+Time goes in rounds. In a round every runnable thread takes one token, in the order of thread numbers, as many
+at a time as the step is wide; forks are numbered in that order. So neither numbers, nor limits, nor what a
+thread sees depend on the width: a narrow machine replays what a wide one does (schedule invariance).
 """
 
 import jax
@@ -49,7 +49,7 @@ class State(struct.PyTreeNode):
   log: TokenLog
   threads: Thread  # every leaf [M, …]
   used: jax.Array  # int32, pool entries in use
-  prompt: jax.Array  # int32, pool entries of the prompt
+  prompt: jax.Array  # int32, pool entries of the prompt, without its last token, which the first step reads
   round: jax.Array  # int32, the current one, from 1
   served: jax.Array  # int32, threads that had their turn in this round
   room: jax.Array  # int32, promises that may be opened in this round before the table is full
@@ -63,9 +63,9 @@ def initial(keys: list[jax.Array], values: list[jax.Array], prompt: jax.Array, l
             *, max_threads: int, capacity: int, logits: int, recent: int = 0) -> State:  # fmt: skip
   """The state after a prefill.
 
-  `keys`, `values`: per layer [S, K, H] of the padded prompt; `prompt` [S] its tokens, of which `length` are real. The
-  prompt's last token is the first one that the main thread reads. `capacity` P >= S; `logits` is V to keep them,
-  else 0; `recent` the length of `Thread.recent`.
+  `keys`, `values`: per layer [S, K, H] of the padded prompt; `prompt` [S] its tokens, of which `length` are
+  real. The prompt's last token is the first one that the main thread reads. `capacity` P >= S; `logits` is V
+  to keep them, else 0; `recent` the length of `Thread.recent`.
   """
   n = length - 1
   padded = capacity - prompt.shape[0]
@@ -112,6 +112,6 @@ def grow(state: State, capacity: int) -> State:
 
 
 def earlier(state: State) -> jax.Array:
-  """[P] bool: entries written before this round. Whatever looks at unseen threads' entries looks at these only, so
-  that the width of a step changes nothing."""
+  """[P] bool: entries written before this round, the prompt's included. Whatever reads threads that are not
+  visible reads only these, so that the width of a step changes nothing."""
   return (jnp.arange(state.log.round.shape[0]) < state.used) & (state.log.round < state.round)

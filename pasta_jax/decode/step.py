@@ -1,5 +1,5 @@
-"""One decode step: up to W branches take one token each, as a vmap over branches that share the pool. What a token
-does to a thread is in `decode.threads`, what it may be in `decode.guard` and `decode.sampling`."""
+"""One decode step: up to W branches take one token each, as a vmap over branches that share the pool. What a
+token does to a thread is in `decode.threads`, what it may be in `decode.guard` and `decode.sampling`."""
 
 from functools import partial
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from pasta_jax.model.transformer import Transformer
 
 
 class Lanes(NamedTuple):
-  """The places of a step. Rows of lanes that stay idle are M: reads of the table are clipped, writes dropped."""
+  """The places of a step. The rows of idle lanes are M: reads are clipped, writes dropped."""
 
   rows: jax.Array  # [W] int32, thread numbers
   live: jax.Array  # [W] bool
@@ -82,7 +82,7 @@ def put(state: State, rows: jax.Array, threads: Thread) -> State:
   return state.replace(threads=jax.tree.map(write, state.threads, threads))
 
 
-def allocate(state: State, lanes: Lanes, read: T.Reading, limits: Limits) -> tuple[jax.Array, jax.Array]:
+def allocate(state: State, lanes: Lanes, read: T.TokenRead, limits: Limits) -> tuple[jax.Array, jax.Array]:
   """(promises that are granted [W] bool, their chunks' rows [W], M for none): limits on depth and number."""
   m = state.threads.status.shape[0]
   wants = lanes.live & read.forks & (read.thread.depth < limits.max_depth)
@@ -91,12 +91,12 @@ def allocate(state: State, lanes: Lanes, read: T.Reading, limits: Limits) -> tup
   return forks, jnp.where(forks, rows, m)
 
 
-def observe(state: State, lanes: Lanes, threads: Thread, read: T.Reading, forks: jax.Array, limits: Limits,
+def observe(state: State, lanes: Lanes, threads: Thread, read: T.TokenRead, forks: jax.Array, limits: Limits,
             features: StepFeatures) -> Branch:  # fmt: skip
   """What each branch sees and knows after its token."""
   t, after = state.threads, read.thread
   m, width = t.status.shape[0], lanes.rows.shape[0]
-  known = threads.visible[:, t.fork_entry]  # [W, M]: this thread's promise
+  known = threads.visible[:, t.fork_entry]  # [W, M]: lane w sees the promise of thread m
   if features.no_repeat:
     # Those of threads that it does not see too, as with runs of tokens (`sampling.choose`).
     known |= earlier(state)[t.fork_entry]
@@ -129,8 +129,8 @@ def forward(model: Transformer, state: State, tables: TokenTables, sampling: Sam
 def append(state: State, lanes: Lanes, branches: Branch, out: Output, features: StepFeatures) -> State:
   """Writes keys, values and the log of the W lanes next to each other after the used entries.
 
-  What is written is made to depend on the tokens chosen (ids are never negative), that is, on every read of the
-  pool: XLA then updates the pool in place, where it would otherwise copy each layer's arrays twice a step.
+  What is written is made to depend on the tokens chosen (ids are never negative), that is, on every read of
+  the pool: XLA then updates the pool in place, where it would otherwise copy them twice a step.
   """
   t, write, zero = branches.thread, jax.lax.dynamic_update_slice, jnp.int32(0)
   late = lambda x: jnp.where((out.token >= 0)[:, None, None], x, 0)
@@ -153,7 +153,7 @@ def append(state: State, lanes: Lanes, branches: Branch, out: Output, features: 
 
 
 def end_round(state: State, limits: Limits, features: StepFeatures) -> State:
-  """When every thread had its turn: adoptions, joins, limits, and the next round."""
+  """After every step; when every thread has had its turn: adoptions, joins, limits, and the next round."""
   t = state.threads
   over = ~((t.status == RUNNING) & (t.round == state.round)).any() & (state.finish == UNFINISHED)
   t = t.replace(owner=jnp.where(over, T.adopt(t, limits.max_depth), t.owner))

@@ -1,7 +1,7 @@
 """A thread on the device: what it knows, how it is born, what a token does to it, and how threads are joined.
 
-A field is declared once, in `Thread`, and set once at birth, in `born`. Shapes are those of one thread; the table of
-a request has a leading axis M in every leaf, the threads of a step have W. P: pool entries.
+A field is declared once, in `Thread`, and set once at birth, in `born`. Shapes are those of one thread; the
+table of a request has a leading axis M in every leaf, the threads of a step have W. P: pool entries.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Thread(struct.PyTreeNode):
   token: jax.Array
   kind: jax.Array  # class of that token (`lang.automaton`)
   index: jax.Array  # of that token in the thread's own tokens; -1: the prompt's last
-  position: jax.Array  # of that token
+  position: jax.Array  # of that token; of a thread that is done: one after its last
   round: jax.Array  # in which it will be read back
   # The tag automaton, before that token.
   state: jax.Array
@@ -66,15 +66,15 @@ def born(*, token, index, position, round, key, visible, recent, depth=0, parent
   )  # fmt: skip
 
 
-class Reading(NamedTuple):
+class TokenRead(NamedTuple):
   """A thread whose token has been read, and what that token asks for."""
 
   thread: Thread
   forks: jax.Array  # bool: a promise is complete
-  ends: jax.Array  # bool: the thread's last token
+  ends: jax.Array  # bool: a chunk's last token; `advance` ends the main thread
 
 
-def read_token(thread: Thread, value: jax.Array, scale: jax.Array) -> Reading:
+def read_token(thread: Thread, value: jax.Array, scale: jax.Array) -> TokenRead:
   """Runs the tag automaton over the thread's token, whose digits are worth `value` (`TokenTable`)."""
   t = thread
   action = jnp.asarray(A.ACTION)[t.state, t.kind]
@@ -93,10 +93,10 @@ def read_token(thread: Thread, value: jax.Array, scale: jax.Array) -> Reading:
     topic_length=pick(t.topic_length + 1, 0, t.topic_length),
     recent=jnp.where(t.index >= 0, recent, t.recent),
   )
-  return Reading(after, action == A.FORK, (action == A.FINISH) & (t.parent >= 0))
+  return TokenRead(after, action == A.FORK, (action == A.FINISH) & (t.parent >= 0))
 
 
-def advance(read: Reading, forks, entry, live, chosen, kind, rule: PositionRule) -> Thread:
+def advance(read: TokenRead, forks, entry, live, chosen, kind, rule: PositionRule) -> Thread:
   """The thread after its turn: its token is pool entry `entry`, its next one is `chosen`, of class `kind`.
 
   `forks`: its promise was granted; `live` False: an idle lane. One token a thread a round is stated here.
@@ -117,7 +117,7 @@ def advance(read: Reading, forks, entry, live, chosen, kind, rule: PositionRule)
   )
 
 
-def spawn(read: Reading, number, entry, visible, async_tag) -> Thread:
+def spawn(read: TokenRead, number, entry, visible, async_tag) -> Thread:
   """The chunk that thread `number` has just promised; **a fork copies the parent's row** (`visible`).
 
   Its key folds in its ordinal, after a constant, so that no token's key is a child's key.
@@ -133,17 +133,17 @@ def spawn(read: Reading, number, entry, visible, async_tag) -> Thread:
 
 
 def adopt(threads: Thread, levels: int) -> jax.Array:
-  """[M] owners, where the chunks of a thread that is done belong to the thread that will join that one."""
+  """[M] owners: a chunk whose owner is done passes to that owner's owner, `levels` - 1 times at most."""
   owner = threads.owner
-  for _ in range(levels - 1):  # through several, if those are done too
+  for _ in range(levels - 1):
     above = jnp.maximum(owner, 0)
     owner = jnp.where((owner > 0) & (threads.status[above] == DONE), threads.owner[above], owner)
   return owner
 
 
 def join(threads: Thread, over: jax.Array, round: jax.Array, rule: PositionRule) -> Thread:
-  """Wakes each waiting thread whose chunks are all done, if `round` is `over`: **a join ORs their rows into its
-  own**, and its sync is read in the next round. The rule of `lang.joins.Unjoined`, by owners."""
+  """Wakes each waiting thread whose chunks are all done, if `round` is `over`: **a join ORs their rows into
+  its own**, and its sync is read in the next round. The rule of `lang.joins.Unjoined`, by owners."""
   t = threads
   numbers = jnp.arange(t.status.shape[0])
   owned = (t.owner[None, :] == numbers[:, None]) & (t.status != FREE)[None, :]  # [thread, chunk]
@@ -151,7 +151,7 @@ def join(threads: Thread, over: jax.Array, round: jax.Array, rule: PositionRule)
   joins = owned & ready[:, None]
   joined = joins.any(axis=0)
 
-  def merge(visible):
+  def merge(visible):  # an OR as a product, which XLA multiplies faster than it reduces [M, M, P]
     counts = jnp.dot(joins.astype(jnp.float32), visible.astype(jnp.float32))
     return visible | (counts > 0)
 

@@ -115,8 +115,8 @@ def _whole(
   rule: PositionRule,
   **facts,
 ) -> Trace:
-  """The trace of these threads, read by the automaton: program and figures follow from them, `facts` are what does
-  not."""
+  """The trace of these threads, read by the automaton: program and figures follow from them, `facts` are what
+  does not."""
   walked: list[Reading] = []  # in the order of `lang.thread.walk`
 
   def tree(i: int) -> Thread:

@@ -1,5 +1,5 @@
-"""PASTA-LANG (docs/language.md): programs, their text and token forms, who sees whom, where, and at what cost.
+"""The PASTA language (docs/language.md): programs, their text and token forms, who sees whom, where, and the cost.
 
-Nothing here imports JAX: training, kernels and the interpreter all take the rules from this package. Read in this
+Nothing here imports JAX: training, kernels and the interpreter take the rules from this package. Read in this
 order: program, syntax, automaton, thread, joins, positions, visibility, layout, vocabulary, cost.
 """

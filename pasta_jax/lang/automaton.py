@@ -8,10 +8,10 @@ the next state, the action, and whether the token is ill-formed there.
   TOPIC   | topic     topic    !      NUMBER  fork   !       ! end    ! join  ! end
   NUMBER  | !         number   !      !       fork   !       ! end    ! join  ! end
 
-`!` is ill-formed: the token is written to the pool and otherwise ignored; END, SYNC and EOS inside a
-promise abandon it and act as usual. (1) In the main thread END is ill-formed and ignored. (2) In a chunk
-EOS is ill-formed and ends the chunk as END does. A fork without a number is ill-formed too, except under
-strategies without numbers (`fixed`, `oracle`): it reserves `PositionRule.fixed` positions.
+`!` is ill-formed: the token is written to the pool and otherwise ignored; END, SYNC and EOS inside a promise
+abandon it and act as usual. (1) In the main thread END is ill-formed: it abandons a promise, but does not end
+the thread. (2) In a chunk EOS is ill-formed and ends the chunk as END does. A fork without a number is
+ill-formed too, except under strategies without numbers (`PositionRule.gap` says what it reserves).
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ N_CLASSES = 9
 TEXT, TOPIC, NUMBER = range(3)
 # What a token does.
 NOTHING, FORK, JOIN, FINISH = range(4)
+MAX_DECLARED = 999  # a larger number is absurd: ill-formed, and read as this
 
 
 def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -44,8 +45,8 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 NEXT_STATE, ACTION, ILL_FORMED = _tables()  # each [3, N_CLASSES]
 
-# What a guarded decoder may write. `decode.guard` adds whether END and EOS fit the thread and whether a number has
-# digits.
+# What a guarded decoder may write. `decode.guard` adds whether END and EOS fit the thread and whether a
+# number has digits.
 WELL_FORMED = ~ILL_FORMED
 
 
@@ -88,9 +89,6 @@ class TokenTable:
       classes[token] = c
     classes[list(tags.eos)] = EOS
     return cls(tags, classes, value, scale)
-
-
-MAX_DECLARED = 999  # a larger number is absurd: ill-formed, and read as this
 
 
 def append_digits(number, value, scale):

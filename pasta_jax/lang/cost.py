@@ -1,8 +1,8 @@
-"""What a response costs on a machine with a slot for every branch: its longest sequential path.
+"""What a response costs on a machine with a branch for every thread: its longest sequential path.
 
 A token's clock is the decode step that writes it, the first response token's being 1. A chunk's `<async>` is
-written in the step after its promise's last token, beside the promising thread's next token. A sync waits until
-the chunks that it joins have been read back to their `</async>`.
+written in the step after its promise's last token, beside the promising thread's next token. A sync waits
+until the chunks that it joins have been read back to their `</async>`.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""Which chunks a sync joins: the one statement of the rule on the host (docs/language.md section 2).
+"""Which chunks a sync joins: the one statement of the rule on the host (docs/language.md section 3).
 
-A sync joins what its own thread has promised since its last sync, and whatever those chunks left unjoined. What
-is never joined passes to the promising thread, and from the main thread to the end of the response. The
+A sync joins what its own thread has promised since its last sync, and whatever those chunks left unjoined.
+What a chunk leaves unjoined passes to the promising thread; what the main thread leaves is never joined. The
 interpreter states the same rule on the device (`decode.threads.adopt` and `join`).
 """
 

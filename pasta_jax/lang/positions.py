@@ -19,8 +19,8 @@ class PositionRule:
   max        length, rounded up to tens    none                               after the furthest joined position
   sum        length, rounded up to tens    none                               plus the number of joined tokens
 
-  A promise without a number reserves `fixed` positions. A length above `automaton.MAX_DECLARED` is written as
-  the largest number that fits, and the chunk outgrows its gap.
+  Under `pred_10x` and `pred_1x` a promise without a number reserves `fixed` positions. A length above
+  `automaton.MAX_DECLARED` is written as the largest number that fits, and the chunk outgrows its gap.
   """
 
   strategy: str = "pred_10x"

@@ -20,8 +20,8 @@ class Sync:
 class Promise:
   """`<promise topic=… tokens=…/>` and the chunk that keeps it.
 
-  `tokens` is the number of positions reserved for the chunk with both its tags; None where no number is
-  written (the `fixed` strategy, or a program whose numbers are still to be computed).
+  `tokens` is the declared length of the chunk with both its tags; None where no number is written (`fixed`,
+  `oracle`) or it is still to be computed. `PositionRule.gap` gives the positions that it reserves.
   """
 
   topic: str

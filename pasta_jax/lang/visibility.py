@@ -1,4 +1,4 @@
-"""Who sees whom (docs/language.md section 3): one rule for training, for kernels and for tests of decoding."""
+"""Who sees whom (docs/language.md section 3): one rule for training, kernels and tests."""
 
 
 def is_visible(q, k, intervals_k):

@@ -26,9 +26,9 @@ class TextTokenizer(Protocol):
 class Vocabulary:
   """A tokenizer with the six tags: ids `tag_ids`, else six new ones, `base_size` to `base_size + 5`.
 
-  `base_size` is the number of rows of the model's embedding, which may exceed the tokenizer's vocabulary. Every
-  control token of the tokenizer that the tags do not take ends a response. A topic's tokens begin with a blank
-  (" cost" is one token where "cost" may be three), which is not part of the topic.
+  `base_size` is the number of rows of the model's embedding, which may exceed the tokenizer's vocabulary.
+  Every control token of the tokenizer that the tags do not take ends a response. A topic's tokens begin with
+  a blank (" cost" is one token where "cost" may be three), which is not part of the topic.
   """
 
   def __init__(self, tokenizer: TextTokenizer, base_size: int | None = None, tag_ids: Sequence[int] = ()):

@@ -75,8 +75,8 @@ def chunked_attention(
   masked_intervals: jax.Array, positions: jax.Array, config: ModelConfig, dtype: Any, block: int = 128
 ) -> Attend:
   """`attend` over whole rows [B, T] whose keys are masked from the query intervals `masked_intervals` [B, T,
-  L, 2] (`layout.is_visible`); local layers also apply the sliding window to `positions` [B, T]. Collects each
-  layer's keys and values [B, T, K, H].
+  L, 2] (`visibility.is_visible`); local layers also apply the sliding window to `positions` [B, T]. Collects
+  each layer's keys and values [B, T, K, H].
 
   No T x T array is made: the mask of each block of queries is computed when it is needed.
   """

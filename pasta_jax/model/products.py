@@ -9,7 +9,7 @@ every linear layer and of the head. To add a kernel:
    `jax.vmap`: once over the W branches of a request, and once more over requests in batch decoding. A Pallas
    kernel that should read the kernel matrix once for all branches defines its own batching rule
    (`jax.custom_batching.custom_vmap`), which gets x [W, in] and the unbatched kernel.
-2. Add it to `PRODUCTS`.
+2. Add it to `PRODUCTS`, and its name to `config.sections.PRODUCTS`; `--config.decode.product=NAME` selects it.
 
 tests/model/test_products.py compares every entry of `PRODUCTS` with float64, with and without `jax.vmap`.
 """

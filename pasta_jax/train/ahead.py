@@ -1,6 +1,8 @@
-"""Compiles training steps for a TPU slice you do not have: does a config fit, and what does it need of a chip?
+"""Compiles training steps for a TPU slice you do not have: does a config fit, and what does it need of a
+chip?
 
-The compiler is part of the package `libtpu` (`pip install -e ".[tpu]"`) and needs no TPU. Weights are not read.
+The compiler is part of the package `libtpu` (`pip install -e ".[tpu]"`) and needs no TPU. Weights are not
+read.
 """
 
 import dataclasses

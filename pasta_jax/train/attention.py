@@ -37,8 +37,8 @@ def check_machine(config, name: str) -> None:
 def masked_intervals(batch: Batch) -> jax.Array:
   """[B, T, L + 1, 2]: the intervals of query indices that each key is masked from.
 
-  The last level masks an example from the examples after it in the same row (causality in `layout.is_visible`
-  masks it from those before); a padding token sees only itself.
+  The last level masks an example from the examples after it in the same row (causality in
+  `visibility.is_visible` masks it from those before); a padding token sees only itself.
   """
   segment_ids = batch["segment_ids"]
   rows, length = segment_ids.shape
@@ -81,8 +81,8 @@ def make_attend(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
 
 
 def _by_kernel(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
-  """The partitioner cannot split a kernel, so each device runs it on its rows and key heads, or on its query heads
-  if there are too few key heads."""
+  """The partitioner cannot split a kernel, so each device runs it on its rows and key heads, or on its query
+  heads if there are too few key heads."""
   platform = "gpu" if kind == "gpu" else "tpu"
   size = flash.tile_size(platform, batch["tokens"].shape[1], config.head_dim)
   settings = flash.Settings(platform, size, config.attention_softcap, config.window > 0, kind == "interpret")

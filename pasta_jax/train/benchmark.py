@@ -73,7 +73,8 @@ def packed_row(vocabulary: Vocabulary, length: int) -> PackedBatch:
 
 
 def attention_timer(kind: str, row: PackedBatch, config: ModelConfig) -> tuple[Callable[[], float], int]:
-  """(a function that measures seconds of a forward and backward pass over one row, bytes of temporary memory)."""
+  """(a function that measures seconds of a forward and backward pass over one row, bytes of temporary
+  memory)."""
   dtype, length = jnp.dtype(FLAGS.dtype), row.tokens.shape[1]
   set_matmul_precision(FLAGS.dtype)
   keys = jax.random.split(jax.random.key(0), 3)

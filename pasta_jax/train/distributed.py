@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def start(coordinator: str, count: int, index: int) -> None:
-  """Connects to the other processes; must be called before JAX is used. No argument is needed on Cloud TPU and
-  under SLURM or Open MPI; elsewhere the address of the first process ("host:port"), the number of processes, and
-  the index of this one, from 0.
+  """Connects to the other processes; must be called before JAX is used. No argument is needed on Cloud TPU
+  and under SLURM or Open MPI; elsewhere the address of the first process ("host:port"), the number of
+  processes, and the index of this one, from 0.
 
   Raises ValueError, one line, if the processes cannot connect.
   """
@@ -50,8 +50,8 @@ def any_of(flag: bool) -> bool:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-  """The JSON value that `make()` returns in the first process, in every process; the others do not call it. All
-  processes must call this.
+  """The JSON value that `make()` returns in the first process, in every process; the others do not call it.
+  All processes must call this.
 
   A ValueError or OSError in the first process is raised there, and as a ValueError in the others.
   """

@@ -34,8 +34,8 @@ def matmul_parameters(c: ModelConfig) -> int:
 def step_flops(c: ModelConfig, rows: int, length: int, *, full: bool) -> float:
   """FLOPs of a step on `rows` rows of `length` tokens: forward and backward, without recomputation.
 
-  Low-rank training (`full` False) needs no gradient of the weights. Attention is counted as if each row were one
-  plain text, within its windows: several examples in a row, and chunks masked from each other, need less.
+  Low-rank training (`full` False) needs no gradient of the weights. Attention is counted as if each row were
+  one plain text, within its windows: several examples in a row, and chunks masked from each other, need less.
   """
   passes = 3 if full else 2
   keys = [min(length / 2, c.window) if c.is_local(i) else length / 2 for i in range(c.n_layers)]  # of a query

@@ -1,7 +1,7 @@
 """The training loop: resume, step, check, log, save; SIGTERM saves and stops.
 
-Resuming: the step number is read from the newest checkpoint, and a step is a function of the state, the seed and
-the step number. A run that was killed and resumed is bitwise identical to one that was not.
+Resuming: the step number is read from the newest checkpoint, and a step is a function of the state, the seed
+and the step number. A run that was killed and resumed is bitwise identical to one that was not.
 """
 
 import contextlib

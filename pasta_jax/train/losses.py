@@ -7,9 +7,10 @@ comparison. With Δ = log p(y⁺)/p(y⁻) − log p_ref(y⁺)/p_ref(y⁻), every
     ipo      (Δ − 1/(2β))²                          Azar et al. 2023, arXiv 2310.12036
     dpo      −log σ(β Δ)                            Rafailov et al. 2023, arXiv 2305.18290
 
-Fast answers are short, so the rejected answer is usually the longer one, and the cheapest way to increase Δ is
-to make every text token slightly less likely: the sum over the longer answer falls by more, and the probability
-that text loses goes to tags. `per_token` removes this incentive. With n targets an answer and m the mean of both,
+Fast answers are short, so the rejected answer is usually the longer one, and the cheapest way to increase Δ
+is to make every text token slightly less likely: the sum over the longer answer falls by more, and the
+probability that text loses goes to tags. `per_token` removes this incentive. With n targets an answer and m
+the mean of both,
 
     Δ = m (log p(y⁺)/p_ref(y⁺) / n⁺ − log p(y⁻)/p_ref(y⁻) / n⁻)
 
@@ -41,8 +42,8 @@ def token_log_likelihood(
   """(log p of each target [B, T], whether the target is the argmax [B, T]); zero and False without a target.
 
   `remat` is one of `transformer.REMAT`, `attention` one of `attention.KINDS`. Logits are computed for about
-  `chunk` tokens at a time, the same columns of every row, and recomputed in the backward pass: their memory is
-  O(chunk x V).
+  `chunk` tokens at a time, the same columns of every row, and recomputed in the backward pass: their memory
+  is O(chunk x V).
   """
   hidden, targets = hidden_states(model, batch, remat=remat, attention=attention), batch["targets"]
   rows, length = targets.shape
@@ -84,8 +85,8 @@ def sft_loss(
 def default_beta(loss: str, samples: int) -> float:
   """β if the config gives none.
 
-  For the policy that answers with the best of n samples of the reference, E Δ = (n − 1) H(n−1) between the best
-  and the worst of n, where H are harmonic numbers (order statistics of n uniform ranks; Gui et al. 2024,
+  For the policy that answers with the best of n samples of the reference, E Δ = (n − 1) H(n−1) between the
+  best and the worst of n, where H are harmonic numbers (order statistics of n uniform ranks; Gui et al. 2024,
   section 4, whose β is half of this one because they write 1/(2β)). BoNBoN and IPO use this as their target.
   """
   if loss == "dpo":
@@ -112,8 +113,8 @@ def preference_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum of the pairs' losses, and sums for metrics (divide by `pairs`; `ref_logp_drop` by `tokens`).
 
-  `margin` is Δ, `accuracy` counts Δ > 0, `chosen` and `rejected` are log p, and `ref_logp_drop` is log p_ref − log p of
-  both answers together: how much less likely they have become.
+  `margin` is Δ, `accuracy` counts Δ > 0, `chosen` and `rejected` are log p, and `ref_logp_drop` is log p_ref
+  − log p of both answers together: how much less likely they have become.
   """
   log_p = answer_log_likelihood(model, batch, **how)
   weight = batch["weight"]

@@ -10,7 +10,8 @@ from pasta_jax.utils.files import write_atomic
 
 
 class MetricWriter:
-  """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`; a resumed run drops the steps it repeats."""
+  """Appends to `workdir/metrics.jsonl` and `workdir/tensorboard`; a resumed run drops the steps it
+  repeats."""
 
   def __init__(self, workdir: Path, first_step: int):
     self._path = workdir / "metrics.jsonl"

@@ -1,4 +1,5 @@
-"""Training on pairs of answers (docs/language.md section 6): the model, masks and trainer of SFT, another loss."""
+"""Training on pairs of answers (docs/language.md section 6): the model, masks and trainer of SFT, another
+loss."""
 
 import dataclasses
 import hashlib
@@ -48,7 +49,8 @@ class Preference(Task):
       self.use(pairs)
 
   def use(self, pairs: Sequence[PreferencePair]) -> None:
-    """Trains on these pairs. Batches do not depend on the reference's log p, so pairs may get theirs later."""
+    """Trains on these pairs. Batches do not depend on the reference's log p, so pairs may get theirs
+    later."""
     self._pairs = pairs
     self._batches = self.batches_of(pairs)
 
@@ -108,8 +110,8 @@ class Preference(Task):
 def answer_likelihoods(
   trainer: Trainer, batches: PairBatches, on_pair: Callable[[int, tuple[float, float]], None]
 ) -> None:
-  """Calls `on_pair(i, (log p of the chosen answer, of the rejected one))` for each pair of an epoch, under the
-  parameters that the trainer starts from."""
+  """Calls `on_pair(i, (log p of the chosen answer, of the rejected one))` for each pair of an epoch, under
+  the parameters that the trainer starts from."""
   c = trainer.task.settings
   run = trainer.evaluator(partial(answer_log_likelihood, chunk=c.loss_chunk, attention=c.attention))
   for step, members in enumerate(batches.epoch(0)):
@@ -166,9 +168,9 @@ def train_on_pairs(
 ) -> None:
   """Trains `config.preference` on pairs, starting from the policy `adapter`, which is also the reference.
 
-  The reference's log p of every pair is computed once and stored in `reference.jsonl`. `notes` go into the new
-  adapter's header. Leaves the files that SFT leaves. Every process of several calls this with the same arguments.
-  Raises ValueError, one line, for settings or folders that cannot be used.
+  The reference's log p of every pair is computed once and stored in `reference.jsonl`. `notes` go into the
+  new adapter's header. Leaves the files that SFT leaves. Every process of several calls this with the same
+  arguments. Raises ValueError, one line, for settings or folders that cannot be used.
   """
   c = config.preference
   mesh = training_mesh(config, "preference")

@@ -107,10 +107,11 @@ def row_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
 def train(config, workdir: str | Path | None) -> dict[str, float]:
   """Runs `config.train` to its last step in `workdir`; returns that step's metrics in the first process.
 
-  Leaves checkpoints, `metrics.jsonl`, `tensorboard/`, `config.json` and, at the end, `adapter.safetensors`; after
-  full training also `model/`, a Hugging Face folder with the weights. SIGTERM saves a checkpoint and raises
-  `loop.Stopped`. Raises FloatingPointError if loss or gradient is not finite, and ValueError, one line, if the
-  folder, the data, the model or an earlier run in `workdir` cannot be used; the folder is then unchanged.
+  Leaves checkpoints, `metrics.jsonl`, `tensorboard/`, `config.json` and, at the end, `adapter.safetensors`;
+  after full training also `model/`, a Hugging Face folder with the weights. SIGTERM saves a checkpoint and
+  raises `loop.Stopped`. Raises FloatingPointError if loss or gradient is not finite, and ValueError, one
+  line, if the folder, the data, the model or an earlier run in `workdir` cannot be used; the folder is then
+  unchanged.
   """
   c = config.train
   mesh = training_mesh(config, "train")
@@ -125,7 +126,8 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
 
 
 def _lay_out(config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vocabulary) -> SFT:
-  """The task over annotated rows. Prints how many examples are used; ValueError, one line, if none is left."""
+  """The task over annotated rows. Prints how many examples are used; ValueError, one line, if none is
+  left."""
   c = config.train
   rule = PositionRule(config.positions.strategy, config.positions.fixed)
   load = partial(

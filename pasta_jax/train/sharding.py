@@ -1,5 +1,5 @@
-"""How a training run's arrays are sharded: a mesh of devices and one table of rules; XLA's partitioner (GSPMD)
-does the rest.
+"""How a training run's arrays are sharded: a mesh of devices and one table of rules; XLA's partitioner
+(GSPMD) does the rest.
 
     data    rows of a batch; parameters are replicated
     fsdp    rows of a batch; parameters and the optimiser's moments are sharded (Zhao et al. 2023)
@@ -21,8 +21,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that shard a batch
 
-# Name of an array → axes of its last two dimensions. Arrays without a rule (norm scales, tag rows, counters) are
-# replicated. An optimiser's moments have the name of their parameter.
+# Name of an array → axes of its last two dimensions. Arrays without a rule (norm scales, tag rows, counters)
+# are replicated. An optimiser's moments have the name of their parameter.
 _Axes = str | tuple[str, ...] | None
 _RULES: tuple[tuple[str, tuple[_Axes, _Axes]], ...] = (
   (r"embed\.embedding", (("tensor", "fsdp"), None)),  # rows only: a token's lookup then reads a whole row
@@ -98,8 +98,8 @@ def shard_put(mesh: Mesh, tree: Any) -> Any:
 
 
 def shard_put_array(mesh: Mesh, name: str, x: Any) -> jax.Array:
-  """An array on the mesh; the same array if it has that sharding already. Each of several processes passes the
-  whole array and keeps its shards.
+  """An array on the mesh; the same array if it has that sharding already. Each of several processes passes
+  the whole array and keeps its shards.
 
   An array with an equivalent but differently named sharding is put again: a jitted step would otherwise be
   compiled once for its first argument and again for its own result.
@@ -153,8 +153,8 @@ def shard_put_batch(
 ) -> dict[str, jax.Array]:
   """A batch ([B, …], or several [A, B, …]) on the mesh.
 
-  `share` says which rows of the global batch `batch` has (`local_rows`), and how many rows that has; without it,
-  every process passes the whole batch. Leaves in PER_PAIR are always whole.
+  `share` says which rows of the global batch `batch` has (`local_rows`), and how many rows that has; without
+  it, every process passes the whole batch. Leaves in PER_PAIR are always whole.
   """
   axis = batch["tokens"].ndim - 2
 

@@ -79,8 +79,8 @@ def make_model(
 
   `config.lora_rank` 0 trains every parameter, in float32; otherwise frozen parameters are stored in
   `config.dtype`. With an `adapter`, training continues from its tag rows and its low-rank updates, which keep
-  their rank, or are merged if every parameter is trained. Without one, new updates start at zero, with tag rows
-  if `tags`. On a `mesh` each array is sharded as soon as it is read, so the host holds one at a time.
+  their rank, or are merged if every parameter is trained. Without one, new updates start at zero, with tag
+  rows if `tags`. On a `mesh` each array is sharded as soon as it is read, so the host holds one at a time.
   """
   full = config.lora_rank == 0
   dtype = jnp.dtype(jnp.float32 if full else config.dtype)

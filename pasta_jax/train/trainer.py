@@ -1,9 +1,9 @@
 """The trainer of every stage: one jitted step, one loop and one export for all tasks (`sft`, `preference`).
 
-A new kind of training is a subclass of `Task`: it names its section of the config, computes the loss of a batch
-as sums, and provides numbered batches. `train/sft.py` is the example to copy. The mesh, gradient accumulation,
-mixed precision, the optimiser, checkpoints, resuming, several processes and the exported adapter come from
-`Trainer`.
+A new kind of training is a subclass of `Task`: it names its section of the config, computes the loss of a
+batch as sums, and provides numbered batches. `train/sft.py` is the example to copy. The mesh, gradient
+accumulation, mixed precision, the optimiser, checkpoints, resuming, several processes and the exported
+adapter come from `Trainer`.
 """
 
 import abc
@@ -61,16 +61,16 @@ Arrays = dict[str, jax.Array]  # a batch on the devices, leaves [B, …]
 class Task(abc.ABC):
   """What differs between one kind of training and another.
 
-  `loss`, `means` and `batch_shapes` need settings only, so that a step can be compiled or measured without data;
-  `batch`, `batches_per_epoch` and `fingerprint` describe the data of a run.
+  `loss`, `means` and `batch_shapes` need settings only, so that a step can be compiled or measured without
+  data; `batch`, `batches_per_epoch` and `fingerprint` describe the data of a run.
   """
 
   section: ClassVar[str]  # of the config
   count: ClassVar[str]  # which of the loss's sums the loss and its gradient are divided by
 
   def __init__(self, settings):
-    """`settings` is the config's section; the trainer reads batch_size, length, grad_accum_steps, steps, epochs,
-    dtype, lora_rank, checkpoint_every and the optimiser's settings."""
+    """`settings` is the config's section; the trainer reads batch_size, length, grad_accum_steps, steps,
+    epochs, dtype, lora_rank, checkpoint_every and the optimiser's settings."""
     self.settings = settings
 
   @property
@@ -130,8 +130,8 @@ def make_update(task: Task, graph: Any, optimiser: optax.GradientTransformation)
   """The jitted step: (state, frozen, batches) -> (state, metrics).
 
   `batches` has leaves [A, B, …]: the losses of A batches are summed and divided by their total `task.count`,
-  which equals the loss of one large batch. The state's buffers are donated; on a mesh (`jax.set_mesh`) its arrays
-  keep their shardings.
+  which equals the loss of one large batch. The state's buffers are donated; on a mesh (`jax.set_mesh`) its
+  arrays keep their shardings.
   """
 
   def loss(trainable, frozen, batch):
@@ -164,8 +164,8 @@ def make_update(task: Task, graph: Any, optimiser: optax.GradientTransformation)
 class Trainer:
   """A task with its model, optimiser and mesh.
 
-  To train, call `fit`. To compile or measure a step, use `update` with `init_state` or `abstract_arguments`. To
-  run the model's forward pass as training does, use `evaluator`.
+  To train, call `fit`. To compile or measure a step, use `update` with `init_state` or `abstract_arguments`.
+  To run the model's forward pass as training does, use `evaluator`.
 
   To add a task, subclass `Task` and write a function like `sft.train`: read the data, then
 
@@ -202,7 +202,8 @@ class Trainer:
     return c.grad_accum_steps * step_flops(self.architecture, c.batch_size, c.length, full=self.full)
 
   def init_state(self) -> TrainState:
-    """The state before the first step. It holds the trainer's parameters, so the first update donates them."""
+    """The state before the first step. It holds the trainer's parameters, so the first update donates
+    them."""
     return init_train_state(self.mesh, self.trainable, self.optimiser)
 
   def abstract_arguments(self) -> tuple[TrainState, Params, Arrays]:
@@ -223,8 +224,8 @@ class Trainer:
     return placed(state), placed(self.frozen), batches  # type: ignore[return-value]
 
   def evaluator(self, f: Callable[[Transformer, Arrays], Any]) -> Callable[[Params, Batch], Any]:
-    """`run(trainable, batch)`: `f(model, batch)`, jitted, as NumPy arrays in every process. Every process passes
-    the whole batch, leaves [B, …]."""
+    """`run(trainable, batch)`: `f(model, batch)`, jitted, as NumPy arrays in every process. Every process
+    passes the whole batch, leaves [B, …]."""
     whole = NamedSharding(self.mesh, PartitionSpec())
 
     @partial(jax.jit, out_shardings=whole)
@@ -288,8 +289,8 @@ class Trainer:
 
 
 def training_mesh(config, section: str) -> Mesh:
-  """The devices that train. Raises ValueError, one line, if they do not fit `config.mesh`, the batch's rows or
-  the attention program."""
+  """The devices that train. Raises ValueError, one line, if they do not fit `config.mesh`, the batch's rows
+  or the attention program."""
   check_machine(getattr(config, section), section)
   mesh = make_mesh(vars(config.mesh))
   check_rows(mesh, getattr(config, section).batch_size, f"{section}.batch_size")
@@ -305,7 +306,8 @@ def export(
   workdir: Path, model: Transformer, tokenizer: Tokenizer, *, full: bool, metadata: dict[str, str]
 ) -> None:
   """Writes what decoding loads: `adapter.safetensors` with low-rank updates and tag rows. After full training
-  the weights are in `model/`, a Hugging Face folder that the adapter names, and the adapter holds the tag rows.
+  the weights are in `model/`, a Hugging Face folder that the adapter names, and the adapter holds the tag
+  rows.
   """
   if full:
     of_weights = hashlib.sha256()

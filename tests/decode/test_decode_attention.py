@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pasta_jax.config import sections
 from pasta_jax.decode import attention
 from pasta_jax.decode.attention import DECODE, KINDS, make_decode_attend, make_prefill_attend
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.products import PRODUCTS
 
 CONFIG = ModelConfig(vocab_size=8, d_model=8, n_layers=1, n_heads=6, n_kv_heads=2, head_dim=16, d_ff=8)
 HEADS, GROUPS, WIDTH, ENTRIES = 2, 3, 16, 40
@@ -154,3 +156,8 @@ def test_a_kernel_that_is_added_gets_all_branches_at_once(monkeypatch: pytest.Mo
   assert shapes == [(5, (5, ENTRIES), *pool, *token)]
   prefill = make_prefill_attend("kernel", jnp.arange(3)[None], CONFIG, jnp.float32)  # which is XLA's
   assert prefill(None, jnp.ones((1, 3, 2, 3, 16)), jnp.ones((1, 3, 2, 16)), jnp.ones((1, 3, 2, 16)), False)
+
+
+def test_settings_name_every_kind_and_product():
+  assert KINDS == sections.DECODE_ATTENTION
+  assert tuple(PRODUCTS) == sections.PRODUCTS

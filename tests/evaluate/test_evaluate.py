@@ -12,7 +12,7 @@ import pytest
 from helpers.folders import trained_config, with_fields
 from helpers.old_schema import make_old
 
-from pasta_jax.config import Config
+from pasta_jax.config import Config, sections
 from pasta_jax.config.sections import DECODINGS
 from pasta_jax.data.prompts import conversation, read_prompts
 from pasta_jax.decode.generator import Model
@@ -330,6 +330,7 @@ def test_skeletons(trained):
 def test_systems_and_judges_are_those_that_settings_name():
   """A new one is a class, a line of its registry, and its name in the settings."""
   assert tuple(SYSTEMS) == DECODINGS
+  assert tuple(JUDGES) == sections.JUDGES
   for name in JUDGES:
     assert with_fields(Config(), "eval", judges=name).eval.judges == (name,)
   assert {s.promises for s in SYSTEMS.values()} == {True, False}

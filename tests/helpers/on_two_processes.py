@@ -2,8 +2,8 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python tests/on_two_processes.py FOLDER PORT PROCESS
 
-FOLDER is that of `test_training.tiny`. Leaves `two/`; `pairs/`, stage two from the adapter of `two/`; `stopped/`,
-whose second process received SIGTERM; and `left/`, a copy of `stopped/` at that time.
+FOLDER is that of `test_training.tiny`. Leaves `two/`; `pairs/`, stage two from the adapter of `two/`;
+`stopped/`, whose second process received SIGTERM; and `left/`, a copy of `stopped/` at that time.
 """
 
 import os

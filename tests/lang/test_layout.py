@@ -210,7 +210,8 @@ def test_prompt_may_be_an_array():
 
 
 def positions_of(tree: Tree, strategy: str, fixed: int) -> np.ndarray:
-  """Positions by docs/language.md section 4, token by token, in the order in which they depend on each other."""
+  """Positions by docs/language.md section 4, token by token, in the order in which they depend on each
+  other."""
 
   @functools.cache
   def length(n: int) -> int:  # positions from a chunk's first token to after its last, under `oracle`

@@ -1,5 +1,5 @@
-"""The paper's configs: Gemma 7B is read as published, and both stages' steps lower for TPU at full size. And the
-adapters that configs name."""
+"""The paper's configs: Gemma 7B is read as published, and both stages' steps lower for TPU at full size. And
+the adapters that configs name."""
 
 import json
 from pathlib import Path
@@ -51,8 +51,8 @@ def test_step_lowers_for_tpu_at_full_size(stage: str):
   "make", [module.get_config for module in (gemma_7b, gemma3_270m, llama32_1b, qwen25_05b, tiny_config)]
 )
 def test_other_models_have_no_adapter_of_smollm2(make):
-  """An adapter fits one model: a config names adapters made for its model, or files that its own commands write; a
-  flag changes the values that follow from it."""
+  """An adapter fits one model: a config names adapters made for its model, or files that its own commands
+  write; a flag changes the values that follow from it."""
   for arg in ("", "baseline"):
     config = make(arg)
     named = {config.model.adapter, *(s.adapter for s in config.systems.values())} - {""}

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_eight_devices_give_what_one_gives(tiny):  # noqa: F811
-  """Losses and parameters over twenty steps: full training on every shape of mesh; low-rank, with the kernel (five
-  steps) and on pairs on meshes that mix axes; and a run that moves to another mesh."""
+  """Losses and parameters over twenty steps: full training on every shape of mesh; low-rank, with the kernel
+  (five steps) and on pairs on meshes that mix axes; and a run that moves to another mesh."""
   environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
   done = subprocess.run(
     [sys.executable, str(ROOT / "tests" / "helpers" / "on_eight_devices.py"), str(tiny)],
@@ -43,8 +43,8 @@ def test_eight_devices_give_what_one_gives(tiny):  # noqa: F811
 
 
 def test_two_processes_give_what_one_gives(tiny, tmp_path):  # noqa: F811
-  """Losses and weights: low-rank, on pairs, and full. If one process receives SIGTERM, both stop; the run resumes on
-  two processes or on one."""
+  """Losses and weights: low-rank, on pairs, and full. If one process receives SIGTERM, both stop; the run
+  resumes on two processes or on one."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]

@@ -115,8 +115,8 @@ def settings(tiny: Path, **train) -> Config:
 
 
 class Account:
-  """The layout of a thread tree, computed by running it: each thread has a set of visible entries, a fork copies
-  it, a join adds the children's. It uses no intervals over serialised indices.
+  """The layout of a thread tree, computed by running it: each thread has a set of visible entries, a fork
+  copies it, a join adds the children's. It uses no intervals over serialised indices.
   """
 
   def __init__(self, thread: Thread, prompt: list[int], vocabulary: Vocabulary):
@@ -334,7 +334,8 @@ def test_packing_equals_no_packing(laid_out, full):
 
 
 def test_what_carries_no_loss(laid_out, full, vocabulary):
-  """Prompts, the ends of chunks and padding have no target; tags that the interpreter writes are no targets."""
+  """Prompts, the ends of chunks and padding have no target; tags that the interpreter writes are no
+  targets."""
   tags = vocabulary.tags
   for e in laid_out:
     prompt = (e.index < 0).sum()
@@ -499,8 +500,8 @@ def test_checkpoints_of_an_earlier_version_are_refused(whole_run, tiny, tmp_path
 
 @pytest.mark.parametrize("kind", ["low-rank", "full", "baseline"])
 def test_a_run_is_a_source_of_weights(tiny, tmp_path: Path, kind: str):
-  """The newest checkpoint of an unfinished run gives the weights that the run itself resumes with, and its tags
-  and positions."""
+  """The newest checkpoint of an unfinished run gives the weights that the run itself resumes with, and its
+  tags and positions."""
   config = settings(
     tiny, lora_rank=0 if kind == "full" else 2, steps=2, annotation="none" if kind == "baseline" else "plan"
   )
@@ -660,7 +661,8 @@ def test_baseline_has_no_tags(tiny, tmp_path, checkpoint, vocabulary):
 
 
 def test_an_adapter_is_merged_where_every_parameter_is_trained(tmp_path):
-  """Low-rank updates into the kernels; the tag rows of the embedding and of an untied head are the adapter's."""
+  """Low-rank updates into the kernels; the tag rows of the embedding and of an untied head are the
+  adapter's."""
   checkpoint = load_checkpoint(write_model(tmp_path / "model", model_config(tie_embeddings=False)))
   vocabulary = checkpoint.vocabulary
   config = settings(tmp_path)

@@ -1,4 +1,5 @@
-"""The HTTP client: fields from a config, and the limit of calls. For faults see tests/evaluate/test_judges.py."""
+"""The HTTP client: fields from a config, and the limit of calls. For faults see
+tests/evaluate/test_judges.py."""
 
 import json
 

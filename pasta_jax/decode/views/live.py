@@ -97,7 +97,8 @@ def _tail(text: Text, console: Console, width: int, lines: int) -> tuple[Text, i
 
 
 class _Frame:
-  """One picture of a trace; the layout is computed when it is drawn, for the terminal's size at that moment."""
+  """One picture of a trace; the layout is computed when it is drawn, for the terminal's size at that
+  moment."""
 
   def __init__(self, trace: Trace, vocabulary: Vocabulary, seconds: float):
     self.trace, self.vocabulary, self.seconds = trace, vocabulary, seconds
@@ -334,8 +335,8 @@ class LiveView:
 def figures_table(trace: Trace, seconds: float | None = None, speedup: float | None = None) -> Table:
   """The figures of a finished response, printed after it.
 
-  `seconds` is the wall clock of the response; `speedup` the time of the same model one token at a time divided
-  by it. The row of a figure that is None is left out.
+  `seconds` is the wall clock of the response; `speedup` the time of the same model one token at a time
+  divided by it. The row of a figure that is None is left out.
   """
   c = trace.cost
   table = Table(box=box.HORIZONTALS, border_style="dim", show_header=False, padding=(0, 1))

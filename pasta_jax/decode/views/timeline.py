@@ -1,7 +1,8 @@
-"""A response as a picture, in SVG and HTML without external resources: one lane per thread, time left to right.
+"""A response as a picture, in SVG and HTML without external resources: one lane per thread, time left to
+right.
 
-Time is counted in rounds: a token's round is its clock on a machine with unlimited branches, so the picture does
-not depend on the width of the steps.
+Time is counted in rounds: a token's round is its clock on a machine with unlimited branches, so the picture
+does not depend on the width of the steps.
 """
 
 import dataclasses
@@ -31,7 +32,8 @@ def printable(text: str) -> str:
 
 
 def hue(number: int) -> int:
-  """The colour of a chunk, in [0, N_HUES), the same in every view. `number` is its thread's number, from 1."""
+  """The colour of a chunk, in [0, N_HUES), the same in every view. `number` is its thread's number, from
+  1."""
   return (number - 1) % N_HUES
 
 
@@ -94,8 +96,8 @@ def pieces(trace: Trace, number: int, vocabulary: Vocabulary) -> list[Piece]:
 def joins(trace: Trace, vocabulary: Vocabulary) -> dict[int, tuple[int, int]]:
   """For each chunk that a sync joins: (number of the thread that wrote the sync, the sync's own index).
 
-  Chunks that are left to the end of the response are absent. In a trace that still grows the sync may yet wait
-  for them.
+  Chunks that are left to the end of the response are absent. In a trace that still grows the sync may yet
+  wait for them.
   """
   joined: dict[int, tuple[int, int]] = {}
 
@@ -299,7 +301,8 @@ def _fork(plot: _Plot, thread: ThreadTrace, parent: ThreadTrace) -> str:
 
 
 def _resumed(thread: ThreadTrace, at: int, latest: int) -> int:
-  """The round in which the thread of a sync resumes; `latest` is the last round of the chunks that it joins."""
+  """The round in which the thread of a sync resumes; `latest` is the last round of the chunks that it
+  joins."""
   after = int(thread.rounds[at + 1]) if at + 1 < thread.length else int(thread.rounds[at]) + 1
   return max(after, latest + 1)
 
@@ -439,9 +442,9 @@ def timeline_svg(
 ) -> str:
   """A response, finished or so far, as a self-contained SVG document; well-formed XML for any text.
 
-  One `<g class="lane" data-thread="…">` per thread, one `<path class="edge … fork">` per promise that was kept,
-  and one `<path class="edge … join">` per chunk that a sync joined. Chunks that the end of the response joins
-  have no curve. Colours follow the reader's light or dark scheme. `caption` replaces `figures(trace)`.
+  One `<g class="lane" data-thread="…">` per thread, one `<path class="edge … fork">` per promise that was
+  kept, and one `<path class="edge … join">` per chunk that a sync joined. Chunks that the end of the response
+  joins have no curve. Colours follow the reader's light or dark scheme. `caption` replaces `figures(trace)`.
   """
   plot = _Plot(trace)
   joined = {c: at for c, at in joins(trace, vocabulary).items() if trace.threads[c].finished}
@@ -561,7 +564,8 @@ def timeline_html(
 
 
 def write_timeline(path: str | Path, trace: Trace, vocabulary: Vocabulary) -> None:
-  """Writes `timeline_html` or `timeline_svg`, by the suffix of `path`. Raises ValueError for another suffix."""
+  """Writes `timeline_html` or `timeline_svg`, by the suffix of `path`. Raises ValueError for another
+  suffix."""
   path = Path(path)
   if path.suffix not in (".html", ".svg"):
     raise ValueError(f"timeline {path}: the name must end in .html or .svg")

@@ -6,5 +6,5 @@ at an endpoint, `files.py` reads preferences that others made. `judging.py` has 
 pair once; `agreement.py` measures how often a judge agrees with people.
 
 To add a judge, write one class with the methods of `judge.NamedJudge`, add one line to `registry.JUDGES`, and
-its name to the rule of `eval.judges` in `config.sections`.
+its name to `config.sections.JUDGES`.
 """
