@@ -145,7 +145,7 @@ def _lay_out(config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vo
     f"speedup below {c.min_speedup}, {selection.too_plain} beyond the share of plain ones"
   )
   if not data:
-    raise ValueError(f"no example of train.data={c.data!r} is left to train on ({left_out})")
+    raise ValueError(f"no example of train.data={','.join(c.data)!r} is left to train on ({left_out})")
   task = SFT(c, data, held_out, rule)
   print(
     f"{len(data)} examples ({left_out}), {len(held_out)} held out; {task.total_steps} steps, "
