@@ -22,7 +22,7 @@ from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.transformer import Attend
 from pasta_jax.train.sharding import ROWS, constrain_rows, divides
 
-Batch = Mapping[str, jax.Array]  # the fields of data.packing.PackedBatch
+DeviceBatch = Mapping[str, jax.Array]  # fields of data.packing.PackedBatch on the devices, leaves [B, …]
 
 
 def check_machine(config, name: str) -> None:
@@ -34,7 +34,7 @@ def check_machine(config, name: str) -> None:
     )
 
 
-def masked_intervals(batch: Batch) -> jax.Array:
+def masked_intervals(batch: DeviceBatch) -> jax.Array:
   """[B, T, L + 1, 2]: the intervals of query indices that each key is masked from.
 
   The last level masks an example from the examples after it in the same row (causality in
@@ -49,13 +49,13 @@ def masked_intervals(batch: Batch) -> jax.Array:
   return jnp.concatenate([batch["masked_intervals"], rest[:, :, None]], axis=2)
 
 
-def attention_mask(batch: Batch) -> jax.Array:
+def attention_mask(batch: DeviceBatch) -> jax.Array:
   """[B, T, T] boolean: whether the query sees the key."""
   at = jnp.arange(batch["tokens"].shape[1])
   return is_visible(at[:, None], at[None, :], masked_intervals(batch)[:, None])
 
 
-def make_attend(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
+def make_attend(kind: str, batch: DeviceBatch, config: ModelConfig, dtype) -> Attend:
   """`attend` for a batch's rows, computed by `kind`. On a mesh, rows and heads are sharded."""
   if kind == "auto":
     kind = "tpu" if jax.default_backend() == "tpu" else "chunked"
@@ -80,7 +80,7 @@ def make_attend(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
   return pinned
 
 
-def _by_kernel(kind: str, batch: Batch, config: ModelConfig, dtype) -> Attend:
+def _by_kernel(kind: str, batch: DeviceBatch, config: ModelConfig, dtype) -> Attend:
   """The partitioner cannot split a kernel, so each device runs it on its rows and key heads, or on its query
   heads if there are too few key heads."""
   platform = "gpu" if kind == "gpu" else "tpu"

@@ -23,13 +23,13 @@ import jax.numpy as jnp
 from pasta_jax.config.sections import LOSSES
 from pasta_jax.lang.layout import NO_TARGET
 from pasta_jax.model.transformer import Transformer
-from pasta_jax.train.attention import Batch, make_attend
+from pasta_jax.train.attention import DeviceBatch, make_attend
 from pasta_jax.train.sharding import constrain_rows
 
 _DPO_BETA = 0.1
 
 
-def hidden_states(model: Transformer, batch: Batch, *, remat: str, attention: str) -> jax.Array:
+def hidden_states(model: Transformer, batch: DeviceBatch, *, remat: str, attention: str) -> jax.Array:
   """[B, T, D] after the final norm."""
   attend = make_attend(attention, batch, model.config, model.dtype)
   hidden, _ = model(batch["tokens"], batch["positions"], attend, remat=remat)
@@ -37,7 +37,7 @@ def hidden_states(model: Transformer, batch: Batch, *, remat: str, attention: st
 
 
 def token_log_likelihood(
-  model: Transformer, batch: Batch, *, chunk: int = 1024, remat: str = "none", attention: str = "auto"
+  model: Transformer, batch: DeviceBatch, *, chunk: int = 1024, remat: str = "none", attention: str = "auto"
 ) -> tuple[jax.Array, jax.Array]:
   """(log p of each target [B, T], whether the target is the argmax [B, T]); zero and False without a target.
 
@@ -69,7 +69,7 @@ def token_log_likelihood(
 
 
 def sft_loss(
-  model: Transformer, batch: Batch, *, chunk: int = 1024, remat: str = "none", attention: str = "auto"
+  model: Transformer, batch: DeviceBatch, *, chunk: int = 1024, remat: str = "none", attention: str = "auto"
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum of the targets' negative log-likelihood, and sums for metrics: `loss`, `tokens`, `correct`.
 
@@ -95,13 +95,13 @@ def default_beta(loss: str, samples: int) -> float:
   return 1 / target if loss == "bonbon" else 1 / (2 * target)
 
 
-def _by_answer(x: jax.Array, batch: Batch) -> jax.Array:
+def _by_answer(x: jax.Array, batch: DeviceBatch) -> jax.Array:
   """[P, 2] sums of a per-token value [B, T] over the chosen and the rejected answer of each pair."""
   n = 2 * batch["weight"].shape[0]
   return jax.ops.segment_sum(x.reshape(-1), batch["answers"].reshape(-1), n + 1)[:n].reshape(-1, 2)
 
 
-def answer_log_likelihood(model: Transformer, batch: Batch, **how) -> jax.Array:
+def answer_log_likelihood(model: Transformer, batch: DeviceBatch, **how) -> jax.Array:
   """[P, 2] log p of the chosen and the rejected answer of each pair, summed over their targets; 0 for unused
   pairs. `how`: `chunk`, `remat` and `attention` of `token_log_likelihood`."""
   log_p, _ = token_log_likelihood(model, batch, **how)
@@ -109,7 +109,14 @@ def answer_log_likelihood(model: Transformer, batch: Batch, **how) -> jax.Array:
 
 
 def preference_loss(
-  model: Transformer, batch: Batch, *, loss: str, alpha: float, beta: float, per_token: bool = False, **how
+  model: Transformer,
+  batch: DeviceBatch,
+  *,
+  loss: str,
+  alpha: float,
+  beta: float,
+  per_token: bool = False,
+  **how,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum of the pairs' losses, and sums for metrics (divide by `pairs`; `ref_logp_drop` by `tokens`).
 

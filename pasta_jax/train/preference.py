@@ -18,12 +18,13 @@ from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import Transformer, set_matmul_precision
 from pasta_jax.train import distributed
+from pasta_jax.train.attention import DeviceBatch
 from pasta_jax.train.loop import checked_workdir
 from pasta_jax.train.losses import answer_log_likelihood, default_beta, preference_loss
 from pasta_jax.train.sft import row_shapes
 from pasta_jax.train.sharding import PER_PAIR
 from pasta_jax.train.state import make_model
-from pasta_jax.train.trainer import Arrays, Sums, Task, Trainer, positions_header, training_mesh
+from pasta_jax.train.trainer import Sums, Task, Trainer, positions_header, training_mesh
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import Records
 from pasta_jax.weights.checkpoint import Checkpoint
@@ -59,7 +60,7 @@ class Preference(Task):
     levels = max(e.masked_intervals.shape[1] for p in pairs for e in (p.chosen, p.rejected))
     return PairBatches(pairs, rows=c.batch_size, length=c.length, levels=levels, seed=c.seed)
 
-  def loss(self, model: Transformer, batch: Arrays) -> tuple[jax.Array, Sums]:
+  def loss(self, model: Transformer, batch: DeviceBatch) -> tuple[jax.Array, Sums]:
     c = self.settings
     return preference_loss(
       model,

@@ -17,12 +17,13 @@ from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import Transformer, set_matmul_precision
 from pasta_jax.train import distributed
+from pasta_jax.train.attention import DeviceBatch
 from pasta_jax.train.flops import chip
 from pasta_jax.train.loop import checked_workdir
 from pasta_jax.train.losses import sft_loss
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.state import TrainState, make_model
-from pasta_jax.train.trainer import Arrays, Sums, Task, Trainer, positions_header, training_mesh
+from pasta_jax.train.trainer import Sums, Task, Trainer, positions_header, training_mesh
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 
@@ -51,7 +52,7 @@ class SFT(Task):
   def tags(self) -> bool:
     return self.settings.annotation != "none"
 
-  def loss(self, model: Transformer, batch: Arrays) -> tuple[jax.Array, Sums]:
+  def loss(self, model: Transformer, batch: DeviceBatch) -> tuple[jax.Array, Sums]:
     c = self.settings
     return sft_loss(model, batch, chunk=c.loss_chunk, remat=c.remat, attention=c.attention)
 

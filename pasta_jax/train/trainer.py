@@ -27,7 +27,7 @@ from pasta_jax.data.pipeline import Batch, DataIterator
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.model.transformer import Transformer
 from pasta_jax.train import distributed
-from pasta_jax.train.attention import check_machine
+from pasta_jax.train.attention import DeviceBatch, check_machine
 from pasta_jax.train.checkpoints import checkpoint_metadata
 from pasta_jax.train.flops import step_flops
 from pasta_jax.train.loop import run_steps
@@ -55,7 +55,6 @@ from pasta_jax.weights.hf_folder import save_hf_folder
 from pasta_jax.weights.tokenizer import Tokenizer
 
 Sums = dict[str, jax.Array]  # scalars
-Arrays = dict[str, jax.Array]  # a batch on the devices, leaves [B, …]
 
 
 class Task(abc.ABC):
@@ -79,7 +78,7 @@ class Task(abc.ABC):
     return True
 
   @abc.abstractmethod
-  def loss(self, model: Transformer, batch: Arrays) -> tuple[jax.Array, Sums]:
+  def loss(self, model: Transformer, batch: DeviceBatch) -> tuple[jax.Array, Sums]:
     """(sum of the losses of a batch, sums for `means`, `count` among them). Traced."""
 
   @abc.abstractmethod
@@ -206,7 +205,7 @@ class Trainer:
     them."""
     return init_train_state(self.mesh, self.trainable, self.optimiser)
 
-  def abstract_arguments(self) -> tuple[TrainState, Params, Arrays]:
+  def abstract_arguments(self) -> tuple[TrainState, Params, DeviceBatch]:
     """Arguments of `update` as shapes, with the shardings that training gives them."""
 
     def placed(tree):
@@ -223,7 +222,7 @@ class Trainer:
     batches = {name: stacked(name, x) for name, x in self.task.batch_shapes().items()}
     return placed(state), placed(self.frozen), batches  # type: ignore[return-value]
 
-  def evaluator(self, f: Callable[[Transformer, Arrays], Any]) -> Callable[[Params, Batch], Any]:
+  def evaluator(self, f: Callable[[Transformer, DeviceBatch], Any]) -> Callable[[Params, Batch], Any]:
     """`run(trainable, batch)`: `f(model, batch)`, jitted, as NumPy arrays in every process. Every process
     passes the whole batch, leaves [B, …]."""
     whole = NamedSharding(self.mesh, PartitionSpec())
