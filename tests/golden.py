@@ -1,7 +1,7 @@
 """Golden dumps of decoding, training, packing and layout: made once, compared with after a change.
 
-  python golden.py make OUT_FOLDER [--prompts FILE] [--only tiny,layout,train,smollm2,gemma]
-  python golden.py compare OUT_FOLDER [--prompts FILE] [--only ...] [--quick]
+  python tests/golden.py make OUT_FOLDER [--prompts FILE] [--only tiny,layout,train,smollm2,gemma]
+  python tests/golden.py compare OUT_FOLDER [--prompts FILE] [--only ...] [--quick]
 
 Run it in the root of the code that is to be dumped or compared: that code is imported. `make` needs the
 prompts (JSON lines with "prompt") for `smollm2` and `gemma`; the dumps keep token ids only, which `compare`

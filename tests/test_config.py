@@ -17,6 +17,7 @@ from pasta_jax.config import ALIASES, Config, System, from_flags, identity, sect
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.model import transformer
 from pasta_jax.preference.score import SPEEDUPS
+from pasta_jax.train import ahead
 from pasta_jax.utils import endpoint
 from pasta_jax.utils.records import Records
 
@@ -178,6 +179,7 @@ def test_choices_are_what_is_implemented():
   assert set(sections.REMAT) == set(transformer.REMAT)
   assert set(sections.SCORES) == {*SPEEDUPS, "clock"}
   assert set(sections.PROVIDERS) == set(endpoint._URLS)
+  assert tuple(ahead.TASKS) == sections.TRAINING_STAGES
   assert PositionRule() == PositionRule(**vars(Config().positions))
 
 

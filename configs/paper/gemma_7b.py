@@ -32,8 +32,8 @@ def get_config(arg: str = "") -> ConfigDict:
     raise ValueError(f"gemma_7b: unknown argument {arg!r}; leave it out, or write ':baseline'")
   c = smollm2_135m.get_config(arg)
   c.model.source = "gemma-7b"
-  c.model.adapter = "runs/gemma_7b/pasta/adapter.safetensors"
-  c.systems.pasta.adapter = c.systems.sequential.adapter = c.model.adapter
+  c.model.adapter = f"runs/gemma_7b/{arg or 'pasta'}/adapter.safetensors"
+  c.systems.pasta.adapter = c.systems.sequential.adapter = "runs/gemma_7b/pasta/adapter.safetensors"
   c.systems.baseline.adapter = "runs/gemma_7b/baseline/adapter.safetensors"
   for system in ("apar", "fast", "quality"):  # their adapters would be SmolLM2's
     del c.systems[system]

@@ -8,7 +8,7 @@ are tuples; the command line, config files and config.json write them as text, s
 
 Files in configs/ return what `to_flags` makes of a Config, an ml_collections ConfigDict, which flags such as
 `--config.decode.max_new_tokens=64` change; `from_flags` reads it back. Nothing heavy is imported here:
-choices that other modules implement are listed in `sections`, and those modules import them.
+choices that other modules implement are listed in `sections`; those modules import them, or a test compares the two.
 """
 
 import dataclasses

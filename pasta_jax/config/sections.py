@@ -18,7 +18,7 @@ from pasta_jax.config.fields import (
   within,
 )
 
-# Choices that other modules implement and import from here.
+# Choices that other modules implement: they import them from here, or a test compares the two.
 STRATEGIES = ("pred_10x", "pred_1x", "fixed", "oracle", "max", "sum")  # of positions (lang.positions)
 ANNOTATIONS = ("plan", "structure", "none")  # of responses (data.examples)
 DTYPES = ("float32", "bfloat16")

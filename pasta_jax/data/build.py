@@ -18,6 +18,7 @@ from pasta_jax.data.examples import program_of
 from pasta_jax.data.sources import Source, decontaminate, read_instructions
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.utils.files import write_atomic
 from pasta_jax.utils.jsonl import DataError, write_jsonl
 
 
@@ -65,7 +66,7 @@ def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> di
   write(Responses(splits, {"figures": figures, "rejected": causes}, data_dir=str(workdir)))
   write_jsonl(workdir / "rejected.jsonl", rejected)
   page = report.page(splits["train"], facts["train"], figures, causes, vocabulary, rule)
-  (workdir / "report.html").write_text(page, "utf-8")
+  write_atomic(workdir / "report.html", page)
   _show(figures, causes, target)
   return {"figures": figures, "rejected": causes}
 

@@ -117,9 +117,8 @@ class Model:
     self.speed = d.speed if adapter is None else -1  # requested of the config's own adapter
     if "positions" in metadata and self.has_tags:
       self.rule = PositionRule(**json.loads(metadata["positions"]))
-    self.speeds: tuple[int, ...] = tuple(
-      json.loads(metadata.get("speeds", "[]"))
-    )  # that the adapter was trained for
+    # The speeds that the adapter was trained for.
+    self.speeds: tuple[int, ...] = tuple(json.loads(metadata.get("speeds", "[]")))
     self.model = build.for_decoding(
       checkpoint.config, checkpoint.params, merge, jnp.dtype(d.dtype), product=d.product
     )

@@ -31,12 +31,10 @@ class Thread(struct.PyTreeNode):
   state: jax.Array
   number: jax.Array  # of the current promise so far; -1: no digit yet
   topic: jax.Array  # uint32, hash of the current promise's topic so far
-  topic_before: jax.Array  # uint32, the same without its last token
+  topic_before: jax.Array  # uint32, without its last token, so that the guard can mask a repeated topic's end
   topic_last: jax.Array  # that token
   topic_length: jax.Array
-  recent: (
-    jax.Array
-  )  # [n] own tokens read last, oldest first; -1: none (n: `StepFeatures.no_repeat` - 1, or 0)
+  recent: jax.Array  # [n] own tokens read last, oldest first; -1: none (n: `no_repeat` - 1, or 0)
   length: jax.Array  # own tokens read back
   children: jax.Array  # promises kept so far
   visible: jax.Array  # [P] bool: pool entries that it sees

@@ -30,9 +30,7 @@ class ThreadTrace:
   positions: np.ndarray  # [n] int32
   entries: np.ndarray  # [n] int32, pool entries; -1 for a token that was not read back
   rounds: np.ndarray  # [n] int32, in which the token was written: its clock on a machine with enough branches
-  steps: (
-    np.ndarray
-  )  # [n] int32, decode step in which it was written; 0 for a chunk's `<async>` and unread tokens
+  steps: np.ndarray  # [n] int32, decode step in which it was written; 0 for `<async>` and unread tokens
   log_p: np.ndarray  # [n] float32, the model's; NaN for `<async>`, which the interpreter writes
   finished: bool  # it wrote its last token
 

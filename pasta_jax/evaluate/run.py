@@ -31,6 +31,7 @@ from pasta_jax.evaluate.report.write import write_report
 from pasta_jax.evaluate.systems.registry import load_system
 from pasta_jax.evaluate.systems.system import System
 from pasta_jax.utils.environment import machine, version
+from pasta_jax.utils.files import write_atomic, write_json_atomic
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import Records
 
@@ -45,7 +46,7 @@ def evaluate(config, workdir: Path) -> dict:
     for name in names:  # finds rows that do not fit before any work
       path = workdir / folder / f"{name}.jsonl"
       Records(path, settings_of(config, name, timed=with_clock)).missing(requests)
-  (workdir / "config.json").write_text(config.to_json(indent=2))
+  write_atomic(workdir / "config.json", config.to_json(indent=2))
   _write_run(workdir / "run.json", requests, judges)
   answer(config, workdir, names, requests)
   if timed:
@@ -85,7 +86,7 @@ def _write_run(path: Path, requests: Sequence[PromptTurn], judges: Sequence[Judg
     "machines": list(dict.fromkeys([*before.get("machines", []), machine()])),
     "versions": list(dict.fromkeys([*before.get("versions", []), version()])),
   }
-  path.write_text(json.dumps(now, indent=1) + "\n")
+  write_json_atomic(path, now)
 
 
 def _row(request: PromptTurn, name: str, record: dict) -> dict:

@@ -53,11 +53,6 @@ class Cost:
     """Steps of writing the same text one token at a time, over the longest sequential path."""
     return self.text_tokens / max(self.longest_path, 1)
 
-  @property
-  def tokens_per_round(self) -> float:
-    """Tokens of every kind that are written in a step, on average."""
-    return self.total_tokens / max(self.longest_path, 1)
-
 
 def cost(main: Thread, table: TokenTable, readings: Sequence[Reading] | None = None) -> Cost:
   """Figures of a response; `readings` are its threads' (`thread.read_all`), where they are known."""

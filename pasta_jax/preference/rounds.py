@@ -36,7 +36,7 @@ from pasta_jax.preference.score import StepCost
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.preference import train_on_pairs
 from pasta_jax.train.trainer import training_mesh
-from pasta_jax.utils.files import write_json_atomic
+from pasta_jax.utils.files import write_atomic, write_json_atomic
 from pasta_jax.utils.records import agree
 from pasta_jax.weights.adapter import has_tags, read_metadata
 from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
@@ -128,7 +128,7 @@ def optimise(config, workdir: Path) -> None:
   workdir = workdir.expanduser()
   job = _Job(config, workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / "config.json").write_text(config.to_json(indent=2))
+  write_atomic(workdir / "config.json", config.to_json(indent=2))
   for number in range(1, config.preference.rounds + 1):
     for policy in job.policies:
       if job.is_done(policy, number - 1):

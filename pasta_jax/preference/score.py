@@ -35,9 +35,8 @@ def _delivered(sample: dict, baseline: dict) -> float:
   return min(sample["theoretical_parallelism"], speedup_over_baseline(sample, baseline))
 
 
-SPEEDUPS: dict[
-  str, Callable[[dict, dict], float]
-] = {  # of a sample and the baseline's answer, by preference.score
+# Of a sample and the baseline's answer, by `preference.score`.
+SPEEDUPS: dict[str, Callable[[dict, dict], float]] = {
   "delivered": _delivered,
   "theoretical": speedup_over_baseline,  # the paper's theoretical speedup
   "parallelism": lambda sample, baseline: sample["tokens_per_round"],

@@ -107,8 +107,8 @@ def visited(row: PackedBatch, size: int) -> float:
   """Tiles of `size` tokens that are not fully masked, as a fraction of those of a causal row."""
   batch = {name: jnp.asarray(x) for name, x in row.as_dict().items()}
   length = row.tokens.shape[1] // size * size
-  hidden = masked_intervals(batch)[:, :length]
-  kinds = jax.jit(tiles.tile_kinds, static_argnums=(2, 3))(hidden, batch["positions"][:, :length], 0, size)
+  intervals = masked_intervals(batch)[:, :length]
+  kinds = jax.jit(tiles.tile_kinds, static_argnums=(2, 3))(intervals, batch["positions"][:, :length], 0, size)
   n = length // size
   return float((kinds != tiles.EMPTY).sum()) / (n * (n + 1) / 2)
 

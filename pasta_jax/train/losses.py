@@ -41,7 +41,7 @@ def token_log_likelihood(
 ) -> tuple[jax.Array, jax.Array]:
   """(log p of each target [B, T], whether the target is the argmax [B, T]); zero and False without a target.
 
-  `remat` is one of `transformer.REMAT`, `attention` one of `attention.KINDS`. Logits are computed for about
+  `remat` is one of `transformer.REMAT`, `attention` one of `config.sections.ATTENTION`. Logits are computed for about
   `chunk` tokens at a time, the same columns of every row, and recomputed in the backward pass: their memory
   is O(chunk x V).
   """

@@ -7,6 +7,7 @@ from tensorboardX import SummaryWriter
 
 from pasta_jax.decode.record import current
 from pasta_jax.utils.files import write_atomic
+from pasta_jax.utils.jsonl import read_finished_lines
 
 
 class MetricWriter:
@@ -33,7 +34,7 @@ class MetricWriter:
 
 def last_scalars(workdir: Path, share: float = 0.0) -> dict[str, float]:
   """The scalars of a run's last step, or their means over the last `share` of its steps."""
-  rows = [current(json.loads(line)) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  rows = [current(row) for row in read_finished_lines(workdir / "metrics.jsonl")]
   rows = rows[-max(1, round(share * len(rows))) :]
   return {k: sum(r[k] for r in rows) / len(rows) for k in rows[-1] if all(k in r for r in rows)}
 

@@ -37,14 +37,14 @@ def from_params(
   directly into that dtype.
 
   Args:
-    stacked: return the model in the form of `transformer.stack`. put: (name, array) -> the array on its
-      devices; called for each array before the next one is read. The default
-      does not copy if host and device share memory.
+    stacked: return the model in the form of `transformer.stack`.
+    put: (name, array) -> the array on its devices; called for each array before the next one is read. The
+      default does not copy if host and device share memory.
     product: the matrix product of all linear modules, a key of `products.PRODUCTS`; training needs "xla".
 
   Raises:
     ValueError: names the first parameter that is missing, unexpected or of another shape, or the unknown
-    product.
+      product.
   """
   check_product(product)
   model = abstract(config, dtype, stacked=stacked)

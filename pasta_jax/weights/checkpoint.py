@@ -47,8 +47,7 @@ def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -
 
   Args:
     source: a key of `download.RELEASES` ("smollm2-135m-instruct", "gemma3-270m"; downloaded once); a .gguf
-      file, or
-      any part of a split one; a folder that has one GGUF model, or is in Hugging Face's format, or is a
+      file, or any part of a split one; a folder that has one GGUF model, or is in Hugging Face's format, or is a
       training run (`run_folder`); or "tiny", a made-up model (`tiny`).
     progress: show a bar on stderr, if that is a terminal.
 

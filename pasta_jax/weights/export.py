@@ -33,8 +33,7 @@ def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: 
 
   Raises:
     ValueError: one line, for settings that cannot be used, a folder that is there already, or an adapter that
-    does not
-      fit (AdapterError).
+      does not fit (AdapterError).
   """
   if form not in EXPORTS or dtype not in DTYPES:
     raise ValueError(

@@ -59,7 +59,7 @@ def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, StoredParams, To
 
   Raises:
     WeightsError: the file is not GGUF or is truncated, the architecture is not supported, or tensors do not
-    fit it.
+      fit it.
   """
   fields, tensors = read_container(path)
   refuse_unreadable(path, tensors.items())

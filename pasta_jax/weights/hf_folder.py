@@ -65,8 +65,7 @@ def load_hf_folder(
 
   Raises:
     WeightsError: a file is missing or damaged, the architecture or one of its features is not supported, or
-    the
-      tensors do not fit config.json.
+      the tensors do not fit config.json.
   """
   described = read_json(folder / "config.json")
   config = parse_config(described, folder / "config.json")

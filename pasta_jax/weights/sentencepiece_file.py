@@ -32,9 +32,9 @@ def read_pieces(
     rows: number of embeddings. Added tokens without an embedding are left out.
 
   Raises:
-    WeightsError: the file cannot be read. ValueError: it is not a BPE with byte fallback, its normaliser
-    changes more than blanks, or it has more tokens
-      than `rows`.
+    WeightsError: the file cannot be read.
+    ValueError: it is not a BPE with byte fallback, its normaliser changes more than blanks, or it has more
+      tokens than `rows`.
   """
   model = _read(folder / "tokenizer.model")
   tokens = [piece.piece for piece in model.pieces]

@@ -29,14 +29,14 @@ class Tokenizer:
   """A BPE vocabulary with its chat template.
 
   Attributes:
-    vocab_size: number of ids, control tokens included. A model may have more (padded) embeddings. eos_id: the
-      token that ends an assistant's turn: the one that a file names so, otherwise the control token that the
-      chat template writes after an assistant's text, otherwise the one that ends a text.
-    end_ids: every token that ends a text, `eos_id` among them, in order. bos_id: the token that may begin a
-      text, or None. `encode` never adds it; a chat template may. special_ids: the control tokens, which
-      `encode` never returns. tag_ids: the entries of PASTA's tags: the tags themselves if the weights were
-      saved with them, otherwise the first
-      six reserved entries of the vocabulary; () if it has none.
+    vocab_size: number of ids, control tokens included. A model may have more (padded) embeddings.
+    eos_id: the token that ends an assistant's turn: the one that a file names so, otherwise the control token
+      that the chat template writes after an assistant's text, otherwise the one that ends a text.
+    end_ids: every token that ends a text, `eos_id` among them, in order.
+    bos_id: the token that may begin a text, or None. `encode` never adds it; a chat template may.
+    special_ids: the control tokens, which `encode` never returns.
+    tag_ids: the entries of PASTA's tags: the tags themselves if the weights were saved with them, otherwise
+      the first six reserved entries of the vocabulary; () if it has none.
     knows_tags: whether they are the tags themselves.
     chat_template: Jinja source; "" for a base model, except Gemma's (`chat.template_without_one`).
   """
@@ -185,8 +185,7 @@ class Tokenizer:
 
     Raises:
       WeightsError: a file is missing, damaged or not supported, has more tokens than `rows`, or names no
-      token that
-        ends a text.
+        token that ends a text.
     """
     config, texts, source = _described(folder)
     ends = [texts[name] for name in ("eos_token", "bos_token") if name in texts]
@@ -245,8 +244,7 @@ class Tokenizer:
 
     Raises:
       ValueError: the vocabulary cannot encode a character of the text (SmolLM2 lacks six control characters
-      and the
-        unassigned planes 4 to 11). Dropping it silently would change the text.
+        and the unassigned planes 4 to 11). Dropping it silently would change the text.
     """
     raw = text.encode()
     if raw.translate(None, self._absent) != raw:

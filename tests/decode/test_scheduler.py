@@ -149,7 +149,7 @@ def test_requests_of_other_sampling_run_beside_each_other(interpreter):
     SamplingConfig(temperature=1.0, repetition_penalty=1.5),
     SamplingConfig(repetition_penalty=1.2),
   ]
-  scheduler = Scheduler(interpreter, batch_size=4, branch_width=2)
+  scheduler = Scheduler(interpreter, batch_size=3, branch_width=2)
   ids = {scheduler.submit(DecodeRequest([1, 2, 3], s)): s for s in samplings}
   found = {}
   while scheduler.step():
@@ -160,7 +160,7 @@ def test_requests_of_other_sampling_run_beside_each_other(interpreter):
 
 def test_late_requests_take_free_places_of_a_fitting_pool(interpreter):
   interpreter.params = tiny.weights(0, "endless")
-  scheduler = Scheduler(interpreter, batch_size=4, branch_width=1)
+  scheduler = Scheduler(interpreter, batch_size=3, branch_width=2)
   sampling = SamplingConfig(temperature=1.0)
   started: list[int] = []  # in the order in which they were first seen to run
 
@@ -184,10 +184,10 @@ def test_late_requests_take_free_places_of_a_fitting_pool(interpreter):
   assert len(list(scheduler.results())) == 4
 
 
-@pytest.mark.parametrize("places", [1, 4])
+@pytest.mark.parametrize("places", [1, 3])
 def test_cancelled_requests_free_their_places(interpreter, places):
   interpreter.params = tiny.weights(0, "endless")
-  scheduler = Scheduler(interpreter, batch_size=places, branch_width=1)
+  scheduler = Scheduler(interpreter, batch_size=places, branch_width=2)
   seen: dict[int, int] = {}
   sampling = SamplingConfig(temperature=1.0)
   watcher = lambda i: lambda trace: seen.update({i: trace.steps})
@@ -212,7 +212,7 @@ def test_cancelled_requests_free_their_places(interpreter, places):
   assert not scheduler.step() and scheduler._running is None  # the pools are freed
 
 
-@pytest.mark.parametrize("places, width", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("places, width", [(1, 1), (3, 2)])
 def test_streamed_traces_grow_and_come_in_time(interpreter, alone, places, width):
   interpreter.params = tiny.weights(2, "habits")
   scheduler = Scheduler(interpreter, batch_size=places, branch_width=width)
@@ -234,7 +234,7 @@ def test_streamed_traces_grow_and_come_in_time(interpreter, alone, places, width
 
 def test_submit_and_cancel_from_other_threads(interpreter, alone):
   interpreter.params = tiny.weights(1, "habits")
-  scheduler = Scheduler(interpreter, batch_size=4, branch_width=2)
+  scheduler = Scheduler(interpreter, batch_size=3, branch_width=2)
   index: dict[int, int] = {}
   dropped: list[int] = []
 

@@ -8,7 +8,6 @@ Two figures put that into perspective: how often the chosen answer is the longer
 pairs whose chosen answer is the shorter one.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.judge import Answer, Pair
 from pasta_jax.evaluate.judges.judging import judge_pairs
 from pasta_jax.evaluate.judges.registry import judges_of
+from pasta_jax.utils.files import write_json_atomic
 from pasta_jax.utils.jsonl import read_jsonl
 
 
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
   del argv
   values = flags.FLAGS
   rows = measure(from_flags(values.config), Path(values.workdir), [f for f in values.data.split(",") if f])
-  (Path(values.workdir) / "agreement.json").write_text(json.dumps(rows, indent=2) + "\n")
+  write_json_atomic(Path(values.workdir) / "agreement.json", rows)
   table = rich.table.Table(title="agreement with labels, %")
   for name in (
     "judge",

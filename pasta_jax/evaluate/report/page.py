@@ -19,6 +19,7 @@ from pasta_jax.evaluate.report.run_record import Run
 from pasta_jax.evaluate.report.summary import Threshold
 from pasta_jax.evaluate.report.tables import about, group_tables, judge_note, table
 from pasta_jax.lang.positions import PositionRule
+from pasta_jax.utils.files import write_atomic
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.weights.checkpoint import load_checkpoint
 
@@ -182,7 +183,8 @@ def write_page(
     for heading, rows in group_tables(summary).items()
   )
   note = judge_note(summary)
-  path.write_text(
+  write_atomic(
+    path,
     f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -226,5 +228,4 @@ def write_page(
 </body>
 </html>
 """,
-    encoding="utf-8",
   )

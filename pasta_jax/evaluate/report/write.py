@@ -13,14 +13,15 @@ from pasta_jax.evaluate.report import page, plots, tables
 from pasta_jax.evaluate.report.figures import draw, speeds
 from pasta_jax.evaluate.report.run_record import Run, read_run
 from pasta_jax.evaluate.report.summary import summarise_run, thresholds
+from pasta_jax.utils.files import write_atomic, write_json_atomic
 
 
 def write_report(workdir: Path) -> dict:
   """Writes everything into the run's folder, prints the table, and returns the summary."""
   run = read_run(workdir)
   summary = summarise_run(run)
-  (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-  (workdir / "report.md").write_text(tables.markdown(summary))
+  write_json_atomic(workdir / "summary.json", summary)
+  write_atomic(workdir / "report.md", tables.markdown(summary))
   write_alpaca_eval(workdir / "alpaca_eval", run)
   (workdir / "figures").mkdir(exist_ok=True)
   svgs = {}
@@ -41,4 +42,4 @@ def write_alpaca_eval(folder: Path, run: Run) -> None:
       {"dataset": r.get("category", ""), "instruction": r["prompt"], "output": r["text"], "generator": name}
       for r in rows
     ]
-    (folder / f"{name}.json").write_text(json.dumps(outputs, indent=1, ensure_ascii=False))
+    write_atomic(folder / f"{name}.json", json.dumps(outputs, indent=1, ensure_ascii=False))

@@ -5,9 +5,8 @@ from pasta_jax.evaluate.systems.interpreter import ParallelSystem, SequentialSys
 from pasta_jax.evaluate.systems.skeleton import SkeletonSystem
 from pasta_jax.evaluate.systems.system import System
 
-SYSTEMS: dict[
-  str, type[System]
-] = {  # by the `decode` of an entry of `config.systems` (config.sections.DECODINGS)
+# By the `decode` of an entry of `config.systems` (config.sections.DECODINGS).
+SYSTEMS: dict[str, type[System]] = {
   "parallel": ParallelSystem,
   "sequential": SequentialSystem,
   "skeleton": SkeletonSystem,
