@@ -79,7 +79,6 @@ class LlmJudge:
     self.name = endpoint.model.replace("/", "-")
     self.settings = {"kind": endpoint.kind, "model": endpoint.model, "prompt": SYSTEM + QUESTION}
     self._endpoint, self._cache = endpoint, cache
-    self.paid = 0
 
   @classmethod
   def from_config(cls, config) -> Self:
@@ -109,7 +108,4 @@ class LlmJudge:
         on_judged(i, {"preference": sum(both) / 2, "orders": both})  # type: ignore[arg-type]
 
     with bar:
-      try:
-        caller.map([messages(pairs[i], system_first=first) for i, first in asked], on_answer)
-      finally:
-        self.paid += caller.paid
+      caller.map([messages(pairs[i], system_first=first) for i, first in asked], on_answer)
