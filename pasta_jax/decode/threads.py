@@ -149,7 +149,7 @@ def join(threads: Thread, over: jax.Array, round: jax.Array, rule: PositionRule)
   joins = owned & ready[:, None]
   joined = joins.any(axis=0)
 
-  def merge(visible):  # an OR as a product, which XLA multiplies faster than it reduces [M, M, P]
+  def merge(visible):  # an OR as a matrix product: no [M, M, P] array
     counts = jnp.dot(joins.astype(jnp.float32), visible.astype(jnp.float32))
     return visible | (counts > 0)
 
