@@ -5,27 +5,28 @@ renamed. A kill may leave the temporary; the next write of the same target repla
 """
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pasta_jax.utils.json_io import to_json
+
 
 def write_atomic(path: Path, content: str | bytes, *, shared: bool = False) -> None:
-  """Replaces the content of `path`; text is written as UTF-8.
+  """Replaces the content of `path`; text is written as UTF-8, with lone surrogates as their escapes.
 
   With `shared`, several processes may write the file at the same time: each uses a temporary of its own.
   """
-  data = content.encode() if isinstance(content, str) else content
+  data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
   with atomic_path(path, shared=shared) as temporary:
     temporary.write_bytes(data)
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
   """Replaces the content of `path` with indented JSON."""
-  write_atomic(path, json.dumps(value, indent=2) + "\n")
+  write_atomic(path, to_json(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -3,14 +3,15 @@
 `read_jsonl` stops at the first bad line; a caller that counts bad lines and goes on uses `parse_lines`.
 """
 
+import codecs
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pasta_jax.utils.files import write_atomic
+from pasta_jax.utils.json_io import parse_json, to_json
 
 
 class DataError(ValueError):
@@ -40,20 +41,17 @@ def read_bytes(path: str | Path) -> bytes:
 
 def parse_lines(data: bytes) -> Parsed:
   """Each line that is not blank; a bad line does not stop the others."""
-  for number, line in enumerate(data.splitlines(), 1):
-    try:
-      text = line.decode("utf-8")
-      if text.strip():
-        yield number, _object(json.loads(text))
-    except UnicodeDecodeError as error:
-      yield number, BadRow("not UTF-8", f"not UTF-8 ({error.reason} at byte {error.start})")
-    except json.JSONDecodeError as error:
-      yield number, BadRow("not JSON", f"not JSON ({error.msg})")
+  for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+    if line.strip():
+      try:
+        yield number, _object(parse_json(line))
+      except ValueError as error:
+        yield number, BadRow(str(error).partition(" (")[0], str(error))
 
 
 def parse_list(data: bytes) -> Parsed:
   """Each entry of one JSON list. Raises ValueError if the data is not one."""
-  entries = json.loads(data)
+  entries = parse_json(data)
   if not isinstance(entries, list):
     raise ValueError("expected a list of objects")
   for number, entry in enumerate(entries, 1):
@@ -103,8 +101,8 @@ def read_rows(path: str | Path) -> list[dict]:
 
 
 def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> str:
-  """One JSON object per line."""
-  return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+  """One JSON object per line, in ASCII (`json_io.to_json`)."""
+  return "".join(to_json(row) + "\n" for row in rows)
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

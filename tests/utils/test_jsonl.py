@@ -26,7 +26,7 @@ def test_written_rows_are_read_back(tmp_path: Path, name: str):
   path = tmp_path / name
   write_jsonl(tmp_path / "plain.jsonl", ROWS)
   data = (tmp_path / "plain.jsonl").read_bytes()
-  assert "é".encode() in data and data.count(b"\n") == 2
+  assert data.isascii() and data.count(b"\n") == 2
   path.write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
   assert read_jsonl(path) == ROWS and read_rows(path) == ROWS
 
@@ -50,11 +50,11 @@ def test_a_bad_line_does_not_stop_the_others():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", b'{}\n\n{"a"', ", line 3: not JSON (Expecting ':' delimiter)"),
+        ("x.jsonl", b'{}\n\n{"a"', ", line 3: not JSON (Expecting ':' delimiter"),
         ("x.jsonl", b'[{"a": 1}]', ", line 1: expected an object, found list"),
         ("x.jsonl", b"{}\n\xff", ", line 2: not UTF-8 (invalid start byte at byte 0)"),
         ("x.json", b'{"a": 1}', ": expected a list of objects"),
-        ("x.json", b"[{", ": Expecting property name"),
+        ("x.json", b"[{", ": not JSON (Expecting property name"),
         ("x.json", b"[{}, 3]", ", row 2: expected an object, found int"),
         ("x.jsonl.gz", b"{}", ": Not a gzipped file"),
         ("x.jsonl.gz", gzip.compress(b"{}", mtime=0)[:-4], ": Compressed file ended"),
