@@ -5,7 +5,6 @@ nothing reaches one unescaped.
 """
 
 import re
-import unicodedata
 
 MESSAGE_LENGTH = 400  # characters; an error message is one line that can be read at a glance
 
