@@ -118,6 +118,22 @@ def test_lists_are_written_with_spaces_too():
   )
 
 
+def test_a_comma_in_a_name_has_a_backslash_before_it():
+  config = with_changes(Config(), {"train.data": r"a\,b.jsonl*2, c.jsonl"})
+  assert config.train.data == ("a,b.jsonl*2", "c.jsonl")
+  assert Config.from_dict(config.to_dict()).train == config.train
+
+
+def test_one_rule_for_every_path(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/her")
+  paths = {"model.source": "~/a", "model.adapter": "~/b", "train.data": "~/c*2,d/~e", "eval.prompts": "~/f~"}
+  config = with_changes(Config(), paths | {"systems.apar.adapter": "~/g", "eval.judges": "local,~/h.jsonl"})
+  assert (config.model.source, config.model.adapter) == ("/home/her/a", "/home/her/b")
+  assert config.train.data == ("/home/her/c*2", "d/~e") and config.eval.prompts == "/home/her/f~"
+  assert config.systems["pasta"].adapter == "/home/her/b" and config.systems["apar"].adapter == "/home/her/g"
+  assert config.eval.judges == ("local", "/home/her/h.jsonl")
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [
@@ -129,7 +145,7 @@ def test_lists_are_written_with_spaces_too():
     ({"train.warmup": "a"}, "train.warmup must be a number, not 'a'"),
     ({"decode.guard": 1}, "decode.guard must be True or False, not 1"),
     ({"train.data": 3}, "train.data must be text or several"),
-    ({"train.batch_size": 0}, "train.batch_size must be 1 or more, not 0"),
+    ({"train.batch_size": 0}, "train.batch_size must be 1 to 65536, not 0"),
     ({"train.remat": "all"}, "train.remat must be one of none, full, attention, products, not 'all'"),
     ({"train.attention": "flash"}, "train.attention must be one of auto, .*, not 'flash'"),
     ({"train.annotation": "tree"}, "train.annotation must be one of plan, structure, none"),
@@ -139,9 +155,20 @@ def test_lists_are_written_with_spaces_too():
     ({"mesh.data": -1}, "mesh=.*: sizes are 1 or more; one may be -1"),
     ({"decode.top_p": 0.0}, r"decode.top_p must be in \(0, 1\], not 0.0"),
     ({"decode.min_p": 1.0}, r"decode.min_p must be in \[0, 1\), not 1.0"),
-    ({"decode.temperature": float("nan")}, "decode.temperature must be 0 or more"),
+    ({"decode.temperature": float("nan")}, "decode.temperature must be a finite number, not nan"),
+    ({"decode.promise_bias": float("-inf")}, "decode.promise_bias must be a finite number"),
+    ({"decode.temperature": -0.1}, "decode.temperature must be 0 or more"),
+    ({"decode.max_branches": 0}, "decode.max_branches must be 1 to 256, not 0"),
+    ({"decode.max_branches": 10_000}, "decode.max_branches must be 1 to 256"),
+    ({"decode.max_branches": 8, "decode.kv_capacity": 8}, "kv_capacity=8 must be above decode.max_branches=8"),
+    ({"decode.max_depth": 100}, "decode.max_depth must be 0 to 8"),
+    ({"decode.max_threads": 10**6}, "decode.max_threads must be 1 to 4096"),
+    ({"decode.seed": 10**400}, "decode.seed must be 2147483647 at most"),
+    ({"train.learning_rate": float("inf")}, "train.learning_rate must be a finite number"),
+    ({"train.data": "a.jsonl,gs://b/c.jsonl"}, "train.data=gs://b/c.jsonl: gs:// is not supported: mount it"),
+    ({"model.source": "hf://a/b"}, "model.source=hf://a/b: hf:// is not supported"),
     ({"decode.dtype": "bf16"}, "decode.dtype must be one of float32, bfloat16, not 'bf16'"),
-    ({"decode.batch_size": 0}, "decode.batch_size must be 1 or more"),
+    ({"decode.batch_size": 0}, "decode.batch_size must be 1 to 4096"),
     ({"systems.sot.decode": "points"}, "systems.sot.decode must be one of parallel"),
     ({"eval.systems": "pasta,faster"}, "eval.systems: unknown system 'faster'; config.systems has pasta"),
     ({"eval.baseline": "none"}, "eval.baseline: unknown system 'none'"),

@@ -1,6 +1,9 @@
 """What sections of settings are made of: fields with rules, conversion from text, and identity."""
 
 import dataclasses
+import math
+import os
+import re
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +14,18 @@ Rule = Callable[[Any], str]  # what is wrong with a value, to follow the setting
 
 def at_least(n: float) -> Rule:
   return lambda x: "" if x >= n else f"must be {n} or more, not {x!r}"
+
+
+def between(low: float, high: float) -> Rule:
+  """With both ends. The upper one is far above what is of use, and below what fills the memory."""
+  return lambda x: "" if low <= x <= high else f"must be {low} to {high}, not {x!r}"
+
+
+def _usable(x: Any) -> str:
+  """Of every number that is not in a list."""
+  if isinstance(x, float) and not math.isfinite(x):
+    return f"must be a finite number, not {x!r}"
+  return f"must be {LARGEST} at most, not {x!r}" if type(x) is int and abs(x) > LARGEST else ""
 
 
 def above(n: float) -> Rule:
@@ -37,24 +52,47 @@ def each_of(choices: tuple[str, ...]) -> Rule:
   return lambda xs: next((f"takes {', '.join(choices)}, not {x!r}" for x in xs if x not in choices), "")
 
 
+LARGEST = 2**31 - 1  # integer: arrays on devices have 32 bits
 ALWAYS, PROMISES, NEVER = "always", "with promises", "never"  # when results depend on a field
 
 
-def setting(default: Any, *rules: Rule, identity: str = ALWAYS, file: bool = False) -> Any:
+def setting(
+  default: Any, *rules: Rule, identity: str = ALWAYS, file: bool = False, path: bool = False
+) -> Any:
   """A field of a section.
 
   `identity`: when results depend on it; other values then need another folder, or are recorded with what was
-  made. `file`: it names files, which may be moved: identity takes their names without folders.
+  made. `path`: it names files or folders (`user_path`), perhaps among other things. `file`: the same, of
+  files that may be moved: identity takes their names without folders.
   """
-  return dataclasses.field(default=default, metadata={"rules": rules, "identity": identity, "file": file})
+  about = {"rules": rules, "identity": identity, "file": file, "path": path or file}
+  return dataclasses.field(default=default, metadata=about)
+
+
+def user_path(name: str, text: str) -> str:
+  """A path that a user gives, in every flag and setting: `~` is the home folder.
+
+  Raises ValueError, one line, for an address such as gs://bucket/folder, which would become a local folder.
+  """
+  if found := re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):
+    raise ValueError(
+      f"{name}={text}: {found[0]}/ is not supported: mount it (gcsfuse, s3fs) and name the folder, or copy it"
+    )
+  return os.path.expanduser(text)
 
 
 _KINDS = {int: "an integer", float: "a number", str: "text", bool: "True or False"}
 
 
 def to_text(values: tuple) -> str:
-  """A list as the command line and config.json write it."""
-  return ",".join(v if isinstance(v, str) else f"{v:g}" if float(f"{v:g}") == v else repr(v) for v in values)
+  """A list as the command line and config.json write it: a comma inside a text has a backslash before it."""
+  number = lambda v: f"{v:g}" if float(f"{v:g}") == v else repr(v)
+  return ",".join(v.replace(",", "\\,") if isinstance(v, str) else number(v) for v in values)
+
+
+def _parts(text: str) -> list[str]:
+  """The inverse of `to_text`."""
+  return [p.strip().replace("\\,", ",") for p in re.split(r"(?<!\\),", text)]
 
 
 def _converted(name: str, kind: Any, value: Any) -> Any:
@@ -69,7 +107,7 @@ def _converted(name: str, kind: Any, value: Any) -> Any:
       raise ValueError(f"{name} must be {_KINDS[kind]}, not {value!r}")
     return value
   [of, _] = kind.__args__  # tuple[of, ...]
-  parts = [p.strip() for p in value.split(",")] if isinstance(value, str) else value
+  parts = _parts(value) if isinstance(value, str) else value
   try:
     return tuple(of(p) for p in parts if p != "")
   except (TypeError, ValueError):
@@ -80,7 +118,7 @@ def check_rules(kind: type, name: str, values: Mapping[str, Any]) -> None:
   """Raises ValueError, one line, for one of `values` that breaks the rules of its field of `kind`, a section
   class that is called `name`."""
   for f in dataclasses.fields(kind):
-    for rule in f.metadata.get("rules", ()) if f.name in values else ():
+    for rule in (_usable, *f.metadata.get("rules", ())) if f.name in values else ():
       if wrong := rule(values[f.name]):
         raise ValueError(f"{name}.{f.name} {wrong}")
 
@@ -88,7 +126,11 @@ def check_rules(kind: type, name: str, values: Mapping[str, Any]) -> None:
 def check(section: Any, name: str) -> None:
   """Converts the fields of a new section and checks them. Raises ValueError, one line."""
   for f in dataclasses.fields(section):
-    object.__setattr__(section, f.name, _converted(f"{name}.{f.name}", f.type, getattr(section, f.name)))
+    full = f"{name}.{f.name}"
+    value = _converted(full, f.type, getattr(section, f.name))
+    if f.metadata.get("path"):
+      value = tuple(user_path(full, v) for v in value) if isinstance(value, tuple) else user_path(full, value)
+    object.__setattr__(section, f.name, value)
   check_rules(type(section), name, vars(section))
 
 

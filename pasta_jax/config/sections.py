@@ -11,6 +11,7 @@ from pasta_jax.config.fields import (
   Section,
   above,
   at_least,
+  between,
   each_of,
   one_of,
   setting,
@@ -66,8 +67,8 @@ def _share(share: str) -> str:
 class Model(Section):
   """The weights."""
 
-  source: str = "smollm2-135m-instruct"  # a released model, a Hugging Face folder or a .gguf file
-  adapter: str = "pasta"  # a name in decode.generator.EMBEDDED, or a file; "": the base model
+  source: str = setting("smollm2-135m-instruct", path=True)  # a released model, a folder or a .gguf file
+  adapter: str = setting("pasta", path=True)  # a name in decode.generator.EMBEDDED, a file; "": none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Train(Section):
   plain_share: float = 0.15  # maximal share of examples without chunks
   workers: int = setting(0, at_least(0))  # processes that lay out rows before training; 0: the main process
   length: int = setting(640, at_least(1))  # tokens of a packed row; longer examples are left out
-  batch_size: int = setting(3, at_least(1))  # rows of a batch
+  batch_size: int = setting(3, between(1, 2**16))  # rows of a batch
   grad_accum_steps: int = setting(1, at_least(1))  # batches of a step
   steps: int = setting(0, at_least(0))  # optimizer steps; 0: enough for `epochs`
   epochs: float = 3.0
@@ -140,18 +141,18 @@ class Decode(Section):
   parallel: bool = setting(True, identity=NEVER)  # False: the same weights without promises
   dtype: str = setting("bfloat16", one_of(DTYPES))  # float32: the same tokens at every branch width
   max_new_tokens: int = setting(512, at_least(1))  # of all threads together
-  max_branches: int = setting(8, at_least(1), identity=NEVER)  # branches that a step decodes at once
-  kv_capacity: int = setting(4096, at_least(1))  # entries of the key-value pool, prompt included
-  max_threads: int = setting(24, at_least(1), identity=PROMISES)  # of a response, the main thread included
-  max_depth: int = setting(1, identity=PROMISES)  # levels of chunks; released adapters rarely nest
-  max_topic: int = setting(12, at_least(1), identity=PROMISES)  # tokens of a topic, with `guard`
+  max_branches: int = setting(8, between(1, 256), identity=NEVER)  # branches that a step decodes at once
+  kv_capacity: int = setting(4096, between(1, 2**20))  # entries of the key-value pool, prompt included
+  max_threads: int = setting(24, between(1, 4096), identity=PROMISES)  # of a response, main thread included
+  max_depth: int = setting(1, between(0, 8), identity=PROMISES)  # levels of chunks
+  max_topic: int = setting(12, between(1, 256), identity=PROMISES)  # tokens of a topic, with `guard`
   guard: bool = setting(True, identity=PROMISES)  # allow only well-formed tags
   temperature: float = setting(0.0, at_least(0))  # 0: the likeliest token
   top_k: int = setting(0, at_least(0))  # 0: off
   top_p: float = setting(1.0, within("(0, 1]"))
   min_p: float = setting(0.0, within("[0, 1)"))
   repetition_penalty: float = setting(1.1, at_least(1))  # 1: off
-  no_repeat: int = setting(16, at_least(0))  # block topics and n-grams of this length; 0: off
+  no_repeat: int = setting(16, between(0, 1024))  # block topics and n-grams of this length; 0: off
   promise_bias: float = setting(1.5, identity=PROMISES)  # added to the logit of a promise's opening tag
   speed: int = setting(-1, identity=NEVER)  # of adapters that have it; 0: best quality; -1: none
   seed: int = 0
@@ -159,14 +160,22 @@ class Decode(Section):
   product: str = setting("xla", one_of(PRODUCTS), identity=NEVER)  # program of matrix products
   live: bool = setting(True, identity=NEVER)  # show branches while they are written, on a terminal
   compare: bool = setting(True, identity=NEVER)  # one prompt: time it without promises too
-  batch_size: int = setting(4, at_least(1), identity=NEVER)  # prompts decoded at once, with --prompts_file
+  batch_size: int = setting(4, between(1, 4096), identity=NEVER)  # prompts of a file decoded at once
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.kv_capacity <= self.max_branches:
+      raise ValueError(
+        f"decode.kv_capacity={self.kv_capacity} must be above decode.max_branches={self.max_branches}: a step "
+        "writes an entry for each branch"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
 class System:
   """What can be evaluated and compared: an adapter and a way of decoding."""
 
-  adapter: str = ""  # as model.adapter
+  adapter: str = setting("", path=True)  # as model.adapter
   decode: str = setting("parallel", one_of(DECODINGS))
   speed: int | None = None  # None: decode.speed, where the adapter was trained with speeds
   follows_model: bool = False  # `adapter` is always model.adapter
@@ -201,20 +210,20 @@ class Skeleton(Section):
 class Eval(Section):
   """--mode=eval and --mode=pilot."""
 
-  prompts: str = ""  # JSON lines with "prompt" (or MT-Bench's "turns"), or AlpacaEval's JSON
+  prompts: str = setting("", path=True)  # JSON lines: "prompt" or MT-Bench's "turns"; AlpacaEval's JSON
   limit: int = setting(0, at_least(0))  # prompts, spread evenly over the file; 0: all
   categories: tuple[str, ...] = ()  # of prompts; none: all
   systems: tuple[str, ...] = ("pasta", "baseline")  # of `Config.systems`
   baseline: str = "baseline"  # the system that the others are compared with
-  batch_size: int = setting(48, at_least(1))  # prompts decoded at once
-  branch_width: int = setting(2, at_least(1))  # branches of each prompt in a step
+  batch_size: int = setting(48, between(1, 4096))  # prompts decoded at once
+  branch_width: int = setting(2, between(1, 4096))  # branches of each prompt in a step
   dtype: str = setting("float32", one_of(DTYPES))  # batched; float32: the same at every batch size
   timed: int = setting(0, at_least(-1))  # prompts timed one at a time, in decode.dtype; -1: all
-  timed_prompts: str = ""  # a file of the prompts to time; "": the first of `prompts`
+  timed_prompts: str = setting("", path=True)  # a file of the prompts to time; "": the first of `prompts`
   repeats: int = setting(0, at_least(0))  # runs of each timed prompt, the last counts; 0: 1 on CPU, else 2
-  judges: tuple[str, ...] = setting(("local",), _judges)  # local, llm, files of preferences
+  judges: tuple[str, ...] = setting(("local",), _judges, path=True)  # local, llm, files of preferences
   judge_dtype: str = setting("bfloat16", one_of(DTYPES))  # of the local judge's model
-  difficulty: str = ""  # file of difficulties for the length-controlled win rate; "": without them
+  difficulty: str = setting("", path=True)  # file of difficulties, for the length-controlled win rate
   min_quality: float = 0.0  # pilot: win rate to reach, per cent; 0: none
   min_speedup: float = 0.0  # pilot: realised speedup to reach; 0: none
 
@@ -234,8 +243,8 @@ class Preference(Section):
   samples: int = setting(10, at_least(2))  # answers to a prompt; the best and the worst make a pair
   temperature: float = setting(0.5, above(0))  # of samples; at 0.8 nearly all of a small model's answers lose
   sample_dtype: str = setting("float32", one_of(DTYPES))
-  decode_batch_size: int = setting(48, at_least(1), identity=NEVER)  # prompts decoded at once
-  branch_width: int = setting(2, at_least(1), identity=NEVER)  # branches of each prompt in a step
+  decode_batch_size: int = setting(48, between(1, 4096), identity=NEVER)  # prompts decoded at once
+  branch_width: int = setting(2, between(1, 4096), identity=NEVER)  # branches of each prompt in a step
   audit: int = setting(8, at_least(0), identity=NEVER)  # samples whose log p the trainer recomputes
   score: str = setting("delivered", one_of(SCORES))  # what speedup means (preference.score)
   cost: str = setting("", file=True)  # file of the step cost, for score=clock (evaluate.benchmark)
@@ -245,7 +254,7 @@ class Preference(Section):
   beta: float = setting(0.0, at_least(0))  # 0: from the number of samples (train.losses)
   per_token: bool = True  # compare log p per token; False: summed over an answer, as in the paper
   length: int = setting(768, at_least(1))  # tokens of a packed row; longer samples are left out
-  batch_size: int = setting(3, at_least(2))  # rows, with about as many pairs
+  batch_size: int = setting(3, between(2, 2**16))  # rows, with about as many pairs
   grad_accum_steps: int = setting(2, at_least(1))  # batches of a step
   steps: int = setting(0, at_least(0))  # optimizer steps; 0: enough for `epochs`
   epochs: float = 1.0
@@ -292,7 +301,7 @@ class Judge(Endpoint):
   """The judge of eval.judges=llm. More `max_tokens` if its answers do not begin with the letter."""
 
   logprobs: bool = True  # ask for token probabilities; False for servers that refuse
-  cache: str = ""  # file of paid calls, to share between runs; "": in the run's folder
+  cache: str = setting("", path=True)  # file of paid calls, to share between runs; "": in the run's folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,14 +311,16 @@ class Annotate(Endpoint):
   kind: str = setting("openai", one_of((*PROVIDERS, "structure")))  # structure: by form
   max_tokens: int = 1500  # of an answer
   timeout: float = setting(120.0, above(0))  # seconds
-  data: str = ""  # JSON lines: prompt and response; Alpaca's fields; SlimOrca's conversations; messages
+  # JSON lines: prompt and response; Alpaca's fields; SlimOrca's conversations; messages
+  data: str = setting("", path=True)
   limit: int = setting(0, at_least(0))  # rows, spread evenly over the file; 0: all
-  avoid: str = ""  # file of evaluation prompts: rows that share eight consecutive words with one are left out
+  # file of evaluation prompts: rows that share eight consecutive words with one are left out
+  avoid: str = setting("", path=True)
   per_minute: int = setting(0, at_least(0))  # maximal rate of calls; 0: no limit
   tries: int = setting(3, at_least(1))  # answers asked for until one can be used
   check: bool = True  # ask of each chunk whether its writer had the information to write it
-  demonstrations: str = "data/seed.jsonl"
-  against: str = ""  # file with other annotations of the same responses, to compare with
+  demonstrations: str = setting("data/seed.jsonl", path=True)
+  against: str = setting("", path=True)  # file with other annotations of the same responses, to compare with
   price_read: float = 0.0  # of a million tokens
   price_written: float = 0.0  # of a million tokens
 
@@ -318,10 +329,11 @@ class Annotate(Endpoint):
 class Dataset(Section):
   """--mode=build."""
 
-  train: tuple[str, ...] = ()  # files of annotated or plain responses: JSON lines, parquet, Arrow folders
-  validation: tuple[str, ...] = ()  # the same
+  # files of annotated or plain responses: JSON lines, parquet, Arrow folders
+  train: tuple[str, ...] = setting((), path=True)
+  validation: tuple[str, ...] = setting((), path=True)  # the same
   validation_share: float = setting(0.0, within("[0, 1)"))  # of `train`, by prompt; if `validation` is empty
-  avoid: str = ""  # file of evaluation prompts, as annotate.avoid
+  avoid: str = setting("", path=True)  # file of evaluation prompts, as annotate.avoid
   strict: bool = False  # stop at a row that cannot be used, instead of listing it
 
 
