@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from pasta_jax.config import Config, with_changes
+from pasta_jax.config import Config, identity, with_changes
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import EVERY, Scheduler, decode
@@ -82,6 +82,11 @@ def adapter_digest(name: str) -> str | None:
   """sha256 of an adapter's file; None if there is none."""
   path = adapter_path(name)
   return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
+
+
+def decode_settings(config, *, parallel: bool) -> dict:
+  """The fields of `config.decode` that a response depends on, with promises (`parallel`) or without."""
+  return {f"decode.{k}": v for k, v in identity(config.decode, promises=parallel).items()}
 
 
 def with_speed(message: Mapping[str, str], speed: int) -> dict[str, str]:

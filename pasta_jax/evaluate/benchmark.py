@@ -242,11 +242,11 @@ def main(argv: list[str]) -> None:
         taken[key].append(measure())
   median = {key: statistics.median(values) for key, values in taken.items()}
   if FLAGS.json:
-    with open(FLAGS.json, "w") as file:
+    with open(FLAGS.json, "w", encoding="utf-8") as file:
       json.dump({" ".join(map(str, k)): v for k, v in median.items()}, file, indent=2)
   if FLAGS.cost:
     cost = step_cost(median, FLAGS.dtypes[-1])
-    with open(FLAGS.cost, "w") as file:
+    with open(FLAGS.cost, "w", encoding="utf-8") as file:
       json.dump(cost, file, indent=2)
     console.print("step cost, seconds: " + ", ".join(f"{k} {v:.3g}" for k, v in cost.items()))
   show(console, median, branches, pools, requests)

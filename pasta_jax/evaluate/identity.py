@@ -1,14 +1,9 @@
 """What responses depend on: the settings that are kept with each file of rows."""
 
 from pasta_jax.config import identity
-from pasta_jax.decode.generator import adapter_digest
+from pasta_jax.decode.generator import adapter_digest, decode_settings
 from pasta_jax.evaluate.systems.registry import SYSTEMS
 from pasta_jax.utils.environment import machine
-
-
-def decode_settings(config, *, parallel: bool) -> dict:
-  """The fields of `config.decode` that a response depends on, with promises (`parallel`) or without."""
-  return {f"decode.{k}": v for k, v in identity(config.decode, promises=parallel).items()}
 
 
 def settings_of(config, name: str, *, timed: bool) -> dict:

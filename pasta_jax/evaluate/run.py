@@ -9,7 +9,6 @@ Every file of rows has its settings beside it. A run that was stopped continues 
 that is added later joins the earlier ones.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,16 +31,31 @@ from pasta_jax.evaluate.systems.registry import load_system
 from pasta_jax.evaluate.systems.system import System
 from pasta_jax.utils.environment import machine, version
 from pasta_jax.utils.files import write_atomic, write_json_atomic
+from pasta_jax.utils.json_io import read_json
+from pasta_jax.utils.locks import LOCK, locked
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import Records
 
 
 def evaluate(config, workdir: Path) -> dict:
-  """Runs `config.eval` in `workdir` and returns the summary that it writes there (`report.summary`)."""
+  """Runs `config.eval` in `workdir`, which it locks, and returns the summary that it writes there
+  (`report.summary`)."""
   e = config.eval
   names = list(dict.fromkeys([*e.systems, e.baseline]))
   requests, timed = select_requests(e)
   judges = judges_of(config)
+  with locked(workdir / LOCK):
+    return _evaluate(config, workdir, names, requests, timed, judges)
+
+
+def _evaluate(
+  config,
+  workdir: Path,
+  names: list[str],
+  requests: list[PromptTurn],
+  timed: list[PromptTurn],
+  judges: Sequence[Judge],
+) -> dict:
   for folder, with_clock in (("responses", False), *([("timed", True)] if timed else [])):
     for name in names:  # finds rows that do not fit before any work
       path = workdir / folder / f"{name}.jsonl"
@@ -51,7 +65,7 @@ def evaluate(config, workdir: Path) -> dict:
   answer(config, workdir, names, requests)
   if timed:
     time_systems(config, workdir, names, timed)
-  judge_run(workdir, names, e.baseline, requests, judges)
+  judge_run(workdir, names, config.eval.baseline, requests, judges)
   return write_report(workdir)
 
 
@@ -79,7 +93,7 @@ def select_requests(e) -> tuple[list[PromptTurn], list[PromptTurn]]:
 
 def _write_run(path: Path, requests: Sequence[PromptTurn], judges: Sequence[Judge]) -> None:
   """Writes what the report is about: this call's requests and judges, all machines and versions so far."""
-  before = json.loads(path.read_text()) if path.exists() else {}
+  before = read_json(path) if path.exists() else {}
   now = {
     "requests": [r.id for r in requests],
     "judges": [j.name for j in judges],

@@ -10,11 +10,11 @@ import numpy as np
 
 from pasta_jax.config.sections import share_of
 from pasta_jax.data.prompts import PromptTurn
-from pasta_jax.decode.generator import Model, adapter_digest
+from pasta_jax.decode.generator import Model, adapter_digest, decode_settings
 from pasta_jax.decode.record import current, to_record
 from pasta_jax.decode.scheduler import Scheduler
 from pasta_jax.decode.trace import Trace, to_json
-from pasta_jax.evaluate.identity import decode_settings, settings_of
+from pasta_jax.evaluate.identity import settings_of
 from pasta_jax.evaluate.systems.registry import load_system
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.preference.score import chunk_facts

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pasta_jax.config import System, identity
+from pasta_jax.config.sections import share_of
 from pasta_jax.data.pairs import PreferencePair
 from pasta_jax.data.prompts import PromptTurn, read_prompts
 from pasta_jax.decode.generator import adapter_path, source_of, with_speed
@@ -37,7 +38,10 @@ from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.preference import train_on_pairs
 from pasta_jax.train.trainer import training_mesh
 from pasta_jax.utils.files import write_atomic, write_json_atomic
+from pasta_jax.utils.json_io import read_json
+from pasta_jax.utils.locks import LOCK, locked
 from pasta_jax.utils.records import agree
+from pasta_jax.utils.typed import checked
 from pasta_jax.weights.adapter import has_tags, read_metadata
 from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
 
@@ -47,7 +51,7 @@ def read_step_cost(c) -> StepCost | None:
   if c.score != "clock":
     return None
   try:
-    return StepCost(**json.loads(Path(c.cost).read_text()))
+    return StepCost(**checked(dict[str, float], read_json(Path(c.cost)), c.cost))
   except (OSError, ValueError, TypeError) as error:
     raise ValueError(
       "preference.score=clock needs preference.cost=FILE, which the benchmark writes with --cost=FILE "
@@ -124,11 +128,22 @@ class _Job:
 
 
 def optimise(config, workdir: Path) -> None:
-  """Runs `config.preference` in `workdir`. Raises ValueError, one line, for what cannot be used."""
-  workdir = workdir.expanduser()
+  """Runs `config.preference` in `workdir`, which it locks. Raises ValueError, one line, for what cannot be
+  used."""
   job = _Job(config, workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  write_atomic(workdir / "config.json", config.to_json(indent=2))
+  with locked(workdir / _lock_name(config.preference.share)):
+    write_atomic(workdir / "config.json", config.to_json(indent=2), shared=True)
+    _rounds(job)
+
+
+def _lock_name(share: str) -> str:
+  """A process that draws a share of the samples locks that share only: it writes files of its own."""
+  found = share_of(share)
+  return f"share.{found[0]}-of-{found[1]}.lock" if found else LOCK
+
+
+def _rounds(job: _Job) -> None:
+  config = job.config
   for number in range(1, config.preference.rounds + 1):
     for policy in job.policies:
       if job.is_done(policy, number - 1):
@@ -139,7 +154,7 @@ def optimise(config, workdir: Path) -> None:
       break
     if "eval" in job.stages:
       _evaluate(job, number)
-  show(workdir)
+  show(job.workdir)
 
 
 def _round(job: _Job, policy: Policy, number: int) -> None:

@@ -4,14 +4,19 @@ Every process runs the same program over the same data files, in a shared folder
 same arrays (`train.sharding`), and the first one writes files.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pasta_jax.utils.locks import LOCK, locked
 
 
 def start(coordinator: str, count: int, index: int) -> None:
@@ -26,6 +31,8 @@ def start(coordinator: str, count: int, index: int) -> None:
     raise ValueError(
       "--coordinator, --processes and --process go together; leave all three out on Cloud TPU and SLURM"
     )
+  if coordinator and not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
+    raise ValueError(f"--coordinator={coordinator} must be host:port, such as 10.0.0.1:8476")
   if count and index >= count:
     raise ValueError(f"--process={index} must be in 0 to {count - 1}")
   try:
@@ -70,6 +77,17 @@ def from_first(make: Callable[[], Any]) -> Any:
   if message is not None:
     raise error or ValueError(message)
   return value
+
+
+@contextlib.contextmanager
+def writing_in(workdir: Path) -> Iterator[None]:
+  """All processes write in a folder as one run: the first holds the folder's lock (`utils.locks`).
+
+  Raises LockedError, or in the other processes ValueError, if another run holds it.
+  """
+  with contextlib.ExitStack() as held:
+    from_first(lambda: held.enter_context(locked(workdir / LOCK)))
+    yield
 
 
 def to_host(tree: Any, mesh: Mesh) -> Any:

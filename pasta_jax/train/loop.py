@@ -5,7 +5,6 @@ and the step number. A run that was killed and resumed is bitwise identical to o
 """
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -21,6 +20,7 @@ from pasta_jax.train.checkpoints import Checkpoints
 from pasta_jax.train.metrics import MetricWriter
 from pasta_jax.train.state import TrainState
 from pasta_jax.utils.files import write_atomic
+from pasta_jax.utils.json_io import read_json
 from pasta_jax.utils.progress import progress_bar
 
 Step = Callable[[int, TrainState, Batch], tuple[TrainState, dict[str, float]]]
@@ -47,7 +47,7 @@ def run_steps(
   Leaves checkpoints (with `checkpoint_metadata`, see `checkpoints.checkpoint_metadata`), `metrics.jsonl`,
   `tensorboard/` and `config.json` in `workdir`. The scalars must include `loss` and `gradient_norm`.
 
-  Raises Stopped if one of the processes received SIGTERM before the last step, FloatingPointError if one of
+  Raises Stopped if one of the processes received SIGTERM, FloatingPointError if one of
   these two scalars is not finite, and ValueError, one line, if an earlier run in `workdir` cannot be resumed.
   """
   if total < 1:
@@ -90,7 +90,7 @@ def run_steps(
         last = step + 1 == total
         stopping = distributed.any_of(bool(stop))  # read once: a signal during the save stops the next step
         checkpoints.save(state, feed.state(), force=last or stopping)
-        if stopping and not last:
+        if stopping:  # after the last step too: more may follow this training
           raise Stopped(
             f"stopped by SIGTERM after step {step + 1} of {total}; the same command continues from there"
           )
@@ -108,7 +108,7 @@ def checked_workdir(workdir: str | Path | None) -> Path:
   """The run's folder, which need not exist yet. Raises ValueError if it cannot be created or written."""
   if workdir is None or not str(workdir):
     raise ValueError("training needs a folder for its checkpoints and metrics: pass --workdir=runs/NAME")
-  workdir = Path(workdir).expanduser()
+  workdir = Path(workdir)
   existing = next(p for p in (workdir.absolute(), *workdir.absolute().parents) if p.exists())
   if not existing.is_dir():
     raise ValueError(f"--workdir={workdir}: {existing} is not a folder")
@@ -121,7 +121,7 @@ def _write_config(path: Path, config, first: int) -> None:
   """Writes the resolved config; prints which settings differ from those that a resumed run started with."""
   if first and path.exists():
     try:
-      before = current_names(_flat(json.loads(path.read_text())))
+      before = current_names(_flat(read_json(path)))
     except ValueError:
       before = {}
     now = _flat(config.to_dict())

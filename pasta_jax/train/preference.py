@@ -177,14 +177,14 @@ def train_on_pairs(
   mesh = training_mesh(config, "preference")
   set_matmul_precision(c.dtype)
   workdir = checked_workdir(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
-  task = Preference(c, pairs, rule, notes)
-  model = make_model(checkpoint, vocabulary, c, adapter=adapter, mesh=mesh)
-  trainer = Trainer(task, model, mesh, steps=task.total_steps)
-  made_with = {"reference": hashlib.sha256(adapter.read_bytes()).hexdigest(), "dtype": c.dtype}
-  task.use(with_reference(trainer, task, pairs, workdir / "reference.jsonl", made_with))
-  print(
-    f"{len(pairs)} pairs; {task.total_steps} steps, {task.steps_per_epoch:.0f} an epoch; {c.loss}, "
-    f"beta {task.beta:.4f}"
-  )
-  trainer.fit(workdir, config, checkpoint)
+  with distributed.writing_in(workdir):
+    task = Preference(c, pairs, rule, notes)
+    model = make_model(checkpoint, vocabulary, c, adapter=adapter, mesh=mesh)
+    trainer = Trainer(task, model, mesh, steps=task.total_steps)
+    made_with = {"reference": hashlib.sha256(adapter.read_bytes()).hexdigest(), "dtype": c.dtype}
+    task.use(with_reference(trainer, task, pairs, workdir / "reference.jsonl", made_with))
+    print(
+      f"{len(pairs)} pairs; {task.total_steps} steps, {task.steps_per_epoch:.0f} an epoch; {c.loss}, "
+      f"beta {task.beta:.4f}"
+    )
+    trainer.fit(workdir, config, checkpoint)

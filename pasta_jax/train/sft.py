@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from pasta_jax.config import identity
 from pasta_jax.data.examples import examples, mix
@@ -118,12 +119,18 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   mesh = training_mesh(config, "train")
   set_matmul_precision(c.dtype)
   workdir = checked_workdir(workdir)  # before minutes of loading
+  with distributed.writing_in(workdir):
+    _train(config, workdir, mesh)
+    return last_scalars(workdir) if distributed.is_first() else {}
+
+
+def _train(config, workdir: Path, mesh: Mesh) -> None:
+  c = config.train
   rows, held_out_rows = mix(c.data), mix(c.validation)
   checkpoint = load_checkpoint(config.model.source)
   task = _lay_out(config, rows, held_out_rows, checkpoint.vocabulary)
   model = make_model(checkpoint, checkpoint.vocabulary, c, tags=task.tags, mesh=mesh)
   Trainer(task, model, mesh, steps=task.total_steps).fit(workdir, config, checkpoint)
-  return last_scalars(workdir) if distributed.is_first() else {}
 
 
 def _lay_out(config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vocabulary) -> SFT:

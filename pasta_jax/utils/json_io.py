@@ -10,6 +10,7 @@ import json
 import math
 import os
 import uuid
+from pathlib import Path
 from typing import Any
 
 MAX_DEPTH = 100  # levels of lists and objects: more is damage, and would end Python's stack somewhere later
@@ -39,6 +40,17 @@ def parse_json(data: str | bytes) -> Any:
     if not level:
       return value
   raise ValueError("nested too deeply")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """The JSON object in a file that a run left. Raises OSError, or ValueError, one line that names the file."""
+  try:
+    value = parse_json(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path}: damaged: {error}") from None
+  if not isinstance(value, dict):
+    raise ValueError(f"{path}: damaged: not a JSON object")
+  return value
 
 
 def _children(value: Any) -> Any:

@@ -5,14 +5,14 @@ it, and rows made with other settings are never mixed in.
     responses/pasta.settings.json    the settings, flat
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pasta_jax.config import current_names
-from pasta_jax.utils.files import write_json_atomic
+from pasta_jax.utils.files import write_atomic
+from pasta_jax.utils.json_io import parse_json, read_json, to_json
 from pasta_jax.utils.jsonl import DataError, append_row, read_finished_lines
 
 
@@ -26,26 +26,26 @@ class Prompted(Protocol):
 
 
 P = TypeVar("P", bound=Prompted)
+OTHER_FOLDER = "choose another --workdir, or the settings of that run"
 
 
-def agree(what: Path, beside: Path, settings: dict[str, Any]) -> None:
-  """Writes the settings that `what` is made with to `beside`.
+def agree(what: Path, beside: Path, settings: dict[str, Any], advice: str = OTHER_FOLDER) -> None:
+  """Writes the settings that `what` is made with to `beside`. Several processes may do so at the same time.
 
-  Raises DataError, naming one setting, if `beside` exists and differs.
+  Raises DataError, naming one setting and giving `advice`, if `beside` exists and differs.
   """
-  settings = json.loads(json.dumps(settings))
+  settings = parse_json(to_json(settings))
   before = _read_settings(beside) if beside.exists() else settings
   for name in dict.fromkeys([*before, *settings]):
     if before.get(name) != settings.get(name):
       raise DataError(
-        f"{what} was made with {name}={before.get(name)!r}, not {settings.get(name)!r}: choose "
-        "another --workdir, or the settings of that run"
+        f"{what} was made with {name}={before.get(name)!r}, not {settings.get(name)!r}: {advice}"
       )
-  write_json_atomic(beside, settings)
+  write_atomic(beside, to_json(settings, indent=2) + "\n", shared=True)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-  return current_names(json.loads(path.read_text()))
+  return current_names(read_json(path))
 
 
 def settings_beside(path: Path) -> Path:
@@ -56,19 +56,19 @@ def settings_beside(path: Path) -> Path:
 class Records:
   """Rows by `id` in the file `path`; `settings` is what they depend on.
 
-  Raises DataError, naming one setting, if `path` has rows that were made with other settings.
+  Raises DataError, as `agree` does, if `path` has rows that were made with other settings, or for a damaged file.
   """
 
-  def __init__(self, path: Path, settings: dict[str, Any]):
+  def __init__(self, path: Path, settings: dict[str, Any], advice: str = OTHER_FOLDER):
     self.path = path
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = settings_beside(path)
     if path.exists():  # a kill may have cut off the last line
       os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    self.rows = {row["id"]: row for row in read_finished_lines(path)}
+    self.rows = {row["id"]: row for row in _with_ids(path)}
     if not self.rows:
       beside.unlink(missing_ok=True)
-    agree(path, beside, settings)
+    agree(path, beside, settings, advice)
 
   def add(self, row: dict) -> None:
     self.rows[row["id"]] = row
@@ -81,7 +81,7 @@ class Records:
 def missing(path: Path, rows: Mapping[str, dict], requests: Sequence[P]) -> list[P]:
   """Requests without a row in `path`. Raises DataError if a row's id is that of another prompt."""
   for r in requests:
-    if (row := rows.get(r.id)) and row["prompt"] != r.prompt:
+    if (row := rows.get(r.id)) and row.get("prompt") != r.prompt:
       raise DataError(
         f"{path} has a response to another prompt with the id {r.id!r}: choose another --workdir"
       )
@@ -93,4 +93,13 @@ def read_records(path: Path) -> list[dict]:
 
   Another process may be writing to the file: a last line without its line break is ignored.
   """
-  return list({row["id"]: row for row in read_finished_lines(path)}.values())
+  return list({row["id"]: row for row in _with_ids(path)}.values())
+
+
+def _with_ids(path: Path) -> list[dict]:
+  """The finished rows. Raises DataError if one has no id: it is not a file of records."""
+  rows = read_finished_lines(path)
+  for number, row in enumerate(rows, 1):
+    if not isinstance(row.get("id"), str):
+      raise DataError(f"{path}, row {number} has no id: the file is damaged, or not of this program")
+  return rows
