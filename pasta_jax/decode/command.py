@@ -1,19 +1,24 @@
 """`--mode=decode`: answers one prompt with a live view, or a file of prompts into a file of responses."""
 
 import dataclasses
+import hashlib
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from pasta_jax.decode.generator import DecodeError, Model, Response
+from pasta_jax.decode.generator import DecodeError, Model, Response, adapter_digest, decode_settings
 from pasta_jax.decode.scheduler import precompile
 from pasta_jax.decode.views.live import LiveView, figures_table
-from pasta_jax.utils.files import write_atomic
-from pasta_jax.utils.jsonl import read_jsonl, to_jsonl
+from pasta_jax.utils.json_io import to_json
+from pasta_jax.utils.jsonl import read_jsonl, to_jsonl, write_jsonl
+from pasta_jax.utils.locks import locked
 from pasta_jax.utils.progress import progress_bar
+from pasta_jax.utils.records import Records, settings_beside
+from pasta_jax.utils.text import printable
 
 
 def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Response:
@@ -39,7 +44,7 @@ def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Respon
     response = _generate_live(model, prompt, d.parallel)
   else:
     response = model.generate(prompt, parallel=d.parallel, speed=model.speed)
-  print(response.text, flush=True)
+  print(printable(response.text) if terminal else response.text, flush=True)
   speedup = None
   console = Console(stderr=not terminal)
   if len(modes) > 1:
@@ -92,8 +97,10 @@ def _compile(model: Model, prompt_length: int, modes: list[bool]) -> None:
 def decode_file(config, prompts_file: str, output: str | None) -> None:
   """Answers every prompt of a JSON-lines file (fields "prompt" and, optionally, "id" and others).
 
-  Writes one JSON object for each row, in the order of the rows, to `output` (replaced as a whole at the end)
-  or to stdout: the row's fields and those of `decode.record`.
+  Writes one JSON object for each row, in the order of the rows, to `output` or to stdout: the row's fields
+  and those of `decode.record`. Stdout gets a row as soon as it and those before it are finished. `output` is
+  replaced as a whole at the end; until then what is finished is in `output`.partial, from which the same
+  command continues.
   """
   rows = read_jsonl(prompts_file)
   for number, row in enumerate(rows, 1):
@@ -102,24 +109,75 @@ def decode_file(config, prompts_file: str, output: str | None) -> None:
   target = None if output is None else _check_writable("output", output)
   if not rows:
     raise DecodeError(f"{prompts_file} has no prompts")
-  d = config.decode
-  model = Model(config)
-  for number, row in enumerate(rows, 1):
+  if target is None:
+    _answer(config, prompts_file, rows, range(len(rows)), _in_order(rows))
+    return
+  partial = target.with_name(target.name + ".partial")
+  with locked(target.with_name(target.name + ".lock")):
+    records = Records(partial, _settings(config, rows), f"delete {partial} to begin anew")
+    todo = [i for i in range(len(rows)) if str(i) not in records.rows]
+    _answer(config, prompts_file, rows, todo, lambda i, record: records.add({"id": str(i), "record": record}))
+    write_jsonl(target, ({**row, **records.rows[str(i)]["record"]} for i, row in enumerate(rows)))
+    partial.unlink()
+    settings_beside(partial).unlink()
+
+
+def _settings(config, rows: Sequence[dict]) -> dict:
+  """What the responses to the rows depend on."""
+  return {
+    "source": config.model.source,
+    "adapter's sha256": adapter_digest(config.model.adapter),
+    "prompts' digest": hashlib.sha256(to_json([r["prompt"] for r in rows]).encode()).hexdigest()[:16],
+    "decode.parallel": config.decode.parallel,
+    "decode.speed": config.decode.speed,
+    **decode_settings(config, parallel=config.decode.parallel),
+  }
+
+
+def _in_order(rows: Sequence[dict]) -> Callable[[int, dict], None]:
+  """Takes the record of row i, in any order, and writes them to stdout in the order of the rows."""
+  waiting: dict[int, dict] = {}
+  written = 0
+
+  def write(i: int, record: dict) -> None:
+    nonlocal written
+    waiting[i] = record
+    while written in waiting:
+      sys.stdout.write(to_jsonl([{**rows[written], **waiting.pop(written)}]))
+      sys.stdout.flush()
+      written += 1
+
+  return write
+
+
+def _answer(
+  config,
+  prompts_file: str,
+  rows: Sequence[dict],
+  todo: Sequence[int],
+  on_finish: Callable[[int, dict], None],
+) -> None:
+  """Calls `on_finish(i, record)` for each row in `todo`, as they finish. Raises DecodeError, before any is
+  decoded, for a row that cannot be."""
+  if not todo:
+    return
+  d, model = config.decode, Model(config)
+  for i in todo:
     try:
-      model.encode(row["prompt"], model.speed)
+      model.encode(rows[i]["prompt"], model.speed)
     except DecodeError as error:
-      raise DecodeError(f"{prompts_file}, row {number}: {error}") from None
-  bar, task = progress_bar("decoding", len(rows))
+      raise DecodeError(f"{prompts_file}, row {i + 1}: {error}") from None
+  bar, task = progress_bar("decoding", len(rows), len(rows) - len(todo))
+
+  def finished(i: int, response: Response) -> None:
+    on_finish(todo[i], response.record)
+    bar.advance(task)
+
   with bar:
-    responses = model.generate_batch(
-      [row["prompt"] for row in rows],
+    model.generate_batch(
+      [rows[i]["prompt"] for i in todo],
       parallel=d.parallel,
       speed=model.speed,
-      batch_size=min(d.batch_size, len(rows)),
-      on_finish=lambda i, response: bar.advance(task),
+      batch_size=min(d.batch_size, len(todo)),
+      on_finish=finished,
     )
-  answers = to_jsonl({**row, **response.record} for row, response in zip(rows, responses))
-  if target is None:
-    sys.stdout.write(answers)
-  else:
-    write_atomic(target, answers)
