@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pasta_jax.config import ALIASES, Config, from_flags, with_changes
+from pasta_jax.config import ALIASES, Config, from_flags, user_path, with_changes
+from pasta_jax.utils.text import one_line
 
 RESTART = 75  # exit code of a training that SIGTERM stopped: launchers start the same command again
 MISSED = 3  # exit code of a pilot that missed its thresholds
+CLOSED = 141  # exit code where the reader of standard output has gone, as of a process that SIGPIPE ends
+PATHS = ("workdir", "prompts_file", "output", "timeline")  # flags that name files and folders
 
 
 # --- modes: functions of the settings and the flags, which import what they need ---
@@ -29,7 +33,7 @@ def decode(config: Config, values: flags.FlagValues) -> None:
     return
   prompt = values.prompt
   if prompt is None and not sys.stdin.isatty():
-    prompt = sys.stdin.read()
+    prompt = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
   if prompt is None:
     raise ValueError('--mode=decode needs --prompt="…", --prompts_file=FILE, or a prompt on standard input')
   command.decode_prompt(config, prompt, timeline=values.timeline)
@@ -51,9 +55,16 @@ def preference(config: Config, values: flags.FlagValues) -> None:
 
 @contextlib.contextmanager
 def _restartable() -> Iterator[None]:
-  """Leaves with the exit code RESTART where SIGTERM stopped a training that can be resumed."""
+  """Leaves with the exit code RESTART where SIGTERM stopped what the same command continues.
+
+  Training saves a checkpoint first (`train.loop`); whatever else goes on keeps what is finished.
+  """
   from pasta_jax.train.loop import Stopped
 
+  def stop(*_):
+    raise Stopped("stopped by SIGTERM; the same command continues from there")
+
+  signal.signal(signal.SIGTERM, stop)
   try:
     yield
   except Stopped as stopped:
@@ -188,6 +199,9 @@ def run() -> None:
   """Checks flags and settings, prepares JAX, and calls the mode. Errors that a user can correct are
   ValueErrors and OSErrors of one line."""
   mode = FLAGS.mode
+  for name in PATHS:
+    if FLAGS[name].value is not None:
+      FLAGS[name].value = user_path(f"--{name}", FLAGS[name].value)
   config = from_flags(FLAGS.config)
   if FLAGS.distributed and mode != "train":
     raise ValueError(f"--distributed is for --mode=train, not {mode}")
@@ -220,14 +234,40 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # orbax and jax write much at INFO
   try:
     run()
+    sys.stdout.flush()
+  except BrokenPipeError:  # such as `| head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+    sys.exit(CLOSED)
   except (ValueError, OSError, FloatingPointError) as error:
-    if os.environ.get("PASTA_DEBUG"):
+    _fail(str(error))
+  except (MemoryError, RuntimeError) as error:
+    if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(1)
+    _fail(
+      f"the memory is not enough ({error}): lower decode.kv_capacity, decode.max_threads or the batch_size of "
+      "the mode"
+    )
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
+
+
+def _fail(message: str) -> None:
+  """Ends with one line on standard error, or, with PASTA_DEBUG, lets the exception through."""
+  if os.environ.get("PASTA_DEBUG"):
+    raise
+  print(f"error: {one_line(message)}", file=sys.stderr)
+  sys.exit(1)
+
+
+def _open_streams() -> None:
+  """Closed standard streams become null ones; what an encoding cannot express is written as its escape."""
+  for name in ("stdout", "stderr"):
+    if getattr(sys, name) is None:
+      setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    getattr(sys, name).reconfigure(errors="backslashreplace")
+  if sys.stdin is None:
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
 
 
 def current_name(argument: str) -> str:
@@ -251,8 +291,9 @@ def parse(argv: list[str]) -> list[str]:
     return rest
   except (AttributeError, KeyError, ValueError, OSError) as error:
     lines = str(error).replace("\\n", "\n").splitlines()
-    sys.exit("error: --config: " + " ".join(line.strip(" '\"\\") for line in lines))
+    sys.exit("error: --config: " + one_line(" ".join(line.strip(" '\"\\") for line in lines)))
 
 
 if __name__ == "__main__":
+  _open_streams()
   app.run(main, flags_parser=parse)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pasta_jax.config import sections
-from pasta_jax.config.fields import Section, check, identity
+from pasta_jax.config.fields import Section, check, identity, user_path
 from pasta_jax.config.sections import SYSTEMS, System
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
   "from_flags",
   "identity",
   "to_flags",
+  "user_path",
   "with_changes",
 ]
 
