@@ -1,5 +1,8 @@
 """Checkpoints of a training run: its state, the input pipeline's state, and what makes weights of them."""
 
+import shutil
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,15 @@ import orbax.checkpoint as ocp
 
 from pasta_jax.model import lora
 from pasta_jax.model.transformer import Transformer
+from pasta_jax.train import distributed
 from pasta_jax.train.state import TrainState
+from pasta_jax.utils.text import one_line
+from pasta_jax.utils.typed import checked
 from pasta_jax.weights.checkpoint import Checkpoint
+
+
+class ForeignCheckpoint(ValueError):
+  """A checkpoint of another run or version: it is not damaged, and nothing is taken in its place."""
 
 
 class Checkpoints:
@@ -39,17 +49,41 @@ class Checkpoints:
     self._manager.save(int(state.step), args=items, force=force)
 
   def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest checkpoint's state, with the shapes and shardings of `like`, and its pipeline state; None if
-    there is no checkpoint.
+    """The newest usable checkpoint's state, with the shapes and shardings of `like`, and its pipeline state;
+    None if there is no checkpoint.
 
-    Raises ValueError, one line, if the checkpoint has other arrays than `like`.
+    A damaged one is moved out of the way, to `workdir/damaged-STEP`, and the one before it is taken. Raises
+    ValueError, one line, if the checkpoint has other arrays than `like`, or if all are damaged.
     """
-    step = self._manager.latest_step()
-    if step is None:
-      return None
+    damaged = ""
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      restored, fault = None, ""
+      try:
+        restored = self._read(step, like)
+      except ForeignCheckpoint:
+        raise
+      except Exception as error:  # Orbax and TensorStore raise many types for damaged files
+        fault = one_line(f"{type(error).__name__}: {error}", 120)
+      if not distributed.any_of(bool(fault)):
+        return restored
+      damaged = f"the checkpoint of step {step} is damaged ({fault or 'on another host'})"
+      distributed.from_first(partial(self._set_aside, step, damaged))
+      self._manager.reload()
+    if damaged:
+      raise ValueError(f"{self._path}: {damaged}, and there is no older one: choose another --workdir")
+    return None
+
+  def _set_aside(self, step: int, message: str) -> None:
+    aside = self._path.parent / f"damaged-{step}"
+    shutil.rmtree(aside, ignore_errors=True)
+    (self._path / str(step)).rename(aside)
+    print(f"{message}: it is {aside} now, and the run continues from the one before it", file=sys.stderr)
+
+  def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """One checkpoint. Raises ForeignCheckpoint if it has other arrays than `like`; anything if damaged."""
     wanted = _by_name(like)
     if not all((self._path / str(step) / item).is_dir() for item in ("state", "data")):
-      raise ValueError(
+      raise ForeignCheckpoint(
         f"{self._path / str(step)} is of an earlier version of this program: choose another --workdir"
       )
     stored = {name: array.shape for name, array in self._manager.item_metadata(step).state.tree.items()}
@@ -57,7 +91,7 @@ class Checkpoints:
       here = wanted[name].shape if name in wanted else None
       if stored.get(name) != here:
         there, here = (("absent" if s is None else f"{list(s)}") for s in (stored.get(name), here))
-        raise ValueError(
+        raise ForeignCheckpoint(
           f"{self._path} belongs to a run with another model or configuration: {name} is "
           f"{there} there, {here} here; choose another --workdir, or the settings of that run"
         )
@@ -65,8 +99,9 @@ class Checkpoints:
     saved = self._manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
     )
+    data = checked(dict[str, Any], saved.data, "data")
     # By name: the leaves of a dict are sorted, those of the state are in the order of its fields.
-    return jax.tree.unflatten(jax.tree.structure(like), [saved.state[name] for name in wanted]), saved.data
+    return jax.tree.unflatten(jax.tree.structure(like), [saved.state[name] for name in wanted]), data
 
   def close(self) -> None:
     """Waits until the last save is on disk."""

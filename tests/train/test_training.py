@@ -482,6 +482,59 @@ def test_killed_and_resumed_equals_never_killed(whole_run, tiny, tmp_path, monke
   assert ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)
 
 
+def test_sigterm_in_the_last_step_counts(whole_run, tiny, tmp_path, monkeypatch):
+  """Whoever sent it wants the process to end, and stage two would go on to its next training."""
+  with monkeypatch.context() as patch:
+    terminate_after(patch, 6)
+    with pytest.raises(loop.Stopped, match="after step 6 of 6"):
+      sft.train(settings(tiny), tmp_path)
+  assert not (tmp_path / "adapter.safetensors").exists()
+  sft.train(settings(tiny), tmp_path)
+  ours, theirs = (load_file(d / "adapter.safetensors") for d in (tmp_path, whole_run))
+  assert all((ours[k] == theirs[k]).all() for k in theirs)
+
+
+def damage(checkpoint: Path, how: str) -> None:
+  files = [p for p in checkpoint.rglob("*") if p.is_file()]
+  if how == "cut off":
+    for path in files:
+      os.truncate(path, path.stat().st_size // 2)
+  elif how == "empty":
+    for path in files:
+      os.truncate(path, 0)
+  elif how == "no metadata":
+    for path in files:
+      if path.name.startswith("_METADATA") or path.name == "_CHECKPOINT_METADATA":
+        path.unlink()
+  else:
+    for path in (checkpoint / "data").rglob("*"):
+      if path.is_file():
+        path.write_text("[3]")
+
+
+@pytest.mark.parametrize("how", ["cut off", "empty", "no metadata", "other data"])
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+  whole_run, tiny, tmp_path, how: str, capsys
+):
+  run = tmp_path / "run"
+  shutil.copytree(whole_run, run)
+  (run / "adapter.safetensors").unlink()
+  config = settings(tiny, validation=str(tiny / "data.jsonl"), validate_every=4)
+  older, newest = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+  damage(run / "checkpoints" / str(newest), how)
+  sft.train(config, run)
+  assert f"the checkpoint of step {newest} is damaged" in capsys.readouterr().err
+  assert (run / f"damaged-{newest}").is_dir()
+  assert metric_lines(run) == metric_lines(whole_run)
+  actual, expected = saved_state(run), saved_state(whole_run)
+  for name, value in expected.items():
+    np.testing.assert_array_equal(actual[name], value, err_msg=name)
+  for step in (older, newest):
+    damage(run / "checkpoints" / str(step), how)
+  with pytest.raises(ValueError, match="no older one: choose another --workdir"):
+    sft.train(config, run)
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_step_is_compiled_once(tiny, tmp_path, caplog, rank: int):
   """The first state of a step has the shardings of its results."""
