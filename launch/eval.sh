@@ -8,10 +8,13 @@
 # PYTHON selects another Python than the checkout's own .venv.
 set -euo pipefail
 usage="usage: launch/eval.sh PROMPTS_FILE TIMED_PROMPTS_FILE RUN_FOLDER [flags]"
-prompts=$(realpath "${1:?$usage}") timed=$(realpath "${2:?$usage}") run=$(realpath -m "${3:?$usage}")
+root=$(cd "$(dirname "$0")/.." && pwd)
+. "$root/launch/lib.sh"
+prompts=$(file "${1:?$usage}")
+timed=$(file "${2:?$usage}")
+run=${3:?$usage}
 shift 3
-cd "$(dirname "$0")/.."
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-"${PYTHON:-.venv/bin/python}" main.py --mode=eval --workdir="$run" --config.eval.prompts="$prompts" \
+"${PYTHON:-$root/.venv/bin/python}" "$root/main.py" --mode=eval --workdir="$run" --config.eval.prompts="$prompts" \
   --config.eval.systems=pasta,baseline,apar,sot \
   --config.eval.timed=-1 --config.eval.timed_prompts="$timed" "$@"

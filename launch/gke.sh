@@ -13,6 +13,7 @@ usage="usage: CLUSTER=… IMAGE=… NAME=… TYPE=… launch/gke.sh [--dry-run] 
 : "${CLUSTER:?$usage}" "${IMAGE:?$usage}" "${NAME:?$usage}" "${TYPE:?$usage}" "${1:?$usage}"
 workdir=$1
 shift
+[[ $workdir = /* ]] || { echo "RUN_FOLDER is a folder in the container: give an absolute path, not $workdir" >&2; exit 1; }
 where=(--cluster="$CLUSTER")
 [ -z "${ZONE:-}" ] || where+=(--zone="$ZONE")
 [ -z "${PROJECT:-}" ] || where+=(--project="$PROJECT")

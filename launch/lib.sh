@@ -17,9 +17,20 @@ holds() {
   [ "${DRY_RUN:-0}" != 1 ] && "$@" >/dev/null 2>&1
 }
 
-# words WORD…: the words on one line, quoted for another shell.
+# words WORD…: the words on one line, quoted for another shell, whichever it is (bash's own %q is not for dash).
 words() {
-  printf '%q ' "$@" | sed 's/ $//'
+  local word line=
+  for word in "$@"; do
+    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
+    line+=" $word"
+  done
+  printf '%s\n' "${line# }"
+}
+
+# file NAME: its absolute path; fails with a message if there is no such file.
+file() {
+  [ -f "$1" ] || { echo "no such file: $1" >&2; return 1; }
+  realpath -- "$1"
 }
 
 # until_done COMMAND: a loop that restarts the training for as long as SIGTERM stops it (exit code 75).

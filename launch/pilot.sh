@@ -5,9 +5,11 @@
 #   launch/pilot.sh prompts.jsonl runs/pilot 40 1.3 --limit=50
 set -euo pipefail
 usage="usage: launch/pilot.sh PROMPTS_FILE RUN_FOLDER MIN_WIN_RATE MIN_SPEEDUP [flags]"
-prompts=$(realpath "${1:?$usage}") run=$(realpath -m "${2:?$usage}") quality=${3:?$usage} speedup=${4:?$usage}
+root=$(cd "$(dirname "$0")/.." && pwd)
+. "$root/launch/lib.sh"
+prompts=$(file "${1:?$usage}")
+run=${2:?$usage} quality=${3:?$usage} speedup=${4:?$usage}
 shift 4
-cd "$(dirname "$0")/.."
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-"${PYTHON:-.venv/bin/python}" main.py --mode=pilot --workdir="$run" --prompts_file="$prompts" \
+"${PYTHON:-$root/.venv/bin/python}" "$root/main.py" --mode=pilot --workdir="$run" --prompts_file="$prompts" \
   --config.eval.min_quality="$quality" --config.eval.min_speedup="$speedup" "$@"

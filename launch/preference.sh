@@ -5,9 +5,12 @@
 # them: --config.preference.stages=sample (then judge, train, eval). PYTHON selects another Python than .venv's.
 set -euo pipefail
 usage="usage: launch/preference.sh PROMPTS_FILE EVALUATION_PROMPTS_FILE RUN_FOLDER [flags]"
-prompts=$(realpath "${1:?$usage}") held_out=$(realpath "${2:?$usage}") run=$(realpath -m "${3:?$usage}")
+root=$(cd "$(dirname "$0")/.." && pwd)
+. "$root/launch/lib.sh"
+prompts=$(file "${1:?$usage}")
+held_out=$(file "${2:?$usage}")
+run=${3:?$usage}
 shift 3
-cd "$(dirname "$0")/.."
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
-"${PYTHON:-.venv/bin/python}" main.py --mode=preference --workdir="$run" --config.preference.prompts="$prompts" \
+"${PYTHON:-$root/.venv/bin/python}" "$root/main.py" --mode=preference --workdir="$run" --config.preference.prompts="$prompts" \
   --config.eval.prompts="$held_out" "$@"

@@ -6,15 +6,15 @@
 # limit, or when the job is pre-empted, the run saves a checkpoint and the job is queued again; the same command by hand
 # does the same.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-. launch/lib.sh
+root=$(cd "$(dirname "$0")/.." && pwd)
+. "$root/launch/lib.sh"
 [ "${1:-}" != --dry-run ] || { DRY_RUN=1; shift; }
 usage="usage: [NODES=… GPUS=…] launch/slurm.sh [--dry-run] RUN_FOLDER [flags]"
 workdir=$(realpath -m "${1:?$usage}")
 shift
 gpus=${GPUS:-1}
-train=$(words srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" main.py --mode=train --distributed \
-  --workdir="$workdir" "$@")
+train=$(words srun --kill-on-bad-exit=1 "${PYTHON:-$root/.venv/bin/python}" "$root/main.py" --mode=train --distributed \
+  --workdir="$workdir" --config.train.data="$root/data/seed.jsonl" "$@")
 # The batch script forwards SIGTERM to all processes and queues the job again if they exit with 75. (The signal ends
 # `wait` without the step's exit code; another `wait` returns it, even if the step has ended by then.)
 script="trap 'told=1; scancel --signal=TERM \$SLURM_JOB_ID.0' TERM

@@ -4,7 +4,7 @@
 #   NAME=pasta ZONE=us-west4-a TYPE=v5litepod-16 BUCKET=my-bucket launch/tpu.sh [--dry-run] RUN [flags of --mode=train]
 # Environment: NAME, ZONE, TYPE; BUCKET, which every host mounts with gcsfuse and which contains the folder RUN (without
 # BUCKET, all hosts must see RUN by other means); PROJECT (gcloud's own if unset), RUNTIME (v2-alpha-tpuv5-lite), SPOT=1
-# for a pre-emptible slice. Started again, it reuses what exists: it requests a slice that was taken away once more,
+# for a pre-emptible slice, POLL_SECONDS (30). Started again, it reuses what exists: it requests a slice that was taken away once more,
 # leaves a running training alone, and continues a stopped one from its last checkpoint.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -29,9 +29,15 @@ if ! holds state; then
     --runtime-version="${RUNTIME:-v2-alpha-tpuv5-lite}" ${SPOT:+--spot}
 fi
 if [ "${DRY_RUN:-0}" != 1 ]; then
-  until [ "$(state)" = ACTIVE ]; do
-    case "$(state)" in FAILED | SUSPENDED) echo "the slice $NAME is $(state): start this script again" >&2 && exit 1 ;; esac
-    sleep 30
+  failures=0
+  while :; do
+    if now=$(state); then failures=0; else now=unknown failures=$((failures + 1)); fi
+    case $now in
+      ACTIVE) break ;;
+      FAILED | SUSPENDED) echo "the slice $NAME is $now: start this script again" >&2 && exit 1 ;;
+    esac
+    [ "$failures" -lt 5 ] || { echo "gcloud could not describe the slice $NAME five times: see above" >&2; exit 1; }
+    sleep "${POLL_SECONDS:-30}"
   done
 fi
 

@@ -51,6 +51,85 @@ def training(command: str) -> list[str]:
   return words[words.index("main.py") :]
 
 
+@pytest.fixture
+def stand_in(tmp_path: Path):
+  """Makes a program that is found before the real one."""
+  (tmp_path / "bin").mkdir()
+
+  def make(name: str, body: str) -> dict[str, str]:
+    """The environment in which it is found."""
+    (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+    (tmp_path / "bin" / name).chmod(0o755)
+    return os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": name}
+
+  return make
+
+
+def launch(script: str, *arguments: str, **how) -> subprocess.CompletedProcess[str]:
+  return subprocess.run(
+    ["bash", str(ROOT / "launch" / script), *arguments], capture_output=True, text=True, timeout=60, **how
+  )
+
+
+@pytest.mark.parametrize(
+  "script, files, more", [("eval.sh", 2, []), ("preference.sh", 2, []), ("pilot.sh", 1, ["40", "1.3"])]
+)
+def test_files_are_those_of_the_folder_one_is_in(script, files, more, tmp_path: Path, stand_in):
+  """Whichever is missing or empty is named, before anything runs."""
+  environment = stand_in("python-stand-in", 'pwd; printf "%s\\n" "$@"')
+  (tmp_path / "a b.jsonl").write_text("{}\n")
+  good = ["a b.jsonl"] * files
+  done = launch(script, *good, "runs/x", *more, "--config.train.data=c.jsonl", cwd=tmp_path, env=environment)
+  lines = done.stdout.splitlines()
+  assert done.returncode == 0, done.stderr
+  assert lines[:2] == [str(tmp_path), str(ROOT / "main.py")] and "--workdir=runs/x" in lines
+  assert sum(line.endswith(f"={tmp_path / 'a b.jsonl'}") for line in lines) == files
+  for i in range(files):
+    for wrong, message in (("none.jsonl", "no such file: none.jsonl"), ("", "usage:")):
+      done = launch(script, *good[:i], wrong, *good[i + 1 :], "runs/x", *more, cwd=tmp_path, env=environment)
+      assert done.returncode != 0 and message in done.stderr and not done.stdout
+
+
+def test_sft_runs_three_systems_in_the_folder_one_is_in(tmp_path: Path, stand_in):
+  environment = stand_in("python-stand-in", 'pwd; printf "%s\\n" "$@"')
+  done = launch("sft.sh", "runs", "--config.train.data=c.jsonl", cwd=tmp_path, env=environment)
+  lines = done.stdout.splitlines()
+  assert [line for line in lines if line.startswith("--workdir")] == [
+    f"--workdir=runs/{s}" for s in ("pasta", "baseline", "apar")
+  ]
+  assert lines.count(str(tmp_path)) == 3
+  data = [line for line in lines if line.startswith("--config.train.data")]
+  assert data[:2] == [f"--config.train.data={ROOT / 'data/seed.jsonl'}", "--config.train.data=c.jsonl"]
+
+
+def test_a_slice_that_cannot_be_described_is_given_up(stand_in):
+  environment = stand_in("gcloud", 'case "$*" in *describe*) echo "no permission" >&2; exit 1;; esac')
+  environment |= CLOUD["tpu.sh"] | {"POLL_SECONDS": "0"}
+  done = launch("tpu.sh", "run", env=environment)
+  assert done.returncode == 1 and "could not describe the slice pasta five times" in done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_words_are_quoted_for_any_shell(shell: str):
+  """Debian's sh is dash, in which sbatch runs its script."""
+  odd = ["a b", "it's", "$HOME", "new\nline", "tab\t", "ü", "", '"', "*", "\\", "--a=b,c:d/e"]
+  line = subprocess.run(
+    ["bash", "-c", f'. {ROOT}/launch/lib.sh; words "$@"', "-", *odd],
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  back = subprocess.run(
+    [shell, "-c", f"printf '%s|' {line}"], capture_output=True, text=True, check=True
+  ).stdout
+  assert back.split("|")[:-1] == odd
+
+
+def test_a_run_folder_in_a_container_is_absolute():
+  done = launch("gke.sh", "--dry-run", "runs/x", env={"PATH": os.environ["PATH"], **CLOUD["gke.sh"]})
+  assert done.returncode == 1 and "absolute path, not runs/x" in done.stderr
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_are_bash(script: str):
   subprocess.run(["bash", "-n", str(ROOT / "launch" / script)], check=True)
@@ -147,12 +226,12 @@ def test_slurm_queues_a_job_that_starts_a_process_a_gpu(tmp_path: Path):
   } <= set(batch)
   script = batch[-1].removeprefix("--wrap=")
   words = shlex.split(script.replace("&\n", "\n"))
-  start = words.index("main.py")
-  assert words[start : start + 5] == [
-    "main.py",
+  start = words.index(str(ROOT / "main.py"))
+  assert words[start + 1 : start + 6] == [
     "--mode=train",
     "--distributed",
     f"--workdir={tmp_path / 'run'}",
+    f"--config.train.data={ROOT / 'data/seed.jsonl'}",
     ODD,
   ]
 
@@ -173,7 +252,7 @@ def test_slurms_batch_script_passes_the_signal_on_and_queues_again(code: int, qu
     (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
     (tmp_path / "bin" / name).chmod(0o755)
   environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "42"}
-  job = subprocess.Popen(["bash", "-c", batch[-1].removeprefix("--wrap=")], cwd=tmp_path, env=environment)
+  job = subprocess.Popen(["sh", "-c", batch[-1].removeprefix("--wrap=")], cwd=tmp_path, env=environment)
   for _ in range(300):
     if (tmp_path / "started").exists() and (tmp_path / "started").read_text():
       break
