@@ -132,7 +132,7 @@ def optimise(config, workdir: Path) -> None:
   used."""
   job = _Job(config, workdir)
   with locked(workdir / _lock_name(config.preference.share)):
-    write_atomic(workdir / "config.json", config.to_json(indent=2), shared=True)
+    write_atomic(workdir / "config.json", config.to_json(indent=2), shared=bool(config.preference.share))
     _rounds(job)
 
 
@@ -162,12 +162,12 @@ def _round(job: _Job, policy: Policy, number: int) -> None:
   config, c = job.config, job.config.preference
   folder, before = job.folder(policy, number), job.adapter(policy, number - 1)
   if job.is_done(policy, number):
-    agree(folder, folder / "settings.json", job.settings(policy, number))
+    agree(folder, folder / "settings.json", job.settings(policy, number), shared=bool(c.share))
     return
   if not set(job.stages) & {"sample", "judge", "train"}:
     return
   folder.mkdir(parents=True, exist_ok=True)
-  agree(folder, folder / "settings.json", job.settings(policy, number))
+  agree(folder, folder / "settings.json", job.settings(policy, number), shared=bool(c.share))
   baseline = rollout.baseline_answers(config, job.requests, job.workdir / "baseline.jsonl")
   judged: list[_Judged] = []
   for weight in policy.weights:

@@ -29,19 +29,23 @@ P = TypeVar("P", bound=Prompted)
 OTHER_FOLDER = "choose another --workdir, or the settings of that run"
 
 
-def agree(what: Path, beside: Path, settings: dict[str, Any], advice: str = OTHER_FOLDER) -> None:
-  """Writes the settings that `what` is made with to `beside`. Several processes may do so at the same time.
+def agree(
+  what: Path, beside: Path, settings: dict[str, Any], advice: str = OTHER_FOLDER, *, shared: bool = False
+) -> None:
+  """Writes the settings that `what` is made with to `beside`; with `shared`, other processes may do so too.
 
   Raises DataError, naming one setting and giving `advice`, if `beside` exists and differs.
   """
   settings = parse_json(to_json(settings))
-  before = _read_settings(beside) if beside.exists() else settings
+  if not beside.exists():
+    write_atomic(beside, to_json(settings, indent=2) + "\n", shared=shared)
+    return
+  before = _read_settings(beside)
   for name in dict.fromkeys([*before, *settings]):
     if before.get(name) != settings.get(name):
       raise DataError(
         f"{what} was made with {name}={before.get(name)!r}, not {settings.get(name)!r}: {advice}"
       )
-  write_atomic(beside, to_json(settings, indent=2) + "\n", shared=True)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
