@@ -6,6 +6,7 @@ FOLDER is that of `test_training.tiny`. Leaves `two/`; `pairs/`, stage two from 
 `stopped/`, whose second process received SIGTERM; and `left/`, a copy of `stopped/` at that time.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from pasta_jax.data.pairs import PreferencePair  # noqa: E402
 from pasta_jax.train import distributed, loop, sft  # noqa: E402
 from pasta_jax.train.preference import train_on_pairs  # noqa: E402
 from pasta_jax.train.sharding import AXES, local_rows, make_mesh  # noqa: E402
+from pasta_jax.utils.locks import LOCK  # noqa: E402
 
 
 def config_of(folder: Path, data: int, fsdp: int, **changes):
@@ -76,6 +78,18 @@ def stage_two(folder: Path) -> None:
     sys.exit("a reference of another dtype was used")
 
 
+def one_run(workdir: Path) -> None:
+  """Both processes are one run: the first holds the lock, and both are refused where another run does."""
+  with distributed.writing_in(workdir):
+    distributed.any_of(False)  # waits until both are here
+    assert (json.loads((workdir / LOCK).read_text())["process"] == os.getpid()) == distributed.is_first()
+    try:
+      with distributed.writing_in(workdir):
+        sys.exit("two runs write in one folder")
+    except ValueError as error:
+      assert "is in use by process" in str(error), error
+
+
 def main(folder: Path, port: str, index: int) -> None:
   distributed.start(f"127.0.0.1:{port}", 2, index)
   assert len(jax.devices()) == 4 and len(jax.local_devices()) == 2 and distributed.is_first() == (index == 0)
@@ -83,6 +97,7 @@ def main(folder: Path, port: str, index: int) -> None:
   for shape in ((2, 2, 1), (1, 4, 1)):
     assert local_rows(make_mesh(dict(zip(AXES, shape))), 8) == list(range(4 * index, 4 * index + 4))
   assert local_rows(make_mesh(dict(data=1, fsdp=1, tensor=4)), 8) == list(range(8))  # only heads are sharded
+  one_run(folder / "locked")
   found = sft.train(config_of(folder, 2, 2), folder / "two")
   assert bool(found) == (index == 0)
   stage_two(folder)

@@ -103,6 +103,7 @@ def test_two_processes_give_what_one_gives(tiny, tmp_path):  # noqa: F811
     (("", 2, 0), "go together"),
     (("host:1", 0, 0), "go together"),
     (("host:1", 2, 2), "--process=2 must be in 0 to 1"),
+    (("host", 2, 0), "--coordinator=host must be host:port"),
   ],
 )
 def test_processes_say_who_they_are(given, words):
