@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -232,6 +233,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)  # orbax and jax write much at INFO
+  threading.excepthook = _background
   try:
     run()
     sys.stdout.flush()
@@ -258,6 +260,13 @@ def _fail(message: str) -> None:
     raise
   print(f"error: {one_line(message)}", file=sys.stderr)
   sys.exit(1)
+
+
+def _background(failed: threading.ExceptHookArgs) -> None:
+  """What threads of libraries raise, such as on a full disk: the main thread meets the same, or works on."""
+  if os.environ.get("PASTA_DEBUG"):
+    threading.__excepthook__(failed)
+  print(f"error in the background: {one_line(str(failed.exc_value))}", file=sys.stderr)
 
 
 def _open_streams() -> None:

@@ -1,7 +1,10 @@
 """Checkpoints of a training run: its state, the input pipeline's state, and what makes weights of them."""
 
+import contextlib
+import logging
 import shutil
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from pasta_jax.train.state import TrainState
 from pasta_jax.utils.text import one_line
 from pasta_jax.utils.typed import checked
 from pasta_jax.weights.checkpoint import Checkpoint
+
+_OVERHEAD = 2**18  # bytes of a checkpoint's descriptions
 
 
 class ForeignCheckpoint(ValueError):
@@ -40,13 +45,27 @@ class Checkpoints:
 
   def save(self, state: TrainState, data: dict[str, Any], *, force: bool = False) -> None:
     """Saves if a save is due at this step (or `force`), with `data`, the state of the input pipeline. The
-    state's buffers may be donated as soon as this returns."""
+    state's buffers may be donated as soon as this returns. Raises OSError if this or the last one cannot be
+    written."""
+    if not force and not self._manager.should_save(int(state.step)):
+      return
+    self._check_space(state)
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(_by_name(state)),
       data=ocp.args.JsonSave(data),
       about=ocp.args.JsonSave(self._metadata),
     )
-    self._manager.save(int(state.step), args=items, force=force)
+    with _one_error(self._path):
+      self._manager.save(int(state.step), args=items, force=force)
+
+  def _check_space(self, state: TrainState) -> None:
+    """Orbax finds a full disk in several threads, and half-way."""
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD
+    if distributed.is_first() and (free := shutil.disk_usage(self._path).free) < needed:
+      raise OSError(
+        f"{self._path}: a checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free: make room and "
+        "start the same command again"
+      )
 
   def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest usable checkpoint's state, with the shapes and shardings of `like`, and its pipeline state;
@@ -104,9 +123,27 @@ class Checkpoints:
     return jax.tree.unflatten(jax.tree.structure(like), [saved.state[name] for name in wanted]), data
 
   def close(self) -> None:
-    """Waits until the last save is on disk."""
-    self._manager.wait_until_finished()
-    self._manager.close()
+    """Waits until the last save is on disk. Raises OSError if it cannot be written."""
+    with _one_error(self._path):
+      self._manager.wait_until_finished()
+      self._manager.close()
+
+
+@contextlib.contextmanager
+def _one_error(path: Path) -> Iterator[None]:
+  """What Orbax raises, of many types, as one OSError; it has logged it with its stack by then, in each thread."""
+  logger = logging.getLogger("absl")
+  logger.addFilter(_not_orbax)
+  try:
+    yield
+  except Exception as error:
+    raise OSError(f"{path}: no checkpoint could be written ({one_line(str(error), 200)})") from error
+  finally:
+    logger.removeFilter(_not_orbax)
+
+
+def _not_orbax(record: logging.LogRecord) -> bool:
+  return "orbax" not in record.pathname
 
 
 def checkpoint_metadata(
