@@ -9,6 +9,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -174,3 +176,13 @@ def test_build_md_names_every_test_file():
   text = (ROOT / "BUILD.md").read_text()
   for file in (ROOT / "tests").rglob("test_*.py"):
     assert f"`{file.relative_to(ROOT)}`" in text, f"BUILD.md does not name {file.relative_to(ROOT)}"
+
+
+def test_the_constraints_are_versions_that_the_package_allows():
+  """Every dependency, those of the tests too, has one version in constraints.txt, within its bounds."""
+  lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+  pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  for text in (*project["dependencies"], *project["optional-dependencies"]["dev"]):
+    wanted = Requirement(text)
+    assert wanted.specifier.contains(pinned[canonicalize_name(wanted.name)]), text
