@@ -108,7 +108,11 @@ class Config:
     return {name: systems if name == "systems" else part.to_dict() for name, part in parts.items()}
 
   def to_json(self, indent: int | None = None) -> str:
-    return json.dumps(self.to_dict(), indent=indent)
+    """The text of a config.json, without logins in URLs."""
+    values = self.to_dict()
+    for name in ("judge", "annotate"):
+      values[name]["url"] = sections.without_login(values[name]["url"])
+    return json.dumps(values, indent=indent)
 
 
 _Part = TypeVar("_Part", bound=Section | System)

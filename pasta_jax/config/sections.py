@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,29 @@ def _judges(names: tuple[str, ...]) -> str:
   wrong = [n for n in names if n not in JUDGES and not n.endswith((".json", ".jsonl", ".jsonl.gz"))]
   known = ", ".join(JUDGES)
   return f"takes {known}, and .json or .jsonl files of preferences, not {wrong[0]!r}" if wrong else ""
+
+
+def _variable(name: str) -> str:
+  """A key that was put in place of its variable's name is refused, and not shown."""
+  is_key = any(
+    len(part) >= 16
+    and re.search(r"\d", part)
+    and re.search(r"[^\W\d]", part)
+    or len(part) >= 20
+    and not part.isupper()
+    and not part.islower()
+    for part in name.split("_")
+  )
+  if not name or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{,79}", name) and not is_key:
+    return ""
+  return (
+    "must be the name of an environment variable, such as OPENAI_API_KEY, not the key (it is not shown here)"
+  )
+
+
+def without_login(url: str) -> str:
+  """A URL without user:password@."""
+  return re.sub(r"^([^:/?#]+://)[^/?#]*@", r"\1", url)
 
 
 def share_of(share: str) -> tuple[int, int] | None:
@@ -287,13 +311,14 @@ class Endpoint(Section):
   """A language model behind HTTP (utils.endpoint)."""
 
   kind: str = setting("openai", one_of(PROVIDERS))  # openai: any OpenAI-compatible endpoint
-  url: str = ""  # "": the provider's own; a local server: http://localhost:8000/v1
+  url: str = ""  # "": the provider's own; a local server: http://localhost:8000/v1; may have user:password@
   model: str = ""
-  key_env: str = ""  # environment variable that holds the key; "": OPENAI_API_KEY or GEMINI_API_KEY
-  max_tokens: int = 1  # of an answer
+  # environment variable that holds the key; "": OPENAI_API_KEY or GEMINI_API_KEY
+  key_env: str = setting("", _variable)
+  max_tokens: int = setting(1, at_least(1))  # of an answer
   concurrency: int = setting(8, at_least(1))  # calls at once
   retries: int = setting(6, at_least(0))  # of a call that failed
-  timeout: float = setting(60.0, above(0))  # seconds
+  timeout: float = setting(60.0, above(0))  # seconds, of an attempt as a whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,7 +334,7 @@ class Annotate(Endpoint):
   """--mode=annotate."""
 
   kind: str = setting("openai", one_of((*PROVIDERS, "structure")))  # structure: by form
-  max_tokens: int = 1500  # of an answer
+  max_tokens: int = setting(1500, at_least(1))  # of an answer
   timeout: float = setting(120.0, above(0))  # seconds
   # JSON lines: prompt and response; Alpaca's fields; SlimOrca's conversations; messages
   data: str = setting("", path=True)

@@ -245,7 +245,7 @@ class Server(loopback.Server):
 def server(monkeypatch):
   monkeypatch.setenv("OPENAI_API_KEY", KEY)
   monkeypatch.setenv("GEMINI_API_KEY", KEY)
-  monkeypatch.setattr("pasta_jax.utils.endpoint.time.sleep", lambda seconds: None)
+  loopback.without_waiting(monkeypatch)
   s = Server()
   yield s
   s.close()

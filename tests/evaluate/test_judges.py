@@ -62,7 +62,7 @@ def server(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-  monkeypatch.setattr("pasta_jax.utils.endpoint.time.sleep", lambda seconds: None)
+  loopback.without_waiting(monkeypatch)
 
 
 def pair(i, system, baseline):

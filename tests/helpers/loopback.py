@@ -8,6 +8,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 KEY = "secret-4711"
 
 
+def without_waiting(monkeypatch) -> list[float]:
+  """Makes the client's pauses return at once; returns the list that their seconds are added to."""
+  paused: list[float] = []
+
+  async def sleep(seconds: float) -> None:
+    paused.append(seconds)
+
+  monkeypatch.setattr("pasta_jax.utils.calls._sleep", sleep)
+  return paused
+
+
 class Server:
   """Answers a call with `answer(body, path)`.
 

@@ -7,7 +7,8 @@ import pytest
 from helpers import loopback
 
 from pasta_jax.config import sections
-from pasta_jax.utils.endpoint import Caller, Endpoint, EndpointError
+from pasta_jax.utils.calls import Caller
+from pasta_jax.utils.endpoint import Endpoint, EndpointError
 
 
 class Server(loopback.Server):
@@ -25,7 +26,9 @@ def server():
 
 
 def test_every_field_of_a_section_arrives():
-  settings = dict(kind="gemini", url="u", model="m", key_env="K", max_tokens=7, concurrency=2, retries=3)
+  settings = dict(
+    kind="gemini", url="http://u", model="m", key_env="K", max_tokens=7, concurrency=2, retries=3
+  )
   judge = sections.Judge(**settings, timeout=1.5, logprobs=False)
   assert Endpoint.from_config(judge, part="judge") == Endpoint(
     **settings, timeout=1.5, logprobs=False, part="judge"
@@ -40,9 +43,8 @@ def test_every_field_of_a_section_arrives():
 
 def test_calls_keep_to_a_limit(server, tmp_path, monkeypatch):
   """Call k of n starts k times 60 / per_minute seconds after the first one."""
-  paused: list[float] = []
-  monkeypatch.setattr("pasta_jax.utils.endpoint.time.sleep", paused.append)
-  monkeypatch.setattr("pasta_jax.utils.endpoint.time.monotonic", lambda: 100.0)
+  paused = loopback.without_waiting(monkeypatch)
+  monkeypatch.setattr("pasta_jax.utils.calls.monotonic", lambda: 100.0)
   caller = Caller(Endpoint("m", url=server.url, per_minute=30, concurrency=3), tmp_path / "calls.jsonl")
   caller.map([[{"role": "user", "content": str(i)}] for i in range(5)], lambda i, answer: None)
   assert sorted(p for p in paused if p) == [2.0, 4.0, 6.0, 8.0] and caller.paid == 5

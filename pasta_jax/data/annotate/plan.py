@@ -5,14 +5,14 @@ A plan is `{"chunks": [{"from": 2, "to": 4, "topic": "cost"}, …], "syncs": [6]
 """
 
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pasta_jax.data.annotate import units
 from pasta_jax.lang.joins import Unjoined
+from pasta_jax.utils.json_io import parse_json, to_json
 
 MAX_TOPIC = 60  # characters
-_FENCE = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
+MAX_NESTING = 20  # chunks inside each other
 
 
 class PlanError(ValueError):
@@ -25,11 +25,12 @@ class PlanError(ValueError):
 
 def read(answer: str, response: str) -> tuple[list[dict], list[int]]:
   """Chunks (`start`, `end`, `topic`; outer ones first) and syncs (offsets) of a plan. Raises PlanError."""
-  fenced = _FENCE.fullmatch(answer)
   try:
-    plan = json.loads(fenced[1] if fenced else answer)
-  except json.JSONDecodeError as error:
-    raise PlanError("not JSON", f"not JSON: {error.msg} at character {error.pos}") from None
+    plan = parse_json(_unfenced(answer))
+  except ValueError as error:
+    at = error.__context__
+    fault = f"{at.msg} at character {at.pos}" if isinstance(at, json.JSONDecodeError) else str(error)
+    raise PlanError("not JSON", f"not JSON: {fault}") from None
   if (
     not isinstance(plan, dict)
     or plan.keys() != {"chunks", "syncs"}
@@ -38,7 +39,9 @@ def read(answer: str, response: str) -> tuple[list[dict], list[int]]:
     raise PlanError("another form", 'expected {"chunks": […], "syncs": […]} and nothing else')
   spans = units.split(response)
   chunks = sorted((_chunk(c, len(spans)) for c in plan["chunks"]), key=lambda c: (c[0], -c[1]))
-  for i, (start, end, _) in enumerate(chunks):
+  if len(chunks) > 2 * len(spans):  # more than can lie inside each other
+    raise PlanError("chunks overlap", f"{len(chunks)} chunks of {len(spans)} units overlap")
+  for i, (start, end, _) in enumerate(chunks if _overlap(chunks) else ()):
     for later, its_end, _ in chunks[i + 1 :]:
       if later <= end < its_end or (start, end) == (later, its_end):
         raise PlanError(
@@ -46,6 +49,8 @@ def read(answer: str, response: str) -> tuple[list[dict], list[int]]:
           f"chunks {start}-{end} and {later}-{its_end} overlap: one must end before "
           "the other, or lie inside it",
         )
+  if _nesting(chunks) > MAX_NESTING:
+    raise PlanError("another form", f"chunks lie inside each other more than {MAX_NESTING} deep")
   if any(c[:2] == (1, len(spans)) for c in chunks):
     raise PlanError(
       "a chunk of everything", "a chunk holds the whole response: nothing is left to run beside it"
@@ -57,6 +62,32 @@ def read(answer: str, response: str) -> tuple[list[dict], list[int]]:
     if spans[s - 1][0] not in useful:
       raise PlanError("a sync of nothing", f"the sync before unit {s} joins no chunk")
   return offsets, useful
+
+
+def _unfenced(answer: str) -> str:
+  """What is inside a Markdown fence, if the answer is one."""
+  text = answer.strip()
+  fenced = len(text) >= 6 and text.startswith("```") and text.endswith("```")
+  return text[3:-3].removeprefix("json").strip() if fenced else answer
+
+
+def _around(chunks: Sequence[tuple[int, int, str]]) -> Iterator[tuple[tuple, list[tuple]]]:
+  """Each of the sorted chunks, and those before it that have not ended where it starts."""
+  open_ones: list[tuple] = []
+  for chunk in chunks:
+    while open_ones and open_ones[-1][1] < chunk[0]:
+      open_ones.pop()
+    yield chunk, open_ones
+    open_ones.append(chunk)
+
+
+def _overlap(chunks: Sequence[tuple[int, int, str]]) -> bool:
+  """Whether two chunks overlap without one lying inside the other, or are the same."""
+  return any(o and (o[-1][1] < c[1] or o[-1][:2] == c[:2]) for c, o in _around(chunks))
+
+
+def _nesting(chunks: Sequence[tuple[int, int, str]]) -> int:
+  return max((len(o) + 1 for _, o in _around(chunks)), default=0)
 
 
 def write(response: str, chunks: Sequence[dict], syncs: Sequence[int]) -> str:
@@ -92,15 +123,15 @@ def _chunk(entry: object, count: int) -> tuple[int, int, str]:
     raise PlanError("another form", f"a chunk cannot run from {start} to {end}")
   topic = entry["topic"]
   if not isinstance(topic, str) or not topic.strip() or len(topic) > MAX_TOPIC or "\n" in topic:
-    raise PlanError("an unfit topic", f"a topic is a few words on one line, not {json.dumps(topic)[:80]}")
+    raise PlanError("an unfit topic", f"a topic is a few words on one line, not {to_json(topic)[:80]}")
   return start, end, topic.strip()
 
 
 def _unit(number: object, what: str, count: int) -> int:
   if not isinstance(number, int) or isinstance(number, bool):
-    raise PlanError("another form", f"{what} must be the number of a unit, not {json.dumps(number)[:80]}")
+    raise PlanError("another form", f"{what} must be the number of a unit, not {to_json(number)[:80]}")
   if not 1 <= number <= count:
-    raise PlanError("no such unit", f"{what} = {number}: units are numbered from 1 to {count}")
+    raise PlanError("no such unit", f"{what} = {str(number)[:80]}: units are numbered from 1 to {count}")
   return number
 
 

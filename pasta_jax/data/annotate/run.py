@@ -20,14 +20,16 @@ from pasta_jax.data.annotate import check, measure, plan, prompts
 from pasta_jax.data.prompts import read_prompts
 from pasta_jax.data.sources import decontaminate, read_instructions
 from pasta_jax.lang.positions import PositionRule
-from pasta_jax.utils.endpoint import Caller, Endpoint
+from pasta_jax.utils.endpoint import Endpoint
 from pasta_jax.utils.files import write_json_atomic
 from pasta_jax.utils.jsonl import DataError, read_jsonl, write_jsonl
 from pasta_jax.utils.progress import progress_bar
+from pasta_jax.utils.protocols import cause_of
 from pasta_jax.utils.records import agree
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 DEMONSTRATIONS = 7  # PASTA's number
+LOST = ("refused", "cut off", "no text")  # causes (`protocols.cause_of`)
 
 
 def annotate(config, workdir: Path) -> dict:
@@ -94,9 +96,12 @@ class _ByModel:
 
   def __call__(self, rows: Sequence[dict]) -> tuple[list[dict], list[dict]]:
     """(annotated rows, rejected rows)."""
+    from pasta_jax.utils.calls import Caller  # here: it loads the HTTP client
+
     self._caller = Caller(self._endpoint, self._path)
     self._tokens, self._dropped, self._synced = [0, 0], 0, 0
     self._mended: collections.Counter[str] = collections.Counter()
+    self._no_verdict: collections.Counter[str] = collections.Counter()
     plans, rejected = self._plans(rows)
     if self._config.check:
       self._check_chunks(plans)
@@ -106,6 +111,7 @@ class _ByModel:
     self.report = {
       "asked again because": dict(self._mended),
       "check": {"chunks given up": self._dropped, "syncs placed": self._synced} if c.check else {},
+      "checked without a verdict": dict(self._no_verdict),
       "calls": {
         "paid now": self._caller.paid,
         "tokens read": self._tokens[0],
@@ -140,15 +146,14 @@ class _ByModel:
         i: int, answer: dict, todo=todo, again=again, last=attempt + 1 == self._config.tries
       ) -> None:
         row, messages = todo[i]
-        if "refused" in answer:
-          rejected.append({"id": row["id"], "cause": "refused", "answer": answer["refused"]})
-          return
         try:
           chunks, syncs = plan.read(answer["text"], row["response"])
           plans[row["id"]] = row | {"chunks": chunks, "syncs": syncs}
         except plan.PlanError as error:
-          if last:
-            rejected.append({"id": row["id"], "cause": error.cause, "answer": answer["text"]})
+          cause = cause_of(answer, error.cause)
+          if last or cause in LOST:  # to ask for these again, with more words before, is of no use
+            said = answer.get("refused") or answer["text"]
+            rejected.append({"id": row["id"], "cause": cause, "answer": said})
           else:
             self._mended[error.cause] += 1
             again.append((row, prompts.ask_again(messages, answer["text"], str(error))))
@@ -165,7 +170,10 @@ class _ByModel:
     failed: list[tuple[dict, check.Context]] = []
 
     def answered(i: int, answer: dict) -> None:
-      if prompts.says_yes(answer["text"]) is not True:
+      verdict = prompts.says_yes(answer["text"])
+      if verdict is None:
+        self._no_verdict[cause_of(answer, "neither yes nor no")] += 1
+      if verdict is not True:
         failed.append(asked[i])
 
     if asked:
@@ -222,7 +230,9 @@ def _show(report: dict, workdir: Path) -> None:
       f"Boundaries of chunks: precision {a['precision']:.0%}, recall {a['recall']:.0%}; "
       f"both have chunks or neither has: {a['same_choice']:.0%} of {a['responses']} responses"
     )
-  for title in ("rejected", "asked again because", "check", "calls"):
+  for title in ("rejected", "asked again because", "check", "checked without a verdict", "calls"):
     if found := report.get(title):
       console.print(f"{title}: " + ", ".join(f"{name} {n:,}" for name, n in found.items()))
+  if any("cut off" in report.get(title, ()) for title in ("rejected", "checked without a verdict")):
+    console.print("cut off: give more --config.annotate.max_tokens")
   console.print(f"{workdir / 'annotated.jsonl'}")

@@ -6,15 +6,19 @@ letter). Each pair is judged in both orders, and its preference is the mean, whi
 first or the second place (docs/language.md section 6: "confidence-weighted win rate").
 """
 
+import collections
 import math
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
 from pasta_jax.evaluate.judges.judge import Answer, Pair
-from pasta_jax.utils.endpoint import Caller, Endpoint
+from pasta_jax.utils.endpoint import Endpoint
 from pasta_jax.utils.progress import progress_bar
+from pasta_jax.utils.protocols import cause_of
+from pasta_jax.utils.text import one_line
 
 SYSTEM = """\
 You compare two answers to the same request. The better one is more correct, more helpful and easier to read, \
@@ -83,10 +87,14 @@ class LlmJudge:
   @classmethod
   def from_config(cls, config) -> Self:
     endpoint = Endpoint.from_config(config.judge, part="judge")
+    endpoint.require_key()  # before the answers are made that it is to judge
     return cls(endpoint, cache=config.judge.cache)
 
   def compare(self, pairs: Sequence[Pair], folder: Path, on_judged: Callable[[int, dict], None]) -> None:
-    """Equal texts count as even without a call; a pair whose reply is neither letter gets no row."""
+    """Equal texts count as even without a call; a pair whose reply is neither letter gets no row, and is counted
+    in a line on stderr."""
+    from pasta_jax.utils.calls import Caller  # here: it loads the HTTP client
+
     caller = Caller(self._endpoint, Path(self._cache) if self._cache else folder / "calls.jsonl")
     asked: list[tuple[int, bool]] = []
     for i, p in enumerate(pairs):
@@ -95,13 +103,19 @@ class LlmJudge:
       else:
         asked += [(i, True), (i, False)]
     replies: dict[int, dict[bool, float | None]] = {}
+    lost: dict[int, str] = {}  # why a pair has no judgement
+    words = ""  # of the server, of the last refusal
     bar, task = progress_bar(self.name, len(asked))
 
     def on_answer(k: int, answer: dict) -> None:
+      nonlocal words
       i, system_first = asked[k]
       confidence = confidence_in_a(answer)
       orders = replies.setdefault(i, {})
       orders[system_first] = confidence if system_first or confidence is None else 1 - confidence
+      if confidence is None:
+        lost[i] = cause_of(answer, "neither letter")
+        words = answer.get("refused", words)
       bar.update(task, advance=1, note=f"{caller.paid} calls paid")
       if len(orders) == 2 and None not in orders.values():
         both = [orders[True], orders[False]]
@@ -109,3 +123,11 @@ class LlmJudge:
 
     with bar:
       caller.map([messages(pairs[i], system_first=first) for i, first in asked], on_answer)
+    if lost:
+      line = f"{self.name}: {len(lost)} of {len(pairs)} pairs got no judgement ({_counted(lost.values())})"
+      line += "; cut off: give more --config.judge.max_tokens" if "cut off" in lost.values() else ""
+      print(one_line(line + (f"; the last refusal: {words}" if words else "")), file=sys.stderr)
+
+
+def _counted(causes: Iterable[str]) -> str:
+  return ", ".join(f"{cause} {n:,}" for cause, n in collections.Counter(causes).items())
