@@ -138,8 +138,8 @@ class Caller:
   def _check_works(self, tolerated: int) -> None:
     """Raises EndpointError if that many requests were refused, and none was ever answered."""
     if not self._works and len(self._refusals) >= tolerated:
-      last = self._refusals[-1]
-      raise EndpointError(f"{self._endpoint.address} refused all requests; the last one: {last}")
+      count, last = len(self._refusals), self._refusals[-1]
+      raise EndpointError(f"{self._endpoint.address} answered none of {count} requests; the last one: {last}")
 
 
 class _Client:
@@ -304,7 +304,7 @@ def _asked_wait(headers: httpx2.Headers) -> float | None:
       seconds = (date - now).total_seconds()
     except (ValueError, OverflowError):
       return None
-  return min(max(seconds, 0.0), MAX_WAIT) if math.isfinite(seconds) else None
+  return None if math.isnan(seconds) else min(max(seconds, 0.0), MAX_WAIT)
 
 
 def _run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:

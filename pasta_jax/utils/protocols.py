@@ -162,7 +162,7 @@ def fault_in(response: dict, status: int = 200) -> Fault | None:
   ]
   number = next((int(str(c)) for c in found if _is_status(c)), 0)
   return Fault(
-    words or (error if isinstance(error, str) else to_json(error)),
+    words or (error if isinstance(error, str) else to_json(error or response)),
     number if status == 200 else status,
     frozenset(c.lower() for c in found if isinstance(c, str)),
     inside=status == 200,

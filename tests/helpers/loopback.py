@@ -19,11 +19,15 @@ def without_waiting(monkeypatch) -> list[float]:
   return paused
 
 
+class Refusal(Exception):
+  """What `Server.answer` raises to answer with a status and an object."""
+
+
 class Server:
   """Answers a call with `answer(body, path)`.
 
-  `faults` are done first, one a call, whatever the call is: a status, bytes to be sent, "hang up", "slow", or
-  None.
+  `faults` are done first, one a call, whatever the call is: a status, bytes to be sent, "hang up", "slow", a
+  function that is given the handler, or None.
   """
 
   def __init__(self):
@@ -61,10 +65,16 @@ class Server:
         elif fault == "slow":
           threading.Event().wait(1.5)
           self.reply(200, b"{}")
+        elif callable(fault):
+          fault(self)
         elif fault is not None:
           self.reply(200, fault)
         else:
-          self.reply(200, json.dumps(outer.answer(body, self.path)).encode())
+          try:
+            status, found = 200, outer.answer(body, self.path)
+          except Refusal as refusal:
+            status, found = refusal.args
+          self.reply(status, json.dumps(found).encode())
 
     self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     self.http.daemon_threads = True

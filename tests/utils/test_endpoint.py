@@ -1,28 +1,11 @@
-"""The HTTP client: fields from a config, and the limit of calls. For faults see
-tests/evaluate/test_judges.py."""
+"""Settings of an endpoint: fields from a config, addresses, keys that are put where a name belongs."""
 
 import json
 
 import pytest
-from helpers import loopback
 
-from pasta_jax.config import sections
-from pasta_jax.utils.calls import Caller
+from pasta_jax.config import Config, sections, with_changes
 from pasta_jax.utils.endpoint import Endpoint, EndpointError
-
-
-class Server(loopback.Server):
-  """Repeats the last message."""
-
-  def answer(self, body, path):
-    return {"choices": [{"message": {"content": body["messages"][-1]["content"]}}]}
-
-
-@pytest.fixture
-def server():
-  s = Server()
-  yield s
-  s.close()
 
 
 def test_every_field_of_a_section_arrives():
@@ -41,20 +24,49 @@ def test_every_field_of_a_section_arrives():
     Endpoint("m", retries=-1, part="annotate")
 
 
-def test_calls_keep_to_a_limit(server, tmp_path, monkeypatch):
-  """Call k of n starts k times 60 / per_minute seconds after the first one."""
-  paused = loopback.without_waiting(monkeypatch)
-  monkeypatch.setattr("pasta_jax.utils.calls.monotonic", lambda: 100.0)
-  caller = Caller(Endpoint("m", url=server.url, per_minute=30, concurrency=3), tmp_path / "calls.jsonl")
-  caller.map([[{"role": "user", "content": str(i)}] for i in range(5)], lambda i, answer: None)
-  assert sorted(p for p in paused if p) == [2.0, 4.0, 6.0, 8.0] and caller.paid == 5
+def test_the_identity_of_a_call_is_that_of_released_versions():
+  """Files of paid calls stay useful."""
+  messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "é"}]
+  assert Endpoint("m", url="http://h/v1/").identity(messages) == "30cedc60aafa2821389afe248077ee2e"
+  assert Endpoint("m", kind="gemini", logprobs=False).identity(messages) == "987299dd0440b138aa4dc19ed5e7b1d4"
 
 
-def test_answers_go_to_their_calls(server, tmp_path):
-  caller = Caller(Endpoint("m", url=server.url, concurrency=3), tmp_path / "calls.jsonl")
-  answers: dict[int, str] = {}
-  calls = [[{"role": "user", "content": f"question {i}"}] for i in range(9)]
-  caller.map(calls, lambda i, answer: answers.__setitem__(i, answer["text"]))
-  assert answers == {i: f"question {i}" for i in range(9)}
-  rows = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
-  assert len({row["id"] for row in rows}) == 9
+@pytest.mark.parametrize(
+  "url", ["localhost:8000/v1", "http://", "http://me:se/cret@host", "http://me:secret@host:port", "http://[::1", "ftp://h"]
+)  # fmt: skip
+def test_addresses(url):
+  with pytest.raises(EndpointError, match="^judge.url must be an address such as http") as error:
+    Endpoint("m", url=url)
+  assert ("not " in str(error.value)) == ("@" not in url) and "cret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "key",
+  [
+    "sk-proj-0123456789abcdef",
+    "AIzaSyA1b2C3d4E5f6G7h8I9j0K1l2M3n4O5p6Q",
+    "hf_abcdefGHIJKLmnopqrsTUVWXYZabcdefgh",
+    "gsk_a1b2c3d4e5f6g7h8i9j0",
+    "0123abcd",
+    "d41d8cd98f00b204e9800998ecf8427e",
+    "$OPENAI_API_KEY",
+  ],
+)
+def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(key):
+  for section in ("judge", "annotate"):
+    with pytest.raises(ValueError, match=rf"^{section}.key_env must be the name of an environment") as error:
+      with_changes(Config(), {f"{section}.key_env": key})
+    assert key not in str(error.value)
+
+
+def test_names_of_variables_and_logins_in_files():
+  for name in (
+    "",
+    "OPENAI_API_KEY",
+    "MY_ORGANISATIONS_AZURE_KEY_2",
+    "my_openai_key_2025",
+    "OPENROUTERAPIKEYNUMBERONE",
+  ):
+    config = with_changes(Config(), {"judge.key_env": name, "judge.url": "https://me:secret@host/@v1"})
+  assert config.judge.url == "https://me:secret@host/@v1"
+  assert json.loads(config.to_json())["judge"]["url"] == "https://host/@v1"
