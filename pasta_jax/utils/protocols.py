@@ -59,7 +59,7 @@ class Fault:
   @property
   def is_of_content(self) -> bool:
     """Whether it concerns the content or the length of this one request."""
-    return bool(self.codes & _REFUSING_CODES) or bool(_REFUSING_WORDS.search(self.words))
+    return bool(self.codes & _REFUSING_CODES) or bool(_REFUSING_WORDS.search(" ".join(self.words.split())))
 
   def refuses(self, field: str) -> bool:
     """Whether it says that the model takes no such field (LIMIT, TEMPERATURE, LOG_P)."""
@@ -337,5 +337,7 @@ def _counts(usage: Any, *names: str) -> list[int]:
 
 
 def _count(value: Any) -> int:
+  if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+    return int(value)
   good = isinstance(value, int | float) and type(value) is not bool and 0 <= value <= MAX_COUNT
   return math.floor(value) if good else 0

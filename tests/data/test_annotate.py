@@ -96,12 +96,27 @@ def chunk(start, end, topic="x"):
     ({"chunks": [chunk(2, 4)], "syncs": [5, 6]}, "a sync of nothing"),
     ({"chunks": [chunk(2, 4)], "syncs": [3]}, "a sync of nothing"),
     ({"chunks": [], "syncs": [9]}, "no such unit"),
+    ({"chunks": [chunk(2, 3 + i % 2) for i in range(50_000)], "syncs": []}, "chunks overlap"),
+    ({"chunks": [chunk(1, 10**400)], "syncs": []}, "no such unit"),
+    ('{"chunks": ' + "[" * 5000, "not JSON"),
+    ('{"chunks": [' + "9" * 5000 + "]}", "not JSON"),
+    ('{"chunks": "\ud83d"}', "another form"),
+    ({"chunks": [chunk(2, 4, "\ud83d" * 61)], "syncs": []}, "an unfit topic"),
   ],
 )
 def test_plans_are_read_strictly(answer, cause: str):
   with pytest.raises(plan.PlanError) as error:
     plan.read(answer if isinstance(answer, str) else json.dumps(answer), TEXT)
   assert error.value.cause == cause and "\n" not in str(error.value)
+
+
+def test_plans_that_lie_deep_in_each_other_are_refused():
+  """Later code follows them by recursion."""
+  text = "A b. " * 1000
+  nested = lambda n: json.dumps({"chunks": [chunk(2, 900 - i) for i in range(n)], "syncs": []})
+  assert len(plan.read(nested(20), text)[0]) == 20
+  with pytest.raises(plan.PlanError, match="more than 20 deep"):
+    plan.read(nested(800), text)
 
 
 def test_good_plans_are_read():
@@ -311,6 +326,37 @@ def test_a_faulty_server_loses_no_row(server, tmp_path: Path):
   asked_again = [c["messages"] for c in server.calls if "cannot be used" in c["messages"][-1]["content"]]
   assert any("units are numbered from 1 to" in m[-1]["content"] for m in asked_again)
   assert all(m[-2]["role"] == "assistant" for m in asked_again)
+
+
+def test_answers_without_a_plan_or_a_verdict_are_counted(server, tmp_path: Path, capsys):
+  """By cause; a plan is asked for again only where that is of use, and no restart pays again or fails."""
+  said = lambda content, finish="stop": json.dumps(
+    {"choices": [{"message": {"content": content}, "finish_reason": finish}]}
+  ).encode()
+  rows = ROWS[20:27]
+  server.status_body = b'{"error": {"message": "blocked", "code": "content_filter"}}'
+  server.faults = [
+    said(None),
+    said('{"chunks": [', "length"),
+    400,
+    said([{"type": "text"}]),
+    said("\ud83d"),
+    None,
+  ]
+  config = config_for(server, tmp_path, rows, concurrency=1)
+  for calls in (8, 0):
+    server.calls.clear()
+    report = annotate(config, tmp_path / "run")
+    plans = [c for c in server.calls if "<text>" not in c["messages"][-1]["content"]]
+    assert len(plans) == calls and report["calls"]["paid now"] == len(server.calls)
+    assert report["rejected"] == {"no text": 2, "cut off": 1, "refused": 1}
+    assert report["asked again because"] == {"not JSON": 1} and report["checked without a verdict"] == {}
+    assert "give more --config.annotate.max_tokens" in capsys.readouterr().out
+    assert len(read_jsonl(tmp_path / "run" / "annotated.jsonl")) == 3
+  server.faults = [None, said("Perhaps."), said(None, "length")]
+  row = next(r for r in ROWS if len(check.of_chunks(r)) > 2)
+  report = annotate(config_for(server, tmp_path, [row], concurrency=1), tmp_path / "other")
+  assert report["checked without a verdict"] == {"neither yes nor no": 1, "cut off": 1}
 
 
 def test_a_restarted_run_repeats_no_paid_call(server, tmp_path: Path):

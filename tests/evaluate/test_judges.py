@@ -168,6 +168,30 @@ def test_a_request_that_is_refused_does_not_stop_the_others(server, tmp_path):
   assert set(judged(judge, PAIRS, tmp_path / "filtered")) == {1, 2, 3} and len(server.calls) == 6
 
 
+def test_pairs_without_a_judgement_are_counted_and_said(server, tmp_path, capsys):
+  """By cause, with the server's last words; what was paid is not paid again."""
+  said = lambda content, finish="stop": json.dumps(
+    {"choices": [{"message": {"content": content}, "finish_reason": finish}]}
+  ).encode()
+  server.status_body = b'{"error": {"message": "your prompt\\nis too long", "code": 400}}'
+  server.faults = [said("Neither."), None, said(None, "length"), None, None, 400]
+  for calls in (6, 6):
+    judge = LlmJudge(Endpoint("m", url=server.url, concurrency=1))
+    pairs = [*PAIRS[:3], pair(4, "same", "same")]
+    assert set(judged(judge, pairs, tmp_path)) == {3} and len(server.calls) == calls
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+      "m: 3 of 4 pairs got no judgement (neither letter 1, cut off 1, refused 1); cut off: "
+    )
+    assert "config.judge.max_tokens" in line and line.endswith("status 400: your prompt is too long")
+
+
+def test_the_key_of_a_judge_is_asked_for_before_any_work(monkeypatch):
+  monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+  with pytest.raises(EndpointError, match=r"\$OPENAI_API_KEY, which is not set"):
+    LlmJudge.from_config(with_changes(Config(), {"judge.model": "m"}))
+
+
 def test_a_key_is_never_shown(server, tmp_path, monkeypatch):
   server.status_body = f'{{"error": "wrong key {KEY}"}}'.encode()
   server.faults = [403]

@@ -151,7 +151,8 @@ def test_odd_log_probabilities(logprobs):
   [
     ({"prompt_tokens": 12, "completion_tokens": 3.0}, [12, 3]),
     ({"prompt_tokens": float("inf"), "completion_tokens": -3}, [0, 0]),
-    ({"prompt_tokens": "12", "completion_tokens": None}, [0, 0]),
+    ({"prompt_tokens": "12", "completion_tokens": None}, [12, 0]),
+    ({"prompt_tokens": "n/a", "completion_tokens": "-1"}, [0, 0]),
     ({"prompt_tokens": 10**400, "completion_tokens": [1]}, [0, 0]),
     ([1, 2], []),
     (None, []),
@@ -187,7 +188,7 @@ def test_faults(response, status, words, code):
   "words, code, known",
   [
     ("This model's maximum context length is 4096 tokens.", "", True),
-    ("Prompt is too long", "", True),
+    ("Prompt is\ntoo long", "", True),
     ("", "context_length_exceeded", True),
     ("", "Content_Filter", True),
     ("Your input was flagged", "", True),
