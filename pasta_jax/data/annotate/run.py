@@ -18,11 +18,13 @@ from pasta_jax.data import report as data_report
 from pasta_jax.data import structure
 from pasta_jax.data.annotate import check, measure, plan, prompts
 from pasta_jax.data.prompts import read_prompts
-from pasta_jax.data.sources import decontaminate, read_instructions
+from pasta_jax.data.sources import Source, decontaminate, read_instructions
 from pasta_jax.lang.positions import PositionRule
+from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.endpoint import Endpoint
 from pasta_jax.utils.files import write_json_atomic
 from pasta_jax.utils.jsonl import DataError, read_jsonl, write_jsonl
+from pasta_jax.utils.locks import LOCK, locked
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.protocols import cause_of
 from pasta_jax.utils.records import agree
@@ -33,8 +35,8 @@ LOST = ("refused", "cut off", "no text")  # causes (`protocols.cause_of`)
 
 
 def annotate(config, workdir: Path) -> dict:
-  """Runs `config.annotate` in `workdir`; returns the report. Raises ValueError, one line, for unusable
-  settings or files, and if the endpoint fails."""
+  """Runs `config.annotate` in `workdir`, which it locks; returns the report. Raises ValueError, one line, for
+  unusable settings or files, if another run writes there, and if the endpoint fails."""
   c = config.annotate
   if not c.data:
     raise DataError("name a file of instructions and responses: --config.annotate.data=FILE")
@@ -47,7 +49,22 @@ def annotate(config, workdir: Path) -> dict:
   other = read_jsonl(c.against) if c.against else []
   by_model = _ByModel(c, workdir) if c.kind != "structure" else None  # before anything is written
   vocabulary = load_checkpoint(config.model.source).vocabulary
-  workdir.mkdir(parents=True, exist_ok=True)
+  with locked(workdir / LOCK):
+    report = _annotate(config, workdir, source, rows, other, by_model, vocabulary)
+  _show(report, workdir)
+  return report
+
+
+def _annotate(
+  config,
+  workdir: Path,
+  source: Source,
+  rows: list[dict],
+  other: list[dict],
+  by_model: "_ByModel | None",
+  vocabulary: Vocabulary,
+) -> dict:
+  c = config.annotate
   digest = hashlib.sha256(json.dumps([[r["prompt"], r["response"]] for r in rows]).encode()).hexdigest()[:16]
   agree(
     workdir,
@@ -80,7 +97,6 @@ def annotate(config, workdir: Path) -> dict:
   for name, content in (("annotated", done), ("rejected", rejected)):
     write_jsonl(workdir / f"{name}.jsonl", content)
   write_json_atomic(workdir / "report.json", report)
-  _show(report, workdir)
   return report
 
 

@@ -16,6 +16,7 @@ from typing import Self
 
 from pasta_jax.evaluate.judges.judge import Answer, Pair
 from pasta_jax.utils.endpoint import Endpoint
+from pasta_jax.utils.locks import locked
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.protocols import cause_of
 from pasta_jax.utils.text import one_line
@@ -93,9 +94,16 @@ class LlmJudge:
   def compare(self, pairs: Sequence[Pair], folder: Path, on_judged: Callable[[int, dict], None]) -> None:
     """Equal texts count as even without a call; a pair whose reply is neither letter gets no row, and is counted
     in a line on stderr."""
+    if not self._cache:  # in the folder of the run, which the run has locked
+      self._compare(pairs, folder / "calls.jsonl", on_judged)
+      return
+    with locked(Path(self._cache + ".lock")):
+      self._compare(pairs, Path(self._cache), on_judged)
+
+  def _compare(self, pairs: Sequence[Pair], calls: Path, on_judged: Callable[[int, dict], None]) -> None:
     from pasta_jax.utils.calls import Caller  # here: it loads the HTTP client
 
-    caller = Caller(self._endpoint, Path(self._cache) if self._cache else folder / "calls.jsonl")
+    caller = Caller(self._endpoint, calls)
     asked: list[tuple[int, bool]] = []
     for i, p in enumerate(pairs):
       if p.system.text.strip() == p.baseline.text.strip():
