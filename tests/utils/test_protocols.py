@@ -1,8 +1,10 @@
 """Responses of endpoints as they are: each is text and finite numbers, or one fault."""
 
+import asyncio
 import json
 
 import pytest
+from fuzz import endpoint_kinds
 
 from pasta_jax.utils import protocols
 from pasta_jax.utils.json_io import to_json
@@ -233,3 +235,8 @@ def test_stored_rows_that_are_no_answers(change):
   assert protocols.stored_answer(row) == row | {"text": "A", "log_p": {}}
   assert protocols.stored_answer(row | change) is None
   assert protocols.stored_answer({"id": "x"}) is None
+
+
+def test_damaged_responses_are_answers_or_one_line():
+  found = asyncio.run(endpoint_kinds.outcomes(600, seed=0))
+  assert sum(found.values()) == 600 and len(found) > 12

@@ -1,0 +1,153 @@
+"""Damaged responses of endpoints: what the client, the judge and the annotator make of them.
+
+    python tests/fuzz/endpoint_kinds.py --count=5000 --seed=1
+
+Each outcome is an answer that can be stored, read back and used, or one error of one line.
+"""
+
+import argparse
+import asyncio
+import collections
+import copy
+import itertools
+import json
+import random
+from typing import Any
+
+import httpx2
+
+from pasta_jax.data.annotate import plan, prompts
+from pasta_jax.evaluate.judges.llm import confidence_in_a
+from pasta_jax.utils import calls, protocols
+from pasta_jax.utils.endpoint import Endpoint, EndpointError
+from pasta_jax.utils.json_io import parse_json, to_json
+
+RESPONSE = "There are two ways. Take the train. It is slow. Take the plane. It is fast. Choose one."
+PLAN = (
+  '{"chunks": [{"from": 2, "to": 3, "topic": "train"}, {"from": 4, "to": 5, "topic": "plane"}], "syncs": [6]}'
+)
+TOPS = [{"token": "A", "logprob": -0.1}, {"token": " B", "logprob": -2.5}]
+VALID: dict[str, dict] = {
+  "openai": {
+    "choices": [
+      {
+        "index": 0, "finish_reason": "stop",
+        "message": {"role": "assistant", "content": PLAN, "refusal": None, "reasoning_content": None},
+        "logprobs": {"content": [{"token": "A", "logprob": -0.1, "top_logprobs": TOPS}]},
+      }
+    ],
+    "usage": {"prompt_tokens": 10, "completion_tokens": 3},
+  },
+  "openai parts": {"choices": [{"message": {"content": [{"type": "thinking"}, {"type": "text", "text": "YES"}]}}]},
+  "openai thought": {"choices": [{"message": {"content": "<think>B</think>A"}, "finish_reason": "length"}]},
+  "openai error": {"error": {"message": "upstream is busy", "code": 502, "type": "x", "innererror": {"code": "y"}}},
+  "gemini": {
+    "candidates": [
+      {
+        "content": {"parts": [{"text": "B?", "thought": True}, {"text": PLAN}]}, "finishReason": "STOP",
+        "logprobsResult": {
+          "topCandidates": [{"candidates": [{"token": "A", "logProbability": -0.1}]}],
+          "chosenCandidates": [{"token": "A", "logProbability": -0.1}],
+        },
+      }
+    ],
+    "usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 3},
+  },
+  "gemini blocked": {"promptFeedback": {"blockReason": "SAFETY"}},
+}  # fmt: skip
+ODD: list[Any] = [
+  None, True, False, 0, -1, 3.5, 10**30, 10**400, 1e308, float("nan"), float("inf"), float("-inf"), 1e6, "", "A", "429",
+  "\ud83d", "\x1b]0;x\x07", "\0", "x" * 10_000, "<think>", "</think>", "content_filter", "length", [], [[]], {}, [None],
+  {"text": 5}, {"message": {"content": {}}}, json.loads("[" * 90 + "]" * 90),
+]  # fmt: skip
+STATUSES = (*(200,) * 12, 302, 400, 401, 413, 422, 429, 500)
+
+
+def _places(value: Any, found: list) -> list:
+  """(container, key) of everything inside a value."""
+  for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+    found.append((value, key))
+    _places(value[key], found)
+  return found
+
+
+def damaged(valid: dict, rng: random.Random) -> bytes:
+  """A response with one to three values changed, dropped, doubled or moved; perhaps cut, or with other bytes."""
+  value = copy.deepcopy(valid)
+  for _ in range(rng.choice((1, 1, 1, 2, 3))):
+    if not (places := _places(value, [])):
+      break
+    container, key = rng.choice(places)
+    how = rng.randrange(5)
+    if how == 0:
+      del container[key]
+    elif how == 1:
+      other, at = rng.choice(places)
+      container[key] = copy.deepcopy(other[at]) if isinstance(other, dict) or at < len(other) else None
+    elif how == 2 and isinstance(container, list):
+      container.insert(rng.randrange(len(container) + 1), copy.deepcopy(container[key]))
+    else:
+      container[key] = copy.deepcopy(rng.choice(ODD))
+  text = json.dumps(value, ensure_ascii=rng.random() < 0.5)
+  text = f"data: {text}\n\n" + rng.choice(("", "data: [DONE]\n\n")) if rng.random() < 0.1 else text
+  raw = bytearray(text.encode("utf-8", "surrogatepass"))
+  if rng.random() < 0.1:
+    del raw[rng.randrange(len(raw)) :]
+  if raw and rng.random() < 0.1:
+    for _ in range(rng.choice((1, 5))):
+      raw[rng.randrange(len(raw))] = rng.randrange(256)
+  return bytes(raw)
+
+
+def used(answer: dict) -> str:
+  """Stores an answer and uses it as the judge and the annotator do; returns what it is."""
+  assert protocols.stored_answer(parse_json(to_json(answer))) == answer
+  confidence = confidence_in_a(answer)
+  assert confidence is None or 0 <= confidence <= 1
+  verdict = prompts.says_yes(answer["text"])
+  try:
+    plan.read(answer["text"], RESPONSE)
+    found = "a plan"
+  except plan.PlanError as error:
+    found = (
+      "an answer"
+      if confidence is not None or verdict is not None
+      else protocols.cause_of(answer, error.cause)
+    )
+  return found
+
+
+async def outcomes(count: int, seed: int) -> collections.Counter[str]:
+  """What became of `count` damaged responses, by kind."""
+  rng, found = random.Random(seed), collections.Counter[str]()
+  endpoints = {k: Endpoint("m", kind=k, url="http://localhost", retries=0) for k in ("openai", "gemini")}
+  clients = {kind: calls._Client(endpoint) for kind, endpoint in endpoints.items()}
+  for n, name in zip(range(count), itertools.cycle(VALID)):
+    raw, status = damaged(VALID[name], rng), rng.choice(STATUSES)
+    client = clients[name.split()[0]]
+    client._without.clear()
+
+    async def post(body, raw=raw, status=status):
+      return status, httpx2.Headers(), raw.decode("utf-8", "replace")
+
+    client._post = post  # type: ignore[method-assign]
+    try:
+      what = used(await client.call([{"role": "user", "content": "x"}]))
+    except (EndpointError, calls._Refused) as error:
+      what = type(error).__name__
+      assert "\n" not in str(error) and len(str(error)) < 450 and str(error).isprintable(), error
+    except Exception as error:
+      raise AssertionError(f"{name}, mutation {n} of seed {seed}, status {status}: {raw[:2000]!r}") from error
+    found[f"{name}: {what}"] += 1
+  for client in clients.values():
+    await client.__aexit__()
+  return found
+
+
+if __name__ == "__main__":
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--count", type=int, default=5000)
+  parser.add_argument("--seed", type=int, default=1)
+  given = parser.parse_args()
+  for kind, number in sorted(asyncio.run(outcomes(given.count, given.seed)).items()):
+    print(f"{number:6,}  {kind}")
