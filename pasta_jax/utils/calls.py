@@ -12,6 +12,8 @@ import email.utils
 import math
 import random
 import sys
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from time import monotonic
@@ -151,12 +153,15 @@ class _Client:
     self._next = 0.0  # with a limit: when the next call may start
     self._resting: set[asyncio.Task] = set()  # calls that wait for their turn or the next attempt
     self.ended = False
-    try:
-      limits = httpx2.Limits(max_connections=endpoint.concurrency)
-      self._http = httpx2.AsyncClient(timeout=None, limits=limits)
-    except (
-      Exception
-    ) as error:  # proxies and certificates of the environment: ValueError, OSError, ImportError, …
+    try:  # the environment's proxies and certificates: ValueError, OSError, ImportError, …
+      self._http = httpx2.AsyncClient(
+        proxy=_proxy(endpoint.address),
+        verify=httpx2.create_ssl_context(),  # with SSL_CERT_FILE and SSL_CERT_DIR
+        trust_env=False,
+        timeout=None,
+        limits=httpx2.Limits(max_connections=endpoint.concurrency),
+      )
+    except Exception as error:
       raise EndpointError(
         f"{endpoint.part}: the HTTP client cannot start: {self._shown(str(error))}"
       ) from None
@@ -276,6 +281,15 @@ class _Client:
   def _shown(self, text: str) -> str:
     """A server's words, for a message: without secrets, which go before anything is cut."""
     return one_line(self._endpoint.redacted(text), 300)
+
+
+def _proxy(address: str) -> str | None:
+  """The proxy for an address, by the standard library's rules (http_proxy, no_proxy, the system's settings)."""
+  parts = urllib.parse.urlsplit(address)
+  proxy = urllib.request.getproxies().get(parts.scheme)
+  if not proxy or urllib.request.proxy_bypass(parts.netloc):
+    return None
+  return proxy if "://" in proxy else f"http://{proxy}"
 
 
 async def _sleep(seconds: float) -> None:

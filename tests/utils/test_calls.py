@@ -333,10 +333,22 @@ def test_a_key_over_plain_http_is_warned_of(tmp_path, capsys):
     del os.environ["OPENAI_API_KEY"]
 
 
-def test_an_environment_that_the_client_cannot_use_is_one_line(server, tmp_path, monkeypatch):
-  monkeypatch.setenv("HTTPS_PROXY", "gopher://me:hunter@proxy")
-  with pytest.raises(EndpointError, match="^judge: the HTTP client cannot start: .*proxy"):
-    asked(server, tmp_path / "calls.jsonl", ["a"])
+def test_proxies_and_certificates_come_from_the_environment(server, tmp_path, monkeypatch):
+  for name in ("no_proxy", "NO_PROXY", "REQUEST_METHOD"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv("all_proxy", "socks5://nowhere")  # not for HTTP
+  monkeypatch.setenv("http_proxy", server.url.removeprefix("http://"))
+  asked(server, tmp_path / "calls.jsonl", ["a"], url="http://models.local/v1")
+  assert server.calls[-1]["path"] == "http://models.local/v1/chat/completions"
+  monkeypatch.setenv("http_proxy", "gopher://me:hunter@proxy")
+  with pytest.raises(EndpointError, match="^judge: the HTTP client cannot start: .*proxy") as error:
+    asked(server, tmp_path / "calls.jsonl", ["b"])
+  assert "hunter" not in str(error.value)
+  monkeypatch.setenv("no_proxy", "127.0.0.1")
+  asked(server, tmp_path / "calls.jsonl", ["b"])
+  monkeypatch.setenv("SSL_CERT_FILE", "nowhere.pem")
+  with pytest.raises(EndpointError, match="^judge: the HTTP client cannot start: .*No such file"):
+    asked(server, tmp_path / "calls.jsonl", ["c"])
 
 
 def test_the_client_is_loaded_only_where_calls_are_made():

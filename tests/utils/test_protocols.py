@@ -238,5 +238,5 @@ def test_stored_rows_that_are_no_answers(change):
 
 
 def test_damaged_responses_are_answers_or_one_line():
-  found = asyncio.run(endpoint_kinds.outcomes(600, seed=0))
-  assert sum(found.values()) == 600 and len(found) > 12
+  found = asyncio.run(endpoint_kinds.outcomes(3000, seed=0))
+  assert sum(found.values()) == 3000 and len(found) > 12
