@@ -9,10 +9,13 @@ import argparse
 import asyncio
 import collections
 import copy
+import functools
 import itertools
 import json
 import random
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx2
 
@@ -117,31 +120,61 @@ def used(answer: dict) -> str:
   return found
 
 
+@functools.cache
+def _client(kind: str) -> calls._Client:
+  return calls._Client(Endpoint("m", kind=kind, url="http://localhost", retries=0))
+
+
+async def outcome(kind: str, raw: bytes, status: int) -> str:
+  """What a response is: an answer, a plan, or why there is none. Raises EndpointError and _Refused."""
+  client = _client(kind)
+  client._without.clear()
+
+  async def post(body):
+    return status, httpx2.Headers(), raw.decode("utf-8", "replace")
+
+  client._post = post  # type: ignore[method-assign]
+  return used(await client.call([{"role": "user", "content": "x"}]))
+
+
 async def outcomes(count: int, seed: int) -> collections.Counter[str]:
   """What became of `count` damaged responses, by kind."""
   rng, found = random.Random(seed), collections.Counter[str]()
-  endpoints = {k: Endpoint("m", kind=k, url="http://localhost", retries=0) for k in ("openai", "gemini")}
-  clients = {kind: calls._Client(endpoint) for kind, endpoint in endpoints.items()}
   for n, name in zip(range(count), itertools.cycle(VALID)):
     raw, status = damaged(VALID[name], rng), rng.choice(STATUSES)
-    client = clients[name.split()[0]]
-    client._without.clear()
-
-    async def post(body, raw=raw, status=status):
-      return status, httpx2.Headers(), raw.decode("utf-8", "replace")
-
-    client._post = post  # type: ignore[method-assign]
     try:
-      what = used(await client.call([{"role": "user", "content": "x"}]))
+      what = await outcome(name.split()[0], raw, status)
     except (EndpointError, calls._Refused) as error:
       what = type(error).__name__
       assert "\n" not in str(error) and len(str(error)) < 450 and str(error).isprintable(), error
     except Exception as error:
       raise AssertionError(f"{name}, mutation {n} of seed {seed}, status {status}: {raw[:2000]!r}") from error
     found[f"{name}: {what}"] += 1
-  for client in clients.values():
-    await client.__aexit__()
   return found
+
+
+class EndpointKind(NamedTuple):
+  """A response as a file, with the fields of a kind of input."""
+
+  make: Callable[[Path], object]  # writes a valid one to a folder
+  load: Callable[[Path], object]  # reads it; raises ValueError that names it
+  damage: Sequence[str] = ("response.json",)
+  share: float = 0.2
+
+
+def _kind(name: str) -> EndpointKind:
+  def load(folder: Path) -> None:
+    path = folder / "response.json"
+    try:
+      asyncio.run(outcome(name.split()[0], path.read_bytes(), 200))
+    except (EndpointError, calls._Refused) as error:
+      if "error" not in name:
+        raise ValueError(f"{path}: {error}") from error
+
+  return EndpointKind(lambda folder: (folder / "response.json").write_text(json.dumps(VALID[name])), load)
+
+
+KINDS = {f"endpoint_{name.replace(' ', '_')}": _kind(name) for name in VALID}
 
 
 if __name__ == "__main__":
