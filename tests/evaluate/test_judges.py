@@ -14,8 +14,16 @@ from pasta_jax.evaluate.judges.agreement import measure
 from pasta_jax.evaluate.judges.files import FileJudge
 from pasta_jax.evaluate.judges.judge import Answer, Pair
 from pasta_jax.evaluate.judges.llm import LlmJudge, confidence_in_a, messages
-from pasta_jax.evaluate.judges.local import contradicts_length, defects, preference, repetition
+from pasta_jax.evaluate.judges.local import (
+  LocalJudge,
+  _key,
+  contradicts_length,
+  defects,
+  preference,
+  repetition,
+)
 from pasta_jax.utils.endpoint import Endpoint, EndpointError
+from pasta_jax.utils.records import Records
 
 
 class Server(loopback.Server):
@@ -303,6 +311,20 @@ def test_defects_and_preferences():
   empty = {"log_p": -10.0, "defects": ["empty", "cut off"]}
   loop = {"log_p": -0.1, "defects": ["loops", "repeats"]}  # likely, since it says the same again
   assert preference(empty, fine) < 0.05 and preference(loop, fine) < 0.2 and preference(fine, loop) > 0.8
+
+
+def test_a_likelihood_that_is_no_number_is_no_judgement(tmp_path, capsys):
+  """As damaged weights give it; the file has null."""
+  judge = LocalJudge(lambda: None, {})
+  for log_p in (math.nan, -1.0):  # read back, and as it was computed
+    records = Records(tmp_path / "scores.jsonl", judge.settings)
+    for p in PAIRS[:2]:
+      for answer in (p.system, p.baseline):
+        value = log_p if answer is PAIRS[0].system else -2.0
+        records.add({"id": _key(answer), "log_p": value, "tokens": 1, "defects": []})
+    assert set(judged(judge, PAIRS[:2], tmp_path)) == ({1} if math.isnan(log_p) else {0, 1})
+    said = "local: 1 of 2 pairs got no judgement (likelihood is no number 1)\n"
+    assert capsys.readouterr().err == (said if math.isnan(log_p) else "")
 
 
 def test_agreement_with_labels(server, tmp_path):

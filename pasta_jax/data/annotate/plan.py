@@ -5,6 +5,7 @@ A plan is `{"chunks": [{"from": 2, "to": 4, "topic": "cost"}, …], "syncs": [6]
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 
 from pasta_jax.data.annotate import units
@@ -13,6 +14,7 @@ from pasta_jax.utils.json_io import parse_json, to_json
 
 MAX_TOPIC = 60  # characters
 MAX_NESTING = 20  # chunks inside each other
+_BLANKS = re.compile(r"\s*")
 
 
 class PlanError(ValueError):
@@ -111,7 +113,8 @@ def write(response: str, chunks: Sequence[dict], syncs: Sequence[int]) -> str:
 
 def skip_blanks(text: str, at: int) -> int:
   """The offset after the whitespace at `at`: boundaries on either side of it are the same."""
-  return at + len(text[at:]) - len(text[at:].lstrip())
+  found = _BLANKS.match(text, at)
+  return found.end() if found else at
 
 
 def _chunk(entry: object, count: int) -> tuple[int, int, str]:

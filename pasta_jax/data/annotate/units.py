@@ -4,6 +4,7 @@ Units are lines, and within them sentences and the heads of items. Concatenated,
 character by character.
 """
 
+import bisect
 import re
 
 # A new unit starts after each of these: a line break with the whitespace after it, the end of a sentence, the
@@ -27,7 +28,9 @@ def split(response: str) -> list[tuple[int, int]]:
     for m in pattern.finditer(response)
     if not (pattern is _SENTENCE and _ABBREVIATION.search(response[max(0, m.start() - 8) : m.start() + 1]))
   }
-  cuts = {c for c in cuts if not any(a < c < b for a, b in code)} | {a for a, _ in code}
+  starts = [a for a, _ in code]
+  in_code = lambda c: (n := bisect.bisect_left(starts, c)) > 0 and c < code[n - 1][1]
+  cuts = {c for c in cuts if not in_code(c)} | set(starts)
   bounds = [0, *sorted(c for c in cuts if 0 < c < len(response)), len(response)]
   units: list[tuple[int, int]] = []
   for start, end in zip(bounds, bounds[1:]):

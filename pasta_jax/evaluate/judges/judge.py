@@ -1,13 +1,16 @@
 """What a judge compares, and what every judge offers."""
 
+import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from pasta_jax.evaluate.systems.system import Conversation
+from pasta_jax.utils.text import one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,15 @@ class Judge(Protocol):
     A row has `preference`: the probability, in [0, 1], that the system's answer is the better one. A pair
     that cannot be judged gets no row. The judge keeps what must survive a kill in `folder`.
     """
+
+
+def say_lost(name: str, pairs: int, causes: Iterable[str], more: str = "") -> None:
+  """A line on stderr: how many of a judge's pairs got no judgement, by cause; none if all got one."""
+  counts = collections.Counter(causes)
+  if counts:
+    listed = ", ".join(f"{cause} {n:,}" for cause, n in counts.items())
+    line = f"{name}: {counts.total():,} of {pairs:,} pairs got no judgement ({listed}){more}"
+    print(one_line(line), file=sys.stderr)
 
 
 class NamedJudge(Judge, Protocol):

@@ -6,20 +6,17 @@ letter). Each pair is judged in both orders, and its preference is the mean, whi
 first or the second place (docs/language.md section 6: "confidence-weighted win rate").
 """
 
-import collections
 import math
 import re
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
-from pasta_jax.evaluate.judges.judge import Answer, Pair
+from pasta_jax.evaluate.judges.judge import Answer, Pair, say_lost
 from pasta_jax.utils.endpoint import Endpoint
 from pasta_jax.utils.locks import locked
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.protocols import cause_of
-from pasta_jax.utils.text import one_line
 
 SYSTEM = """\
 You compare two answers to the same request. The better one is more correct, more helpful and easier to read, \
@@ -131,11 +128,6 @@ class LlmJudge:
 
     with bar:
       caller.map([messages(pairs[i], system_first=first) for i, first in asked], on_answer)
-    if lost:
-      line = f"{self.name}: {len(lost)} of {len(pairs)} pairs got no judgement ({_counted(lost.values())})"
-      line += "; cut off: give more --config.judge.max_tokens" if "cut off" in lost.values() else ""
-      print(one_line(line + (f"; the last refusal: {words}" if words else "")), file=sys.stderr)
-
-
-def _counted(causes: Iterable[str]) -> str:
-  return ", ".join(f"{cause} {n:,}" for cause, n in collections.Counter(causes).items())
+    more = "; cut off: give more --config.judge.max_tokens" if "cut off" in lost.values() else ""
+    more += f"; the last refusal: {words}" if words else ""
+    say_lost(self.name, len(pairs), lost.values(), more)

@@ -11,6 +11,7 @@ people.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from pasta_jax.decode.generator import Model, adapter_digest
 from pasta_jax.decode.record import current, loops
-from pasta_jax.evaluate.judges.judge import Answer, Pair
+from pasta_jax.evaluate.judges.judge import Answer, Pair, say_lost
 from pasta_jax.evaluate.judges.likelihood import Likelihood
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import Records
@@ -125,13 +126,19 @@ class LocalJudge:
     )
 
   def compare(self, pairs: Sequence[Pair], folder: Path, on_judged: Callable[[int, dict], None]) -> None:
-    """Judges all pairs; each answer's score is kept in `folder/scores.jsonl`."""
+    """Judges the pairs whose likelihoods are numbers; each answer's score is kept in `folder/scores.jsonl`."""
     records = Records(folder / "scores.jsonl", self.settings)
     answers = {_key(a): a for p in pairs for a in (p.system, p.baseline)}
     self._score({k: a for k, a in answers.items() if k not in records.rows}, records)
     scores = {k: current(records.rows[k]) for k in answers}
+    lost = []
     for i, p in enumerate(pairs):
       system, baseline = scores[_key(p.system)], scores[_key(p.baseline)]
+      if not all(
+        isinstance(s["log_p"], int | float) and math.isfinite(s["log_p"]) for s in (system, baseline)
+      ):  # a file has null for NaN
+        lost.append("likelihood is no number")
+        continue
       on_judged(
         i,
         {
@@ -140,6 +147,7 @@ class LocalJudge:
           "defects": [system["defects"], baseline["defects"]],
         },
       )
+    say_lost(self.name, len(pairs), lost)
 
   def _score(self, answers: dict[str, Answer], records: Records) -> None:
     """Adds the score of each answer to the records."""
