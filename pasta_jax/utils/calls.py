@@ -236,7 +236,7 @@ class _Client:
     except Malformed as error:
       if status == 200:
         raise _Unreadable(f"malformed response ({self._shown(str(error))})") from None
-      fault = Fault(text or httpx2.codes.get_reason_phrase(status), status)
+      fault = Fault(text or httpx2.codes.get_reason_phrase(status) or "no words", status)
     for field in (protocols.LIMIT, protocols.TEMPERATURE):
       if field not in without and fault.refuses(field):
         self._without.add(field)

@@ -139,7 +139,7 @@ def test_an_interrupt_ends_a_run_within_seconds(server, tmp_path):
   begin = time.monotonic()
   run.send_signal(signal.SIGINT)
   out, error = run.communicate(timeout=20)
-  assert time.monotonic() - begin < 4
+  assert time.monotonic() - begin < 6
   assert error.strip().endswith("KeyboardInterrupt") and out == "" and len(server.calls) == 2
   assert [row["text"] for row in stored(tmp_path / "calls.jsonl")] == ["wait 1"]
 
