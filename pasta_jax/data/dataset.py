@@ -2,22 +2,38 @@
 
 TensorFlow is needed neither to build nor to read it. Importing this module takes a second (TFDS): import it
 only where a data set is read or written.
+
+TFDS writes the files, and could read them too, but it imports whatever module the folder's features.json
+names. So `read` takes nothing from the folder but records, whose features are always the ones below.
 """
 
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pydantic
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 
-from pasta_jax.utils.jsonl import DataError
+from pasta_jax.utils.json_io import parse_json
+from pasta_jax.utils.jsonl import DataError, unpacked_limit
+from pasta_jax.utils.typed import Parsed, checked
 
 Features = tfds.features
 _KEPT = ("id", "prompt", "response", "source")
+_TEXT = Features.Text()
+_FEATURES = Features.FeaturesDict(
+  {
+    **dict.fromkeys(_KEPT, _TEXT),
+    "chunks": Features.Sequence({"start": np.int32, "end": np.int32, "topic": _TEXT}),
+    "syncs": Features.Sequence(np.int32),
+  }
+)
+_SLICE = 1024  # records that are read at a time
 
 
 class Responses(tfds.core.GeneratorBasedBuilder):
@@ -31,18 +47,11 @@ class Responses(tfds.core.GeneratorBasedBuilder):
     super().__init__(file_format="array_record", **more)
 
   def _info(self) -> tfds.core.DatasetInfo:
-    text = Features.Text()
     return tfds.core.DatasetInfo(
       builder=self,
       description="Instruction responses whose independent parts are marked: PASTA's training data.",
       metadata=tfds.core.MetadataDict(self._figures),
-      features=Features.FeaturesDict(
-        {
-          **dict.fromkeys(_KEPT, text),
-          "chunks": Features.Sequence({"start": np.int32, "end": np.int32, "topic": text}),
-          "syncs": Features.Sequence(np.int32),
-        }
-      ),
+      features=_FEATURES,
     )
 
   def _split_generators(self, dl_manager):
@@ -52,8 +61,13 @@ class Responses(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self, rows: Sequence[dict]):
     for row in rows:
       chunks = [{key: c[key] for key in ("start", "end", "topic")} for c in row["chunks"]]
-      kept = {key: str(row.get(key, "")) for key in _KEPT}
-      yield row["id"], {**kept, "chunks": chunks, "syncs": list(row["syncs"])}
+      kept = {key: _storable(row.get(key, "")) for key in _KEPT}
+      yield kept["id"], {**kept, "chunks": chunks, "syncs": list(row["syncs"])}
+
+
+def _storable(value: Any) -> str:
+  """As text; lone surrogates, which no file can hold, as their escapes."""
+  return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def write(builder: Responses) -> None:
@@ -66,15 +80,94 @@ def write(builder: Responses) -> None:
     builder.download_and_prepare(download_dir=downloads)
 
 
+class _Split(Parsed):
+  name: str
+  template: Literal["{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"] = pydantic.Field(alias="filepathTemplate")
+  lengths: list[str] = pydantic.Field(alias="shardLengths")  # rows of each file
+
+
+class _Info(Parsed):
+  """What dataset_info.json of a data set of --mode=build says."""
+
+  name: Literal["responses"]
+  version: Literal["1.0.0"]
+  format: Literal["array_record"] = pydantic.Field(alias="fileFormat")
+  splits: list[_Split]
+
+
 def read(folder: Path, split: str = "train") -> list[dict]:
-  """The rows of a built data set, in the order of its files. Raises DataError if the folder is not a data set
-  or has no such split."""
-  if not (folder / "dataset_info.json").is_file():
-    raise DataError(f"{folder} is not a data set of --mode=build: it has no dataset_info.json")
-  builder = tfds.builder_from_directory(str(folder))
-  if split not in builder.info.splits:
-    raise DataError(f"{folder} has no split {split!r}, only {', '.join(builder.info.splits)}")
-  return [_row(example) for example in builder.as_data_source(split=split)]
+  """The rows of a built data set, in the order of its files.
+
+  Raises DataError, one line, if the folder is not a data set of --mode=build, has no such split, or is
+  damaged.
+  """
+  info = _info(folder)
+  chosen = next((s for s in info.splits if s.name == split), None)
+  if chosen is None:
+    raise DataError(f"{folder} has no split {split!r}, only {', '.join(s.name for s in info.splits)}")
+  if "/" in split or not all(n.isdecimal() and len(n) < 10 for n in chosen.lengths):
+    raise DataError(f"{folder / 'dataset_info.json'} is damaged: split {split!r}")
+  rows: list[dict] = []
+  for i, length in enumerate(chosen.lengths):
+    path = folder / f"{info.name}-{split}.{info.format}-{i:05d}-of-{len(chosen.lengths):05d}"
+    before = len(rows)
+    rows += _rows(path)
+    if len(rows) - before != int(length):
+      raise DataError(f"{path} has {len(rows) - before} rows; dataset_info.json says {int(length)}")
+  return rows
+
+
+def _info(folder: Path) -> _Info:
+  """dataset_info.json, after features.json was found to be as `write` leaves it."""
+  found: dict[str, Any] = {}
+  for name in ("dataset_info.json", "features.json"):
+    if not (folder / name).is_file():
+      raise DataError(f"{folder} is not a data set of --mode=build: it has no {name}")
+    try:
+      found[name] = parse_json((folder / name).read_bytes())
+    except ValueError as error:
+      raise DataError(f"{folder / name}: {error}") from None
+  if found["features.json"] != parse_json(_features_json()):
+    raise DataError(f"{folder} is not a data set of --mode=build: features.json names other features")
+  try:
+    return checked(_Info, found["dataset_info.json"], str(folder / "dataset_info.json"))
+  except ValueError as error:
+    raise DataError(f"{folder} is not a data set of --mode=build: {error}") from None
+
+
+def _features_json() -> str:
+  """features.json as TFDS writes it."""
+  with tempfile.TemporaryDirectory() as folder:
+    _FEATURES.save_config(folder)
+    return (Path(folder) / "features.json").read_text()
+
+
+def _rows(path: Path) -> Iterator[dict]:
+  """The rows of a file. Raises DataError if it is missing, damaged, or expands out of proportion."""
+  if not path.is_file():
+    raise DataError(f"no such data file: {path}")
+  room = unpacked_limit(path)
+  for number, record in enumerate(_records(path), 1):
+    room -= len(record)
+    if room < 0:
+      raise DataError(f"{path} expands to far more than its size")
+    try:
+      row = _row(_FEATURES.deserialize_example_np(record))
+    except Exception as error:  # whatever the library raises for bytes that are no example
+      raise DataError(f"{path}, row {number}: {error!r}") from None
+    yield row
+
+
+def _records(path: Path) -> Iterator[bytes]:
+  try:
+    reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
+    try:
+      for start in range(0, reader.num_records(), _SLICE):
+        yield from reader.read(start, min(start + _SLICE, reader.num_records()))
+    finally:
+      reader.close()
+  except RuntimeError as error:  # what the library raises for any damage
+    raise DataError(f"{path}: {error}") from None
 
 
 def _row(example: Mapping[str, Any]) -> dict:

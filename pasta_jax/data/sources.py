@@ -1,9 +1,9 @@
 """Instructions and responses from files of several forms. Unusable rows are counted and named, not dropped
 silently.
 
-A file is JSON lines (or one JSON list), parquet, or a folder saved by Hugging Face's `datasets`. Rows have
-`prompt` and `response`; Alpaca's `instruction`, `input`, `output`; SlimOrca's `conversations`; or OpenAI's
-`messages`. A system message is put before the prompt.
+A file is JSON lines (or one JSON list), parquet, Arrow, or a folder of these (`data.tables`). Rows have `prompt`
+and `response`; Alpaca's `instruction`, `input`, `output`; SlimOrca's `conversations`; or OpenAI's `messages`. A
+system message is put before the prompt. Null is the same as absent.
 """
 
 import collections
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pasta_jax.utils.jsonl import BadRow, DataError, parse_lines, parse_list, read_bytes
+from pasta_jax.utils.jsonl import BadRow, DataError, parse_lines, parse_list, present, read_bytes
 
 LONGEST = 100_000  # characters of a prompt or response
 _USER, _MODEL = ("user", "human"), ("assistant", "gpt", "model")
@@ -36,6 +36,7 @@ def read_instructions(path: str | Path) -> Source:
   path, source, seen = Path(path), Source(), set()
   for number, row in enumerate(_rows(path), 1):
     where = f"{path.name}, row {number}"
+    row = row if isinstance(row, str) else present(row)
     found = row if isinstance(row, str) else _instruction(row)
     if isinstance(row, str) or isinstance(found, str):
       source.faults[str(found)].append(where)
@@ -54,8 +55,10 @@ def read_instructions(path: str | Path) -> Source:
 
 def _rows(path: Path) -> Iterator[dict | str]:
   """Each row, or what is wrong with it. Raises DataError if the file cannot be read."""
-  if path.is_dir() or path.suffix == ".parquet":
-    yield from _tables(path)
+  if path.is_dir() or path.suffix in (".parquet", ".arrow"):
+    from pasta_jax.data.tables import read_tables  # here: only these files need pyarrow
+
+    yield from read_tables(path)
     return
   data = read_bytes(path)
   try:
@@ -63,30 +66,6 @@ def _rows(path: Path) -> Iterator[dict | str]:
     yield from (row.cause if isinstance(row, BadRow) else row for _, row in parsed)
   except ValueError as error:
     raise DataError(f"{path}: {error}") from None
-
-
-def _tables(path: Path) -> Iterator[dict]:
-  """Rows of a parquet file, or of the Arrow files that `datasets` saves. Raises DataError."""
-  import pyarrow.ipc  # here: only these files need it
-  import pyarrow.parquet
-
-  files = (
-    [path] if path.suffix == ".parquet" else sorted(path.glob("*.arrow")) or sorted(path.glob("*.parquet"))
-  )
-  if not files or not all(f.is_file() for f in files):
-    raise DataError(
-      f"no such data file: {path}" if not path.exists() else f"{path} contains no .arrow or .parquet file"
-    )
-  for file in files:
-    try:
-      if file.suffix == ".parquet":
-        batches: Iterable[pyarrow.RecordBatch] = pyarrow.parquet.ParquetFile(file).iter_batches()
-      else:
-        batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
-      for batch in batches:
-        yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-      raise DataError(f"{file}: {' '.join(str(error).split())}") from None
 
 
 def _instruction(row: dict[str, Any]) -> dict[str, str] | str:
@@ -128,6 +107,7 @@ def _turns(turns: object) -> list[tuple[str, str]] | None:
   for turn in turns if isinstance(turns, list) else [None]:
     if not isinstance(turn, dict):
       return None
+    turn = present(turn)
     role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     if not isinstance(role, str) or not isinstance(text, str):
       return None

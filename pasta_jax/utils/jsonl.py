@@ -27,21 +27,47 @@ class BadRow(NamedTuple):
 
 Parsed = Iterator[tuple[int, dict | BadRow]]  # (line or index from 1, the row or what is wrong with it)
 
+# A packed file may expand to so many times its size, and in any case to `_SMALL` bytes: text expands by 3 to 20
+# times, files that were made to fill a memory by 1,000 and more.
+_EXPANSION, _SMALL = 100, 64 << 20
+
+
+def unpacked_limit(path: str | Path) -> int:
+  """The most bytes that the content of a packed file may have."""
+  return max(_EXPANSION * Path(path).stat().st_size, _SMALL)
+
 
 def read_bytes(path: str | Path) -> bytes:
-  """The content of a file, unpacked if its name ends in .gz. Raises DataError if it is missing or damaged."""
+  """The content of a file without a byte order mark, unpacked if its name ends in .gz.
+
+  Raises DataError if the file is missing or damaged, or expands out of proportion.
+  """
   path = Path(path)
   if not path.is_file():
     raise DataError(f"no such data file: {path}")
   try:
-    return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return (_unpacked(path) if path.suffix == ".gz" else path.read_bytes()).removeprefix(codecs.BOM_UTF8)
   except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged .gz
     raise DataError(f"{path}: {error}") from None
 
 
+def _unpacked(path: Path) -> bytes:
+  limit = unpacked_limit(path)
+  with gzip.open(path) as file:
+    data = file.read(limit + 1)
+  if len(data) > limit:
+    raise DataError(f"{path} expands to more than {limit >> 20} MB, far more than its size")
+  return data
+
+
+def present(row: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a row that have a value: null, which joining files of several forms leaves, is none."""
+  return {key: value for key, value in row.items() if value is not None}
+
+
 def parse_lines(data: bytes) -> Parsed:
   """Each line that is not blank; a bad line does not stop the others."""
-  for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+  for number, line in enumerate(data.splitlines(), 1):
     if line.strip():
       try:
         yield number, _object(parse_json(line))

@@ -1,0 +1,137 @@
+"""Rows of tables: parquet files, Arrow files, and folders of them, as plain JSON values.
+
+A folder is one that Hugging Face's `datasets` saved (its state.json names the files; what was cached later
+lies beside them), or any folder of .arrow or .parquet files, such as Spark writes.
+
+Arrow's readers trust a file's offsets and lengths. So every batch is validated before a value of it is read,
+and a file that expands far beyond its size is refused.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+
+from pasta_jax.utils.json_io import parse_json, to_json
+from pasta_jax.utils.jsonl import DataError, unpacked_limit
+from pasta_jax.utils.typed import Parsed, checked
+
+_MAGIC = b"ARROW1"  # of an Arrow file; a stream has none
+_ROWS = 256  # rows of a batch: what one value that is repeated can fill
+_ROW = 100  # bytes that a row takes at least, however little of the file it is
+
+
+def read_tables(path: Path) -> Iterator[dict[str, Any]]:
+  """The rows of a file or folder, in the order of the files' names.
+
+  Raises DataError, one line, if there is no such file or one of them cannot be read.
+  """
+  files = _files(path) if path.is_dir() else [path]
+  for file in files:
+    if not file.is_file():
+      raise DataError(f"no such data file: {file}")
+    yield from _rows(file)
+
+
+class _DataFile(Parsed):
+  filename: str
+
+
+def _files(folder: Path) -> list[Path]:
+  """The files of a folder that hold its rows."""
+  if (folder / "state.json").is_file():
+    return _saved_files(folder)
+  for suffix in (".arrow", ".parquet"):
+    # Hidden files are checksums and unfinished ones; `datasets` caches what was computed from the rows.
+    names = sorted(f for f in folder.glob(f"*{suffix}") if not f.name.startswith((".", "_", "cache-", "tmp")))
+    if names:
+      return names
+  raise DataError(f"{folder} contains no .arrow or .parquet file")
+
+
+def _saved_files(folder: Path) -> list[Path]:
+  """The data files that state.json names. Raises DataError if it names none, or files elsewhere."""
+  where = folder / "state.json"
+  try:
+    state = checked(dict[str, Any], parse_json(where.read_bytes()), "it")
+    names = [f.filename for f in checked(list[_DataFile], state.get("_data_files"), "_data_files")]
+  except ValueError as error:
+    raise DataError(f"{where}: {error}") from None
+  if wrong := [n for n in names if not n.endswith(".arrow") or Path(n).name != n]:
+    raise DataError(f"{where} names {wrong[0]!r}, which is no .arrow file beside it")
+  if not names:
+    raise DataError(f"{where} names no data file")
+  if state.get("_indices_data_files"):
+    raise DataError(f"{where} selects rows by indices: save the folder again with a newer `datasets`")
+  return [folder / n for n in names]
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+  room = unpacked_limit(file)
+  try:
+    for batch in _batches(file):
+      batch.validate(full=True)
+      room -= _ROW * batch.num_rows
+      for start in range(0, batch.num_rows if room >= 0 else 1, _ROWS):
+        for row in _values(batch.slice(start, _ROWS)):
+          room -= sum(len(v) for v in row.values() if isinstance(v, str))
+          yield row
+        if room < 0:
+          raise DataError(f"{file} expands to far more than its size")
+  except (pa.ArrowException, OSError, ValueError, NotImplementedError) as error:
+    if isinstance(error, DataError):
+      raise
+    raise DataError(f"{file}: {error}") from None
+
+
+def _batches(file: Path) -> Iterable[pa.RecordBatch]:
+  """The batches of a parquet file, or of an Arrow file or stream."""
+  if file.suffix == ".parquet":
+    table = pyarrow.parquet.ParquetFile(file)
+    if _ROW * table.metadata.num_rows > unpacked_limit(file):
+      raise DataError(f"{file} expands to far more than its size: {table.metadata.num_rows:,} rows")
+    yield from table.iter_batches(batch_size=_ROWS)
+    return
+  with pa.memory_map(str(file)) as source:
+    if source.read(len(_MAGIC)) == _MAGIC:
+      reader = pyarrow.ipc.open_file(source)
+      yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+    else:
+      source.seek(0)
+      yield from pyarrow.ipc.open_stream(source)
+
+
+def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+  """The rows of a batch; values that are no JSON (dates, decimals, bytes, NaN) as text or null."""
+  for values in zip(*map(_column, batch.columns)):
+    yield dict(zip(batch.schema.names, values))
+
+
+def _column(column: pa.Array) -> list[Any]:
+  if _is_json(column.type):
+    return column.to_pylist()
+  if pa.types.is_floating(column.type):
+    return [x if x is None or math.isfinite(x) else None for x in column.to_pylist()]
+  return [_plain(value) for value in column]
+
+
+def _is_json(kind: pa.DataType) -> bool:
+  """Whether every value of a type is a JSON value as Python has it."""
+  if pa.types.is_struct(kind):
+    return all(_is_json(kind.field(i).type) for i in range(kind.num_fields))
+  if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
+    return _is_json(kind.value_type)
+  is_any = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean)
+  return pa.types.is_null(kind) or any(is_it(kind) for is_it in is_any)
+
+
+def _plain(value: pa.Scalar) -> Any:
+  """A value as JSON has it; None for one that Python has no value for, such as the year 10,000."""
+  try:
+    return parse_json(to_json(value.as_py()))
+  except Exception:  # each type of column raises errors of its own
+    return None
