@@ -15,11 +15,12 @@ import rich.console
 from pasta_jax.data import report
 from pasta_jax.data.dataset import Responses, write
 from pasta_jax.data.examples import program_of
-from pasta_jax.data.sources import Source, decontaminate, read_instructions
+from pasta_jax.data.sources import decontaminate, read_instructions
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.files import write_atomic
 from pasta_jax.utils.jsonl import DataError, write_jsonl
+from pasta_jax.utils.terminal import shown
 
 
 def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> dict:
@@ -41,7 +42,7 @@ def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> di
     splits["validation"] = _rows(c.validation, vocabulary, [], rejected)
     held_out = {r["prompt"] for r in splits["validation"]}
     rejected += [
-      {"id": r["id"], "cause": "in the validation split too"}
+      {"file": r["file"], "id": r["id"], "cause": "in the validation split too"}
       for r in splits["train"]
       if r["prompt"] in held_out
     ]
@@ -55,52 +56,60 @@ def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> di
       "validation": [r for r in splits["train"] if chosen(r)],
     }
   if c.strict and rejected:
-    raise DataError(f"row {rejected[0]['id']}: {rejected[0]['cause']} ({len(rejected)} rows cannot be used)")
+    first = rejected[0]
+    raise DataError(f"{first['file']}: {first['id']}: {first['cause']} ({len(rejected)} rows cannot be used)")
   if not all(splits.values()):
     raise DataError(f"no row is left for {next(name for name, rows in splits.items() if not rows)}")
   rule = PositionRule(config.positions.strategy, config.positions.fixed)
   facts = {name: report.facts(rows, vocabulary, rule) for name, rows in splits.items()}
   figures = {name: report.figures(f) for name, f in facts.items()}
   causes = dict(collections.Counter(r["cause"] for r in rejected))
-  workdir.mkdir(parents=True, exist_ok=True)
-  write(Responses(splits, {"figures": figures, "rejected": causes}, data_dir=str(workdir)))
-  write_jsonl(workdir / "rejected.jsonl", rejected)
   page = report.page(splits["train"], facts["train"], figures, causes, vocabulary, rule)
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_jsonl(workdir / "rejected.jsonl", rejected)
   write_atomic(workdir / "report.html", page)
+  # Last: a folder with the data set is complete.
+  write(Responses(splits, {"figures": figures, "rejected": causes}, data_dir=str(workdir)))
   _show(figures, causes, target)
   return {"figures": figures, "rejected": causes}
 
 
 def _rows(files: Sequence[str], vocabulary: Vocabulary, avoid: list[str], rejected: list[dict]) -> list[dict]:
-  """Usable rows of several files; the others are appended to `rejected`."""
-  whole = Source()
+  """Usable rows of several files, with `file`; the others are appended to `rejected`."""
+  rows: list[dict] = []
+  known: set[str] = set()
   for path in files:
     source = read_instructions(path)
-    for cause, names in source.faults.items():
-      whole.faults[cause] += names
-    known = {r["id"] for r in whole.rows}
-    whole.rows += [r for r in source.rows if r["id"] not in known]
-    whole.faults["an id that another row has"] += [r["id"] for r in source.rows if r["id"] in known]
-  if avoid:
-    decontaminate(whole, avoid)
-  rows = []
-  for row in whole.rows:
-    row = row | {"chunks": row.get("chunks") or [], "syncs": row.get("syncs") or []}
-    try:
-      vocabulary.encode(program_of(row), PositionRule("pred_10x"))
-      vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
-      rows.append(row)
-    except DataError:
-      whole.faults["chunks or syncs that do not fit the response"].append(row["id"])
-    except ValueError:
-      whole.faults["characters that the vocabulary lacks"].append(row["id"])
-  rejected += [{"id": name, "cause": cause} for cause, names in whole.faults.items() for name in names]
+    if avoid:
+      decontaminate(source, avoid)
+    for row in source.rows:
+      row = row | {key: row.get(key) or [] for key in ("chunks", "syncs")} | {"file": path}
+      if cause := "an id that another row has" if row["id"] in known else _misfit(row, vocabulary):
+        source.faults[cause].append(row["id"])
+      else:
+        known.add(row["id"])
+        rows.append(row)
+    rejected += [
+      {"file": path, "id": name, "cause": cause} for cause, names in source.faults.items() for name in names
+    ]
   return rows
+
+
+def _misfit(row: dict, vocabulary: Vocabulary) -> str:
+  """Why a row cannot be trained on; "" if it can."""
+  try:
+    vocabulary.encode(program_of(row), PositionRule("pred_10x"))
+    vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
+  except DataError:
+    return "chunks or syncs that do not fit the response"
+  except ValueError:
+    return "characters that the vocabulary lacks"
+  return ""
 
 
 def _show(figures: dict[str, dict], causes: dict[str, int], target: Path) -> None:
   console = rich.console.Console(highlight=False)
   console.print(report.table(figures))
   if causes:
-    console.print("rejected: " + ", ".join(f"{cause} {n:,}" for cause, n in causes.items()))
-  console.print(f"{target}", soft_wrap=True)
+    console.print(shown("rejected: " + ", ".join(f"{cause} {n:,}" for cause, n in causes.items())))
+  console.print(shown(f"{target}"), soft_wrap=True)

@@ -82,7 +82,9 @@ def write(builder: Responses) -> None:
 
 class _Split(Parsed):
   name: str
-  template: Literal["{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"] = pydantic.Field(alias="filepathTemplate")
+  template: Literal["{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"] = pydantic.Field(
+    alias="filepathTemplate"
+  )
   lengths: list[str] = pydantic.Field(alias="shardLengths")  # rows of each file
 
 

@@ -1,9 +1,11 @@
 """Annotated responses: from JSON rows to programs to laid-out examples.
 
 A row has `prompt`, `response`, `chunks` (`start`, `end`, `topic`: character spans in order, possibly nested)
-and `syncs` (character offsets; the join precedes that character).
+and `syncs` (character offsets; the join precedes that character). Null chunks or syncs are none. `where`, which
+readers add, names file and row in messages.
 """
 
+import collections
 import dataclasses
 import enum
 import re
@@ -17,32 +19,64 @@ from pasta_jax.lang.cost import cost
 from pasta_jax.lang.layout import Layout, layout
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise, reading_order
+from pasta_jax.lang.syntax import MAX_DEPTH
 from pasta_jax.lang.vocabulary import Vocabulary
-from pasta_jax.utils.jsonl import DataError, read_jsonl
+from pasta_jax.utils.jsonl import DataError, present, read_jsonl
+from pasta_jax.utils.text import is_unicode
+from pasta_jax.utils.typed import Parsed, checked
 
 _NUMBER = re.compile(r"\s*(?:\*\*|#{1,6} )?\(?\d{1,3}[.)]")
 
 
-def _fields(row: dict) -> tuple[str, list[dict], list[int]]:
+class _Chunk(Parsed):
+  start: int
+  end: int
+  topic: str
+
+
+class _Fields(Parsed):
+  """What a row must have to become a program."""
+
+  response: str
+  chunks: list[_Chunk] = []
+  syncs: list[int] = []
+
+
+def row_name(row: dict) -> str:
+  """A row in messages."""
+  return row.get("where") or f"row {row.get('id')}"
+
+
+def _fields(row: dict) -> tuple[str, list[_Chunk], list[int]]:
   """Response, chunks (outer ones before those they contain) and syncs of a row, validated. Raises
   DataError."""
-  name, response = row.get("id"), row.get("response")
-  if not isinstance(response, str):
-    raise DataError(f"row {name}: no response")
+  name = row_name(row)
   try:
-    chunks = sorted(row.get("chunks", ()), key=lambda c: (c["start"], -c["end"]))
-    syncs = sorted(set(row.get("syncs", ())))
-    for c in chunks:
-      if not 0 <= c["start"] < c["end"] <= len(response):
-        raise DataError(f"row {name}: chunk {c['start']}..{c['end']} is not inside the response")
-      if not isinstance(c["topic"], str):
-        raise DataError(f"row {name}: chunk {c['start']}..{c['end']} has no topic")
-    for s in syncs:
-      if not 0 <= s <= len(response):
-        raise DataError(f"row {name}: sync {s} is not inside the response")
-  except (KeyError, TypeError) as error:
-    raise DataError(f"row {name}: chunks need start, end and topic, syncs are offsets ({error!r})") from None
+    found = checked(_Fields, present(row), name)
+  except ValueError as error:
+    raise DataError(str(error)) from None
+  response = found.response
+  chunks = sorted(found.chunks, key=lambda c: (c.start, -c.end))
+  syncs = sorted(set(found.syncs))
+  if not is_unicode(response):
+    raise DataError(f"{name}: the response has half of a surrogate pair: it is no text")
+  for c in chunks:
+    if not 0 <= c.start < c.end <= len(response):
+      raise DataError(f"{name}: chunk {c.start}..{c.end} is not inside the response")
+    if not is_unicode(c.topic):
+      raise DataError(f"{name}: the topic of chunk {c.start}..{c.end} is no text")
+  for s in syncs:
+    if not 0 <= s <= len(response):
+      raise DataError(f"{name}: sync {s} is not inside the response")
   return response, chunks, syncs
+
+
+def _prompt(row: dict) -> str:
+  """The prompt of a row. Raises DataError."""
+  prompt = row.get("prompt")
+  if not isinstance(prompt, str) or not is_unicode(prompt):
+    raise DataError(f"{row_name(row)}: no text under prompt")
+  return prompt
 
 
 def program_of(row: dict) -> Program:
@@ -55,47 +89,61 @@ def program_of(row: dict) -> Program:
   nesting or leave the response.
   """
   response, chunks, syncs = _fields(row)
-  nodes = _nodes(response, 0, len(response), chunks, syncs, row.get("id"))
-  program = normalise([*nodes, *(Sync() for _ in syncs)])  # one at the very end precedes no character
+  left = collections.deque(syncs)
+  nodes = _nodes(response, 0, len(response), chunks, left, row_name(row))
+  program = normalise([*nodes, *(Sync() for _ in left)])  # one at the very end precedes no character
   assert reading_order(program) == response
   return program
 
 
-def _nodes(text: str, at: int, stop: int, chunks: Sequence[dict], syncs: list[int], name) -> list[Node]:
+def _nodes(
+  text: str,
+  at: int,
+  stop: int,
+  chunks: Sequence[_Chunk],
+  syncs: collections.deque[int],
+  name: str,
+  depth: int = 1,
+) -> list[Node]:
   """Nodes of text[at:stop], whose chunks (outer ones before those they contain) are `chunks`.
 
   Text is read once from left to right: syncs are removed from `syncs` as they are placed.
   """
+  if depth > MAX_DEPTH:
+    raise DataError(f"{name}: chunks nest deeper than {MAX_DEPTH}")
   nodes: list[Node] = []
 
   def plain(until: int, last_sync: int):
     """Appends the text up to `until`, with the syncs at offsets up to `last_sync`."""
     nonlocal at
     while syncs and syncs[0] <= last_sync:
-      s = syncs.pop(0)
+      s = syncs.popleft()
       nodes.extend((Text(text[at:s]), Sync()))
       at = s
     nodes.append(Text(text[at:until]))
     at = until
 
-  last_end = -1
-  while chunks:
-    c = chunks[0]
-    inner = [d for d in chunks[1:] if d["start"] < c["end"]]
-    if any(d["end"] > c["end"] for d in inner):
-      raise DataError(f"row {name}: chunk {c['start']}..{c['end']} overlaps another without nesting")
-    chunks = chunks[1 + len(inner) :]
-    start = at if c["start"] == last_end and not (syncs and syncs[0] <= c["start"]) else c["start"]
-    number = _NUMBER.match(text, start, c["end"])
-    if number and text[number.end() : c["end"]].strip():
-      start = number.end()
+  last_end, number = -1, 0
+  while number < len(chunks):
+    c = chunks[number]
+    after = number = number + 1
+    while after < len(chunks) and chunks[after].start < c.end:
+      after += 1
+    inner, number = chunks[number:after], after
+    if any(d.end > c.end for d in inner):
+      raise DataError(f"{name}: chunk {c.start}..{c.end} overlaps another without nesting")
+    start = at if c.start == last_end and not (syncs and syncs[0] <= c.start) else c.start
+    marker = _NUMBER.match(text, start, c.end)
+    if marker and text[marker.end() : c.end].strip():
+      start = marker.end()
     if inner:
-      start = min(start, inner[0]["start"])
+      start = min(start, inner[0].start)
     plain(start, start)
-    content_end = c["start"] + len(text[c["start"] : c["end"]].rstrip())
-    content_end = max([content_end, start, *(d["end"] for d in inner)])
-    nodes.append(Promise(c["topic"], None, tuple(_nodes(text, start, content_end, inner, syncs, name))))
-    at, last_end = content_end, c["end"]
+    content_end = c.start + len(text[c.start : c.end].rstrip())
+    content_end = max([content_end, start, *(d.end for d in inner)])
+    body = _nodes(text, start, content_end, inner, syncs, name, depth + 1)
+    nodes.append(Promise(c.topic, None, tuple(body)))
+    at, last_end = content_end, c.end
   plain(stop, stop - 1)
   return nodes
 
@@ -131,12 +179,13 @@ class _LayOut:
   def __call__(self, row: dict) -> tuple[bool, Layout] | _Left | str:
     encode = lambda program: self.vocabulary.encode(program, self.rule)
     try:
+      message = {"role": "user", "content": _prompt(row)}
       thread = encode(program_of(row))
-      prompt = self.vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
+      prompt = self.vocabulary.tokenizer.chat_prompt([message])
     except DataError as error:
       return str(error)
-    except (ValueError, KeyError) as error:  # a character that the vocabulary lacks; no prompt in the row
-      return f"row {row.get('id')}: {error}"
+    except ValueError as error:  # a character that the vocabulary lacks
+      return f"{row_name(row)}: {error}"
     fits = lambda thread: len(prompt) + thread.total_tokens <= self.max_length
     if not fits(thread):
       return _Left.TOO_LONG
@@ -193,23 +242,49 @@ def examples(
   return Selection(chunked + plain[:room], too_long, too_slow, max(len(plain) - room, 0))
 
 
+def read_annotated(path: str) -> list[dict]:
+  """The rows of a file of annotated responses, with `where`, and with `chunks` and `syncs` in each.
+
+  Raises DataError if a row has no prompt, or no response that its chunks and syncs fit.
+  """
+  rows = [row | {key: row.get(key) or [] for key in ("chunks", "syncs")} for row in _located(path)]
+  for row in rows:
+    _prompt(row)
+    program_of(row)
+  return rows
+
+
 def mix(files: Sequence[str]) -> list[dict]:
-  """Rows of several files: ["a.jsonl*2", "b.jsonl.gz"] has the rows of the first file twice.
+  """Rows of several files, with `where`: ["a.jsonl*2", "b.jsonl.gz"] has the rows of the first file twice.
 
   A folder is a data set of `data.build`: its split "train", or another as "folder:validation". Raises
   DataError.
   """
   rows: list[dict] = []
   for entry in files:
-    path, star, times = entry.partition("*")
-    if star and not re.fullmatch("[0-9]+", times):
-      raise DataError(f"data: {entry!r} is not of the form FILE or FILE*TIMES")
-    folder, colon, split = path.rpartition(":")
-    if Path(path).is_dir() or colon and Path(folder).is_dir():
-      from pasta_jax.data import dataset  # here: importing TFDS takes a second
-
-      found = dataset.read(Path(path)) if Path(path).is_dir() else dataset.read(Path(folder), split)
-    else:
-      found = read_jsonl(path)
-    rows += found * int(times or 1)
+    times = None if Path(entry).exists() else re.search(r"\*([0-9]{1,4})$", entry)
+    path = entry[: times.start()] if times else entry
+    if "*" in entry and not (Path(path).exists() or _built(path)):
+      raise DataError(f"data: {entry!r} is not of the form FILE or FILE*TIMES, with a file that exists")
+    rows += _located(path) * int(times[1] if times else 1)
   return rows
+
+
+def _built(path: str) -> tuple[Path, str] | None:
+  """(folder, split) of a data set; None for a file."""
+  folder, colon, split = path.rpartition(":")
+  if Path(path).is_dir():
+    return Path(path), "train"
+  return (Path(folder), split) if colon and Path(folder).is_dir() else None
+
+
+def _located(path: str) -> list[dict]:
+  """The rows of a file, or of a split of a data set, with `where`."""
+  if built := _built(path):
+    from pasta_jax.data import dataset  # here: importing TFDS takes a second
+
+    found = dataset.read(*built)
+  else:
+    found = read_jsonl(path)
+  names = (number if row.get("id") is None else row["id"] for number, row in enumerate(found, 1))
+  return [row | {"where": f"{path}, row {name}"} for row, name in zip(found, names)]

@@ -1,14 +1,17 @@
 """Prompts of a benchmark: AlpacaEval, MT-Bench, or any file of JSON lines (or one JSON list, if named .json).
 
 A row has `prompt` (AlpacaEval: `instruction`), or `turns` (MT-Bench): the user's messages, in order. Optional
-are `id` (MT-Bench: `question_id`) and `category` (AlpacaEval: `dataset`).
+are `id` (MT-Bench: `question_id`) and `category` (AlpacaEval: `dataset`). Null is the same as absent.
 """
 
 import collections
 import dataclasses
 from collections.abc import Sequence
 
-from pasta_jax.utils.jsonl import DataError, read_rows
+from pasta_jax.utils.jsonl import DataError, present, read_rows
+from pasta_jax.utils.text import is_unicode
+
+MAX_TURNS = 100  # of a prompt: the work grows with their square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +64,14 @@ def read_prompts(
 
 
 def _turns(row: dict, number: int, path: str) -> list[PromptTurn]:
+  row = present(row)
   turns = row.get("turns") or [row.get("prompt", row.get("instruction"))]
   if not isinstance(turns, list) or not all(isinstance(t, str) and t.strip() for t in turns):
     raise DataError(f'{path}: row {number + 1} has no text under "prompt", "instruction" or "turns"')
+  if len(turns) > MAX_TURNS:
+    raise DataError(f"{path}: row {number + 1} has {len(turns):,} turns, more than {MAX_TURNS}")
+  if not all(map(is_unicode, turns)):
+    raise DataError(f"{path}: row {number + 1} has half of a surrogate pair in its prompt: it is no text")
   name = str(row.get("id", row.get("question_id", number)))
   category = str(row.get("category", row.get("dataset", "")))
   requests: list[PromptTurn] = []

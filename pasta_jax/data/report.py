@@ -17,8 +17,11 @@ from pasta_jax.lang.cost import cost
 from pasta_jax.lang.layout import NO_TARGET, Layout, layout
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.utils.terminal import shown
 
 SAMPLES = 6
+MOST_TOKENS = 2000  # of a sample that are shown
+MOST_BARS = 60  # of a histogram
 LABELS = {
   "rows": ("rows", "{:,}"),
   "with_chunks": ("with chunks", "{:.0%}"),
@@ -94,7 +97,7 @@ def table(by_name: Mapping[str, Mapping[str, float]]) -> rich.table.Table:
   """The figures in columns, for a terminal."""
   out = rich.table.Table(box=rich.box.SIMPLE_HEAD)
   for name in ("", *by_name):
-    out.add_column(name, justify="right" if name else "left")
+    out.add_column(shown(name), justify="right" if name else "left")
   for key, (label, form) in LABELS.items():
     out.add_row(label, *(form.format(found[key]) for found in by_name.values()))
   return out
@@ -108,7 +111,7 @@ def histograms(f: Facts) -> matplotlib.figure.Figure:
     figure.subplots(1, 3),
     (f.response, f.chunks, f.speedup[some]),
     ("tokens of a response", "chunks", "theoretical parallelism (rows with chunks)"),
-    (24, np.arange(f.chunks.max() + 2) - 0.5, 24),
+    (24, np.arange(f.chunks.max() + 2) - 0.5 if f.chunks.max() < MOST_BARS else MOST_BARS, 24),
   ):
     axes.hist(values, bins=bins, color="#2f7de1")
     axes.set_xlabel(label)
@@ -171,7 +174,9 @@ def _sample(row: dict, vocabulary: Vocabulary, rule: PositionRule) -> str:
   prompt = vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
   laid = layout(vocabulary.encode(program_of(row), rule), rule, vocabulary.table, prompt)
   start = len(prompt)
-  tokens = "".join(_token(laid, i, start, vocabulary) for i in range(start, len(laid)))
+  shown_tokens = range(start, min(start + MOST_TOKENS, len(laid)))
+  tokens = "".join(_token(laid, i, start, vocabulary) for i in shown_tokens)
+  tokens += " …" if len(shown_tokens) < len(laid) - start else ""
   return f"<article><h3>{html.escape(row['prompt'][:300])}</h3><div>{tokens}</div></article>\n"
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pasta_jax.utils.jsonl import BadRow, DataError, parse_lines, parse_list, present, read_bytes
+from pasta_jax.utils.text import is_unicode
 
 LONGEST = 100_000  # characters of a prompt or response
 _USER, _MODEL = ("user", "human"), ("assistant", "gpt", "model")
@@ -94,10 +95,8 @@ def _instruction(row: dict[str, Any]) -> dict[str, str] | str:
     return "no response"
   if max(len(prompt), len(response)) > LONGEST:
     return f"more than {LONGEST:,} characters"
-  try:
-    (prompt + response).encode()
-  except UnicodeEncodeError:
-    return "invalid Unicode"  # halves of surrogate pairs
+  if not is_unicode(prompt + response):
+    return "invalid Unicode"
   return {"prompt": prompt, "response": response}
 
 

@@ -10,7 +10,9 @@ each other and places no sync.
 import re
 from collections.abc import Iterator
 
-_UNFIT = re.compile(r"```|\$\$|\\\[|^\s*\||^---|https?://", re.MULTILINE)  # code, mathematics, tables, links
+_UNFIT = re.compile(
+  r"```|\$\$|\\\[|^[^\S\n]*\||^---|https?://", re.MULTILINE
+)  # code, mathematics, tables, links
 _MARKER = re.compile(r"(?P<indent>[ \t]*)(?:\(?\d{1,3}[.)]|[-*•+])[ \t]+(?=\S)")
 _HEAD = re.compile(r"\*\*[^*\n]{2,60}\*\*:?(?: [-–—])?|[^:.!?\n]{2,60}?(?::| [-–—])(?=\s)")
 _HEADING = re.compile(r"#{1,6} +(?P<a>\S.*)|\*\*(?P<b>[^*\n]+)\*\*:?|(?P<c>[A-Z][^.!?:\n]{2,60}):")

@@ -14,6 +14,15 @@ _UNSAFE = re.compile(
 )
 
 
+def is_unicode(text: str) -> bool:
+  """Whether a text can be encoded; JSON's escapes can write halves of surrogate pairs, which cannot."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
 def printable(text: str) -> str:
   """`text` with everything escaped that a terminal would obey; tabs and line breaks stay."""
   return _UNSAFE.sub(_escaped, text.replace("\r\n", "\n"))

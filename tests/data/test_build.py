@@ -55,7 +55,9 @@ def test_every_row_comes_back(whole):
     assert {key: row[key] for key in ("prompt", "response", "chunks", "syncs", "source")} == {
       key: seed[key] for key in ("prompt", "response", "chunks", "syncs", "source")
     }
-  assert mix([f"{target}*2", f"{target}:validation"]) == train * 2 + held_out
+  mixed = mix([f"{target}*2", f"{target}:validation"])
+  assert [{k: v for k, v in r.items() if k != "where"} for r in mixed] == train * 2 + held_out
+  assert mixed[0]["where"] == f"{target}, row {train[0]['id']}"
   with pytest.raises(DataError, match="has no split 'test', only train, validation"):
     mix([f"{target}:test"])
   with pytest.raises(DataError, match="is not a data set of --mode=build"):
@@ -125,7 +127,7 @@ def test_bad_rows_are_named_and_never_stop_a_build(vocabulary, tmp_path: Path):
     good[3]["id"]: "in the validation split too",
   }
   assert found["rejected"][misfit] == 3 and found["figures"]["train"]["rows"] == 4
-  with pytest.raises(DataError, match=r"row a.jsonl, row 10: no response \(8 rows cannot be used\)"):
+  with pytest.raises(DataError, match=r"a.jsonl: a.jsonl, row 10: no response \(8 rows cannot be used\)"):
     built(
       tmp_path / "strict",
       vocabulary,

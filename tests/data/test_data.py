@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -170,19 +171,39 @@ def test_placing_by_hand(response: str, chunks: list, syncs: list[int], printed:
          "row r: chunk 0..3 overlaps another without nesting"),
         ({"chunks": [{"start": 0, "end": 9, "topic": "a"}]}, "row r: chunk 0..9 is not inside the response"),
         ({"chunks": [{"start": 2, "end": 2, "topic": "a"}]}, "row r: chunk 2..2 is not inside the response"),
-        ({"chunks": [{"start": 2, "topic": "a"}]}, "row r: chunks need start, end and topic"),
-        ({"chunks": [{"start": 2, "end": 3}]}, "row r: chunks need start, end and topic"),
-        ({"chunks": [{"start": "2", "end": 3, "topic": "a"}]}, "row r: chunks need start, end and topic"),
-        ({"chunks": [{"start": 2, "end": 3, "topic": None}]}, "row r: chunk 2..3 has no topic"),
-        ({"chunks": None}, "row r: chunks need start, end and topic"),
+        ({"chunks": [{"start": 2, "topic": "a"}]}, "row r: chunks.0.end field required"),
+        ({"chunks": [{"start": 2, "end": 3}]}, "row r: chunks.0.topic field required"),
+        ({"chunks": [{"start": "2", "end": 3, "topic": "a"}]}, "row r: chunks.0.start must be a valid integer, not '2'"),
+        ({"chunks": [{"start": 2.0, "end": 3, "topic": "a"}]}, "row r: chunks.0.start must be a valid integer, not 2.0"),
+        ({"chunks": [{"start": True, "end": 3, "topic": "a"}]}, "row r: chunks.0.start must be a valid integer"),
+        ({"chunks": [{"start": 2, "end": 10**400, "topic": "a"}]}, "row r: chunk 2..1000"),
+        ({"chunks": [{"start": 2, "end": 3, "topic": None}]}, "row r: chunks.0.topic must be a valid string"),
+        ({"chunks": [{"start": 2, "end": 3, "topic": "\ud800"}]}, "row r: the topic of chunk 2..3 is no text"),
+        ({"chunks": {"start": 2}}, "row r: chunks must be a valid list"),
+        ({"chunks": [{"start": 0, "end": 6, "topic": "a"}] * 65}, "row r: chunks nest deeper than 64"),
         ({"syncs": [7]}, "row r: sync 7 is not inside the response"),
-        ({"syncs": ["1"]}, "row r: chunks need start, end and topic"),
-        ({"response": None}, "row r: no response"),
+        ({"syncs": ["1"]}, "row r: syncs.0 must be a valid integer"),
+        ({"response": None}, "row r: response field required"),
+        ({"response": "\udc00"}, "row r: the response has half of a surrogate pair"),
+        ({"where": "a.jsonl, row 3", "syncs": [7]}, "a.jsonl, row 3: sync 7"),
     ],
 )  # fmt: skip
 def test_unusable_rows(change: dict, message: str):
   with pytest.raises(DataError, match=f"^{re.escape(message)}"):
     program_of(row("abcdef") | change)
+
+
+def test_null_chunks_and_syncs_are_none():
+  absent = {"id": "r", "prompt": "p", "response": "abcdef"}
+  assert program_of(absent | {"chunks": None, "syncs": None}) == program_of(absent) == (Text("abcdef"),)
+
+
+def test_many_chunks_and_syncs_take_linear_time():
+  n = 45_000
+  chunks = [{"start": 2 * i, "end": 2 * i + 2, "topic": "t"} for i in range(n)]
+  started = time.monotonic()
+  program = program_of({"response": "a " * n, "chunks": chunks, "syncs": list(range(2 * n))})
+  assert len(list(promises(program))) == n and time.monotonic() - started < 10  # minutes if it is quadratic
 
 
 def test_seed_data_are_programs():
@@ -293,9 +314,16 @@ def test_mix(files: Path):
   assert ids([f"{b}", f"{a}*1"]) == ["é", 1, 2]
   assert ids([f"{a}*0", f"{b}"]) == ["é"]
   assert ids([]) == []
+  assert [r["where"] for r in mix([f"{a}"])] == [f"{a}, row 1", f"{a}, row 2"]
 
 
-@pytest.mark.parametrize("times", ["", "x", "-1", "1.5", "2*3", " 2", "²"])
+@pytest.mark.parametrize("name", ["a*.jsonl", "a*3", "[a],b:c.jsonl", "~"])
+def test_mix_takes_any_name(files: Path, name: str):
+  (files / "a.jsonl").rename(files / name)
+  assert len(mix([f"{files / name}"])) == 2 and len(mix([f"{files / name}*3"])) == 6
+
+
+@pytest.mark.parametrize("times", ["", "x", "-1", "1.5", "2*3", " 2", "²", "99999"])
 def test_mix_refuses_a_malformed_number(files: Path, times: str):
   entry = f"{files / 'a.jsonl'}*{times}"
   with pytest.raises(DataError, match=re.escape(f"data: {entry!r} is not of the form FILE or FILE*TIMES")):
@@ -305,7 +333,7 @@ def test_mix_refuses_a_malformed_number(files: Path, times: str):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bad.jsonl", b'{"id": 1}\n{"id": \n', "bad.jsonl, line 2: not JSON (Expecting value)"),
+        ("bad.jsonl", b'{"id": 1}\n{"id": \n', "bad.jsonl, line 2: not JSON (Expecting value"),
         ("bad.jsonl", b'{"id": 1}\n\n[1]\n', "bad.jsonl, line 3: expected an object, found list"),
         ("bad.jsonl", b'{"id": 1}\n{"id": "\xff"}\n', "bad.jsonl, line 2: not UTF-8 (invalid start byte at byte 8)"),
         ("bad.jsonl.gz", b"no gzip", "bad.jsonl.gz: "),

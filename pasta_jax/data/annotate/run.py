@@ -17,17 +17,19 @@ import rich.console
 from pasta_jax.data import report as data_report
 from pasta_jax.data import structure
 from pasta_jax.data.annotate import check, measure, plan, prompts
+from pasta_jax.data.examples import read_annotated
 from pasta_jax.data.prompts import read_prompts
 from pasta_jax.data.sources import Source, decontaminate, read_instructions
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.endpoint import Endpoint
 from pasta_jax.utils.files import write_json_atomic
-from pasta_jax.utils.jsonl import DataError, read_jsonl, write_jsonl
+from pasta_jax.utils.jsonl import DataError, write_jsonl
 from pasta_jax.utils.locks import LOCK, locked
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.protocols import cause_of
 from pasta_jax.utils.records import agree
+from pasta_jax.utils.terminal import shown
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 DEMONSTRATIONS = 7  # PASTA's number
@@ -46,7 +48,7 @@ def annotate(config, workdir: Path) -> dict:
   rows = source.rows
   if c.limit and c.limit < len(rows):
     rows = [rows[i * len(rows) // c.limit] for i in range(c.limit)]
-  other = read_jsonl(c.against) if c.against else []
+  other = read_annotated(c.against) if c.against else []
   by_model = _ByModel(c, workdir) if c.kind != "structure" else None  # before anything is written
   vocabulary = load_checkpoint(config.model.source).vocabulary
   with locked(workdir / LOCK):
@@ -106,7 +108,7 @@ class _ByModel:
   def __init__(self, c, workdir: Path):
     endpoint = Endpoint.from_config(c, part="annotate", logprobs=False)
     endpoint.require_key()
-    self._shown = prompts.demonstrations(_spread(read_jsonl(c.demonstrations)))
+    self._shown = prompts.demonstrations(_spread(read_annotated(c.demonstrations)))
     self._config, self._endpoint, self._path = c, endpoint, workdir / "calls.jsonl"
     self.report: dict = {}
 
@@ -248,7 +250,7 @@ def _show(report: dict, workdir: Path) -> None:
     )
   for title in ("rejected", "asked again because", "check", "checked without a verdict", "calls"):
     if found := report.get(title):
-      console.print(f"{title}: " + ", ".join(f"{name} {n:,}" for name, n in found.items()))
+      console.print(shown(f"{title}: " + ", ".join(f"{name} {n:,}" for name, n in found.items())))
   if any("cut off" in report.get(title, ()) for title in ("rejected", "checked without a verdict")):
     console.print("cut off: give more --config.annotate.max_tokens")
-  console.print(f"{workdir / 'annotated.jsonl'}")
+  console.print(shown(f"{workdir / 'annotated.jsonl'}"), soft_wrap=True)
