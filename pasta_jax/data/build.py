@@ -20,7 +20,7 @@ from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.files import write_atomic
 from pasta_jax.utils.jsonl import DataError, write_jsonl
-from pasta_jax.utils.terminal import shown
+from pasta_jax.utils.terminal import as_text
 
 
 def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> dict:
@@ -111,5 +111,5 @@ def _show(figures: dict[str, dict], causes: dict[str, int], target: Path) -> Non
   console = rich.console.Console(highlight=False)
   console.print(report.table(figures))
   if causes:
-    console.print(shown("rejected: " + ", ".join(f"{cause} {n:,}" for cause, n in causes.items())))
-  console.print(shown(f"{target}"), soft_wrap=True)
+    console.print(as_text("rejected: " + ", ".join(f"{cause} {n:,}" for cause, n in causes.items())))
+  console.print(as_text(f"{target}"), soft_wrap=True)

@@ -17,7 +17,7 @@ from pasta_jax.lang.cost import cost
 from pasta_jax.lang.layout import NO_TARGET, Layout, layout
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
-from pasta_jax.utils.terminal import shown
+from pasta_jax.utils.terminal import as_text
 
 SAMPLES = 6
 MOST_TOKENS = 2000  # of a sample that are shown
@@ -97,7 +97,7 @@ def table(by_name: Mapping[str, Mapping[str, float]]) -> rich.table.Table:
   """The figures in columns, for a terminal."""
   out = rich.table.Table(box=rich.box.SIMPLE_HEAD)
   for name in ("", *by_name):
-    out.add_column(shown(name), justify="right" if name else "left")
+    out.add_column(as_text(name), justify="right" if name else "left")
   for key, (label, form) in LABELS.items():
     out.add_row(label, *(form.format(found[key]) for found in by_name.values()))
   return out

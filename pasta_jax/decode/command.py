@@ -18,6 +18,7 @@ from pasta_jax.utils.jsonl import read_jsonl, to_jsonl, write_jsonl
 from pasta_jax.utils.locks import locked
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import Records, settings_beside
+from pasta_jax.utils.terminal import as_text
 from pasta_jax.utils.text import printable
 
 
@@ -55,7 +56,7 @@ def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Respon
   console.print(figures_table(response.trace, response.seconds, speedup))
   if timeline is not None:
     response.timeline(timeline)
-    console.print(f"timeline written to {timeline}")
+    console.print(as_text(f"timeline written to {timeline}"), soft_wrap=True)
   return response
 
 

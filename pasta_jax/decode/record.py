@@ -106,7 +106,7 @@ class ResponseRecord:
 
 def to_record(trace: Trace, vocabulary: Vocabulary) -> ResponseRecord:
   """The record of a decoded response."""
-  tokens = vocabulary.tokenizer.encode(trace.text)
+  tokens = text_tokens(trace.text, [trace], vocabulary)
   chunks = trace.threads[1:]
   topics = collections.Counter(c.topic.lower() for c in chunks)
   return ResponseRecord(
@@ -125,6 +125,18 @@ def to_record(trace: Trace, vocabulary: Vocabulary) -> ResponseRecord:
     loops=loops(tokens),
     lengths=tuple((c.declared, c.length) for c in chunks if c.declared is not None and c.finished),
   )
+
+
+def text_tokens(text: str, traces: Sequence[Trace], vocabulary: Vocabulary) -> list[int]:
+  """The tokens of a text that `traces` wrote, as plain text.
+
+  Bytes that are no UTF-8 are U+FFFD in the text, which would be tokenised anew, as several tokens for each; the
+  tokens of such a text are those that were written.
+  """
+  if "\ufffd" not in text:
+    return vocabulary.tokenizer.encode(text)
+  written = ((t.tokens, r.is_text) for trace in traces for t, r in zip(trace.threads, trace.readings))
+  return [int(token) for tokens, is_text in written for token in tokens[is_text]]
 
 
 def count_text_tokens(tokens: Sequence[int], finish_reason: str) -> int:

@@ -6,7 +6,6 @@ The folders are those of --mode=eval with systems named as stage two names them:
 --mode=preference draws the same figure of its own evaluation.
 """
 
-import json
 import math
 import re
 import sys
@@ -19,12 +18,25 @@ import matplotlib.figure
 
 from pasta_jax.decode.record import current
 from pasta_jax.evaluate.report.plots import COLOURS
+from pasta_jax.utils.json_io import parse_json
+from pasta_jax.utils.typed import Parsed, checked
 
 _ROUND = re.compile(r"(?P<policy>.+)_round(?P<number>\d+)")
 MEASURES = {  # of speed: a key of a summary, and its name on an axis
   "theoretical_parallelism": "theoretical parallelism",
   "speedup_over_baseline": "theoretical speedup",
 }
+
+
+class _System(Parsed):
+  responses: dict[str, float | None] = {}
+  quality: dict[str, dict[str, float | None]] = {}
+
+
+class _Summary(Parsed):
+  """What the figure needs of summary.json."""
+
+  systems: dict[str, _System]
 
 
 class Point(NamedTuple):
@@ -44,26 +56,29 @@ def points(folders: Iterable[Path]) -> list[Point]:
   """
   by_name: dict[str, Point] = {}
   for folder in folders:
+    path = folder / "summary.json"
     try:
-      systems = json.loads((folder / "summary.json").read_text())["systems"]
-    except (OSError, ValueError, KeyError) as error:
+      summary = checked(_Summary, parse_json(path.read_bytes()), str(path))
+    except (OSError, ValueError) as error:
       raise ValueError(f"{folder} has no finished evaluation ({error})") from None
-    for name, entry in systems.items():
+    for name, entry in summary.systems.items():
       match = _ROUND.fullmatch(name)
-      judged = next(iter(entry.get("quality", {}).values()), None)
-      if judged is None or "win_rate" not in judged or not (match or name == "start"):
+      judged = next(iter(entry.quality.values()), {})
+      if (win_rate := judged.get("win_rate")) is None or not (match or name == "start"):
         continue
-      figures = current(entry["responses"])
-      speed = tuple(figures.get(key, math.nan) for key in MEASURES)
+      figures = current(entry.responses)
+      speed = tuple(math.nan if (x := figures.get(key)) is None else x for key in MEASURES)
       policy, number = (match["policy"], int(match["number"])) if match else ("start", 0)
-      standard_error = judged.get("win_rate_error", 0.0)  # few answers have none
-      by_name[name] = Point(policy, number, speed, judged["win_rate"], standard_error)
+      standard_error = judged.get("win_rate_error") or 0.0  # few answers have none
+      by_name[name] = Point(policy, number, speed, win_rate, standard_error)
   return list(by_name.values()) if any(p.number for p in by_name.values()) else []
 
 
 def draw(judged: list[Point]) -> matplotlib.figure.Figure:
   """Quality against each measure of speed: a line per policy, bars are standard errors of the win rate."""
-  with matplotlib.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "pasta"}):
+  with matplotlib.rc_context(
+    {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "pasta", "text.parse_math": False}
+  ):
     figure = matplotlib.figure.Figure(figsize=(9.6, 3.8), layout="constrained", dpi=160)
     start = next((p for p in judged if p.number == 0), None)
     policies = sorted({p.policy for p in judged if p.number})
@@ -82,7 +97,7 @@ def draw(judged: list[Point]) -> matplotlib.figure.Figure:
           color=colour,
           elinewidth=0.8,
           markersize=6,
-          label=policy.replace("_", " "),
+          label=" " + policy.replace("_", " "),
         )
         for p in path:
           axes.annotate(

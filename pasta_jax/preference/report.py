@@ -1,6 +1,5 @@
 """Prints the figures of all rounds in a folder, from their `round.json`."""
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,13 +10,16 @@ import rich.table
 
 from pasta_jax.decode.record import current
 from pasta_jax.preference.audit import KINDS
+from pasta_jax.utils.json_io import parse_json
+from pasta_jax.utils.terminal import as_text
 
 SIDES = ("samples", "best", "worst")
 
 
 def show(workdir: Path) -> None:
   """Prints each round's speedup and quality, the samples' defects, and what training changed."""
-  rounds = [current(json.loads(path.read_text())) for path in sorted(workdir.glob("*/round*/round.json"))]
+  paths = sorted(workdir.glob("*/round*/round.json"))
+  rounds = [current(_numbers(parse_json(path.read_bytes()))) for path in paths]
   if not rounds:
     return
   table = rich.table.Table(title="rounds", box=rich.box.SIMPLE_HEAD, pad_edge=False)
@@ -30,7 +32,7 @@ def show(workdir: Path) -> None:
       if len(report["by weight"]) > 1:
         name.append(f"λ = {weight}")
       table.add_row(
-        "\n".join(name),
+        as_text("\n".join(name)),
         "all\nbest\nworst",
         _by_side(figures, "speedup"),
         _by_side(figures, "quality"),
@@ -46,13 +48,19 @@ def show(workdir: Path) -> None:
       learned.append(f"{report['policy']}, round {report['round']}: {', '.join(_gains(gains))}")
   console = rich.console.Console(highlight=False)
   console.print(table)
-  console.print("Defects, each as a share of all samples:", *defects, sep="\n")
+  console.print("Defects, each as a share of all samples:", *map(as_text, defects), sep="\n")
   if learned:
-    console.print("Gain of log p in best / worst answers, nats per token:", *learned, sep="\n")
+    console.print("Gain of log p in best / worst answers, nats per token:", *map(as_text, learned), sep="\n")
 
 
 def _by_side(figures: dict, key: str) -> str:
   return "\n".join(f"{figures[side].get(key, math.nan):.2f}" for side in SIDES)
+
+
+def _numbers(figures: dict) -> dict:
+  """Figures as they were written: a number that was not finite is null in a file."""
+  plain = lambda v: _numbers(v) if isinstance(v, dict) else math.nan if v is None else v
+  return {key: plain(value) for key, value in figures.items()}
 
 
 def _gains(gains: dict) -> Iterable[str]:

@@ -26,6 +26,7 @@ from pasta_jax.train.flops import chip
 from pasta_jax.train.sharding import AXES, check_rows, mesh_shape
 from pasta_jax.train.state import abstract_model
 from pasta_jax.train.trainer import Task, Trainer
+from pasta_jax.utils.terminal import as_text
 from pasta_jax.weights.checkpoint import load_checkpoint
 from pasta_jax.weights.hf_config import read_config
 
@@ -77,7 +78,7 @@ def compile_steps(config) -> list[Compiled]:
     axis_types=(AxisType.Auto,) * len(AXES),
   )
   found = [_compile(config, stage, model, mesh) for stage in stages]
-  table = Table(f"{config.compile.topology}, {mesh.size} x {devices[0].device_kind}", *stages)
+  table = Table(as_text(f"{config.compile.topology}, {mesh.size} x {devices[0].device_kind}"), *stages)
   for name, show in (
     ("parameters trained", lambda f: f"{f.parameters / 1e6:,.1f} M"),
     ("tokens a step", lambda f: f"{f.tokens:,}"),

@@ -1,13 +1,14 @@
 """Metrics of a run: JSON lines, and the same scalars for TensorBoard."""
 
-import json
+import math
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
 from pasta_jax.decode.record import current
 from pasta_jax.utils.files import write_atomic
-from pasta_jax.utils.jsonl import read_finished_lines
+from pasta_jax.utils.json_io import parse_json
+from pasta_jax.utils.jsonl import append_row, read_finished_lines
 
 
 class MetricWriter:
@@ -23,8 +24,7 @@ class MetricWriter:
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
     """Writes the scalars of one step."""
-    with open(self._path, "a") as file:
-      file.write(json.dumps({"step": step, **scalars}) + "\n")
+    append_row(self._path, {"step": step, **scalars})
     for name, value in scalars.items():
       self._board.add_scalar(name, value, step)
 
@@ -36,12 +36,17 @@ def last_scalars(workdir: Path, share: float = 0.0) -> dict[str, float]:
   """The scalars of a run's last step, or their means over the last `share` of its steps."""
   rows = [current(row) for row in read_finished_lines(workdir / "metrics.jsonl")]
   rows = rows[-max(1, round(share * len(rows))) :]
-  return {k: sum(r[k] for r in rows) / len(rows) for k in rows[-1] if all(k in r for r in rows)}
+  # A value that was not finite is null in a file.
+  return {k: _mean([r[k] for r in rows]) for k in rows[-1] if all(k in r for r in rows)}
+
+
+def _mean(values: list[float | None]) -> float:
+  return sum(math.nan if v is None else v for v in values) / len(values)
 
 
 def _step(line: str) -> int:
   """The step of a line of metrics.jsonl; 0 if the line is incomplete."""
   try:
-    return int(json.loads(line)["step"])
+    return int(parse_json(line)["step"])
   except (ValueError, KeyError, TypeError):
     return 0

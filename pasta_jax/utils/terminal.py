@@ -5,6 +5,6 @@ from rich.text import Text
 from pasta_jax.utils.text import printable
 
 
-def shown(text: str) -> Text:
+def as_text(text: str) -> Text:
   """`text` for a table or a console: brackets and colons mean nothing, control characters are escaped."""
   return Text(printable(text))

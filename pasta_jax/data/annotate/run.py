@@ -29,7 +29,7 @@ from pasta_jax.utils.locks import LOCK, locked
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.protocols import cause_of
 from pasta_jax.utils.records import agree
-from pasta_jax.utils.terminal import shown
+from pasta_jax.utils.terminal import as_text
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 DEMONSTRATIONS = 7  # PASTA's number
@@ -250,7 +250,7 @@ def _show(report: dict, workdir: Path) -> None:
     )
   for title in ("rejected", "asked again because", "check", "checked without a verdict", "calls"):
     if found := report.get(title):
-      console.print(shown(f"{title}: " + ", ".join(f"{name} {n:,}" for name, n in found.items())))
+      console.print(as_text(f"{title}: " + ", ".join(f"{name} {n:,}" for name, n in found.items())))
   if any("cut off" in report.get(title, ()) for title in ("rejected", "checked without a verdict")):
     console.print("cut off: give more --config.annotate.max_tokens")
-  console.print(shown(f"{workdir / 'annotated.jsonl'}"), soft_wrap=True)
+  console.print(as_text(f"{workdir / 'annotated.jsonl'}"), soft_wrap=True)

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pasta_jax.decode.trace import ThreadTrace, Trace
-from pasta_jax.decode.views.timeline import hue, pieces, printable
+from pasta_jax.decode.views.timeline import hue, pieces
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.utils.text import printable
 
 # Of middle lightness, so that they can be read on dark and on light terminals.
 HUES = (
@@ -67,11 +68,11 @@ def _styled(trace: Trace, number: int, vocabulary: Vocabulary, cursor: bool) -> 
     if piece.kind == "text":
       # Lines are scarce: empty ones are dropped, and placeholders with only white space between share a line.
       between = not piece.text.strip() and 0 < k < len(parts) - 1
-      out.append(" " if between else re.sub(r"\n\s*\n", "\n", piece.text).replace("\t", "  "))
+      out.append(" " if between else re.sub(r"\n\s*\n", "\n", printable(piece.text)).replace("\t", "  "))
     elif piece.kind == "sync":
       out.append("⟨sync⟩", style="dim")
     else:
-      label = piece.text.replace("\n", " ")
+      label = printable(piece.text).replace("\n", " ")
       if piece.declared is not None:
         label += f" · {piece.declared}"
       style = "dim" if piece.child is None else f"bold {colour(piece.child)}"

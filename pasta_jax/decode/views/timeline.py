@@ -22,12 +22,12 @@ from pasta_jax.utils.files import write_atomic
 
 N_HUES = 10  # colours, used in turn
 
-# Control characters except newline and tab (terminals interpret them, XML forbids most), and non-characters.
+# Control characters except newline and tab, and non-characters: XML forbids most of them.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
-def printable(text: str) -> str:
-  """The text without characters that a terminal interprets or that XML forbids."""
+def drawable(text: str) -> str:
+  """The text without the characters that XML forbids; a terminal needs more (`utils.text.printable`)."""
   return _UNSAFE.sub("", text)
 
 
@@ -59,7 +59,7 @@ def pieces(trace: Trace, number: int, vocabulary: Vocabulary) -> list[Piece]:
 
   def flush():
     if text:
-      out.append(Piece("text", printable(vocabulary.text(text))))
+      out.append(Piece("text", vocabulary.text(text)))
       text.clear()
 
   for i, token in enumerate(tokens):
@@ -75,7 +75,7 @@ def pieces(trace: Trace, number: int, vocabulary: Vocabulary) -> list[Piece]:
       out.append(
         Piece(
           "promise",
-          printable(vocabulary.text(topic or [])).strip(),
+          vocabulary.text(topic or []).strip(),
           child.number if child else None,
           reading.declared[i],
         )
@@ -89,7 +89,7 @@ def pieces(trace: Trace, number: int, vocabulary: Vocabulary) -> list[Piece]:
       topic = None
   flush()
   if topic is not None:
-    out.append(Piece("promise", printable(vocabulary.text(topic)).strip(), closed=False))
+    out.append(Piece("promise", vocabulary.text(topic).strip(), closed=False))
   return out
 
 
@@ -211,12 +211,12 @@ def _n(x: float) -> str:
 
 
 def _attribute(text: str) -> str:
-  return escape(printable(text).replace("\n", " "))
+  return escape(drawable(text).replace("\n", " "))
 
 
 def _tooltip(text: str) -> str:
   """One token, with white space at its ends and all line breaks made visible."""
-  text = printable(text).replace("\n", "↵").replace("\t", "⇥")
+  text = drawable(text).replace("\n", "↵").replace("\t", "⇥")
   body = text.strip(" ")
   blanks = len(text) - len(text.lstrip(" "))
   return escape("␣" * blanks + body + "␣" * (len(text) - blanks - len(body)))
@@ -325,7 +325,7 @@ def _lane(plot: _Plot, thread: ThreadTrace, reading: Reading, vocabulary: Vocabu
   top = y - _BAR / 2
   depth = max(len(thread.path) - 1, 0)
   indent = 24 + 16 * min(depth, 4)
-  name = printable(thread.topic) or "untitled" if thread.number else "main thread"
+  name = drawable(thread.topic) or "untitled" if thread.number else "main thread"
   label = length_label(thread)
   left_over, _ = reserve(thread)
   out = [
@@ -461,7 +461,7 @@ def timeline_svg(
     x, y = plot.x(resumed), plot.y(parent)
     here = [c for c in joined if joined[c] == where]
     edges += [_join(plot, trace.threads[c], parent, resumed) for c in here]
-    names = ", ".join(printable(trace.threads[c].topic) for c in here)
+    names = ", ".join(drawable(trace.threads[c].topic) for c in here)
     # Where curves coincide they have the parent's colour.
     edges.append(
       f'<g class="{_kind(parent)}"><path class="edge stroke trunk" '
@@ -529,7 +529,7 @@ def _answer(trace: Trace, number: int, vocabulary: Vocabulary) -> str:
   parts = []
   for piece in pieces(trace, number, vocabulary):
     if piece.kind == "text":
-      parts.append(escape(piece.text))
+      parts.append(escape(drawable(piece.text)))
     elif piece.child is not None:
       child = trace.threads[piece.child]
       parts.append(
@@ -556,7 +556,7 @@ def timeline_html(
   return (
     f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
     f'<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-    f"<title>{escape(printable(title))}</title>\n<style>{_PAGE_STYLE}{fade}</style>\n</head>\n"
+    f"<title>{escape(drawable(title))}</title>\n<style>{_PAGE_STYLE}{fade}</style>\n</head>\n"
     f"<body>\n<main>\n"
     f'<div class="scroll">\n{timeline_svg(trace, vocabulary)}</div>\n<article>{answer}</article>\n'
     f"</main>\n</body>\n</html>\n"

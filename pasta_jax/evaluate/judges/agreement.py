@@ -23,7 +23,15 @@ from pasta_jax.evaluate.judges.judge import Answer, Pair
 from pasta_jax.evaluate.judges.judging import judge_pairs
 from pasta_jax.evaluate.judges.registry import judges_of
 from pasta_jax.utils.files import write_json_atomic
-from pasta_jax.utils.jsonl import read_jsonl
+from pasta_jax.utils.jsonl import present, read_jsonl
+from pasta_jax.utils.terminal import as_text
+from pasta_jax.utils.typed import Parsed, checked
+
+
+class _Label(Parsed):
+  prompt: str
+  chosen: str
+  rejected: str
 
 
 def pairs_of_labels(path: str) -> tuple[list[Pair], list[str]]:
@@ -31,12 +39,14 @@ def pairs_of_labels(path: str) -> tuple[list[Pair], list[str]]:
   pairs, categories = [], []
   for number, row in enumerate(read_jsonl(path)):
     try:
-      conversation = [{"role": "user", "content": row["prompt"]}]
-      chosen, rejected = (Answer(conversation, row[k] + "") for k in ("chosen", "rejected"))
-    except (KeyError, TypeError):
-      raise EvalError(f"{path}: row {number + 1} needs texts under prompt, chosen and rejected") from None
+      label = checked(_Label, row, f"{path}, row {number + 1}")
+    except ValueError as error:
+      raise EvalError(str(error)) from None
+    row = present(row)
+    conversation = [{"role": "user", "content": label.prompt}]
+    chosen, rejected = (Answer(conversation, text) for text in (label.chosen, label.rejected))
     pairs.append(Pair(str(row.get("id", number)), chosen, rejected, "chosen"))
-    categories.append(str(row.get("category") or "all"))
+    categories.append(str(row.get("category", "all")))
   return pairs, categories
 
 
@@ -101,9 +111,7 @@ def main(argv: list[str]) -> None:
     table.add_column(name, justify="left" if name in ("judge", "labels", "category") else "right")
   for r in rows:
     table.add_row(
-      r["judge"],
-      r["labels"],
-      r["category"],
+      *(as_text(r[key]) for key in ("judge", "labels", "category")),
       str(r["pairs"]),
       f"{r['agreement']:.1f} ± {r['error']:.1f}",
       f"{r['longer']:.1f}",

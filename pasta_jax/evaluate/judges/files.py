@@ -3,10 +3,29 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
+
+import pydantic
 
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.judge import Pair
 from pasta_jax.utils.jsonl import read_rows
+from pasta_jax.utils.typed import Parsed, checked
+
+
+class _Preference(Parsed):
+  id: str | int
+  system: str
+  preference: Annotated[float, pydantic.Field(ge=0, le=1)]
+
+
+class _Annotation(Parsed):
+  """AlpacaEval's."""
+
+  instruction: str
+  generator_1: str | None = None
+  generator_2: str
+  preference: Annotated[float, pydantic.Field(ge=0, le=2)] | None  # null: not judged
 
 
 class FileJudge:
@@ -26,20 +45,22 @@ class FileJudge:
     self.settings = {"sha256": digest}
     self._preferences: dict[tuple[str, str], float] = {}  # by system, and prompt or id
     try:
-      for row in read_rows(path):
-        if "generator_2" in row:
-          if row.get("generator_1", baseline) != baseline:
-            raise ValueError(f"they are against {row['generator_1']!r}, not the baseline {baseline!r}")
-          if row["preference"] is not None:
-            value = float(row["preference"]) or 1.5
-            self._preferences[row["generator_2"], row["instruction"]] = min(max(value - 1, 0.0), 1.0)
-        else:
-          value = float(row["preference"])
-          if not 0 <= value <= 1:
-            raise ValueError(f"preference {value} of {row['id']!r} is not in [0, 1]")
-          self._preferences[row["system"], str(row["id"])] = value
-    except (OSError, KeyError, TypeError, ValueError) as error:
-      raise EvalError(f"judgements in {path} cannot be used: {error!r}") from None
+      for number, row in enumerate(read_rows(path), 1):
+        self._add(row, f"{path}, row {number}", baseline)
+    except ValueError as error:
+      raise EvalError(f"judgements cannot be used: {error}") from None
+
+  def _add(self, row: dict, where: str, baseline: str) -> None:
+    if "generator_2" not in row:
+      found = checked(_Preference, row, where)
+      self._preferences[found.system, str(found.id)] = found.preference
+      return
+    annotation = checked(_Annotation, row, where)
+    if annotation.generator_1 not in (None, baseline):
+      raise ValueError(f"{where}: against {annotation.generator_1!r}, not the baseline {baseline!r}")
+    if annotation.preference is not None:
+      value = (annotation.preference or 1.5) - 1
+      self._preferences[annotation.generator_2, annotation.instruction] = max(value, 0.0)
 
   def compare(self, pairs: Sequence[Pair], folder: Path, on_judged: Callable[[int, dict], None]) -> None:
     del folder

@@ -21,19 +21,24 @@ compares the result with a leaderboard.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import pydantic
 import rich.console
 import rich.table
 import scipy.optimize
 import scipy.special
 from absl import app, flags
 
-from pasta_jax.utils.jsonl import DataError, read_jsonl
+from pasta_jax.utils.jsonl import DataError, read_jsonl, write_jsonl
+from pasta_jax.utils.terminal import as_text
+from pasta_jax.utils.typed import Parsed, checked
+
+R = TypeVar("R", bound=Parsed)
 
 # Gaussian priors on (phi, psi): centre and curvature. GAMED's centre is the mean of the published weights
 # of gpt4_1106_preview told to be verbose and concise; its rows count as 161 (2 x 805 at a tenth), each with
@@ -155,30 +160,57 @@ class Preferences:
   baseline: np.ndarray  # [N] characters
 
 
+class _Preference(Parsed):
+  id: str | int
+  baseline_chars: float
+  preference: dict[str, float | None]  # by model; null: not judged
+  output_chars: dict[str, float | None]
+
+
+class _Difficulty(Parsed):
+  id: str | int
+  difficulty: float
+
+
+class _Weights(Parsed):
+  """Published (phi, psi, theta) of the model `id`."""
+
+  id: str
+  phi: float = pydantic.Field(alias="np.tanh(std_delta_len)")
+  psi: float = pydantic.Field(alias="instruction_difficulty")
+  theta: float = pydantic.Field(alias="not_gamed_baseline.astype(float)")
+
+
+def _rows(path: str | Path, kind: type[R]) -> list[R]:
+  """The rows of a file. Raises DataError, one line, that names file, row and field."""
+  try:
+    return [checked(kind, row, f"{path}, row {number}") for number, row in enumerate(read_jsonl(path), 1)]
+  except ValueError as error:
+    raise DataError(str(error)) from None
+
+
 def read_preferences(path: str | Path) -> Preferences:
   """Reads rows with `id`, `baseline_chars`, and by model `preference` and `output_chars`."""
-  rows = read_jsonl(path)
-  try:
-    models = list(dict.fromkeys(m for r in rows for m in r["preference"]))
-    number = lambda x: math.nan if x is None else float(x)
-    column = lambda field, m: [number(r[field].get(m)) for r in rows]
-    return Preferences(
-      [str(r["id"]) for r in rows],
-      models,
-      np.array([column("preference", m) for m in models]),
-      np.array([column("output_chars", m) for m in models]),
-      np.array([float(r["baseline_chars"]) for r in rows]),
-    )
-  except (KeyError, TypeError, AttributeError) as error:
-    raise DataError(
-      f"{path}: rows need id, baseline_chars, preference and output_chars ({error!r})"
-    ) from None
+  rows = _rows(path, _Preference)
+  models = list(dict.fromkeys(m for r in rows for m in r.preference))
+  number = lambda x: math.nan if x is None else x
+  return Preferences(
+    [str(r.id) for r in rows],
+    models,
+    np.array([[number(r.preference.get(m)) for r in rows] for m in models]),
+    np.array([[number(r.output_chars.get(m)) for r in rows] for m in models]),
+    np.array([r.baseline_chars for r in rows]),
+  )
+
+
+def read_difficulty(path: str | Path) -> dict[str, float]:
+  """Each prompt's difficulty, by id."""
+  return {str(r.id): r.difficulty for r in _rows(path, _Difficulty)}
 
 
 def read_weights(path: str | Path) -> dict[str, tuple[float, float, float]]:
   """Published (phi, psi, theta) by model."""
-  names = ("np.tanh(std_delta_len)", "instruction_difficulty", "not_gamed_baseline.astype(float)")
-  return {r["id"]: tuple(float(r[n]) for n in names) for r in read_jsonl(path)}  # type: ignore[misc]
+  return {r.id: (r.phi, r.psi, r.theta) for r in _rows(path, _Weights)}
 
 
 def check(
@@ -253,7 +285,7 @@ def main(argv: list[str]) -> None:
   ):
     table.add_column(name, justify="right")
   for r in rows:
-    table.add_row(r["model"], *(f"{r[k]:.2f}" for k in list(r)[1:]))
+    table.add_row(as_text(r["model"]), *(f"{r[k]:.2f}" for k in list(r)[1:]))
   console = rich.console.Console()
   console.print(table)
   for name in ("error", "length_controlled_error", "held_out_error"):
@@ -270,10 +302,8 @@ def main(argv: list[str]) -> None:
       preferences.system[known],
       np.array([weights[preferences.models[i]] for i in known]),
     )
-    lines = (
-      json.dumps({"id": i, "difficulty": round(float(g), 6)}) + "\n" for i, g in zip(preferences.ids, gamma)
-    )
-    Path(values.output).write_text("".join(lines))
+    rows = [{"id": i, "difficulty": round(float(g), 6)} for i, g in zip(preferences.ids, gamma)]
+    write_jsonl(Path(values.output), rows)
 
 
 if __name__ == "__main__":

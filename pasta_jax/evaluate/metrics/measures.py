@@ -126,4 +126,6 @@ def grouped(
   groups: dict[str, list[dict]] = {}
   for row in rows:
     groups.setdefault(group(row), []).append(row)
-  return {name: summarise(groups[name], baseline) for name in sorted(groups, key=natural)}
+  by_id = {r["id"]: r for r in baseline}
+  same = lambda members: [by_id[r["id"]] for r in members if r["id"] in by_id]
+  return {name: summarise(groups[name], same(groups[name])) for name in sorted(groups, key=natural)}

@@ -4,7 +4,6 @@ Tables, plots, fastest and slowest prompts, and every response with its timeline
 """
 
 import base64
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -13,13 +12,14 @@ from pathlib import Path
 
 from pasta_jax.decode.record import ResponseRecord
 from pasta_jax.decode.trace import from_json
-from pasta_jax.decode.views.timeline import printable, timeline_style, timeline_svg
+from pasta_jax.decode.views.timeline import drawable, timeline_style, timeline_svg
 from pasta_jax.evaluate.report.figures import speed_name
 from pasta_jax.evaluate.report.run_record import Run
 from pasta_jax.evaluate.report.summary import Threshold
 from pasta_jax.evaluate.report.tables import about, group_tables, judge_note, table
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.utils.files import write_atomic
+from pasta_jax.utils.json_io import to_json
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.weights.checkpoint import load_checkpoint
 
@@ -76,12 +76,12 @@ def _extremes(run: Run, name: str, ranked: Sequence[tuple[dict, float]]) -> str:
       sides = [(name, row), (run.baseline, baseline.get(row["id"]))]
       boxes = "".join(
         f'<div><h3>{escape(n)}</h3><div class="muted">{escape(_facts(r))}</div>'
-        f'<div class="text">{escape(printable(r["text"]))}</div></div>'
+        f'<div class="text">{escape(drawable(r["text"]))}</div></div>'
         for n, r in sides
         if r
       )
       out.append(
-        f'<div class="prompt">{escape(printable(row["prompt"]))} <span class="muted">{speed:.2f}×</span></div>'
+        f'<div class="prompt">{escape(drawable(row["prompt"]))} <span class="muted">{speed:.2f}×</span></div>'
         f'<div class="pair">{boxes}</div>'
       )
   return "".join(out)
@@ -132,11 +132,12 @@ def _data(run: Run) -> dict:
     judged = run.judgements[judge].get(name, {}) if judge else {}
     for r in rows:
       prompts.setdefault(
-        r["id"], {"id": r["id"], "prompt": printable(r["prompt"]), "category": r.get("category", "")}
+        r["id"],
+        {"id": r["id"], "prompt": drawable(r["prompt"]), "category": drawable(r.get("category") or "")},
       )
       preference = judged[r["id"]]["preference"] if r["id"] in judged else None
       answers.setdefault(name, {})[r["id"]] = {
-        "text": printable(r["text"]),
+        "text": drawable(r["text"]),
         "facts": _facts(r, preference) + _wall_clock(seconds.get(r["id"]), baseline.get(r["id"])),
         "speed": round(r["theoretical_parallelism"], 3),
       }
@@ -222,8 +223,8 @@ def write_page(
 </div>
 {extremes}
 </main>
-<script type="text/plain" id="answers">{_packed(json.dumps(data))}</script>
-<script type="text/plain" id="timelines">{_packed(json.dumps(timelines))}</script>
+<script type="text/plain" id="answers">{_packed(to_json(data))}</script>
+<script type="text/plain" id="timelines">{_packed(to_json(timelines))}</script>
 <script>{_file("report.js")}</script>
 </body>
 </html>

@@ -2,13 +2,17 @@
 
 import io
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
+
+from pasta_jax.utils.text import one_line
 
 # Medium lightness: readable on light and on dark backgrounds.
 COLOURS = ("#2f7de1", "#e0702a", "#1f9d6b", "#c44f97", "#a5831f", "#7d68d8", "#1f9fb8", "#d8515a")
@@ -24,8 +28,18 @@ _STYLE: Any = {
   "axes.titlesize": 11,
   "figure.dpi": 160,
   "svg.hashsalt": "pasta",
+  "text.parse_math": False,  # names of systems, judges and categories are text, dollars and all
 }
 Figure = matplotlib.figure.Figure
+
+
+LABEL = 40  # characters of a name in a figure; tables have all of it
+MOST_GROUPS = 40  # of a figure: a picture of thousands cannot be drawn
+
+
+def _label(name: str) -> str:
+  """A name as a label. The blank before it keeps one that begins with an underscore in the legend."""
+  return " " + one_line(name, LABEL)
 
 
 def _new(width: float, height: float) -> tuple[Figure, matplotlib.axes.Axes]:
@@ -90,7 +104,7 @@ def pareto(
         ax.plot(interval, (y, y), color=palette[name], linewidth=2, alpha=0.5, solid_capstyle="round")
       ax.plot([x], [y], "o", color=palette[name], markersize=9)
       ax.annotate(
-        name,
+        _label(name),
         (x, y),
         textcoords="offset points",
         xytext=(0, -15),
@@ -99,7 +113,7 @@ def pareto(
         fontweight="bold",
       )
     ax.set_xlabel(f"{speed} (times)")
-    ax.set_ylabel(f"win rate against {baseline}, % ({judge})")
+    ax.set_ylabel(f"win rate against{_label(baseline)}, % ({one_line(judge, LABEL)})")
     ax.margins(0.15)
     return figure
 
@@ -112,31 +126,33 @@ def distribution(speeds: Mapping[str, Sequence[float]], *, speed: str, palette: 
     for name, values in speeds.items():
       ordered = np.sort(np.asarray(values))[::-1]
       share = 100 * (np.arange(len(ordered)) + 0.5) / max(len(ordered), 1)
-      ax.plot(share, ordered, color=palette[name], linewidth=2, label=name)
+      ax.plot(share, ordered, color=palette[name], linewidth=2, label=_label(name))
     ax.set_xlabel("share of prompts, %")
     ax.set_ylabel(f"{speed}, at least (times)")
     ax.set_xlim(0, 100)
     ax.set_yscale("log", base=2)
     ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}×")
+    ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())  # the default one writes mathematics
     ax.legend(frameon=False, labelcolor="linecolor")
     return figure
 
 
 def groups(figures: Mapping[str, Mapping[str, float]], *, speed: str, palette: Mapping[str, str]) -> Figure:
-  """A bar for each group of prompts and system: `figures[system][group]` is its speed."""
-  names = list(dict.fromkeys(g for values in figures.values() for g in values))
+  """A bar for each group of prompts and system: `figures[system][group]` is its speed. Of very many groups
+  the first ones are shown."""
+  names = list(dict.fromkeys(g for values in figures.values() for g in values))[:MOST_GROUPS]
   with matplotlib.rc_context(_STYLE):
     figure, ax = _new(6.4, 0.9 + 0.24 * len(names) * max(len(figures), 1) + 0.12 * len(names))
     height = 0.8 / max(len(figures), 1)
     for k, (system, values) in enumerate(figures.items()):
       y = np.arange(len(names)) + (k - (len(figures) - 1) / 2) * height
       widths = [values.get(g, math.nan) for g in names]
-      ax.barh(y, widths, height * 0.88, color=palette[system], label=system)
+      ax.barh(y, widths, height * 0.88, color=palette[system], label=_label(system))
       for at, width in zip(y, widths):
         if not math.isnan(width):
           ax.text(width, at, f" {width:.2f}", va="center", fontsize=8, color=_INK)
     ax.axvline(1, color=_INK, linewidth=0.8, alpha=0.35, linestyle=(0, (3, 3)))
-    ax.set_yticks(np.arange(len(names)), names)
+    ax.set_yticks(np.arange(len(names)), list(map(_label, names)))
     ax.invert_yaxis()
     ax.set_xlabel(f"{speed} (times)")
     if len(figures) > 1:
@@ -158,7 +174,7 @@ def svg(figure: Figure) -> str:
     }
   ):
     _ink(figure)
-    figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    _write(figure, out, format="svg", transparent=True, metadata={"Date": None})
   text = out.getvalue()
   return text[text.index("<svg") :].replace(_INK, "currentColor")
 
@@ -174,9 +190,16 @@ def _ink(figure: Figure) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-  """Writes `path` with .svg and .png, on white, for papers."""
+  """Writes `path` with .svg and .png added to its name, on white, for papers."""
   with matplotlib.rc_context(_STYLE):
     for suffix in (".svg", ".png"):
-      figure.savefig(
-        path.with_suffix(suffix), facecolor="white", metadata={"Date": None} if suffix == ".svg" else None
-      )
+      metadata = {"Date": None} if suffix == ".svg" else None
+      _write(figure, path.with_name(path.name + suffix), facecolor="white", metadata=metadata)
+
+
+def _write(figure: Figure, out: Path | io.StringIO, **options: Any) -> None:
+  with (
+    warnings.catch_warnings()
+  ):  # the font lacks many scripts: a viewer shows the text of an .svg in its own
+    warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    figure.savefig(out, **options)

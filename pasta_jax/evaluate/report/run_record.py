@@ -1,13 +1,76 @@
 """A run's folder, read back: responses, timings and judgements by system."""
 
 import dataclasses
-import json
+import glob
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
 
 from pasta_jax.decode.record import current
 from pasta_jax.evaluate.errors import EvalError
+from pasta_jax.utils.json_io import parse_json
 from pasta_jax.utils.records import read_records
+from pasta_jax.utils.typed import Parsed, checked
+
+
+class _Row(Parsed):
+  """What the report needs of each row of responses and timings."""
+
+  id: str
+  prompt: str
+  text: str
+  category: str | None = None
+  finish_reason: str
+  text_tokens: int
+  total_tokens: int
+  steps: int
+  longest_path: int
+  peak_parallelism: int
+  promises: int
+  depth: int
+  ill_formed: int
+  refused: int
+  topic_twice: bool
+  loops: bool
+  lengths: list[list[int]]
+  theoretical_parallelism: float
+  tokens_per_round: float
+  seconds: float | None = None
+
+
+class _Judgement(Parsed):
+  id: str
+  preference: Annotated[float, pydantic.Field(ge=0, le=1)]
+
+
+class _About(Parsed):
+  """run.json; it did not list judges before schema 2."""
+
+  requests: list[str]
+  judges: list[str] | None = None
+  machines: list[str]
+  versions: list[str]
+
+
+class _Evaluation(Parsed):
+  baseline: str
+  judges: str
+  systems: str
+  min_quality: float
+  min_speedup: float
+  difficulty: str | None = None
+
+
+class _Settings(Parsed):
+  """What the report needs of config.json."""
+
+  eval: _Evaluation
+  model: dict[str, Any]
+  positions: dict[str, Any]
+  decode: dict[str, Any]
+  systems: dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -34,28 +97,50 @@ class Run:
 
 def read_run(workdir: Path) -> Run:
   """Reads a folder that `--mode=eval` made. Raises EvalError, one line, if it has no responses."""
-  try:
-    config = json.loads((workdir / "config.json").read_text())
-  except (OSError, ValueError):
-    raise EvalError(f"{workdir} has no evaluation: run --mode=eval --workdir={workdir} first") from None
-  about = json.loads((workdir / "run.json").read_text())
-  requests = set(about["requests"])
+  if not (workdir / "config.json").is_file():
+    raise EvalError(f"{workdir} has no evaluation: run --mode=eval --workdir={workdir} first")
+  config, about = _read(workdir / "config.json"), _read(workdir / "run.json")
+  settings = _checked(_Settings, config, workdir / "config.json")
+  record = _checked(_About, about, workdir / "run.json")
+  requests = set(record.requests)
   responses, timed = (
-    _rows_by_system(workdir / folder, requests, [*config["systems"]]) for folder in ("responses", "timed")
+    _rows_by_system(workdir / folder, requests, [*settings.systems]) for folder in ("responses", "timed")
   )
   if not responses:
     raise EvalError(f"{workdir} has no responses: run --mode=eval --workdir={workdir} first")
-  baseline = config["eval"]["baseline"]
+  baseline = settings.eval.baseline
   judgements: dict[str, dict[str, dict[str, dict]]] = {}
-  for path in sorted((workdir / "judgements").glob(f"*/*-against-{baseline}.jsonl")):
+  for path in sorted((workdir / "judgements").glob(f"*/*-against-{glob.escape(baseline)}.jsonl")):
     name = path.stem.removesuffix(f"-against-{baseline}")
-    if rows := {r["id"]: current(r) for r in read_records(path) if r["id"] in requests}:
-      judgements.setdefault(path.parent.name, {})[name] = rows
-  order = about["judges"] if "judges" in about else _judges_of_old_run(config, [*judgements])
+    if rows := _rows(path, requests, _Judgement):
+      judgements.setdefault(path.parent.name, {})[name] = {r["id"]: r for r in rows}
+  order = _judges_of_old_run(config, [*judgements]) if record.judges is None else record.judges
   # The judges of the last call first, in their order: the first one decides.
   place = lambda judge: order.index(judge) if judge in order else len(order)
   judgements = {j: judgements[j] for j in sorted(judgements, key=place)}
-  return Run(config, responses, timed, judgements, baseline, about["machines"], about["versions"])
+  return Run(config, responses, timed, judgements, baseline, record.machines, record.versions)
+
+
+def _read(path: Path) -> Any:
+  try:
+    return parse_json(path.read_bytes())
+  except ValueError as error:
+    raise EvalError(f"{path}: {error}") from None
+
+
+def _checked(kind: type, value: Any, where: Path | str) -> Any:
+  try:
+    return checked(kind, value, str(where))
+  except ValueError as error:
+    raise EvalError(str(error)) from None
+
+
+def _rows(path: Path, requests: set[str], kind: type[Parsed]) -> list[dict]:
+  """The rows of a file that belong to `requests`, each with the fields of `kind`."""
+  rows = [current(r) for r in read_records(path) if r["id"] in requests]
+  for r in rows:
+    _checked(kind, r, f"{path}, row {r['id']}")
+  return rows
 
 
 def _rows_by_system(folder: Path, requests: set[str], order: Sequence[str]) -> dict[str, list[dict]]:
@@ -64,7 +149,7 @@ def _rows_by_system(folder: Path, requests: set[str], order: Sequence[str]) -> d
     (path.stem for path in folder.glob("*.jsonl")),
     key=lambda n: (order.index(n) if n in order else len(order), n),
   )
-  rows = {n: [current(r) for r in read_records(folder / f"{n}.jsonl") if r["id"] in requests] for n in names}
+  rows = {n: _rows(folder / f"{n}.jsonl", requests, _Row) for n in names}
   return {n: of_system for n, of_system in rows.items() if of_system}
 
 

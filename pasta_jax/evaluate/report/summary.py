@@ -7,16 +7,15 @@ import numpy as np
 
 from pasta_jax.decode.record import SCHEMA
 from pasta_jax.evaluate.errors import EvalError
-from pasta_jax.evaluate.metrics.length_control import length_controlled
+from pasta_jax.evaluate.metrics.length_control import length_controlled, read_difficulty
 from pasta_jax.evaluate.metrics.measures import grouped, length_class, summarise
 from pasta_jax.evaluate.report.run_record import Run
-from pasta_jax.utils.jsonl import read_jsonl
 
 
 def summarise_run(run: Run) -> dict:
   """The figures of every system, ready for JSON."""
   path = run.config["eval"].get("difficulty")
-  difficulty = {str(r["id"]): float(r["difficulty"]) for r in read_jsonl(path)} if path else None
+  difficulty = read_difficulty(path) if path else None
   systems = {}
   for name in run.systems:
     entry: dict = {}

@@ -1,9 +1,13 @@
 """A summary as rows of text: for the terminal, Markdown and the page."""
 
+import re
+
 import rich.console
 import rich.table
 
 from pasta_jax.evaluate.metrics.measures import natural
+from pasta_jax.utils.terminal import as_text
+from pasta_jax.utils.text import one_line
 
 Rows = list[list[str]]
 
@@ -128,7 +132,7 @@ def markdown(summary: dict) -> str:
   note = judge_note(summary)
   return "\n".join(
     [
-      "; ".join(about(summary)),
+      _escaped("; ".join(about(summary))),
       "",
       *_markdown_table(table(summary)),
       *(("", note) if note else ()),
@@ -144,19 +148,29 @@ def markdown(summary: dict) -> str:
 
 def _markdown_table(rows: Rows) -> list[str]:
   line = lambda cells: "| " + " | ".join(cells) + " |"
-  return [line(rows[0]), line(["---"] * len(rows[0])), *map(line, rows[1:])]
+  head, *body = [[_escaped(cell) for cell in row] for row in rows]
+  return [line(head), line(["---"] * len(head)), *map(line, body)]
+
+
+# What Markdown reads as markup; an underscore inside a word is text.
+_MARKUP = re.compile(r"[\\`*<>|~$&\[\]]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def _escaped(text: str) -> str:
+  """Any text as Markdown that shows it, on one line."""
+  return _MARKUP.sub(lambda m: "\\" + m[0], one_line(text, len(text) * 6))
 
 
 def show(summary: dict) -> None:
   """Prints the table in the terminal."""
   rows = table(summary)
   timed = f", {summary['timed']} timed" if summary["timed"] else ""
-  shown = rich.table.Table(title=f"{summary['prompts']} prompts{timed}")
+  printed = rich.table.Table(title=f"{summary['prompts']} prompts{timed}")
   for k, name in enumerate(rows[0]):
-    shown.add_column(name, justify="right" if k else "left")
+    printed.add_column(as_text(name), justify="right" if k else "left")
   for row in rows[1:]:
-    shown.add_row(*row)
+    printed.add_row(*map(as_text, row))
   console = rich.console.Console()
-  console.print(shown)
+  console.print(printed)
   if note := judge_note(summary):
     console.print(note)

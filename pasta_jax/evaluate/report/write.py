@@ -6,7 +6,6 @@ It reads what `evaluate.run` left in the folder and loads no weights but the tok
 time, on the systems, timings and judgements that exist so far.
 """
 
-import json
 from pathlib import Path
 
 from pasta_jax.evaluate.report import page, plots, tables
@@ -14,6 +13,7 @@ from pasta_jax.evaluate.report.figures import draw, speeds
 from pasta_jax.evaluate.report.run_record import Run, read_run
 from pasta_jax.evaluate.report.summary import summarise_run, thresholds
 from pasta_jax.utils.files import write_atomic, write_json_atomic
+from pasta_jax.utils.json_io import to_json
 
 
 def write_report(workdir: Path) -> dict:
@@ -39,7 +39,7 @@ def write_alpaca_eval(folder: Path, run: Run) -> None:
   folder.mkdir(exist_ok=True)
   for name, rows in run.responses.items():
     outputs = [
-      {"dataset": r.get("category", ""), "instruction": r["prompt"], "output": r["text"], "generator": name}
+      {"dataset": r.get("category") or "", "instruction": r["prompt"], "output": r["text"], "generator": name}
       for r in rows
     ]
-    write_atomic(folder / f"{name}.json", json.dumps(outputs, indent=1, ensure_ascii=False))
+    write_atomic(folder / f"{name}.json", to_json(outputs, indent=1))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from pasta_jax.config import identity
 from pasta_jax.decode.generator import Model
 from pasta_jax.decode.interpreter import Interpreter
-from pasta_jax.decode.record import ResponseRecord, count_text_tokens, loops
+from pasta_jax.decode.record import ResponseRecord, count_text_tokens, loops, text_tokens
 from pasta_jax.decode.scheduler import Scheduler, decode, precompile
 from pasta_jax.decode.trace import Trace, to_json
 from pasta_jax.evaluate.systems.system import Conversation, OnProgress, check_length
@@ -153,7 +153,7 @@ class Skeleton:
         f"{n}. {point}: {a.text.strip()}" for n, (point, a) in enumerate(zip(points, answers), 1)
       )
     finish_reason = "stop" if all(a.finish_reason == "stop" for a in answers) else "length"
-    tokens = self.model.vocabulary.tokenizer.encode(text)
+    tokens = text_tokens(text, answers, self.model.vocabulary)
     return ResponseRecord(
       text=text,
       finish_reason=finish_reason,
