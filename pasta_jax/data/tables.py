@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
+import pydantic
 
 from pasta_jax.utils.json_io import parse_json, to_json
 from pasta_jax.utils.jsonl import DataError, unpacked_limit
@@ -41,6 +42,13 @@ class _DataFile(Parsed):
   filename: str
 
 
+class _State(Parsed):
+  """What state.json of `datasets` says."""
+
+  files: list[_DataFile] = pydantic.Field(alias="_data_files")
+  indices: list[_DataFile] | None = pydantic.Field(None, alias="_indices_data_files")
+
+
 def _files(folder: Path) -> list[Path]:
   """The files of a folder that hold its rows."""
   if (folder / "state.json").is_file():
@@ -57,15 +65,19 @@ def _saved_files(folder: Path) -> list[Path]:
   """The data files that state.json names. Raises DataError if it names none, or files elsewhere."""
   where = folder / "state.json"
   try:
-    state = checked(dict[str, Any], parse_json(where.read_bytes()), "it")
-    names = [f.filename for f in checked(list[_DataFile], state.get("_data_files"), "_data_files")]
+    stored = parse_json(where.read_bytes())
   except ValueError as error:
     raise DataError(f"{where}: {error}") from None
+  try:
+    state = checked(_State, stored, str(where))
+  except ValueError as error:
+    raise DataError(str(error)) from None
+  names = [f.filename for f in state.files]
   if wrong := [n for n in names if not n.endswith(".arrow") or Path(n).name != n]:
     raise DataError(f"{where} names {wrong[0]!r}, which is no .arrow file beside it")
   if not names:
     raise DataError(f"{where} names no data file")
-  if state.get("_indices_data_files"):
+  if state.indices:
     raise DataError(f"{where} selects rows by indices: save the folder again with a newer `datasets`")
   return [folder / n for n in names]
 

@@ -56,6 +56,9 @@ def test_the_list_of_alpaca_eval(tmp_path: Path):
     ({"prompt": " "}, "row 2 has no text"),
     ({"turns": []}, "row 2 has no text"),
     ({"turns": ["a", 3]}, "row 2 has no text"),
+    ({"prompt": None, "turns": None}, "row 2 has no text"),
+    ({"turns": ["a"] * 20_000}, "row 2 has 20,000 turns, more than 100"),
+    ({"prompt": "x\ud83d"}, "row 2 has half of a surrogate pair"),
     ({"id": "a", "prompt": "x"}, "two prompts have the id 'a'"),
   ],
 )
@@ -80,3 +83,20 @@ def test_unusable_files_and_settings_are_one_line(path: str, tmp_path: Path):
     with pytest.raises(DataError, match=message) as error:
       read()
     assert "\n" not in str(error.value)
+
+
+def test_null_is_absent_and_other_fields_may_hold_anything(tmp_path: Path):
+  nothing = dict.fromkeys(("id", "question_id", "prompt", "instruction", "turns", "category", "dataset"))
+  rows = [
+    nothing | {"prompt": "a"},
+    nothing | {"instruction": "b"},
+    nothing | {"turns": ["c"], "category": "x\ud83d"},
+  ]
+  write_jsonl(tmp_path / "p.jsonl", rows)
+  (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "p.jsonl").read_bytes())
+  found = read_prompts(str(tmp_path / "p.jsonl"))
+  assert [(t.id, t.prompt, t.category) for t in found] == [
+    ("0", "a", ""),
+    ("1", "b", ""),
+    ("2", "c", "x\ud83d"),
+  ]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pasta_jax.data.sources import LONGEST, decontaminate, ngrams, read_instructions
-from pasta_jax.utils.jsonl import DataError
+from pasta_jax.utils.jsonl import DataError, read_rows
 
 
 def write(path: Path, *rows) -> Path:
@@ -110,3 +110,58 @@ def test_rows_that_share_words_with_an_evaluation_are_named(tmp_path: Path):
   assert [r["id"] for r in source.rows] == ["a-3"]
   assert source.faults == {"shares words with an evaluation prompt": ["a-1", "a-2"]}
   assert ngrams("A b, c!", 2) == {"a b", "b c"} and ngrams("?") == set()
+
+
+def test_null_is_absent(tmp_path: Path):
+  """Joining files of several forms leaves the fields of each as null in the rows of the others."""
+  nothing = dict.fromkeys(
+    ("id", "prompt", "response", "instruction", "input", "output", "conversations", "messages")
+  )
+  turn = lambda who, text: {"from": None, "value": None, "role": who, "content": text}
+  source = read_instructions(
+    write(
+      tmp_path / "a.jsonl",
+      nothing | {"prompt": "p", "response": "r"},
+      nothing | {"instruction": "i", "output": "o", "id": "own"},
+      nothing | {"messages": [turn("user", "u"), turn("assistant", "a")], "chunks": None, "syncs": None},
+      nothing,
+    )
+  )
+  assert [(r["id"], r["prompt"], r["response"]) for r in source.rows] == [
+    ("a-1", "p", "r"),
+    ("own", "i", "o"),
+    ("a-3", "u", "a"),
+  ]
+  assert source.counts() == {"no prompt": 1} and "chunks" not in source.rows[2]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str):
+  row = {"prompt": "p", "response": "r"}
+  data = (
+    b"\xef\xbb\xbf" + (json.dumps([row, row]) if name == "a.json" else f"{json.dumps(row)}\n" * 2).encode()
+  )
+  (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+  source = read_instructions(tmp_path / name)
+  assert len(source.rows) == 2 and not source.faults
+  assert read_rows(tmp_path / name)[0] == row
+
+
+def test_rows_that_no_reader_can_hold_are_counted_and_named(tmp_path: Path):
+  good = {"prompt": "p", "response": "r"}
+  source = read_instructions(
+    write(
+      tmp_path / "a.jsonl",
+      good,
+      b'{"prompt": "p", "response": "r", "n": ' + b"9" * 5000 + b"}",
+      b'{"prompt": "p", "response": "r", "n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+      b'{"prompt": "p", "response": "r\\udc00"}',
+      b'{"prompt": "p", "response": "r", "source": "page \\ud83d cut", "n": NaN}',
+    )
+  )
+  assert [r["id"] for r in source.rows] == ["a-1", "a-5"] and source.rows[1]["source"] == "page \ud83d cut"
+  assert source.faults == {
+    "not usable JSON": ["a.jsonl, row 2"],
+    "nested too deeply": ["a.jsonl, row 3"],
+    "invalid Unicode": ["a.jsonl, row 4"],
+  }

@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 from helpers.old_schema import OLD_KEYS, old
+from test_language import BYTES
 
-from pasta_jax.decode.record import RENAMED, SCHEMA, ResponseRecord, count_text_tokens, current
+from pasta_jax.decode.record import RENAMED, SCHEMA, ResponseRecord, count_text_tokens, current, to_record
+from pasta_jax.decode.trace import from_json
+from pasta_jax.lang.positions import PositionRule
 
 RECORD = ResponseRecord(
   text="One. Two.",
@@ -74,3 +77,16 @@ def test_no_old_key_means_something_else_today():
 
 def test_the_end_token_counts_where_it_was_written():
   assert count_text_tokens([1, 2], "stop") == 3 and count_text_tokens([1, 2], "length") == 2
+
+
+@pytest.mark.parametrize("written", [b"ab\xff\xfe\xc3 c", "é".encode(), b"ab", b"\xf0\x9f\x92"])
+def test_each_written_token_counts_once(written: bytes):
+  """Bytes that are no UTF-8 are U+FFFD in the text, each of which is three tokens of this tokenizer."""
+  tokens = [*written, BYTES.tags.eos[0]]
+  n = len(tokens)
+  thread = {"path": [], "parent": -1, "topic": "", "declared": None, "fork_index": 0, "finished": True}
+  thread |= {"tokens": tokens, "positions": [*range(n)], "rounds": [*range(1, n + 1)]}
+  saved = {"steps": n, "finish_reason": "stop", "refused": 0, "prompt": [1], "threads": [thread]}
+  record = to_record(from_json(saved, BYTES, PositionRule()), BYTES)
+  assert record.text_tokens == record.total_tokens == record.longest_path == n
+  assert record.theoretical_parallelism == 1

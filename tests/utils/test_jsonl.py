@@ -90,3 +90,12 @@ def test_an_unfinished_line_is_ignored(tmp_path: Path):
   path.write_bytes(b"{\n" + data)
   with pytest.raises(DataError, match="line 1: not JSON"):
     read_finished_lines(path)
+
+
+def test_what_expands_out_of_proportion_is_refused(tmp_path: Path):
+  path = tmp_path / "x.jsonl.gz"
+  path.write_bytes(gzip.compress(bytes(65 << 20), 1))
+  with pytest.raises(DataError, match="x.jsonl.gz expands to more than 64 MB, far more than its size"):
+    read_jsonl(path)
+  path.write_bytes(gzip.compress(b"{}\n" * (8 << 20), 1))  # within bounds, however well it compresses
+  assert len(read_bytes(path)) == 24 << 20
