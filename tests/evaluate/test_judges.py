@@ -345,5 +345,5 @@ def test_agreement_with_labels(server, tmp_path):
   measure(config, tmp_path, [str(path)])
   assert len(server.calls) == calls == 8
   path.write_text('{"prompt": "x", "chosen": "y"}')
-  with pytest.raises(EvalError, match="row 1 needs texts"):
+  with pytest.raises(EvalError, match="row 1: rejected field required"):
     measure(config, tmp_path, [str(path)])

@@ -36,12 +36,17 @@ def _file(name: str) -> str:
   return (resources.files("pasta_jax.evaluate.report") / name).read_text(encoding="utf-8")
 
 
+def _html(text: str) -> str:
+  """Any text as HTML that shows it."""
+  return escape(drawable(text))
+
+
 def _packed(text: str) -> str:
   return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-  cells = lambda row, tag: "".join(f"<{tag}>{escape(c)}</{tag}>" for c in row)
+  cells = lambda row, tag: "".join(f"<{tag}>{_html(c)}</{tag}>" for c in row)
   return (
     f"<table><thead><tr>{cells(rows[0], 'th')}</tr></thead><tbody>"
     + "".join(f"<tr>{cells(r, 'td')}</tr>" for r in rows[1:])
@@ -75,13 +80,13 @@ def _extremes(run: Run, name: str, ranked: Sequence[tuple[dict, float]]) -> str:
     for row, speed in chosen:
       sides = [(name, row), (run.baseline, baseline.get(row["id"]))]
       boxes = "".join(
-        f'<div><h3>{escape(n)}</h3><div class="muted">{escape(_facts(r))}</div>'
-        f'<div class="text">{escape(drawable(r["text"]))}</div></div>'
+        f'<div><h3>{_html(n)}</h3><div class="muted">{_html(_facts(r))}</div>'
+        f'<div class="text">{_html(r["text"])}</div></div>'
         for n, r in sides
         if r
       )
       out.append(
-        f'<div class="prompt">{escape(drawable(row["prompt"]))} <span class="muted">{speed:.2f}×</span></div>'
+        f'<div class="prompt">{_html(row["prompt"])} <span class="muted">{speed:.2f}×</span></div>'
         f'<div class="pair">{boxes}</div>'
       )
   return "".join(out)
@@ -148,7 +153,7 @@ def _data(run: Run) -> dict:
 def _threshold_card(t: Threshold) -> str:
   reached = "–" if t.value is None else f"{t.value:.2f}"
   return (
-    f'<div class="card"><div class="muted">{escape(t.what)}</div>'
+    f'<div class="card"><div class="muted">{_html(t.what)}</div>'
     f'<div class="big {"met" if t.is_met else "missed"}">{reached} '
     f'<span class="muted">of {t.wanted:g} wanted: {"met" if t.is_met else "not met"}</span></div></div>'
   )
@@ -170,17 +175,17 @@ def write_page(
   timelines = _timelines(run)
   met = "".join(map(_threshold_card, thresholds))
   plots = "".join(
-    f'<div class="card"><h3>{escape(PLOT_TITLES.get(n, "Speed against quality"))}</h3>{svg}</div>'
+    f'<div class="card"><h3>{_html(PLOT_TITLES.get(n, "Speed against quality"))}</h3>{svg}</div>'
     for n, svg in svgs.items()
   )
   extremes = "".join(
-    f"<h2>Fastest and slowest prompts: {escape(n)} ({speed_name(run)})</h2>{_extremes(run, n, rows)}"
+    f"<h2>Fastest and slowest prompts: {_html(n)} ({speed_name(run)})</h2>{_extremes(run, n, rows)}"
     for n, rows in ranked.items()
     if n in run.responses and n != run.baseline and any(r["promises"] for r, _ in rows)
   )
-  options = "".join(f"<option>{escape(n)}</option>" for n in data["systems"])
+  options = "".join(f"<option>{_html(n)}</option>" for n in data["systems"])
   groups = "".join(
-    f'<div class="card"><h3>{escape(heading)}</h3>{_table(rows)}</div>'
+    f'<div class="card"><h3>{_html(heading)}</h3>{_table(rows)}</div>'
     for heading, rows in group_tables(summary).items()
   )
   note = judge_note(summary)
@@ -197,11 +202,11 @@ def write_page(
 <body>
 <main>
 <h1>Speed and quality</h1>
-<p class="note">{escape(" · ".join(about(summary)))}</p>
+<p class="note">{_html(" · ".join(about(summary)))}</p>
 {f'<div class="row">{met}</div>' if met else ""}
 <h2>Figures</h2>
 <div class="card">{_table(table(summary))}</div>
-{f'<p class="note">{escape(note)}</p>' if note else ""}
+{f'<p class="note">{_html(note)}</p>' if note else ""}
 <h2>By category and length</h2>
 <div class="row">{groups}</div>
 <h2>Plots</h2>

@@ -1,0 +1,192 @@
+"""Reports of any text: names, categories and answers are shown as they are, by every renderer; and files that
+a report cannot be made of are one line."""
+
+import json
+import re
+import warnings
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from pasta_jax.config import Config
+from pasta_jax.evaluate.errors import EvalError
+from pasta_jax.evaluate.judges.files import FileJudge
+from pasta_jax.evaluate.metrics.length_control import read_difficulty, read_preferences
+from pasta_jax.evaluate.report import page, plots, tables
+from pasta_jax.evaluate.report.write import write_report
+from pasta_jax.preference.pareto_front import points
+from pasta_jax.train.metrics import MetricWriter, last_scalars
+from pasta_jax.utils.jsonl import append_row
+
+TEXTS = [
+  "[/INST]", "price in $US and $AU", "$\\frac{x}$", "a_b^c", "_a_", "数学", "<b>&amp;</b>", "x" * 200, "line\nbreak",
+  "a|b", "*c* `d` \\", "\x1b[31mred\x07", "half \ud83d", "\u202eabc", ":smile:", "[bold]", "{task}", "%s",
+]  # fmt: skip
+SYSTEMS = ["[bold]x $a$ *y*|z", "_under", "baseline"]
+JUDGE = "gpt-4.1 [red] $j$"
+
+
+def record(number: int, text: str, **changes) -> dict:
+  return {
+    "schema": 2, "id": f"{number} {text}", "prompt": f"Say {text}", "category": text, "text": f"answer {text}",
+    "finish_reason": "stop", "text_tokens": 20, "total_tokens": 30, "steps": 15, "longest_path": 10 + number,
+    "peak_parallelism": 2, "promises": 1, "depth": 1, "ill_formed": 0, "refused": 0, "topic_twice": False,
+    "loops": False, "lengths": [[10, 12]], "theoretical_parallelism": 2.0, "tokens_per_round": 3.0,
+    "trace": {"threads": []},
+  } | changes  # fmt: skip
+
+
+def finished_run(workdir: Path) -> Path:
+  """What an evaluation leaves, whose every name and text is one of the above."""
+  rows = [record(i, text) for i, text in enumerate(TEXTS)]
+  for folder in ("responses", "timed", f"judgements/{JUDGE}"):
+    (workdir / folder).mkdir(parents=True)
+  (workdir / "config.json").write_text(Config().to_json())
+  about = {"requests": [r["id"] for r in rows], "judges": [JUDGE], "machines": ["[m]"], "versions": ["1"]}
+  (workdir / "run.json").write_text(json.dumps(about))
+  for k, system in enumerate(SYSTEMS):
+    for row in rows:
+      append_row(workdir / "responses" / f"{system}.jsonl", row)
+      append_row(workdir / "timed" / f"{system}.jsonl", row | {"seconds": 1.0 + k})
+      judged = {"id": row["id"], "texts": "", "preference": 0.4}
+      append_row(workdir / "judgements" / JUDGE / f"{system}-against-baseline.jsonl", judged)
+  return workdir
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, smollm2_checkpoint, monkeypatch) -> Path:
+  monkeypatch.setattr(page, "load_checkpoint", lambda *_, **__: smollm2_checkpoint)
+  return finished_run(tmp_path)
+
+
+def test_any_text_makes_a_report_with_that_text_in_it(workdir: Path, capsys):
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    summary = write_report(workdir)
+  assert set(summary["systems"][SYSTEMS[0]]["responses_by_category"]) == {*TEXTS}
+  printed = capsys.readouterr().out
+  assert "\x1b" not in printed and "[bold]x" in re.sub(r"\s", "", printed)
+  svg = (workdir / "figures" / "speedups_by_category.svg").read_text()
+  drawn = [
+    " ".join(t.itertext()).strip()
+    for t in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+  ]
+  for text in (
+    "[/INST]",
+    "price in $US and $AU",
+    "$\\frac{x}$",
+    "a_b^c",
+    "数学",
+    "<b>&amp;</b>",
+    "line break",
+    ":smile:",
+  ):
+    assert text in drawn
+  assert SYSTEMS[1] in drawn  # in the legend, although matplotlib leaves such names out
+  assert (workdir / "figures" / f"speed_quality_{JUDGE}.png").is_file()  # ".1" is no suffix
+  cells = {
+    c.strip()
+    for line in (workdir / "report.md").read_text().split("\n")
+    for c in re.split(r"(?<!\\)\|", line)
+  }
+  for text in ("\\[/INST\\]", "price in \\$US and \\$AU", "\\<b\\>\\&amp;\\</b\\>", "a\\|b", "\\*c\\* \\`d\\` \\\\",
+               "\\_a\\_", "a_b^c", "line break", "x" * 200, "\\\\x1b\\[31mred\\\\x07"):  # fmt: skip
+    assert text in cells, text
+  html = (workdir / "report.html").read_text()
+  assert "<b>&amp;</b>" not in html and "&lt;b&gt;&amp;amp;&lt;/b&gt;" in html and "\x1b" not in html
+  assert (
+    json.loads((workdir / "alpaca_eval" / f"{SYSTEMS[1]}.json").read_text())[12]["dataset"] == "half \ud83d"
+  )
+
+
+def test_a_figure_of_thousands_of_groups_can_be_drawn():
+  figures = {"a": {f"group {i}": 1.0 for i in range(5000)}}
+  assert plots.groups(figures, speed="x", palette=plots.colours(["a"])).get_figheight() < 30
+  plots.svg(plots.distribution({"a": [1.1, 1.2]}, speed="x", palette=plots.colours(["a"])))
+
+
+def test_labels_have_no_mathematics():
+  text = plots.svg(plots.distribution({"a": [1.01, 1.02, 1.9]}, speed="x", palette=plots.colours(["a"])))
+  assert "mathdefault" not in text and "1.9" not in re.sub(r"<(?!text)[^>]*>", "", text).replace("×", "")
+
+
+@pytest.mark.parametrize(
+  "name, edit, message",
+  [
+    ("config.json", lambda v: v.pop("eval"), "config.json: eval field required"),
+    ("config.json", lambda v: v["eval"].update(baseline=3), "config.json: eval.baseline must be a valid string"),
+    ("run.json", lambda v: v.update(requests={}), "run.json: requests must be a valid list"),
+    ("responses/baseline.jsonl", lambda v: v.update(longest_path="9"), "baseline.jsonl, row 0 .*longest_path must be"),
+    ("timed/baseline.jsonl", lambda v: v.update(seconds=None, lengths=3), "baseline.jsonl, row 0 .*lengths must be"),
+    (f"judgements/{JUDGE}/baseline-against-baseline.jsonl", lambda v: v.update(preference=float("nan")),
+     "row 0 .*preference must be a valid number"),
+  ],
+)  # fmt: skip
+def test_a_run_that_cannot_be_reported_is_one_line(workdir: Path, name: str, edit, message: str):
+  path = workdir / name
+  first, *rest = path.read_text().splitlines() if name.endswith("l") else [path.read_text()]
+  value = json.loads(first)
+  edit(value)
+  path.write_text("\n".join([json.dumps(value), *rest]) + "\n")
+  with pytest.raises(EvalError, match=message):
+    write_report(workdir)
+  (workdir / "run.json").write_text("{")
+  with pytest.raises(EvalError, match="run.json: not JSON"):
+    write_report(workdir)
+
+
+OURS = {"id": "a", "system": "pasta", "preference": 0.5}
+THEIRS = {"instruction": "x", "generator_2": "pasta", "preference": 1.5}
+
+
+@pytest.mark.parametrize(
+  "row, message",
+  [
+    (OURS | {"preference": float("nan")}, "preference must be a valid number, not None"),
+    (OURS | {"preference": None}, "preference must be a valid number"),
+    (OURS | {"preference": "0.5"}, "preference must be a valid number, not '0.5'"),
+    (OURS | {"preference": 1.01}, "preference must be less than or equal to 1"),
+    (OURS | {"preference": 10**400}, "preference must be "),
+    ({"preference": 0.5}, "id field required"),
+    (THEIRS | {"preference": -1}, "preference must be greater than or equal to 0"),
+    (THEIRS | {"instruction": 3}, "instruction must be a valid string"),
+  ],
+)
+def test_preferences_that_are_none_are_refused(tmp_path: Path, row: dict, message: str):
+  path = tmp_path / "p.jsonl"
+  path.write_text(json.dumps(OURS | {"id": "b"}) + "\n" + json.dumps(row) + "\n")
+  with pytest.raises(EvalError, match=rf"p\.jsonl, row 2: {message}"):
+    FileJudge(str(path), "baseline")
+
+
+def test_infinite_preferences_and_difficulties_are_refused(tmp_path: Path):
+  path = tmp_path / "p.jsonl"
+  path.write_text('{"id": "a", "system": "pasta", "preference": 1e999}\n')
+  with pytest.raises(EvalError, match=r"p\.jsonl, row 1: preference must be a finite number"):
+    FileJudge(str(path), "baseline")
+  path.write_text('{"id": "a", "difficulty": 1e999}\n')
+  with pytest.raises(ValueError, match=r"p\.jsonl, row 1: difficulty must be a finite number"):
+    read_difficulty(path)
+  path.write_text('{"id": "a", "baseline_chars": 1, "preference": {"m": NaN}, "output_chars": {"m": 3}}\n')
+  assert np.isnan(read_preferences(path).preference).all()
+
+
+def test_figures_that_are_not_finite_are_read_back(tmp_path: Path):
+  writer = MetricWriter(tmp_path, 0)
+  writer.write(1, {"loss": float("nan"), "accuracy": 0.5})
+  writer.close()
+  found = last_scalars(tmp_path)
+  assert np.isnan(found["loss"]) and found["accuracy"] == 0.5
+  system = {"responses": {"theoretical_parallelism": None}, "quality": {"local": {"win_rate": None}}}
+  (tmp_path / "summary.json").write_text(json.dumps({"systems": {"start": system, "a_round1": system}}))
+  assert points([tmp_path]) == []
+  (tmp_path / "summary.json").write_text('{"systems": {"a_round1": {"quality": {"local": 3}}}}')
+  with pytest.raises(ValueError, match="has no finished evaluation .*systems.a_round1.quality.local must be"):
+    points([tmp_path])
+
+
+def test_markdown_escapes_only_markup():
+  assert tables._escaped("pasta_fast, 95 % (1.2×)") == "pasta_fast, 95 % (1.2×)"
+  assert tables._escaped("a\n* b") == "a \\* b"
