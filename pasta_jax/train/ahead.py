@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import rich
 from jax.sharding import AxisType, Mesh
-from rich.table import Table
+from rich.table import Column, Table
 
 from pasta_jax.config import with_changes
 from pasta_jax.lang.syntax import TAG_TEXTS
@@ -78,7 +78,9 @@ def compile_steps(config) -> list[Compiled]:
     axis_types=(AxisType.Auto,) * len(AXES),
   )
   found = [_compile(config, stage, model, mesh) for stage in stages]
-  table = Table(as_text(f"{config.compile.topology}, {mesh.size} x {devices[0].device_kind}"), *stages)
+  table = Table(
+    Column(as_text(f"{config.compile.topology}, {mesh.size} x {devices[0].device_kind}")), *stages
+  )
   for name, show in (
     ("parameters trained", lambda f: f"{f.parameters / 1e6:,.1f} M"),
     ("tokens a step", lambda f: f"{f.tokens:,}"),

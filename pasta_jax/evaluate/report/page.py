@@ -183,7 +183,7 @@ def write_page(
     for n, rows in ranked.items()
     if n in run.responses and n != run.baseline and any(r["promises"] for r, _ in rows)
   )
-  options = "".join(f"<option>{_html(n)}</option>" for n in data["systems"])
+  options = "".join(f'<option value="{escape(n)}">{_html(n)}</option>' for n in data["systems"])
   groups = "".join(
     f'<div class="card"><h3>{_html(heading)}</h3>{_table(rows)}</div>'
     for heading, rows in group_tables(summary).items()
