@@ -21,6 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from pasta_jax.utils.json_io import parse_json
 from pasta_jax.utils.jsonl import DataError, unpacked_limit
+from pasta_jax.utils.text import one_line
 from pasta_jax.utils.typed import Parsed, checked
 
 Features = tfds.features
@@ -156,7 +157,7 @@ def _rows(path: Path) -> Iterator[dict]:
     try:
       row = _row(_FEATURES.deserialize_example_np(record))
     except Exception as error:  # whatever the library raises for bytes that are no example
-      raise DataError(f"{path}, row {number}: {error!r}") from None
+      raise DataError(f"{path}, row {number}: {one_line(repr(error))}") from None
     yield row
 
 
@@ -169,7 +170,7 @@ def _records(path: Path) -> Iterator[bytes]:
     finally:
       reader.close()
   except RuntimeError as error:  # what the library raises for any damage
-    raise DataError(f"{path}: {error}") from None
+    raise DataError(f"{path}: {one_line(str(error))}") from None
 
 
 def _row(example: Mapping[str, Any]) -> dict:

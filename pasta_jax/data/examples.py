@@ -75,7 +75,7 @@ def _prompt(row: dict) -> str:
   """The prompt of a row. Raises DataError."""
   prompt = row.get("prompt")
   if not isinstance(prompt, str) or not is_unicode(prompt):
-    raise DataError(f"{row_name(row)}: no text under prompt")
+    raise DataError(f"{row_name(row)}: no text under prompt (--mode=build reads rows of other forms)")
   return prompt
 
 
@@ -286,5 +286,7 @@ def _located(path: str) -> list[dict]:
     found = dataset.read(*built)
   else:
     found = read_jsonl(path)
-  names = (number if row.get("id") is None else row["id"] for number, row in enumerate(found, 1))
-  return [row | {"where": f"{path}, row {name}"} for row, name in zip(found, names)]
+  for number, row in enumerate(found, 1):
+    name = row.get("id")
+    row["where"] = f"{path}, row {number if name is None else name}"
+  return found

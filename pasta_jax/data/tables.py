@@ -19,6 +19,7 @@ import pydantic
 
 from pasta_jax.utils.json_io import parse_json, to_json
 from pasta_jax.utils.jsonl import DataError, unpacked_limit
+from pasta_jax.utils.text import one_line
 from pasta_jax.utils.typed import Parsed, checked
 
 _MAGIC = b"ARROW1"  # of an Arrow file; a stream has none
@@ -97,7 +98,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
   except (pa.ArrowException, OSError, ValueError, NotImplementedError) as error:
     if isinstance(error, DataError):
       raise
-    raise DataError(f"{file}: {error}") from None
+    raise DataError(f"{file}: {one_line(str(error))}") from None
 
 
 def _batches(file: Path) -> Iterable[pa.RecordBatch]:

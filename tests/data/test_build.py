@@ -158,6 +158,21 @@ def test_the_rest_of_a_killed_build_is_deleted(vocabulary, tmp_path: Path):
   assert not left.exists() and (tmp_path / "responses" / "1.0.0").is_dir()
 
 
+@pytest.mark.parametrize("step", ["write_jsonl", "write_atomic", "write"])
+def test_a_build_that_was_killed_is_repeated(vocabulary, tmp_path: Path, monkeypatch, step: str):
+  """The data set is written last: before it, nothing says that the build is done."""
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(build, step, killed)
+    built(tmp_path, vocabulary)
+  built(tmp_path, vocabulary)
+  names = {path.name for path in tmp_path.iterdir()}
+  assert names == {"responses", "rejected.jsonl", "report.html"}
+
+
 def test_parquet_and_arrow_folders_are_sources(tmp_path: Path):
   table = pa.Table.from_pylist(
     [{k: r[k] for k in ("id", "prompt", "response", "chunks", "syncs")} for r in ROWS]
