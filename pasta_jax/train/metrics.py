@@ -9,6 +9,11 @@ from pasta_jax.decode.record import current
 from pasta_jax.utils.files import write_atomic
 from pasta_jax.utils.json_io import parse_json
 from pasta_jax.utils.jsonl import append_row, read_finished_lines
+from pasta_jax.utils.typed import Parsed, checked
+
+
+class _Step(Parsed):
+  step: int
 
 
 class MetricWriter:
@@ -18,8 +23,8 @@ class MetricWriter:
   def __init__(self, workdir: Path, first_step: int):
     self._path = workdir / "metrics.jsonl"
     if self._path.exists():  # drops steps that will run again, and a line cut off by a kill
-      kept = [line for line in self._path.read_text().splitlines() if 0 < _step(line) <= first_step]
-      write_atomic(self._path, "".join(line + "\n" for line in kept))
+      kept = [line for line in self._path.read_bytes().splitlines() if 0 < _step(line) <= first_step]
+      write_atomic(self._path, b"".join(line + b"\n" for line in kept))
     self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
 
   def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -35,6 +40,8 @@ class MetricWriter:
 def last_scalars(workdir: Path, share: float = 0.0) -> dict[str, float]:
   """The scalars of a run's last step, or their means over the last `share` of its steps."""
   rows = [current(row) for row in read_finished_lines(workdir / "metrics.jsonl")]
+  if not rows:
+    raise ValueError(f"{workdir / 'metrics.jsonl'} has no step")
   rows = rows[-max(1, round(share * len(rows))) :]
   # A value that was not finite is null in a file.
   return {k: _mean([r[k] for r in rows]) for k in rows[-1] if all(k in r for r in rows)}
@@ -44,9 +51,9 @@ def _mean(values: list[float | None]) -> float:
   return sum(math.nan if v is None else v for v in values) / len(values)
 
 
-def _step(line: str) -> int:
-  """The step of a line of metrics.jsonl; 0 if the line is incomplete."""
+def _step(line: bytes) -> int:
+  """The step of a line of metrics.jsonl; 0 if the line is incomplete or damaged."""
   try:
-    return int(parse_json(line)["step"])
-  except (ValueError, KeyError, TypeError):
+    return checked(_Step, parse_json(line), "").step
+  except ValueError:
     return 0

@@ -8,6 +8,7 @@ workdir/calls.jsonl       every response of the model, so a restarted run repeat
 
 import collections
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -223,9 +224,8 @@ def _spread(rows: Sequence[dict]) -> list[dict]:
   length."""
   if len(rows) <= DEMONSTRATIONS:
     return list(rows)
-  nested = lambda r: any(
-    c["start"] <= d["start"] < d["end"] <= c["end"] for c in r["chunks"] for d in r["chunks"] if c is not d
-  )
+  ordered = lambda r: sorted(r["chunks"], key=lambda c: (c["start"], -c["end"]))
+  nested = lambda r: any(d["start"] < c["end"] for c, d in itertools.pairwise(ordered(r)))
   kind = lambda r: (
     "nested" if nested(r) else "synced" if r["syncs"] else "flat" if r["chunks"] else "sequential"
   )
