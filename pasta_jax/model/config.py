@@ -1,8 +1,13 @@
 """Architecture of a model: one frozen record for every family that `transformer` can express."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
+
+# Bounds of what a file may claim. Far beyond any model, and small enough for int32, for float32, and for
+# lists by layer.
+MAX_COUNT, MAX_LAYERS, LARGEST = 2**31 - 1, 10_000, 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +24,13 @@ class RopeScaling:
   def __post_init__(self):
     if self.kind not in ("linear", "llama3"):
       raise ValueError(f"RoPE scaling {self.kind!r} is not supported, only 'linear' and 'llama3'")
+    _check_range("RoPE's factor", self.factor, 1 / LARGEST)
+    if self.kind == "llama3":
+      _check_range("RoPE's low_freq_factor", self.low_freq_factor, 0)
+      _check_range("RoPE's high_freq_factor", self.high_freq_factor, 0)
+      _check_range("RoPE's original context", self.original_max_position, 1)
+      if self.low_freq_factor == self.high_freq_factor:
+        raise ValueError(f"RoPE's low_freq_factor and high_freq_factor are both {self.low_freq_factor}")
 
   def __call__(self, frequency: np.ndarray) -> np.ndarray:
     """Scaled frequencies [H/2], in radians per position."""
@@ -69,6 +81,16 @@ class ModelConfig:
   tag_ids: tuple[int, ...] = ()
 
   def __post_init__(self):
+    for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff"):
+      _check_count(name, getattr(self, name), 1, MAX_LAYERS if name == "n_layers" else MAX_COUNT)
+    _check_count("max_position", self.max_position, 1)
+    _check_count("window", self.window, 0)
+    _check_range("rope_theta", self.rope_theta, 1)
+    _check_range("norm_eps", self.norm_eps, 0)
+    for name in ("query_scale", "attention_softcap", "logit_softcap"):
+      _check_range(name, getattr(self, name), 0)
+    if self.local_rope_theta:
+      _check_range("local_rope_theta", self.local_rope_theta, 1)
     if self.n_heads % self.n_kv_heads:
       raise ValueError(f"n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
     if self.head_dim % 2:
@@ -95,3 +117,14 @@ class ModelConfig:
     if self.rope_scaling and not local_theta:
       frequency = self.rope_scaling(frequency)
     return frequency.astype(np.float32)
+
+
+def _check_count(name: str, value: Any, least: int, most: int = MAX_COUNT) -> None:
+  if not isinstance(value, int | np.integer) or not least <= value <= most:
+    raise ValueError(f"{name} = {value!r:.40} is not a whole number from {least} to {most}")
+
+
+def _check_range(name: str, value: Any, least: float) -> None:
+  """Refuses NaN too, which compares as false."""
+  if not isinstance(value, int | float | np.number) or not least <= value <= LARGEST:
+    raise ValueError(f"{name} = {value!r:.40} is not a number from {least:g} to {LARGEST:g}")

@@ -4,27 +4,35 @@
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from pydantic import Field
 
-from pasta_jax.model.config import ModelConfig
+from pasta_jax.lang.positions import PositionRule
+from pasta_jax.lang.syntax import TAG_TEXTS
+from pasta_jax.model.config import LARGEST, MAX_COUNT, ModelConfig
 from pasta_jax.model.lora import Adapter, adapter_of, merged_kernel, put
 from pasta_jax.model.transformer import Transformer
 from pasta_jax.utils.files import atomic_path
-from pasta_jax.weights.arrays import aligned_empty, param_shapes, read_into
+from pasta_jax.utils.json_io import parse_json, to_json
+from pasta_jax.utils.typed import Parsed, checked
+from pasta_jax.weights.arrays import WeightsError, aligned_empty, param_shapes, read_into
+from pasta_jax.weights.model_files import PLAIN_TYPES, faults_of_library, inside, open_tensors, save_tensors
 
 FORMAT = "pasta-jax-adapter-1"
 
 
 class AdapterError(ValueError):
   """An adapter cannot be read, or was made for another model. The message is one line."""
+
+
+class _Positions(Parsed):
+  strategy: str
+  fixed: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 60
 
 
 def signature(config: ModelConfig) -> dict[str, int]:
@@ -46,9 +54,9 @@ def write_adapter(path: Path, adapter: Adapter, config: ModelConfig) -> None:
   for name, (a, b) in adapter.factors.items():
     arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"] = a, b
   belongs = signature(config) | ({"tags": config.tag_ids} if adapter.tags is not None else {})
-  header = {"format": FORMAT, "scale": repr(adapter.scale), "model": json.dumps(belongs), **adapter.metadata}
+  header = {"format": FORMAT, "scale": repr(adapter.scale), "model": to_json(belongs), **adapter.metadata}
   with atomic_path(path) as temporary:
-    save_file({k: np.asarray(v).astype(ml_dtypes.bfloat16) for k, v in arrays.items()}, temporary, header)
+    save_tensors(temporary, {k: np.asarray(v).astype(ml_dtypes.bfloat16) for k, v in arrays.items()}, header)
 
 
 def save_adapter(path: Path, model: Transformer, metadata: Mapping[str, str]) -> None:
@@ -71,16 +79,37 @@ def read_metadata(path: Path) -> dict[str, str]:
   return _header(path)[0]
 
 
+def check_metadata(metadata: Any) -> None:
+  """Refuses metadata of an adapter that other modules would fail on: the rule of positions and the speeds that
+  it was trained for are JSON of known types.
+
+  Raises ValueError that names the field.
+  """
+  values = checked(dict[str, str], metadata, "metadata")
+  try:
+    field = "positions"
+    if field in values:
+      PositionRule(**checked(_Positions, parse_json(values[field]), "not a rule").model_dump())
+    field = "speeds"
+    if field in values:
+      checked(list[int], parse_json(values[field]), "not a list of speeds")
+  except ValueError as error:
+    raise ValueError(f"{field}: {error}") from error
+
+
 def weights_of(path: Path) -> Path | None:
   """The folder of the trained weights that an adapter belongs to, next to its file; None if only the adapter
   was trained.
 
-  Raises AdapterError if the file cannot be read or the folder is missing.
+  Raises AdapterError if the file cannot be read, or the folder is missing or elsewhere.
   """
   name = read_metadata(path).get("base")
   if name is None:
     return None
-  folder = path.parent / name
+  try:
+    folder = inside(path.parent, name)
+  except ValueError as error:
+    raise AdapterError(f"{path}: base {error}") from error
   if not folder.is_dir():
     raise AdapterError(
       f"{path} belongs to the weights in {folder}, which is not there: keep both in one folder"
@@ -96,45 +125,70 @@ def has_tags(path: Path) -> bool:
 
 def _header(path: Path) -> tuple[dict[str, str], list[str]]:
   """(metadata, names of the arrays)."""
+  file = _open(path)
+  metadata = file.metadata() or {}
+  try:
+    check_metadata(metadata)
+  except ValueError as error:
+    raise AdapterError(f"{path}: the header is damaged: {error}") from error
+  return metadata, list(file.keys())
+
+
+def _open(path: Path) -> Any:
   if not path.is_file():
     raise AdapterError(f"no adapter file at {path}")
   try:
-    with safe_open(path, "numpy") as file:
-      return file.metadata() or {}, list(file.keys())
-  except (SafetensorError, OSError) as error:
-    raise AdapterError(f"{path} is not a readable safetensors file: {error}") from None
+    return open_tensors(path)
+  except WeightsError as error:
+    raise AdapterError(f"{path} is not a readable safetensors file: {error.__cause__}") from None
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+  """The arrays of a file, in float32. Raises AdapterError for numbers that cannot be read, or are not
+  finite."""
+  file, arrays = _open(path), {}
+  for name in file.keys():  # noqa: SIM118  (not a dict)
+    if (kind := file.get_slice(name).get_dtype()) not in PLAIN_TYPES:
+      raise AdapterError(f"{path}: {name} has type {kind}: only {', '.join(PLAIN_TYPES)} can be read")
+    try:
+      with faults_of_library():
+        arrays[name] = file.get_tensor(name).astype(np.float32)
+    except ValueError as error:
+      raise AdapterError(f"{path} is not a readable safetensors file: {error}") from None
+    if not np.isfinite(arrays[name]).all():
+      raise AdapterError(f"{path}: {name} has numbers that are not finite")
+  return arrays
 
 
 def read_adapter(path: Path, config: ModelConfig) -> Adapter:
   """The adapter of a file, in float32. Raises AdapterError if it cannot be read or does not fit the model."""
   metadata = read_metadata(path)
-  try:
-    with safe_open(path, "numpy") as file:
-      arrays = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
-  except (SafetensorError, OSError) as error:
-    raise AdapterError(f"{path} is not a readable safetensors file: {error}") from None
   if metadata.get("format") != FORMAT:
     raise AdapterError(
-      f"{path} is not a pasta-jax adapter (format {metadata.get('format')!r}, not {FORMAT!r})"
+      f"{path} is not a pasta-jax adapter (format {metadata.get('format')!r:.40}, not {FORMAT!r})"
     )
-  try:
-    model, scale = dict(json.loads(metadata["model"])), float(metadata["scale"])
-  except (KeyError, ValueError, TypeError):
+  try:  # "model": the `signature` of the model, and the vocabulary rows of the tags
+    model = checked(dict[str, int | list[int]], parse_json(metadata["model"]), "model")
+    ids, scale = tuple(checked(list[int], model.get("tags", []), "tags")), float(metadata["scale"])
+  except (KeyError, ValueError):
     raise AdapterError(f"{path}: the header has no model or no scale") from None
+  if not abs(scale) <= LARGEST:  # NaN neither
+    raise AdapterError(f"{path}: scale {scale} is not a usable number")
   for key, value in signature(config).items():
     if model.get(key) != value:
       raise AdapterError(f"{path} was made for another model: {key} is {model.get(key)}, not {value}")
+  arrays = _arrays(path)
 
   tags = arrays.pop("embed.tags", None)
   head_tags = None if config.tie_embeddings else arrays.pop("head.tags", None)
-  if tags is not None and (ids := tuple(model.get("tags", ()))) != config.tag_ids:
-    theirs, ours = (
+  if tags is not None and ids != config.tag_ids:
+    there, here = (
       f"vocabulary rows {', '.join(map(str, i))}" if i else "additional vocabulary rows"
       for i in (ids, config.tag_ids)
     )
-    raise AdapterError(f"{path} has its tags in {theirs}, this model in {ours}: train a new adapter")
-  if tags is not None and (tags.ndim != 2 or tags.shape[1] != config.d_model):
-    raise AdapterError(f"{path}: embed.tags has shape {tags.shape}, its rows need width {config.d_model}")
+    raise AdapterError(f"{path} has its tags in {there}, this model in {here}: train a new adapter")
+  if tags is not None and tags.shape != (wanted := (len(TAG_TEXTS), config.d_model)):
+    raise AdapterError(f"{path}: embed.tags has shape {tags.shape}, not {wanted}")
   if not config.tie_embeddings and (None if tags is None else tags.shape[::-1]) != (
     None if head_tags is None else head_tags.shape
   ):

@@ -7,7 +7,6 @@ directly into the dtype and the memory where it is needed, so that a model is in
 """
 
 import contextlib
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -175,26 +174,6 @@ def collect(
 def stderr_console() -> Console:
   """A console for progress and notes: on stderr, so that stdout has results only."""
   return Console(stderr=True)
-
-
-def read_text(path: Path) -> str:
-  """The content of a text file. Raises WeightsError if it cannot be read."""
-  try:
-    return path.read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    reason = error.strerror if isinstance(error, OSError) else error
-    raise WeightsError(f"{path}: cannot be read ({reason})") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """The JSON object in a file. Raises WeightsError if the file cannot be read or has no object."""
-  try:
-    value = json.loads(read_text(path))
-  except json.JSONDecodeError as error:
-    raise WeightsError(f"{path}: not JSON ({error})") from error
-  if not isinstance(value, dict):
-    raise WeightsError(f"{path}: not a JSON object")
-  return value
 
 
 def _as_stored(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:

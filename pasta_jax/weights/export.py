@@ -5,19 +5,17 @@ for PASTA must ban them, by a logit bias or as bad words, and then writes ordina
 promise is written by another thread, which such an engine does not start.
 """
 
-import json
 import re
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401  (makes "bfloat16" a type of NumPy's)
 import numpy as np
-from safetensors.numpy import save_file
 
 from pasta_jax.config.sections import DTYPES, EXPORTS
 from pasta_jax.utils.files import atomic_folder
 from pasta_jax.weights.adapter import Adapter, Merged, read_adapter
 from pasta_jax.weights.checkpoint import Checkpoint
 from pasta_jax.weights.hf_folder import hf_name, peft_prefix, save_hf_folder
+from pasta_jax.weights.model_files import save_tensors, write_json
 
 # Metadata of an adapter's file itself, not of its training.
 _FILE_METADATA = ("format", "scale", "model", "base", "base's sha256")
@@ -99,8 +97,8 @@ def _save_peft(folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: st
   if tags:
     config["trainable_token_indices"] = tags
   with atomic_folder(folder) as temporary:
-    save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
-    (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_tensors(temporary / "adapter_model.safetensors", tensors, {"format": "pt"})
+    write_json(temporary / "adapter_config.json", config)
     checkpoint.tokenizer.save(temporary, ids if tags else ())
   description = f"an adapter for PEFT in {dtype}"
   if tags and (rows := max(ids) + 1) > checkpoint.config.vocab_size:

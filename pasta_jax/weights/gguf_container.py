@@ -16,10 +16,12 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from pasta_jax.weights.arrays import WeightsError
+from pasta_jax.weights.model_files import regular
 
 # Scalar types by number. 8 is a string and 9 an array, which `_Cursor.value` reads.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MAX_NESTING, _MAX_AXES = 4, 4  # of arrays in arrays, of which no model has any; of a tensor, as in ggml
 _PLAIN_TYPES: dict[GGMLQuantizationType, np.dtype[Any]] = {
   GGMLQuantizationType.F32: np.dtype("<f4"),
   GGMLQuantizationType.F16: np.dtype("<f2"),
@@ -118,7 +120,10 @@ def values(tensor: StoredTensor, rows: slice | np.ndarray) -> np.ndarray:
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
   """Metadata and tensors of one file."""
   try:
-    buffer = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # an ndarray is cheaper to slice
+    # An ndarray is cheaper to slice.
+    buffer = np.memmap(regular(path), dtype=np.uint8, mode="r").view(np.ndarray)
+  except WeightsError:
+    raise
   except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
     raise WeightsError(f"{path}: cannot be read ({error})") from error
   if bytes(buffer[:4]) != b"GGUF":
@@ -135,21 +140,25 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
       fields[key] = cursor.value(cursor.scalar("I"))
     infos = [cursor.tensor_info() for _ in range(n_tensors)]
     alignment = fields.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+      raise ValueError(f"an alignment of {alignment!r:.40}")
     start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, StoredTensor] = {}
     for name, shape, kind, offset in infos:
       end = start + offset + _size(shape, kind)
       if end > buffer.size:
-        raise WeightsError(f"{path}: truncated: tensor {name} ends at byte {end}, the file has {buffer.size}")
+        raise WeightsError(
+          f"{path}: truncated: tensor {name:.80} ends at byte {end}, the file has {buffer.size}"
+        )
       if name in tensors:
-        raise ValueError(f"tensor {name} occurs twice")
+        raise ValueError(f"tensor {name:.80} occurs twice")
       tensors[name] = StoredTensor(shape, kind, buffer[start + offset : end])
     return fields, tensors
   except (struct.error, EOFError) as error:
     raise WeightsError(f"{path}: truncated: the file ends within its header") from error
   except WeightsError:
     raise
-  except (KeyError, ValueError, ZeroDivisionError, TypeError) as error:
+  except (KeyError, ValueError, ArithmeticError, TypeError) as error:
     raise WeightsError(f"{path}: damaged GGUF file ({error})") from error
 
 
@@ -172,14 +181,16 @@ class _Cursor:
     self.at += length
     return str(self.data[self.at - length : self.at], "utf-8")
 
-  def value(self, kind: int) -> Any:
+  def value(self, kind: int, nesting: int = 0) -> Any:
     if kind == _STRING:
       return self.string()
     if kind != _ARRAY:
       return self.scalar(_SCALARS[kind])
     item, count = self.scalar("I"), self.scalar("Q")
+    if nesting == _MAX_NESTING:
+      raise ValueError("arrays nested too deeply")
     if item in (_STRING, _ARRAY):
-      return [self.value(item) for _ in range(count)]
+      return [self.value(item, nesting + 1) for _ in range(count)]
     code = f"<{count}{_SCALARS[item]}"
     items = list(struct.unpack_from(code, self.data, self.at))
     self.at += struct.calcsize(code)
@@ -188,7 +199,9 @@ class _Cursor:
   def tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
     """Name, shape (slowest axis first; the file writes the fastest first), type, offset of the data."""
     name = self.string()
-    dims = tuple(self.scalar("Q") for _ in range(self.scalar("I")))
+    if (axes := self.scalar("I")) > _MAX_AXES:
+      raise ValueError(f"tensor {name:.80} has {axes} axes")
+    dims = tuple(self.scalar("Q") for _ in range(axes))
     return name, dims[::-1], GGMLQuantizationType(self.scalar("I")), self.scalar("Q")
 
 

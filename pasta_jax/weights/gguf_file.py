@@ -12,6 +12,7 @@ import numpy as np
 
 from pasta_jax.model.config import ModelConfig, RopeScaling
 from pasta_jax.model.families import FAMILIES, has_local_layers, local_layers
+from pasta_jax.utils.typed import Parsed, checked
 from pasta_jax.weights.arrays import StoredParams, WeightsError, collect, rename
 from pasta_jax.weights.gguf_container import StoredTensor, read_container, refuse_unreadable, values
 from pasta_jax.weights.tokenizer import Tokenizer
@@ -44,6 +45,9 @@ _FAMILIES = {family.removesuffix("_text"): family for family in FAMILIES if fami
 _COUNTS = (
   "embedding_length", "block_count", "attention.head_count", "attention.head_count_kv", "attention.key_length",
   "feed_forward_length", "context_length")  # fmt: skip
+_NUMBERS = (
+  "attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor",
+  "rope.scale_linear", "attn_logit_softcapping", "final_logit_softcapping")  # fmt: skip
 # [H/2] divisors of RoPE's frequencies. Llama 3's files have this tensor and no metadata about their scaling.
 _ROPE_FACTORS = "rope_freqs.weight"
 # Gemma 2's values, which its first files lack.
@@ -51,6 +55,23 @@ _GEMMA2 = {"attention.sliding_window": 4096, "attn_logit_softcapping": 50.0, "fi
 # Pre-tokenizers of byte-level vocabularies whose texts begin with a BOS token, unless the file says
 # otherwise.
 _WITH_BOS = ("llama-bpe", "llama3", "llama-v3", "tekken")
+
+
+class _Vocabulary(Parsed):
+  """The fields of a tokenizer."""
+
+  tokens: list[str]
+  token_type: list[int]
+  merges: list[str] = []
+  pre: str = ""
+  scores: list[float] = []
+  add_space_prefix: bool = True
+  eos_token_id: int | None = None
+  eot_token_id: int | None = None
+  bos_token_id: int | None = None
+  padding_token_id: int | None = None
+  unknown_token_id: int | None = None
+  chat_template: str = ""
 
 
 def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, StoredParams, Tokenizer]:
@@ -107,11 +128,12 @@ def _config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, StoredT
   given = _under(f"{arch}.", fields)
   for key in _COUNTS:
     if type(count := given.get(key, 1)) is not int or count < 1:
-      raise WeightsError(f"{path}: {arch}.{key} = {count!r} is not a count")
+      raise WeightsError(f"{path}: {arch}.{key} = {count!r:.40} is not a count")
   if (experts := given.get("expert_count", 0)) != 0:
     raise WeightsError(f"{path}: {arch}.expert_count = {experts} is not supported")
 
   try:
+    checked(dict[str, float], {key: given[key] for key in _NUMBERS if key in given}, arch)
     d_model, n_heads, n_layers = (
       given["embedding_length"],
       given["attention.head_count"],
@@ -143,7 +165,7 @@ def _config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, StoredT
     raise WeightsError(f"{path}: metadata {arch}.{error.args[0]} is missing") from error
   except WeightsError:
     raise
-  except (ValueError, ZeroDivisionError, TypeError) as error:
+  except (ValueError, ArithmeticError, TypeError) as error:
     raise WeightsError(f"{path}: {error}") from error
 
 
@@ -215,27 +237,29 @@ def _tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
   given = _under("tokenizer.ggml.", fields)
   if (model := given.get("model")) not in ("gpt2", "llama"):
     raise WeightsError(
-      f"{path}: tokenizer {model!r} is not supported, only 'gpt2' (bytes) and 'llama' (pieces)"
+      f"{path}: tokenizer {model!r:.40} is not supported, only 'gpt2' (bytes) and 'llama' (pieces)"
     )
+  needed = ("tokens", "token_type", *(("scores",) if model == "llama" else ("merges", "pre")))
+  if missing := [key for key in needed if key not in given]:
+    raise WeightsError(f"{path}: metadata tokenizer.ggml.{missing[0]} is missing")
   try:
-    kind: dict[str, Any]
-    if model == "llama":
-      kind = {"scores": given["scores"], "prefix": bool(given.get("add_space_prefix", True))}
-    else:
-      kind = {"merges": given["merges"], "pre": given["pre"]}
-    return Tokenizer.from_gguf_fields(
-      tokens=given["tokens"],
-      token_types=given["token_type"],
-      eos_id=given.get("eos_token_id"),
-      eot_id=given.get("eot_token_id"),
-      bos_id=given.get("bos_token_id"),
-      pad_id=given.get("padding_token_id"),
-      unk_id=given.get("unknown_token_id"),
-      add_bos=bool(given.get("add_bos_token", model == "llama" or kind["pre"] in _WITH_BOS)),
-      chat_template=fields.get("tokenizer.chat_template", ""),
-      **kind,
+    read = checked(
+      _Vocabulary, given | {"chat_template": fields.get("tokenizer.chat_template", "")}, "tokenizer"
     )
-  except KeyError as error:
-    raise WeightsError(f"{path}: metadata tokenizer.ggml.{error.args[0]} is missing") from error
+    return Tokenizer.from_gguf_fields(
+      tokens=read.tokens,
+      token_types=read.token_type,
+      eos_id=read.eos_token_id,
+      eot_id=read.eot_token_id,
+      bos_id=read.bos_token_id,
+      pad_id=read.padding_token_id,
+      unk_id=read.unknown_token_id,
+      add_bos=bool(given.get("add_bos_token", model == "llama" or read.pre in _WITH_BOS)),
+      chat_template=read.chat_template,
+      merges=read.merges,
+      pre=read.pre,
+      scores=read.scores if model == "llama" else None,
+      prefix=model == "llama" and read.add_space_prefix,
+    )
   except (ValueError, TypeError) as error:
     raise WeightsError(f"{path}: {error}") from error

@@ -3,17 +3,21 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pasta_jax.model.config import ModelConfig, RopeScaling
+from pydantic import Field
+
+from pasta_jax.model.config import MAX_COUNT, MAX_LAYERS, ModelConfig, RopeScaling
 from pasta_jax.model.families import FAMILIES, family_of, has_local_layers, local_layers
-from pasta_jax.weights.arrays import WeightsError, read_json
+from pasta_jax.utils.typed import Parsed, checked
+from pasta_jax.weights.arrays import WeightsError
+from pasta_jax.weights.model_files import read_json
 from pasta_jax.weights.tokenizer import Tokenizer
 
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 # config.json's names of activations. Gemma's first files say "gelu" but mean the approximation.
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu", "gelu": "gelu"}
-_COUNTS = (
+_COUNTS = (  # null where a field of another name, or the family, has the number
   "vocab_size",
   "hidden_size",
   "num_hidden_layers",
@@ -56,6 +60,42 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     rope_local_base_freq=1e4,
   ),
 }
+
+
+class _Rope(Parsed):
+  """RoPE's fields: transformers 5 nests them by kind of layer if the kinds differ."""
+
+  rope_type: str = "default"
+  type: str = "default"
+  rope_theta: float | None = None
+  factor: float | None = None
+  low_freq_factor: float | None = None
+  high_freq_factor: float | None = None
+  original_max_position_embeddings: float | None = None
+  partial_rotary_factor: float | None = 1.0
+  full_attention: "_Rope | None" = None
+  sliding_attention: "_Rope | None" = None
+
+
+class _Fields(Parsed):
+  """The types of config.json's fields that are neither counts nor names."""
+
+  rms_norm_eps: float
+  tie_word_embeddings: bool | None
+  rope_theta: float | None = None
+  rope_local_base_freq: float | None = None
+  partial_rotary_factor: float | None = 1.0
+  rope_scaling: _Rope | None = None
+  rope_parameters: _Rope | None = None
+  sliding_window: int | None = None
+  sliding_window_pattern: int | None = None
+  max_window_layers: int | None = None
+  layer_types: list[str] | None = None
+  query_pre_attn_scalar: Annotated[float, Field(gt=0)] = 1.0
+  attn_logit_softcapping: float | None = None
+  final_logit_softcapping: float | None = None
+
+
 # Models with a vision part, and the family of their text part.
 _VISION = {"gemma3": "gemma3_text"}
 
@@ -82,7 +122,7 @@ def parse_config(raw: dict[str, Any], path: Path) -> ModelConfig:
     return _config(raw)
   except KeyError as error:
     raise WeightsError(f"{path}: {error.args[0]} is missing") from error
-  except (ValueError, ZeroDivisionError, TypeError, AttributeError) as error:
+  except (ValueError, ArithmeticError, TypeError, AttributeError) as error:
     raise WeightsError(f"{path}: {error}") from error
 
 
@@ -102,10 +142,10 @@ def to_hf_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _config(raw: dict[str, Any]) -> ModelConfig:
   """Raises KeyError for missing fields, ValueError for features that are not supported, TypeError,
-  AttributeError or ZeroDivisionError for damaged fields."""
+  AttributeError, OverflowError or ZeroDivisionError for damaged fields."""
   if quantised := raw.get("quantization_config"):
     raise ValueError(
-      f"weights quantised by {quantised.get('quant_method')!r} are not supported, only float32, "
+      f"weights quantised by {quantised.get('quant_method')!r:.40} are not supported, only float32, "
       "float16 and bfloat16, and GGUF files"
     )
   if has_vision(raw):
@@ -114,6 +154,7 @@ def _config(raw: dict[str, Any]) -> ModelConfig:
   if kind not in FAMILIES:
     raise ValueError(f"architecture {raw.get('model_type')!r} is not supported, only {', '.join(FAMILIES)}")
   raw = _DEFAULTS[kind] | raw
+  checked(_Fields, raw, "a value")
   for feature in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
     if raw.get(feature):
       raise ValueError(f"{feature} is not supported")
@@ -121,8 +162,9 @@ def _config(raw: dict[str, Any]) -> ModelConfig:
   if _ACTIVATIONS.get(str(activation)) != FAMILIES[kind]["activation"]:
     raise ValueError(f"activation {activation!r} is not supported in the family {kind!r}")
   for key in _COUNTS:
-    if not isinstance(count := raw.get(key, 1), int | None) or count == 0:
-      raise ValueError(f"{key} = {count!r} is not a count")
+    most = MAX_LAYERS if key == "num_hidden_layers" else MAX_COUNT
+    if (count := raw.get(key, 1)) is not None and (type(count) is not int or not 1 <= count <= most):
+      raise ValueError(f"{key} = {count!r:.40} is not a count")
   d_model, n_heads = raw["hidden_size"], raw["num_attention_heads"]
   return ModelConfig(
     vocab_size=raw["vocab_size"],

@@ -1,22 +1,28 @@
 """Models in Hugging Face's folder format: config.json, *.safetensors, tokenizer files."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, which safetensors then returns)
 import numpy as np
 from numpy.typing import ArrayLike
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.utils.files import atomic_folder
-from pasta_jax.weights.arrays import StoredParams, WeightsError, collect, param_shapes, read_json, rename
+from pasta_jax.utils.typed import checked
+from pasta_jax.weights.adapter import check_metadata
+from pasta_jax.weights.arrays import StoredParams, WeightsError, collect, param_shapes, rename
 from pasta_jax.weights.hf_config import has_vision, parse_config, to_hf_config
+from pasta_jax.weights.model_files import (
+  PLAIN_TYPES,
+  inside,
+  open_tensors,
+  read_json,
+  save_tensors,
+  write_json,
+)
 from pasta_jax.weights.tokenizer import Tokenizer
 
 _NAMES = {
@@ -51,8 +57,6 @@ _TEXT_PART = {
   "language_model.": "",
   "lm_head.": "lm_head.",
 }
-# Types whose numbers are the weights themselves; other types are quantised, with scales in other tensors.
-_DTYPES = ("F64", "F32", "F16", "BF16")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -69,10 +73,9 @@ def load_hf_folder(
   """
   described = read_json(folder / "config.json")
   config = parse_config(described, folder / "config.json")
-  tokenizer = Tokenizer.from_folder(folder, config.vocab_size)
   stored: dict[str, Any] = {}  # tensors that are not read yet; they keep their files open and mapped
   for path in _shards(folder):
-    file = _open(path)
+    file = open_tensors(path)
     for stored_name in file.keys():  # noqa: SIM118  (not a dict)
       name = _text_part_name(stored_name) if has_vision(described) else stored_name
       if name is None or name.endswith("rotary_emb.inv_freq"):  # RoPE's table, which config.json determines
@@ -80,9 +83,9 @@ def load_hf_folder(
       if name in stored:
         raise WeightsError(f"{path}: tensor {name} is also in another file")
       stored[name] = file.get_slice(stored_name)
-      if (kind := stored[name].get_dtype()) not in _DTYPES:
+      if (kind := stored[name].get_dtype()) not in PLAIN_TYPES:
         raise WeightsError(
-          f"{path}: tensor {stored_name} has type {kind}: only {', '.join(_DTYPES)} can be read"
+          f"{path}: tensor {stored_name} has type {kind}: only {', '.join(PLAIN_TYPES)} can be read"
         )
   config = _tied(config, stored)
   params = collect(
@@ -93,6 +96,7 @@ def load_hf_folder(
     lambda _, theirs, rows: stored[theirs][rows],
     progress,
   )
+  tokenizer = Tokenizer.from_folder(folder, config.vocab_size)  # after the sizes are known to be true
   return config, params, tokenizer, _pasta(described, folder / "config.json", tokenizer)
 
 
@@ -132,15 +136,13 @@ def save_hf_folder(
       for name in names:
         x = np.asarray(params[name], dtype)
         tensors[hf_name(config, name)] = np.ascontiguousarray(x.T if name.endswith(".kernel") else x)
-      save_file(tensors, temporary / file, {"format": "pt"})
+      save_tensors(temporary / file, tensors, {"format": "pt"})
     if len(files) > 1:
       where = {hf_name(config, name): file for file, names in zip(files, parts) for name in names}
       total = sum((temporary / file).stat().st_size for file in files)
-      (temporary / _INDEX).write_text(
-        json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
-      )
+      write_json(temporary / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
     described = to_hf_config(config, tokenizer) | {"dtype": dtype} | ({"pasta": dict(pasta)} if pasta else {})
-    (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    write_json(temporary / "config.json", described)
     tokenizer.save(temporary, config.tag_ids if pasta else ())
   return [folder / file for file in files]
 
@@ -150,20 +152,18 @@ def _shards(folder: Path) -> list[Path]:
   if (folder / _SINGLE).exists():
     return [folder / _SINGLE]
   if (folder / _INDEX).exists():
-    index = read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(file, str) for file in index.values()):
-      raise WeightsError(f"{folder / _INDEX}: weight_map is missing or damaged")
-    return [folder / name for name in sorted(set(index.values()))]
+    try:
+      index = checked(
+        dict[str, str], read_json(folder / _INDEX).get("weight_map"), "weight_map is missing or damaged"
+      )
+      return [inside(folder, name) for name in sorted(set(index.values()))]
+    except WeightsError:
+      raise
+    except ValueError as error:
+      raise WeightsError(f"{folder / _INDEX}: {error}") from error
   if paths := sorted(folder.glob("*.safetensors")):
     return paths
   raise WeightsError(f"{folder}: no *.safetensors file")
-
-
-def _open(path: Path) -> Any:
-  try:
-    return safe_open(path, framework="np")
-  except (OSError, SafetensorError) as error:
-    raise WeightsError(f"{path}: truncated, damaged or missing ({error})") from error
 
 
 def _text_part_name(name: str) -> str | None:
@@ -181,7 +181,7 @@ def _tied(config: ModelConfig, stored: dict[str, Any]) -> ModelConfig:
     stored[embedding] = stored[head]
   else:
     one, other = stored[embedding], stored[head]
-    n = one.get_shape()[0]
+    n = (*one.get_shape(), 0)[0]
     rows = [slice(at, min(at + 1024, n)) for at in range(0, n, 1024)]
     if one.get_shape() != other.get_shape() or not all(np.array_equal(one[r], other[r]) for r in rows):
       return dataclasses.replace(config, tie_embeddings=False)
@@ -198,9 +198,11 @@ def peft_prefix(folder: Path) -> str:
 
 def _pasta(described: Mapping[str, Any], path: Path, tokenizer: Tokenizer) -> dict[str, str]:
   """Metadata of the adapter that was merged into the weights, from config.json; {} if there was none."""
-  metadata = described.get("pasta", {})
-  if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-    raise WeightsError(f"{path}: pasta is not the metadata of an adapter")
+  metadata = described.get("pasta") or {}
+  try:
+    check_metadata(metadata)
+  except ValueError as error:
+    raise WeightsError(f"{path}: pasta is not the metadata of an adapter: {error}") from error
   if metadata and not tokenizer.knows_tags:
     raise WeightsError(f"{path} mentions PASTA's tags, which the tokenizer in the same folder does not have")
   return metadata

@@ -4,10 +4,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pasta_jax.utils.typed import checked
 from pasta_jax.weights import tokenizer_forms as forms
-from pasta_jax.weights.arrays import WeightsError, read_json
+from pasta_jax.weights.added_tokens import decoder_of
+from pasta_jax.weights.arrays import WeightsError
+from pasta_jax.weights.model_files import read_json, regular
 
-_BPE = 2  # model_type of BPE in SentencePiece's files
+_BPE, _BYTE = 2, 6  # model_type of BPE, and type of single bytes, in SentencePiece's files
 
 
 class Pieces(NamedTuple):
@@ -52,6 +55,8 @@ def read_pieces(
       tokens.append(f"<spare_{len(tokens)}>")
       kinds.append(forms.UNUSED)
       scores.append(0.0)
+    if kinds[index] in (forms.NORMAL, _BYTE) and tokens[index] != text:
+      raise ValueError(f"the added token {text!r:.40} has the id of {tokens[index]!r:.40}")
     tokens[index] = text
     kinds[index] = forms.CONTROL if special or kinds[index] == forms.CONTROL else forms.USER_DEFINED
   if len(set(tokens)) < len(tokens):
@@ -70,7 +75,7 @@ def _read(path: Path) -> Any:
 
   model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # generated code
   try:
-    model.ParseFromString(path.read_bytes())
+    model.ParseFromString(regular(path).read_bytes())
   except OSError as error:
     raise WeightsError(f"{path}: cannot be read ({error.strerror})") from error
   except DecodeError as error:
@@ -94,9 +99,12 @@ def _added_tokens(
   folder: Path, config: Mapping[str, Any], named: Collection[str]
 ) -> dict[int, tuple[str, bool]]:
   """Tokens that other files add, by id: (text, whether it is a control token)."""
-  if "added_tokens_decoder" in config:
-    entries = config["added_tokens_decoder"].items()
-    return {int(index): (entry["content"], bool(entry.get("special"))) for index, entry in entries}
   path = folder / "added_tokens.json"
-  entries = read_json(path).items() if path.exists() else ()
-  return {int(index): (text, text in named) for text, index in entries}
+  if "added_tokens_decoder" in config:
+    added = {index: (entry.content, entry.special) for index, entry in decoder_of(config).items()}
+  else:
+    given = checked(dict[str, int], read_json(path), path.name) if path.exists() else {}
+    added = {index: (text, text in named) for text, index in given.items()}
+  if min(added, default=0) < 0:
+    raise ValueError(f"an added token has the id {min(added)}")
+  return added

@@ -18,9 +18,12 @@ import tokenizers
 from pasta_jax.lang.syntax import TOKEN_TEXTS
 from pasta_jax.weights import chat
 from pasta_jax.weights import tokenizer_forms as forms
-from pasta_jax.weights.arrays import WeightsError, read_json, read_text
+from pasta_jax.weights.added_tokens import Finder, Found, decoder_of, with_flags, without_blanks
+from pasta_jax.weights.arrays import WeightsError
+from pasta_jax.weights.model_files import faults_of_library, read_json, read_text, write_json
 from pasta_jax.weights.sentencepiece_file import read_pieces
 
+_MAX_GAPS = 64  # ids for each token: lists by id have this many entries at most
 # Hugging Face's names of tokens, which templates use.
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -54,6 +57,7 @@ class Tokenizer:
     pieces: bool = False,
     prefix: str = "",
     stored: Mapping[str, Any] | None = None,
+    blanks: Mapping[str, Mapping[str, bool]] | None = None,
   ):
     """Takes ownership of `backend` and changes its settings.
 
@@ -65,6 +69,7 @@ class Tokenizer:
       pieces: whether entries are SentencePiece's, not byte-level.
       prefix: which texts of a conversation get a leading blank (`tokenizer_forms.without_prefix`).
       stored: components of tokenizer.json that `save` writes, so that other engines add the same blanks.
+      blanks: flags of added tokens that take blanks in conversations (`added_tokens.without_blanks`).
 
     Raises:
       ValueError: `eos_id`, `eot_id` or `bos_id` is not in the vocabulary.
@@ -80,7 +85,10 @@ class Tokenizer:
     self.special_ids = frozenset(index for index, token in added.items() if token.special)
     # Added tokens are literal text, but Gemma's files list runs of blanks as added tokens, written as pieces.
     literal = self.special_ids if pieces else added.keys()
-    self._bytes = [b""] * (max(vocab.values(), default=-1) + 1)
+    size = max(vocab.values(), default=-1) + 1
+    if size > _MAX_GAPS * (len(vocab) + 1024):
+      raise ValueError(f"{len(vocab)} tokens have ids up to {size - 1}")
+    self._bytes = [b""] * size
     for token, index in vocab.items():
       self._bytes[index] = (
         token.encode()
@@ -91,7 +99,7 @@ class Tokenizer:
     self._blank = [vocab.get(f"<0x{byte:02X}>", -1) for byte in forms.BLANK.encode()] if pieces else []
     if min(self._blank, default=0) < 0:
       raise ValueError("the vocabulary of pieces lacks tokens for single bytes")
-    self._prefix, self._stored = prefix, dict(stored or {})
+    self._prefix, self._stored, self._blanks = prefix, dict(stored or {}), dict(blanks or {})
     self.vocab_size = len(self._bytes)
     self.bos_id = bos_id
     self.chat_template = chat_template or chat.template_without_one(vocab)
@@ -103,6 +111,11 @@ class Tokenizer:
     self._controls = {added[index].content: index for index in self.special_ids}
     longest_first = sorted(self._controls, key=len, reverse=True)
     self._any_control = "|".join(map(re.escape, longest_first)) or "(?!)"
+    normaliser = json.loads(backend.normalizer.__getstate__()) if backend.normalizer else None
+    # `encode` finds ordinary added tokens too; the order in which they and others take blanks matters.
+    taking = bool(self._blanks) or any(token.lstrip or token.rstrip for token in added.values())
+    sought = {index: token for index, token in added.items() if token.special or taking}
+    self._find = Finder(sought, self._blanks, self._stored.get("normalizer", normaliser))
     single = {self._bytes[index] for index in range(self.vocab_size) if index not in self.special_ids}
     self._absent = bytes(byte for byte in range(256) if bytes([byte]) not in single)
     if eot_id is None and self.chat_template:
@@ -196,9 +209,11 @@ class Tokenizer:
       raise WeightsError(
         f"{folder / 'tokenizer.json'}: cannot be read (there is neither this nor a tokenizer.model)"
       )
+    with _faults_in(folder / "tokenizer_config.json"):
+      entries = decoder_of(config).values()
     with _faults_in(path):
       if path.suffix == ".json":
-        backend, more = _of_json(read_json(path), rows, ends)
+        backend, more = _of_json(with_flags(read_json(path), entries), rows, ends)
       else:
         backend, more = _of_pieces(folder, config, texts, rows)
       named = {
@@ -211,7 +226,7 @@ class Tokenizer:
       template = (
         read_text(template_file) if template_file.exists() else chat.template_in(config.get("chat_template"))
       )
-    end_ids = _generation_ends(folder / "generation_config.json")
+    end_ids = _end_ids(folder)
     with _faults_in(path):
       return cls(
         backend, named["eos_token"], named.get("bos_token"), template, named=named, end_ids=end_ids, **more
@@ -222,16 +237,18 @@ class Tokenizer:
     `from_folder` and Hugging Face; with the tags (`lang.syntax.TOKEN_TEXTS`) as vocabulary entries, if their
     ids are given."""
     parts = json.loads(self._backend.to_str()) | self._stored
+    for entry in parts["added_tokens"]:
+      entry |= self._blanks.get(entry["content"], {})
     if tag_ids:
       forms.name_tags(parts, dict(zip(tag_ids, TOKEN_TEXTS)), self.vocab_size)
-    _write(folder / "tokenizer.json", parts)
+    write_json(folder / "tokenizer.json", parts)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._texts()}
     if "eos_token" not in self.chat_template:  # a template that writes it expects the original one
       config["eos_token"] = self._literal(self.eos_id)
     config |= {"chat_template": self.chat_template} if self.chat_template else {}
-    _write(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
     others = {f"{name}_id": self._named[name] for name in ("bos_token", "pad_token") if name in self._named}
-    _write(folder / "generation_config.json", {"eos_token_id": self.eos_token_id, **others})
+    write_json(folder / "generation_config.json", {"eos_token_id": self.eos_token_id, **others})
 
   @property
   def eos_token_id(self) -> int | list[int]:
@@ -289,19 +306,26 @@ class Tokenizer:
       raise ValueError("this tokenizer has no chat template")
     safe, shield = chat.shielded(messages, self._any_control)
     text = chat.render(self.chat_template, safe, self._texts())
-    # Text between two control tokens is encoded as a whole, as in Hugging Face: a token may span the border
+    # Text between two added tokens is encoded as a whole, as in Hugging Face: a token may span the border
     # between template and content.
-    for i, piece in enumerate(re.split(f"({self._any_control})", text)):
-      if piece in self._controls:
-        ids.append(self._controls[piece])
-      else:
-        ids += self.encode(self._with_prefix(piece.replace(shield, ""), is_first=i == 0))
-    return ids
+    at, before = 0, None
+    for found in self._find(text):
+      if found.index in self.special_ids and text.startswith(shield, found.stop):
+        continue  # a control token of one character, in a message
+      ids += self._encode_between(text[at : found.start].replace(shield, ""), before)
+      ids.append(found.index)
+      at, before = found.stop, found
+    return ids + self._encode_between(text[at:].replace(shield, ""), before)
 
-  def _with_prefix(self, text: str, *, is_first: bool) -> str:
-    """A text of a conversation, with the leading blank that Hugging Face adds."""
-    if not text or not self._prefix or self._prefix == "first" and not is_first:
+  def _encode_between(self, text: str, before: Found | None) -> list[int]:
+    """Tokens of a text behind the added token `before`, with the leading blank that Hugging Face adds."""
+    return self.encode(self._with_prefix(text, before)) if text else []
+
+  def _with_prefix(self, text: str, before: Found | None) -> str:
+    if not self._prefix or self._prefix == "first" and before is not None:
       return text
+    if self._prefix == "every" and before is not None and before.normalized:
+      return text  # the blank was added before that token was found
     return text if self._prefix != "every" and text.startswith((" ", forms.BLANK)) else " " + text
 
   def digit_values(self) -> dict[int, tuple[int, int]]:
@@ -384,11 +408,10 @@ def _of_json(
   if pieces:
     parts, prefix = forms.without_prefix(parts)
   parts = forms.prepared(parts, rows, ends, pieces=pieces)
-  try:
+  parts["added_tokens"], blanks = without_blanks(parts["added_tokens"])
+  with faults_of_library():
     backend = tokenizers.Tokenizer.from_str(json.dumps(parts))
-  except Exception as error:  # `tokenizers` raises bare Exception
-    raise ValueError(str(error)) from error
-  return backend, {"pieces": pieces, "prefix": prefix, "stored": stored}
+  return backend, {"pieces": pieces, "prefix": prefix, "stored": stored, "blanks": blanks}
 
 
 def _of_pieces(
@@ -406,14 +429,16 @@ def _of_pieces(
   return backend, {"pieces": True, "prefix": prefix, "stored": forms.PREFIXES[prefix]}
 
 
-def _generation_ends(path: Path) -> list[int]:
-  """The tokens that end a text according to generation_config.json, which may be missing."""
-  given = read_json(path).get("eos_token_id") if path.exists() else None
-  ids = given if isinstance(given, list) else [] if given is None else [given]
-  if not all(type(index) is int for index in ids):
-    raise WeightsError(f"{path}: eos_token_id {given!r} is neither a token nor a list of tokens")
-  return ids
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
+def _end_ids(folder: Path) -> list[int]:
+  """The tokens that end a text according to generation_config.json; if that is missing or names none, to
+  config.json, or to that of its text part."""
+  for path in (folder / "generation_config.json", folder / "config.json"):
+    described = read_json(path) if path.exists() else {}
+    text_part = described.get("text_config")
+    for part in (described, text_part if isinstance(text_part, dict) else {}):
+      if (given := part.get("eos_token_id")) is not None:
+        ids = given if isinstance(given, list) else [given]
+        if not all(type(index) is int for index in ids):
+          raise WeightsError(f"{path}: eos_token_id {given!r:.80} is neither a token nor a list of tokens")
+        return ids
+  return []

@@ -25,6 +25,9 @@ _TURN_MARKS = (
 )
 # Reserved vocabulary entries of Gemma, Llama 3 and Mistral, and the padding entries of Qwen's GGUF files.
 _RESERVED = (r"<unused(\d+)>", r"<\|reserved_special_token_(\d+)\|>", r"\[control_(\d+)\]", r"\[PAD(\d+)\]")
+# Longest ordinary piece, in characters; SentencePiece's own limit is 16. To find a piece's merges costs the
+# square of its length.
+_MAX_PIECE = 512
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece's tokens for single bytes
 # Pre-tokenizers of byte-level vocabularies, by GGUF's names. Llama 3's and Qwen's differ in digits; Mistral's
 # (since Nemo) splits by case and has no English contractions.
@@ -106,10 +109,15 @@ def merges_of_pieces(
   vocab: Mapping[str, int], scores: Sequence[float], kinds: Sequence[int]
 ) -> list[tuple[str, str]]:
   """The pairs that SentencePiece merges, best first: any two pieces whose concatenation is a piece, by its
-  score."""
+  score.
+
+  Raises ValueError for a piece that is too long.
+  """
   found = []
   for piece, index in vocab.items():
     if kinds[index] == NORMAL:
+      if len(piece) > _MAX_PIECE:
+        raise ValueError(f"a piece of {len(piece)} characters, more than {_MAX_PIECE}")
       for cut in range(1, len(piece)):
         left, right = piece[:cut], piece[cut:]
         if left in vocab and right in vocab:

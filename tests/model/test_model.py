@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers.programs import NESTED
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from pasta_jax.lang.layout import layout
@@ -470,16 +470,17 @@ def test_adapter_of_an_untied_model_does_not_fit_a_tied_one(saved: bytes, tmp_pa
     load_adapter(path, build.from_params(TIED, random_params(TIED)))
 
 
-def test_a_failing_save_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
+def test_a_failing_save_leaves_the_old_adapter(error, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
   path = tmp_path / "adapter.safetensors"
   save_adapter(path, trained_form(TIED), {})
   before = path.read_bytes()
 
   def fail(_arrays, file, _header):
     Path(file).write_bytes(b"half")
-    raise OSError("disk full")
+    raise error("disk full")
 
-  monkeypatch.setattr("pasta_jax.weights.adapter.save_file", fail)
+  monkeypatch.setattr("pasta_jax.weights.model_files.save_file", fail)
   with pytest.raises(OSError, match="disk full"):
     save_adapter(path, trained_form(TIED), {})
   assert path.read_bytes() == before

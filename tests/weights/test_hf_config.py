@@ -180,7 +180,7 @@ def test_a_single_file_takes_precedence_over_an_index(folder):  # noqa: F811
   [
     ({"weight_map": {"a": ["b"]}}, "index.json: weight_map is missing or damaged"),
     ({}, "index.json: weight_map is missing or damaged"),
-    ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors: truncated, damaged or missing"),
+    ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors: cannot be read"),
   ],
 )
 def test_an_index_that_is_damaged(damage: dict, message: str, folder):  # noqa: F811

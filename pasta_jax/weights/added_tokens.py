@@ -1,0 +1,139 @@
+"""Added tokens: entries that a tokenizer finds in a text before it looks at words, with the blanks around them
+that some of them take."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import tokenizers
+from tokenizers import models
+
+from pasta_jax.utils.typed import Parsed, checked
+from pasta_jax.weights.model_files import faults_of_library
+
+_BLANKS = ("lstrip", "rstrip")  # flags of a token that takes the blanks before it, after it
+
+
+class Entry(Parsed):
+  """A value of tokenizer_config.json's "added_tokens_decoder"; defaults as in Hugging Face."""
+
+  content: str
+  special: bool = False
+  lstrip: bool = False
+  rstrip: bool = False
+  single_word: bool = False
+  normalized: bool | None = None  # None: unless it is special
+
+
+def decoder_of(config: Mapping[str, Any]) -> dict[int, Entry]:
+  """The "added_tokens_decoder" of a tokenizer_config.json, by id; {} if it has none. Ids may be negative.
+
+  Raises ValueError for an id that is not a number, or a damaged value.
+  """
+  given = checked(dict[str, Entry], config.get("added_tokens_decoder") or {}, "added_tokens_decoder")
+  try:
+    return {int(index): entry for index, entry in given.items()}
+  except ValueError:
+    raise ValueError("added_tokens_decoder has an id that is not a number") from None
+
+
+def with_flags(parts: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str, Any]:
+  """tokenizer.json with the flags that tokenizer_config.json gives its added tokens: transformers prefers
+  these."""
+  flags = {}
+  for entry in entries:
+    flags[entry.content] = entry.model_dump()
+    if entry.normalized is None:
+      flags[entry.content]["normalized"] = not entry.special
+  return {**parts, "added_tokens": [e | flags.get(e["content"], {}) for e in parts.get("added_tokens") or ()]}
+
+
+def without_blanks(
+  added: Iterable[Mapping[str, Any]],
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, bool]]]:
+  """(tokenizer.json's "added_tokens", of which ordinary ones take no blanks, so that no text loses any; the
+  flags that were changed, by the token's text)."""
+  changed = {
+    e["content"]: {flag: bool(e.get(flag)) for flag in _BLANKS}
+    for e in added
+    if not e.get("special") and any(e.get(flag) for flag in _BLANKS)
+  }
+  return [{**e, **(dict.fromkeys(_BLANKS, False) if e["content"] in changed else {})} for e in added], changed
+
+
+class Found(NamedTuple):
+  """An added token in a text. `start` and `stop`, in characters, include the blanks that it takes.
+  `normalized`: it was searched after the text before it had been normalised."""
+
+  index: int
+  start: int
+  stop: int
+  normalized: bool
+
+
+class Finder:
+  """Finds added tokens as Hugging Face's tokenizers do: this is one of them, which knows no other tokens."""
+
+  def __init__(
+    self,
+    tokens: Mapping[int, tokenizers.AddedToken],
+    blanks: Mapping[str, Mapping[str, bool]],
+    normalizer: Mapping[str, Any] | None,
+  ):
+    """`blanks`: flags that differ from those of `tokens` (`without_blanks`); `normalizer` is
+    tokenizer.json's."""
+    exact = [
+      tokenizers.AddedToken(
+        token.content,
+        single_word=token.single_word,
+        normalized=token.normalized,
+        special=token.special,
+        **{"lstrip": token.lstrip, "rstrip": token.rstrip, **blanks.get(token.content, {})},
+      )
+      for token in tokens.values()
+    ]
+    self._backend = _backend(exact, normalizer)
+    self._known = {
+      self._backend.token_to_id(token.content): (index, token.normalized) for index, token in tokens.items()
+    }
+    # The library panics where a token of blanks takes those before it after another token took them all.
+    self._cautious = None
+    if any(token.lstrip and token.content.isspace() for token in exact):
+      less = [
+        tokenizers.AddedToken(
+          token.content,
+          rstrip=token.rstrip,
+          lstrip=token.lstrip and not token.content.isspace(),
+          single_word=token.single_word,
+          normalized=token.normalized,
+          special=token.special,
+        )
+        for token in exact
+      ]
+      self._cautious = _backend(less, normalizer)
+
+  def __call__(self, text: str) -> list[Found]:
+    """In the order of the text."""
+    try:
+      with faults_of_library():
+        encoded = self._backend.encode(text, add_special_tokens=False)
+    except ValueError:
+      if self._cautious is None:
+        raise
+      encoded = self._cautious.encode(text, add_special_tokens=False)
+    out = []
+    for own, (start, stop) in zip(encoded.ids, encoded.offsets):
+      index, normalized = self._known[own]
+      out.append(Found(index, start, stop, normalized))
+    return out
+
+
+def _backend(
+  tokens: list[tokenizers.AddedToken], normalizer: Mapping[str, Any] | None
+) -> tokenizers.Tokenizer:
+  backend = tokenizers.Tokenizer(models.BPE())
+  if normalizer is not None:
+    parts = json.loads(backend.to_str()) | {"normalizer": normalizer}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(parts))
+  backend.add_tokens(tokens)
+  return backend
