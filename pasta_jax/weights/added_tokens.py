@@ -65,7 +65,7 @@ class Found(NamedTuple):
   """An added token in a text. `start` and `stop`, in characters, include the blanks that it takes.
   `normalized`: it was searched after the text before it had been normalised."""
 
-  index: int
+  token: int
   start: int
   stop: int
   normalized: bool
@@ -123,8 +123,8 @@ class Finder:
       encoded = self._cautious.encode(text, add_special_tokens=False)
     out = []
     for own, (start, stop) in zip(encoded.ids, encoded.offsets):
-      index, normalized = self._known[own]
-      out.append(Found(index, start, stop, normalized))
+      token, normalized = self._known[own]
+      out.append(Found(token, start, stop, normalized))
     return out
 
 

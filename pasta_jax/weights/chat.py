@@ -12,7 +12,9 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pasta_jax.utils.text import one_line
+from pasta_jax.weights.template_limits import LimitedEnvironment, allowance
 
 _ROLES = ("system", "user", "assistant", "tool")
 # Gemma's base models have the turn tokens of the tuned ones, but no template.
@@ -85,11 +87,12 @@ def render(
     ValueError: the template refuses the conversation, or fails; one line.
   """
   try:
-    return _compile(template).render(
-      messages=messages, tools=None, documents=None, add_generation_prompt=to_answer, **tokens
-    )
+    with allowance(sum(len(message["content"]) for message in messages)):
+      return _compile(template).render(
+        messages=messages, tools=None, documents=None, add_generation_prompt=to_answer, **tokens
+      )
   except Exception as error:  # foreign code may fail in any way
-    raise ValueError(f"chat template: {' '.join(str(error).split()) or type(error).__name__}") from error
+    raise ValueError(f"chat template: {one_line(str(error)) or type(error).__name__}") from error
 
 
 def end_of_turn(template: str, tokens: Mapping[str, str], controls: str) -> str | None:
@@ -137,10 +140,12 @@ def _compile(template: str) -> jinja2.Template:
       value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
-  environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+  environment = LimitedEnvironment(
+    {"tojson": tojson},
+    trim_blocks=True,
+    lstrip_blocks=True,
+    extensions=["jinja2.ext.loopcontrols", _Generation],
   )
-  environment.filters["tojson"] = tojson
   environment.globals["raise_exception"] = raise_exception
   environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
   return environment.from_string(template)

@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 
 from pasta_jax.lang.syntax import TOKEN_TEXTS
+from pasta_jax.utils.json_io import to_json
 from pasta_jax.weights import chat
 from pasta_jax.weights import tokenizer_forms as forms
 from pasta_jax.weights.added_tokens import Finder, Found, decoder_of, with_flags, without_blanks
@@ -58,6 +59,7 @@ class Tokenizer:
     prefix: str = "",
     stored: Mapping[str, Any] | None = None,
     blanks: Mapping[str, Mapping[str, bool]] | None = None,
+    words: tokenizers.Tokenizer | None = None,
   ):
     """Takes ownership of `backend` and changes its settings.
 
@@ -70,6 +72,8 @@ class Tokenizer:
       prefix: which texts of a conversation get a leading blank (`tokenizer_forms.without_prefix`).
       stored: components of tokenizer.json that `save` writes, so that other engines add the same blanks.
       blanks: flags of added tokens that take blanks in conversations (`added_tokens.without_blanks`).
+      words: `backend` without added tokens, if some of them look at what is around them: then all are found
+        before the text between them is encoded.
 
     Raises:
       ValueError: `eos_id`, `eot_id` or `bos_id` is not in the vocabulary.
@@ -112,9 +116,8 @@ class Tokenizer:
     longest_first = sorted(self._controls, key=len, reverse=True)
     self._any_control = "|".join(map(re.escape, longest_first)) or "(?!)"
     normaliser = json.loads(backend.normalizer.__getstate__()) if backend.normalizer else None
-    # `encode` finds ordinary added tokens too; the order in which they and others take blanks matters.
-    taking = bool(self._blanks) or any(token.lstrip or token.rstrip for token in added.values())
-    sought = {index: token for index, token in added.items() if token.special or taking}
+    self._words = words or backend
+    sought = {index: token for index, token in added.items() if token.special or words}
     self._find = Finder(sought, self._blanks, self._stored.get("normalizer", normaliser))
     single = {self._bytes[index] for index in range(self.vocab_size) if index not in self.special_ids}
     self._absent = bytes(byte for byte in range(256) if bytes([byte]) not in single)
@@ -263,16 +266,17 @@ class Tokenizer:
       ValueError: the vocabulary cannot encode a character of the text (SmolLM2 lacks six control characters
         and the unassigned planes 4 to 11). Dropping it silently would change the text.
     """
+    return self._encode(text, self._backend)
+
+  def _encode(self, text: str, backend: tokenizers.Tokenizer) -> list[int]:
     raw = text.encode()
     if raw.translate(None, self._absent) != raw:
       missing = next(char for char in text if set(char.encode()) & set(self._absent))
       raise ValueError(f"the vocabulary has no token for the character U+{ord(missing):04X}")
     if self._blank and forms.BLANK in text:
-      first, *rest = (
-        self._backend.encode(part, add_special_tokens=False).ids for part in text.split(forms.BLANK)
-      )
+      first, *rest = (backend.encode(part, add_special_tokens=False).ids for part in text.split(forms.BLANK))
       return first + [token for part in rest for token in (*self._blank, *part)]
-    return self._backend.encode(text, add_special_tokens=False).ids
+    return backend.encode(text, add_special_tokens=False).ids
 
   def token_bytes(self, index: int) -> bytes:
     """Bytes of one token; for a control token, its literal text. Raises ValueError outside the vocabulary.
@@ -310,16 +314,16 @@ class Tokenizer:
     # between template and content.
     at, before = 0, None
     for found in self._find(text):
-      if found.index in self.special_ids and text.startswith(shield, found.stop):
+      if found.token in self.special_ids and text.startswith(shield, found.stop):
         continue  # a control token of one character, in a message
       ids += self._encode_between(text[at : found.start].replace(shield, ""), before)
-      ids.append(found.index)
+      ids.append(found.token)
       at, before = found.stop, found
     return ids + self._encode_between(text[at:].replace(shield, ""), before)
 
   def _encode_between(self, text: str, before: Found | None) -> list[int]:
     """Tokens of a text behind the added token `before`, with the leading blank that Hugging Face adds."""
-    return self.encode(self._with_prefix(text, before)) if text else []
+    return self._encode(self._with_prefix(text, before), self._words) if text else []
 
   def _with_prefix(self, text: str, before: Found | None) -> str:
     if not self._prefix or self._prefix == "first" and before is not None:
@@ -408,10 +412,12 @@ def _of_json(
   if pieces:
     parts, prefix = forms.without_prefix(parts)
   parts = forms.prepared(parts, rows, ends, pieces=pieces)
+  looking = any(e.get(flag) for e in parts["added_tokens"] for flag in ("lstrip", "rstrip", "single_word"))
   parts["added_tokens"], blanks = without_blanks(parts["added_tokens"])
   with faults_of_library():
-    backend = tokenizers.Tokenizer.from_str(json.dumps(parts))
-  return backend, {"pieces": pieces, "prefix": prefix, "stored": stored, "blanks": blanks}
+    backend = tokenizers.Tokenizer.from_str(to_json(parts))
+    words = tokenizers.Tokenizer.from_str(to_json({**parts, "added_tokens": []})) if looking else None
+  return backend, {"pieces": pieces, "prefix": prefix, "stored": stored, "blanks": blanks, "words": words}
 
 
 def _of_pieces(
