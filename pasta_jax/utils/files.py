@@ -44,14 +44,26 @@ def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-  """An empty folder to fill; it replaces `folder` when the block ends, or is deleted if that raises."""
-  temporary = folder.with_name(folder.name + ".tmp")
+  """An empty folder to fill; it replaces `folder` when the block ends, or is deleted if that raises.
+
+  A folder with content cannot be replaced in one step: it is put aside first. Where a kill comes in between,
+  the next call puts it back.
+  """
+  folder = folder.resolve()  # a link to a folder stays one
+  temporary, before = (folder.with_name(folder.name + end) for end in (".tmp", ".old"))
+  if before.exists() and not folder.exists():
+    before.replace(folder)
+  shutil.rmtree(before, ignore_errors=True)
   shutil.rmtree(temporary, ignore_errors=True)
   temporary.mkdir(parents=True)
   try:
     yield temporary
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists() and any(folder.iterdir()):
+      folder.replace(before)
     temporary.replace(folder)
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
+    if before.exists() and not folder.exists():
+      before.replace(folder)
     raise
+  shutil.rmtree(before, ignore_errors=True)

@@ -5,18 +5,23 @@ for PASTA must ban them, by a logit bias or as bad words, and then writes ordina
 promise is written by another thread, which such an engine does not start.
 """
 
+import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from pasta_jax import __version__
 from pasta_jax.config.sections import DTYPES, EXPORTS
 from pasta_jax.utils.files import atomic_folder
 from pasta_jax.weights.adapter import Adapter, Merged, read_adapter
 from pasta_jax.weights.checkpoint import Checkpoint
-from pasta_jax.weights.hf_folder import hf_name, peft_prefix, save_hf_folder
-from pasta_jax.weights.model_files import save_tensors, write_json
+from pasta_jax.weights.hf_folder import fill_hf_folder, hf_name, peft_prefix
+from pasta_jax.weights.model_files import read_json, save_tensors, write_json
 
+# What an exported folder was made of, in that folder: the same export again has nothing to do.
+_MADE_OF = "export.json"
 # Metadata of an adapter's file itself, not of its training.
 _FILE_METADATA = ("format", "scale", "model", "base", "base's sha256")
 
@@ -30,32 +35,53 @@ def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: 
     dtype: "float32" or "bfloat16".
 
   Raises:
-    ValueError: one line, for settings that cannot be used, a folder that is there already, or an adapter that
-      does not fit (AdapterError).
+    ValueError: one line, for settings that cannot be used, a folder that is there already and is not this
+      export, or an adapter that does not fit (AdapterError).
+    OSError: the files cannot be written; nothing is left of them.
   """
   if form not in EXPORTS or dtype not in DTYPES:
     raise ValueError(
       f"export.form is {' or '.join(EXPORTS)} and export.dtype {' or '.join(DTYPES)}, not {form!r} and "
       f"{dtype!r}"
     )
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(f"{folder} already exists: choose another --workdir")
   if form == "peft" and adapter is None:
     raise ValueError("export.form=peft needs an adapter: name --config.model.adapter")
+  made_of = {"form": form, "dtype": dtype, **_identity(checkpoint, adapter)}
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if (folder / _MADE_OF).is_file() and read_json(folder / _MADE_OF) == made_of:
+      return "was written before, by the same settings"
+    raise ValueError(f"{folder} already exists: choose another --workdir")
   merge = read_adapter(adapter, checkpoint.config) if adapter else None
   if form == "peft" and merge is not None:
-    return _save_peft(folder, checkpoint, merge, dtype)
+    return _save_peft(folder, checkpoint, merge, dtype, made_of)
   metadata = merge.metadata if merge else {}
   pasta = checkpoint.pasta | {k: v for k, v in metadata.items() if k not in _FILE_METADATA}
   with_tags = bool(checkpoint.pasta) or merge is not None and merge.tags is not None
   whole = Merged(checkpoint.config, checkpoint.params, merge)
-  save_hf_folder(
-    folder, whole.config, whole, checkpoint.tokenizer, dtype=dtype, pasta=pasta if with_tags else None
-  )
+  with atomic_folder(folder) as temporary:
+    fill_hf_folder(
+      temporary, whole.config, whole, checkpoint.tokenizer, dtype=dtype, pasta=pasta if with_tags else None
+    )
+    write_json(temporary / _MADE_OF, made_of)
   return f"a Hugging Face folder in {dtype}"
 
 
-def _save_peft(folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: str) -> str:
+def _identity(checkpoint: Checkpoint, adapter: Path | None) -> dict[str, str]:
+  """What the files of an export depend on, beside its settings."""
+  source = Path(checkpoint.source)
+  files = sorted(source.rglob("*")) if source.is_dir() else [source] if source.is_file() else []
+  stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+  return {
+    "version": __version__,
+    "source": checkpoint.source,
+    "source's state": hashlib.sha256(repr(stats).encode()).hexdigest(),
+    "adapter's sha256": hashlib.sha256(adapter.read_bytes()).hexdigest() if adapter else "",
+  }
+
+
+def _save_peft(
+  folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: str, made_of: Mapping[str, str]
+) -> str:
   """Writes adapter_config.json, adapter_model.safetensors and the tokenizer; returns as `export`."""
   tensors: dict[str, np.ndarray] = {}
   config: dict[str, object] = {
@@ -99,6 +125,7 @@ def _save_peft(folder: Path, checkpoint: Checkpoint, adapter: Adapter, dtype: st
   with atomic_folder(folder) as temporary:
     save_tensors(temporary / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(temporary / "adapter_config.json", config)
+    write_json(temporary / _MADE_OF, made_of)
     checkpoint.tokenizer.save(temporary, ids if tags else ())
   description = f"an adapter for PEFT in {dtype}"
   if tags and (rows := max(ids) + 1) > checkpoint.config.vocab_size:

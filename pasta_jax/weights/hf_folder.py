@@ -101,6 +101,16 @@ def load_hf_folder(
 
 
 def save_hf_folder(
+  folder: Path, config: ModelConfig, params: Mapping[str, ArrayLike], tokenizer: Tokenizer, **settings: Any
+) -> list[Path]:
+  """Writes a model for `load_hf_folder` and `transformers`, atomically, replacing an existing folder. Returns
+  the files of its tensors. `settings` are those of `fill_hf_folder`."""
+  with atomic_folder(folder) as temporary:
+    files = fill_hf_folder(temporary, config, params, tokenizer, **settings)
+  return [folder / file for file in files]
+
+
+def fill_hf_folder(
   folder: Path,
   config: ModelConfig,
   params: Mapping[str, ArrayLike],
@@ -109,12 +119,14 @@ def save_hf_folder(
   dtype: str = "float32",
   pasta: Mapping[str, str] | None = None,
   file_bytes: int = 4 << 30,
-) -> list[Path]:
-  """Writes a model for `load_hf_folder` and `transformers`, atomically, replacing an existing folder. Returns
-  the files of its tensors: each has about `file_bytes` at most, and one at a time is in memory.
+) -> list[str]:
+  """Writes the files of a model to an empty folder. Returns the names of those of its tensors: each has about
+  `file_bytes` at most, and one at a time is in memory.
 
   `pasta` is for weights with PASTA's tags in the vocabulary, at `config.tag_ids`: the metadata of their
   adapter, which config.json keeps; the tokenizer then has the tags as tokens.
+
+  Raises OSError if a file cannot be written.
   """
   parts: list[list[str]] = [[]]
   size = 0
@@ -130,21 +142,20 @@ def save_hf_folder(
     if len(parts) == 1
     else [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
   )
-  with atomic_folder(folder) as temporary:
-    for file, names in zip(files, parts):
-      tensors = {}
-      for name in names:
-        x = np.asarray(params[name], dtype)
-        tensors[hf_name(config, name)] = np.ascontiguousarray(x.T if name.endswith(".kernel") else x)
-      save_tensors(temporary / file, tensors, {"format": "pt"})
-    if len(files) > 1:
-      where = {hf_name(config, name): file for file, names in zip(files, parts) for name in names}
-      total = sum((temporary / file).stat().st_size for file in files)
-      write_json(temporary / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
-    described = to_hf_config(config, tokenizer) | {"dtype": dtype} | ({"pasta": dict(pasta)} if pasta else {})
-    write_json(temporary / "config.json", described)
-    tokenizer.save(temporary, config.tag_ids if pasta else ())
-  return [folder / file for file in files]
+  for file, names in zip(files, parts):
+    tensors = {}
+    for name in names:
+      x = np.asarray(params[name], dtype)
+      tensors[hf_name(config, name)] = np.ascontiguousarray(x.T if name.endswith(".kernel") else x)
+    save_tensors(folder / file, tensors, {"format": "pt"})
+  if len(files) > 1:
+    where = {hf_name(config, name): file for file, names in zip(files, parts) for name in names}
+    total = sum((folder / file).stat().st_size for file in files)
+    write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+  described = to_hf_config(config, tokenizer) | {"dtype": dtype} | ({"pasta": dict(pasta)} if pasta else {})
+  write_json(folder / "config.json", described)
+  tokenizer.save(folder, config.tag_ids if pasta else ())
+  return files
 
 
 def _shards(folder: Path) -> list[Path]:

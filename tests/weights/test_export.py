@@ -249,7 +249,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(made, tmp_path: 
     with pytest.raises(ValueError, match=message):
       export(tmp_path / "out", checkpoint, its_adapter, **given | changes)
   with pytest.raises(ValueError, match="already exists"):
-    export(merged, checkpoint, adapter, **given)
+    export(merged, checkpoint, adapter, form="merged", dtype="bfloat16")
   with pytest.raises(AdapterError, match="made for another model"):
     export(tmp_path / "out", load_checkpoint(made("rows without a token")[0]), adapter, **given)
   assert not list(tmp_path.iterdir())
