@@ -54,7 +54,7 @@ def inside(folder: Path, name: str) -> Path:
   Raises ValueError for a name that leads out of the folder.
   """
   parts = PurePosixPath(name).parts
-  if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+  if not parts or name.startswith("/") or ".." in parts or "\0" in name:
     raise ValueError(f"{name!r:.80} is not the name of a file in the same folder")
   return folder / name
 

@@ -78,6 +78,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         functions[name] = _limited(name, function)
     for name in _WITHOUT_GLOBALS:
       del self.globals[name]
+    self.step, self.joined, self.compared = _Own(_step_of), _Own(_joined), _Own(_compared)
+    self.sliced = _Own(functools.partial(_paid, old=True))
 
   def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
     if len(source) > MAX_TEMPLATE:
@@ -85,6 +87,8 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     return _Counted().visit(super()._parse(source, name, filename))
 
   def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    if isinstance(function, _Own):
+      return function(*args)
     # Jinja wraps `str.format`.
     subject = getattr(getattr(function, "__wrapped__", function), "__self__", None)
     name = getattr(function, "__name__", "")
@@ -104,25 +108,31 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
       _refuse_above(_size(left) * _size(right))
     return _paid(super().call_binop(context, operator, left, right), old=True)
 
-  # What `_Counted` puts into templates.
 
-  @staticmethod
-  def step(characters: int) -> None:
-    _spend(_STEP + characters // _CHARACTERS)
+class _Own:
+  """A function that `_Counted` puts into templates: it pays for itself."""
 
-  @staticmethod
-  def joined(*parts: Any) -> str:
-    return _paid("".join([_paid(str(part)) for part in parts]))
+  def __init__(self, function: Callable[..., Any]):
+    self._function = function
 
-  @staticmethod
-  def sliced(value: Any) -> Any:
-    return _paid(value, old=True)
+  def __call__(self, *args: Any) -> Any:
+    return self._function(*args)
 
-  @staticmethod
-  def compared(value: Any) -> Any:
-    if isinstance(value, str | list | tuple | dict):
-      _spend(_size(value) // _CHARACTERS)
-    return value
+
+def _step_of(characters: int) -> None:
+  _spend(_STEP + characters // _CHARACTERS)
+
+
+def _joined(*parts: Any) -> str:
+  texts = [str(part) for part in parts]
+  _spend(_STEP + sum(map(len, texts)) // _CHARACTERS)
+  return "".join(texts)
+
+
+def _compared(value: Any) -> Any:
+  if isinstance(value, str | list | tuple | dict):
+    _spend(_size(value) // _CHARACTERS)
+  return value
 
 
 class _Counted(NodeTransformer):

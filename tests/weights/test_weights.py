@@ -147,7 +147,9 @@ BREAKAGES = {
   "attention_bias is not supported": lambda d: edit_json(d / "config.json", attention_bias=True),
   "factor is missing": lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "llama3"}),
   "hidden_size = 'wide' is not a count": lambda d: edit_json(d / "config.json", hidden_size="wide"),
-  r"embed_tokens.weight has shape \[261, 24\], not \[10, 24\]": lambda d: edit_json(d / "config.json", vocab_size=10),
+  r"embed_tokens.weight has shape \[261, 24\], not \[10, 24\]": lambda d: edit_json(
+    d / "config.json", vocab_size=10
+  ),
   "config.json: not JSON": lambda d: (d / "config.json").write_text("{"),
   "config.json: cannot be read": lambda d: (d / "config.json").unlink(),
   "tokenizer.json: cannot be read": lambda d: (d / "tokenizer.json").unlink(),
