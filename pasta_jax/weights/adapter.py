@@ -30,7 +30,9 @@ class AdapterError(ValueError):
   """An adapter cannot be read, or was made for another model. The message is one line."""
 
 
-class _Positions(Parsed):
+class Rule(Parsed):
+  """The header's "positions"."""
+
   strategy: str
   fixed: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 60
 
@@ -89,7 +91,7 @@ def check_metadata(metadata: Any) -> None:
   try:
     field = "positions"
     if field in values:
-      PositionRule(**checked(_Positions, parse_json(values[field]), "not a rule").model_dump())
+      PositionRule(**checked(Rule, parse_json(values[field]), "not a rule").model_dump())
     field = "speeds"
     if field in values:
       checked(list[int], parse_json(values[field]), "not a list of speeds")

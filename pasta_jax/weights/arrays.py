@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from pasta_jax.model.config import ModelConfig
 
@@ -120,7 +121,7 @@ def reading(params: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
   from rich.progress import Progress  # imported only where a bar is shown
 
   with Progress(console=stderr_console(), transient=True) as bar:
-    task = bar.add_task(getattr(params, "label", ""), total=len(params))
+    task = bar.add_task(escape(getattr(params, "label", "")), total=len(params))
     yield lambda: bar.advance(task)
 
 

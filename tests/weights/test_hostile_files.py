@@ -267,6 +267,22 @@ def test_ids_that_leave_gaps(copy):
   refused(folder, "tokenizer.json: 513 tokens have ids up to 300000000", Tokenizer.from_folder)
 
 
+@pytest.mark.parametrize(
+  "part",
+  [
+    dict(
+      pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, valid.BYTE_LEVEL]}
+    ),
+    dict(model={"end_of_word_suffix": "</w>"}),
+  ],
+)
+def test_words_that_lose_characters(part: dict, copy):
+  folder = copy("tokenizer")
+  parts = json.loads((folder / "tokenizer.json").read_text())
+  edit(folder / "tokenizer.json", **{k: {**parts[k], **v} if k == "model" else v for k, v in part.items()})
+  refused(folder, "tokenizer.json: the text .* after it was encoded")
+
+
 def test_a_piece_that_is_too_long(copy):
   from sentencepiece import sentencepiece_model_pb2
 
