@@ -241,7 +241,8 @@ def main(argv: list[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
     sys.exit(CLOSED)
   except (ValueError, OSError, FloatingPointError) as error:
-    _fail(str(error))
+    named = isinstance(error, OSError) and error.filename and error.strerror
+    _fail(f"{error.filename}: {error.strerror}" if named else str(error))
   except (MemoryError, RuntimeError) as error:
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
       raise

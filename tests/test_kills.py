@@ -2,6 +2,7 @@
 nothing had happened. (Training is killed in tests/train and tests/stress.py.)"""
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -49,27 +50,69 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_killed_run_is_finished_by_the_same_command(case: str, made, tmp_path: Path):
+def start(case: str, made, folder: Path, at: int = 0) -> tuple[int, int]:
+  """Runs a case in `folder` (`kills.run`)."""
   mode, more = CASES[case]
   changes, made_in = made
   rows = {"build": "dataset.train", "annotate": "annotate.data"}.get(case)
   changes = changes | more | ({rows: str(made_in / "rows.jsonl")} if rows else {})
+  folder.mkdir(exist_ok=True)
+  paths = (made_in / "prompts.jsonl", folder / "out.jsonl") if case == "decode" else (folder / "run",)
+  return kills.run(mode, changes, *paths, folder=folder, at=at)
 
-  def start(folder: Path, at: int = 0) -> tuple[int, int]:
-    folder.mkdir(exist_ok=True)
-    paths = (made_in / "prompts.jsonl", folder / "out.jsonl") if case == "decode" else (folder / "run",)
-    return kills.run(mode, changes, *paths, folder=folder, at=at)
 
-  code, writes = start(tmp_path / "whole")
-  assert code == 0
-  expected = content(tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(made, tmp_path_factory):
+  """By case: (what a run leaves that nothing disturbs, how many writes it makes)."""
+  found: dict[str, tuple[dict[str, object], int]] = {}
+
+  def of(case: str) -> tuple[dict[str, object], int]:
+    if case not in found:
+      folder = tmp_path_factory.mktemp("whole")
+      code, writes = start(case, made, folder)
+      assert code == 0
+      found[case] = content(folder), writes
+    return found[case]
+
+  return of
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_run_is_finished_by_the_same_command(case: str, made, whole, tmp_path: Path):
+  expected, writes = whole(case)
   points = 3 if case == "decode" else 5  # decoding compiles
   for at in sorted({int(w) for w in np.linspace(1, writes, points)}):
     folder = tmp_path / f"killed-{at}"
-    assert start(folder, at)[0] == -9
+    assert start(case, made, folder, at)[0] == -9
     for path in folder.rglob("*.jsonl"):  # never half a line where others read
       for line in path.read_text().splitlines():
         json.loads(line)
-    assert start(folder)[0] == 0, f"killed before write {at} of {writes}"
-    assert content(folder) == expected, f"killed before write {at} of {writes}"
+    code, left = start(case, made, folder)[0], content(folder)
+    # A data set is not built twice: killed with its lock in hand, all is there.
+    assert code == 0 or (code, at, case) == (kills.FAILED, writes, "build"), (
+      f"killed before write {at} of {writes}"
+    )
+    assert left == expected, f"killed before write {at} of {writes}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_full_disk_a_run_ends_in_one_line_and_goes_on_with_more_room(
+  case: str, made, whole, tmp_path: Path
+):
+  expected, _ = whole(case)
+  size = sum(len(x) for x in expected.values())
+  for share in (0.02, 0.5, 0.9)[1 if case == "decode" else 0 :]:
+    folder = tmp_path / f"{share}"
+    folder.mkdir()
+    mount = lambda how, folder=folder: subprocess.run(
+      ["mount", "-t", "tmpfs", "-o", how, "tmpfs", folder], capture_output=True
+    )
+    if mount(f"size={max(int(share * size), 4096)}").returncode:
+      pytest.skip("mounting a small file system is not permitted here")
+    try:
+      assert start(case, made, folder)[0] == kills.FAILED
+      mount("remount,size=100m")
+      assert start(case, made, folder)[0] == 0
+      assert content(folder) == expected
+    finally:
+      subprocess.run(["umount", folder], check=True)

@@ -20,11 +20,12 @@ from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.files import write_atomic
 from pasta_jax.utils.jsonl import DataError, write_jsonl
+from pasta_jax.utils.locks import LOCK, locked
 from pasta_jax.utils.terminal import as_text
 
 
 def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> dict:
-  """Builds `config.dataset` in `workdir`; returns its figures.
+  """Builds `config.dataset` in `workdir`, which it locks; returns its figures.
 
   Rows without `chunks` are plain text. A row is rejected, and named in rejected.jsonl, if its spans overlap
   or leave the response, or if the vocabulary cannot encode it. `avoid` are prompts of evaluations. Raises
@@ -34,8 +35,14 @@ def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> di
   if not c.train:
     raise DataError("name files of annotated rows: --config.dataset.train=FILE,FILE")
   target = workdir / Responses.name / str(Responses.VERSION)
-  if target.exists():
-    raise DataError(f"{target} exists already: name another --workdir")
+  with locked(workdir / LOCK):
+    if target.exists():
+      raise DataError(f"{target} exists already: name another --workdir")
+    return _build(config, workdir, vocabulary, avoid)
+
+
+def _build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> dict:
+  c = config.dataset
   rejected: list[dict] = []
   splits = {"train": _rows(c.train, vocabulary, avoid, rejected)}
   if c.validation:
@@ -65,12 +72,11 @@ def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> di
   figures = {name: report.figures(f) for name, f in facts.items()}
   causes = dict(collections.Counter(r["cause"] for r in rejected))
   page = report.page(splits["train"], facts["train"], figures, causes, vocabulary, rule)
-  workdir.mkdir(parents=True, exist_ok=True)
   write_jsonl(workdir / "rejected.jsonl", rejected)
   write_atomic(workdir / "report.html", page)
   # Last: a folder with the data set is complete.
   write(Responses(splits, {"figures": figures, "rejected": causes}, data_dir=str(workdir)))
-  _show(figures, causes, target)
+  _show(figures, causes, workdir / Responses.name / str(Responses.VERSION))
   return {"figures": figures, "rejected": causes}
 
 

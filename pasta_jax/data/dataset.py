@@ -72,13 +72,17 @@ def _storable(value: Any) -> str:
 
 
 def write(builder: Responses) -> None:
-  """Writes the files of the data set, atomically, without the progress report of TFDS."""
+  """Writes the files of the data set, atomically, without the progress report of TFDS. Raises OSError, one line,
+  if they cannot be written."""
   target = Path(builder.data_dir)
   for stale in target.parent.glob("incomplete.*"):  # of a build that was killed
     shutil.rmtree(stale)
   tfds.disable_progress_bar()
   with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(None):
-    builder.download_and_prepare(download_dir=downloads)
+    try:
+      builder.download_and_prepare(download_dir=downloads)
+    except RuntimeError as error:  # of array_record
+      raise OSError(f"{target}: cannot be written ({one_line(str(error), 200)})") from None
 
 
 class _Split(Parsed):

@@ -30,12 +30,24 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+  """Errors of writing name the file, as those of opening do: a full disk, for one."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is None and error.errno is not None:
+      error.filename = str(path)
+    raise
+
+
+@contextlib.contextmanager
 def atomic_path(path: Path, *, shared: bool = False) -> Iterator[Path]:
   """A path to write a file to; it replaces `path` when the block ends, or is deleted if that raises."""
   temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
   try:
-    yield temporary
-    temporary.replace(path)
+    with naming(path):
+      yield temporary
+      temporary.replace(path)
   except BaseException:
     with contextlib.suppress(OSError):
       temporary.unlink(missing_ok=True)

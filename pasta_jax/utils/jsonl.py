@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pasta_jax.utils.files import write_atomic
+from pasta_jax.utils.files import naming, write_atomic
 from pasta_jax.utils.json_io import parse_json, to_json
 
 
@@ -138,5 +138,5 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
   """Adds a line to `path`."""
-  with open(path, "a", encoding="utf-8") as file:
+  with naming(path), open(path, "a", encoding="utf-8") as file:
     file.write(to_jsonl([row]))

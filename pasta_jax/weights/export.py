@@ -15,6 +15,7 @@ import numpy as np
 from pasta_jax import __version__
 from pasta_jax.config.sections import DTYPES, EXPORTS
 from pasta_jax.utils.files import atomic_folder
+from pasta_jax.utils.locks import locked
 from pasta_jax.weights.adapter import Adapter, Merged, read_adapter
 from pasta_jax.weights.checkpoint import Checkpoint
 from pasta_jax.weights.hf_folder import fill_hf_folder, hf_name, peft_prefix
@@ -37,6 +38,7 @@ def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: 
   Raises:
     ValueError: one line, for settings that cannot be used, a folder that is there already and is not this
       export, or an adapter that does not fit (AdapterError).
+    LockedError: another process exports there.
     OSError: the files cannot be written; nothing is left of them.
   """
   if form not in EXPORTS or dtype not in DTYPES:
@@ -46,6 +48,12 @@ def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: 
     )
   if form == "peft" and adapter is None:
     raise ValueError("export.form=peft needs an adapter: name --config.model.adapter")
+  folder = folder.resolve()
+  with locked(folder.with_name(folder.name + ".lock")):  # the folder itself is replaced
+    return _export(folder, checkpoint, adapter, form, dtype)
+
+
+def _export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, form: str, dtype: str) -> str:
   made_of = {"form": form, "dtype": dtype, **_identity(checkpoint, adapter)}
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     if (folder / _MADE_OF).is_file() and read_json(folder / _MADE_OF) == made_of:

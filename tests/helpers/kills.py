@@ -15,6 +15,7 @@ from typing import Any
 
 from pasta_jax.config import Config, with_changes
 
+FAILED = 17  # exit code of a mode that ended with an error of one line
 _CONTEXT = multiprocessing.get_context("forkserver")
 _EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
@@ -35,7 +36,7 @@ def prepare() -> None:
 def run(
   mode: Callable, changes: Mapping[str, Any], *paths: Path, folder: Path, at: int = 0
 ) -> tuple[int, int]:
-  """(exit code, writes below `folder`) of `mode(config, *paths)`, killed before write number `at`; 0: never.
+  """(exit code, or FAILED; writes below `folder`) of `mode(config, *paths)`, killed before write number `at`; 0: never.
 
   `mode` is a function of this module, `changes` are those of the default config.
   """
@@ -63,7 +64,10 @@ def _child(mode: Callable, changes: dict, paths: tuple[Path, ...], folder: Path,
 
   sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
   sys.addaudithook(hook)
-  mode(with_changes(Config(), changes), *paths)
+  try:
+    mode(with_changes(Config(), changes), *paths)
+  except (ValueError, OSError) as error:
+    sys.exit(FAILED if "\n" not in str(error) else 1)
 
 
 # --- modes ---

@@ -494,6 +494,19 @@ def test_sigterm_in_the_last_step_counts(whole_run, tiny, tmp_path, monkeypatch)
   assert all((ours[k] == theirs[k]).all() for k in theirs)
 
 
+def test_a_full_disk_is_one_line_before_a_checkpoint_is_begun(whole_run, tiny, tmp_path, monkeypatch):
+  config = settings(tiny)
+  usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="a checkpoint needs .* MB are free: make room") as error:
+      sft.train(config, tmp_path)
+  assert "\n" not in str(error.value) and not list((tmp_path / "checkpoints").iterdir())
+  sft.train(config, tmp_path)
+  ours, theirs = (load_file(d / "adapter.safetensors") for d in (tmp_path, whole_run))
+  assert all((ours[k] == theirs[k]).all() for k in theirs)
+
+
 def damage(checkpoint: Path, how: str) -> None:
   files = [p for p in checkpoint.rglob("*") if p.is_file()]
   if how == "cut off":

@@ -14,12 +14,20 @@ from pasta_jax.evaluate.report.run_record import Run, read_run
 from pasta_jax.evaluate.report.summary import summarise_run, thresholds
 from pasta_jax.utils.files import write_atomic, write_json_atomic
 from pasta_jax.utils.json_io import to_json
+from pasta_jax.utils.locks import locked
 
 
 def write_report(workdir: Path) -> dict:
   """Writes everything into the run's folder, prints the table, and returns the summary."""
   run = read_run(workdir)
   summary = summarise_run(run)
+  with locked(workdir / "report.lock"):  # the run may go on beside it
+    _write(run, summary, workdir)
+  tables.show(summary)
+  return summary
+
+
+def _write(run: Run, summary: dict, workdir: Path) -> None:
   write_json_atomic(workdir / "summary.json", summary)
   write_atomic(workdir / "report.md", tables.markdown(summary))
   write_alpaca_eval(workdir / "alpaca_eval", run)
@@ -30,8 +38,6 @@ def write_report(workdir: Path) -> dict:
     svgs[name] = plots.svg(figure)
   ranked = {n: sorted(speeds(run, n), key=lambda pair: -pair[1]) for n in run.systems}
   page.write_page(workdir / "report.html", run, summary, svgs, ranked, thresholds(run, summary))
-  tables.show(summary)
-  return summary
 
 
 def write_alpaca_eval(folder: Path, run: Run) -> None:
