@@ -365,7 +365,7 @@ def test_wrong_settings_are_one_line(trained, tmp_path):
     ({"systems": "pasta,faster"}, "unknown system 'faster'"),
     ({"prompts": ""}, "name a file"),
     ({"limit": -1}, "eval.limit"),
-    ({"batch_size": 0}, "eval.batch_size must be 1 or more"),
+    ({"batch_size": 0}, "eval.batch_size must be 1 to 4096"),
     ({"timed": -2}, "eval.timed"),
     ({"judges": "friend"}, "eval.judges takes local, llm, .* not 'friend'"),
     ({"judges": "llm"}, "name a model: --config.judge.model"),
