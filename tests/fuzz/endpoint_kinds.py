@@ -1,6 +1,6 @@
 """Damaged responses of endpoints: what the client, the judge and the annotator make of them.
 
-    python tests/fuzz/endpoint_kinds.py --count=5000 --seed=1
+    python -m tests.fuzz.endpoint_kinds --count=5000 --seed=1
 
 Each outcome is an answer that can be stored, read back and used, or one error of one line.
 """
@@ -13,9 +13,8 @@ import functools
 import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx2
 
@@ -24,6 +23,8 @@ from pasta_jax.evaluate.judges.llm import confidence_in_a
 from pasta_jax.utils import calls, protocols
 from pasta_jax.utils.endpoint import Endpoint, EndpointError
 from pasta_jax.utils.json_io import parse_json, to_json
+from pasta_jax.utils.text import printable
+from tests.fuzz.harness import Kind
 
 RESPONSE = "There are two ways. Take the train. It is slow. Take the plane. It is fast. Choose one."
 PLAN = (
@@ -146,35 +147,32 @@ async def outcomes(count: int, seed: int) -> collections.Counter[str]:
       what = await outcome(name.split()[0], raw, status)
     except (EndpointError, calls._Refused) as error:
       what = type(error).__name__
-      assert "\n" not in str(error) and len(str(error)) < 450 and str(error).isprintable(), error
+      line = str(error)
+      assert len(line) < 450 and "\n" not in line and printable(line) == line, line
     except Exception as error:
       raise AssertionError(f"{name}, mutation {n} of seed {seed}, status {status}: {raw[:2000]!r}") from error
     found[f"{name}: {what}"] += 1
   return found
 
 
-class EndpointKind(NamedTuple):
-  """A response as a file, with the fields of a kind of input."""
-
-  make: Callable[[Path], object]  # writes a valid one to a folder
-  load: Callable[[Path], object]  # reads it; raises ValueError that names it
-  damage: Sequence[str] = ("response.json",)
-  share: float = 0.2
+# --- as files, for `harness` ---
 
 
-def _kind(name: str) -> EndpointKind:
-  def load(folder: Path) -> None:
-    path = folder / "response.json"
+def _make(folder: Path) -> None:
+  for name, response in VALID.items():
+    if "error" not in name:
+      (folder / f"{name}.json").write_text(json.dumps(response))
+
+
+def _load(folder: Path) -> None:
+  for path in sorted(folder.iterdir()):
     try:
-      asyncio.run(outcome(name.split()[0], path.read_bytes(), 200))
+      asyncio.run(outcome(path.stem.split()[0], path.read_bytes(), 200))
     except (EndpointError, calls._Refused) as error:
-      if "error" not in name:
-        raise ValueError(f"{path}: {error}") from error
-
-  return EndpointKind(lambda folder: (folder / "response.json").write_text(json.dumps(VALID[name])), load)
+      raise ValueError(f"{path}: {error}") from error
 
 
-KINDS = {f"endpoint_{name.replace(' ', '_')}": _kind(name) for name in VALID}
+KINDS = {"endpoint": Kind(_make, _load, ["*.json"])}
 
 
 if __name__ == "__main__":
