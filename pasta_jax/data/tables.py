@@ -7,12 +7,12 @@ Arrow's readers trust a file's offsets and lengths. So every batch is validated 
 and a file that expands far beyond its size is refused.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet
 import pydantic
@@ -125,21 +125,32 @@ def _values(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
 
 
 def _column(column: pa.Array) -> list[Any]:
-  if _is_json(column.type):
+  if _is_json(column.type) and _is_finite(column):
     return column.to_pylist()
-  if pa.types.is_floating(column.type):
-    return [x if x is None or math.isfinite(x) else None for x in column.to_pylist()]
   return [_plain(value) for value in column]
 
 
 def _is_json(kind: pa.DataType) -> bool:
-  """Whether every value of a type is a JSON value as Python has it."""
+  """Whether every value of a type, if it is finite, is a JSON value as Python has it."""
   if pa.types.is_struct(kind):
     return all(_is_json(kind.field(i).type) for i in range(kind.num_fields))
   if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
     return _is_json(kind.value_type)
-  is_any = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_boolean)
-  return pa.types.is_null(kind) or any(is_it(kind) for is_it in is_any)
+  t = pa.types
+  is_any = (t.is_string, t.is_large_string, t.is_integer, t.is_boolean, t.is_null, t.is_float32, t.is_float64)
+  return any(is_it(kind) for is_it in is_any)
+
+
+def _is_finite(column: pa.Array) -> bool:
+  """Whether no number of a column of such a type is NaN or infinite."""
+  if pa.types.is_floating(column.type):
+    return pc.all(pc.is_finite(column)).as_py() is not False  # None: no numbers
+  if pa.types.is_struct(column.type):
+    return all(map(_is_finite, column.flatten()))
+  if pa.types.is_dictionary(column.type):
+    return _is_finite(column.dictionary)
+  is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+  return not is_list or _is_finite(column.flatten())
 
 
 def _plain(value: pa.Scalar) -> Any:

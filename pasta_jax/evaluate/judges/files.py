@@ -37,6 +37,8 @@ class FileJudge:
   """
 
   def __init__(self, path: str, baseline: str):
+    if not Path(path).is_file():
+      raise EvalError(f"judgements in {path} cannot be read: no such file")
     try:
       digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
