@@ -9,6 +9,7 @@ pairs whose chosen answer is the shorter one.
 """
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from pasta_jax.evaluate.judges.registry import judges_of
 from pasta_jax.utils.files import write_json_atomic
 from pasta_jax.utils.jsonl import present, read_jsonl
 from pasta_jax.utils.terminal import as_text
+from pasta_jax.utils.text import one_line
 from pasta_jax.utils.typed import Parsed, checked
 
 
@@ -96,7 +98,11 @@ def measure(config, workdir: Path, files: list[str]) -> list[dict]:
 def main(argv: list[str]) -> None:
   del argv
   values = flags.FLAGS
-  rows = measure(from_flags(values.config), Path(values.workdir), [f for f in values.data.split(",") if f])
+  files = [f for f in values.data.split(",") if f]
+  try:
+    rows = measure(from_flags(values.config), Path(values.workdir), files)
+  except (ValueError, OSError) as error:
+    sys.exit(f"error: {one_line(str(error))}")
   write_json_atomic(Path(values.workdir) / "agreement.json", rows)
   table = rich.table.Table(title="agreement with labels, %")
   for name in (

@@ -22,6 +22,7 @@ compares the result with a leaderboard.
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -36,6 +37,7 @@ from absl import app, flags
 
 from pasta_jax.utils.jsonl import DataError, read_jsonl, write_jsonl
 from pasta_jax.utils.terminal import as_text
+from pasta_jax.utils.text import one_line
 from pasta_jax.utils.typed import Parsed, checked
 
 R = TypeVar("R", bound=Parsed)
@@ -181,6 +183,15 @@ class _Weights(Parsed):
   theta: float = pydantic.Field(alias="not_gamed_baseline.astype(float)")
 
 
+class _Published(Parsed):
+  """A model's rates on a leaderboard."""
+
+  leaderboard: str
+  model: str
+  win_rate: float
+  length_controlled_winrate: float | str | None = None  # some have none
+
+
 def _rows(path: str | Path, kind: type[R]) -> list[R]:
   """The rows of a file. Raises DataError, one line, that names file, row and field."""
   try:
@@ -265,12 +276,15 @@ def check(
 def main(argv: list[str]) -> None:
   del argv
   values = flags.FLAGS
-  preferences, weights = read_preferences(values.preferences), read_weights(values.weights)
-  leaderboard = {
-    r["model"]: r
-    for r in read_jsonl(values.leaderboard)
-    if r["leaderboard"] == values.leaderboard_name and r.get("length_controlled_winrate") not in ("", None)
-  }
+  try:
+    preferences, weights = read_preferences(values.preferences), read_weights(values.weights)
+    leaderboard = {
+      r.model: {"win_rate": r.win_rate, "length_controlled_winrate": r.length_controlled_winrate}
+      for r in _rows(values.leaderboard, _Published)
+      if r.leaderboard == values.leaderboard_name and r.length_controlled_winrate not in ("", None)
+    }
+  except (ValueError, OSError) as error:
+    sys.exit(f"error: {one_line(str(error))}")
   rows = check(preferences, leaderboard, weights)
   table = rich.table.Table(title=f"{len(rows)} models, {len(preferences.ids)} prompts")
   table.add_column("model")
