@@ -28,7 +28,11 @@ from pathlib import Path
 from pasta_jax.utils.text import one_line
 from tests.fuzz.mutations import mutated
 
-TABLES = ("tests.fuzz.weights", "tests.fuzz.endpoint_kinds")  # modules with a `KINDS`
+TABLES = (
+  "tests.fuzz.weights",
+  "tests.fuzz.data_kinds",
+  "tests.fuzz.endpoint_kinds",
+)  # modules with a `KINDS`
 SECONDS, MEMORY = 10, 2 << 30
 
 
