@@ -1,5 +1,6 @@
 """Values from files and servers, checked once where they enter: after that their types are known."""
 
+import functools
 from typing import Any, TypeVar
 
 import pydantic
@@ -15,6 +16,11 @@ class Parsed(pydantic.BaseModel):
   model_config = _RULES
 
 
+@functools.cache
+def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
+  return pydantic.TypeAdapter(kind, config=_RULES)  # slow to make
+
+
 def checked(kind: type[T], value: Any, what: str) -> T:
   """`value` as a `kind`: a subclass of `Parsed`, or a type such as `dict[str, int]`, as strict.
 
@@ -24,7 +30,7 @@ def checked(kind: type[T], value: Any, what: str) -> T:
   try:
     if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
       return kind.model_validate(value)
-    return pydantic.TypeAdapter(kind, config=_RULES).validate_python(value)
+    return _adapter(kind).validate_python(value)
   except pydantic.ValidationError as error:
     first = error.errors(include_url=False)[0]
     field = ".".join(map(str, first["loc"]))

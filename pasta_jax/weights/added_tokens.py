@@ -2,6 +2,7 @@
 that some of them take."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -72,7 +73,11 @@ class Found(NamedTuple):
 
 
 class Finder:
-  """Finds added tokens as Hugging Face's tokenizers do: this is one of them, which knows no other tokens."""
+  """Finds added tokens as Hugging Face's tokenizers do: this is one of them, which knows no other tokens.
+
+  Where no token looks at what is around it, and none waits for normalised text, a regular expression finds the
+  same and is faster.
+  """
 
   def __init__(
     self,
@@ -82,6 +87,12 @@ class Finder:
   ):
     """`blanks`: flags that differ from those of `tokens` (`without_blanks`); `normalizer` is
     tokenizer.json's."""
+    self._plain = None
+    if not any(t.normalized or t.lstrip or t.rstrip or t.single_word for t in tokens.values()) and not blanks:
+      longest_first = sorted((token.content for token in tokens.values()), key=len, reverse=True)
+      self._plain = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+      self._ids = {token.content: index for index, token in tokens.items()}
+      return
     exact = [
       tokenizers.AddedToken(
         token.content,
@@ -114,6 +125,8 @@ class Finder:
 
   def __call__(self, text: str) -> list[Found]:
     """In the order of the text."""
+    if self._plain is not None:
+      return [Found(self._ids[m[0]], m.start(), m.end(), False) for m in self._plain.finditer(text)]
     try:
       with faults_of_library():
         encoded = self._backend.encode(text, add_special_tokens=False)

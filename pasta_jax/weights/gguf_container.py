@@ -21,6 +21,7 @@ from pasta_jax.weights.model_files import regular
 # Scalar types by number. 8 is a string and 9 an array, which `_Cursor.value` reads.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")  # before a string's bytes
 _MAX_NESTING, _MAX_AXES = 4, 4  # of arrays in arrays, of which no model has any; of a tensor, as in ggml
 _PLAIN_TYPES: dict[GGMLQuantizationType, np.dtype[Any]] = {
   GGMLQuantizationType.F32: np.dtype("<f4"),
@@ -175,11 +176,20 @@ class _Cursor:
     return value
 
   def string(self) -> str:
-    length = self.scalar("Q")
-    if self.at + length > len(self.data):
-      raise EOFError
-    self.at += length
-    return str(self.data[self.at - length : self.at], "utf-8")
+    return self.strings(1)[0]
+
+  def strings(self, count: int) -> list[str]:
+    """Vocabularies have 100,000 of them: a loop without calls."""
+    data, at, read, out = self.data, self.at, _LENGTH.unpack_from, []
+    for _ in range(count):
+      (length,) = read(data, at)
+      at += 8
+      if at + length > len(data):
+        raise EOFError
+      out.append(str(data[at : at + length], "utf-8"))
+      at += length
+    self.at = at
+    return out
 
   def value(self, kind: int, nesting: int = 0) -> Any:
     if kind == _STRING:
@@ -189,7 +199,9 @@ class _Cursor:
     item, count = self.scalar("I"), self.scalar("Q")
     if nesting == _MAX_NESTING:
       raise ValueError("arrays nested too deeply")
-    if item in (_STRING, _ARRAY):
+    if item == _STRING:
+      return self.strings(count)
+    if item == _ARRAY:
       return [self.value(item, nesting + 1) for _ in range(count)]
     code = f"<{count}{_SCALARS[item]}"
     items = list(struct.unpack_from(code, self.data, self.at))

@@ -44,7 +44,10 @@ def load_run(
   checkpoint can be read, or if those weights have changed.
   """
   place, about, arrays = _newest(folder)
-  base = load(about.source)
+  try:
+    base = load(about.source)
+  except WeightsError as error:
+    raise WeightsError(f"{place}: the weights that the run started from: {error}") from error
   factors: dict[str, tuple[Any, Any]] = {}
   for name in [n.removesuffix(".lora_a") for n in arrays if n.endswith(".lora_a")]:
     a, b = arrays.pop(f"{name}.lora_a"), arrays.pop(f"{name}.lora_b", None)

@@ -316,10 +316,10 @@ def bytes_of_piece(token: str) -> bytes:
 def bytes_of_word(token: str) -> bytes:
   """Bytes of a byte-level entry. An entry outside GPT-2's alphabet, which no merge yields, is literal
   text."""
-  alphabet = _byte_of_character()
-  if any(char not in alphabet for char in token):
+  try:
+    return bytes(map(_byte_of_character().__getitem__, token))
+  except KeyError:
     return token.encode()
-  return bytes(alphabet[char] for char in token)
 
 
 @functools.cache
