@@ -30,7 +30,7 @@ def checked(kind: type[T], value: Any, what: str) -> T:
   try:
     if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
       return kind.model_validate(value)
-    return _adapter(kind).validate_python(value)
+    return _adapter(kind).validate_python(value)  # type: ignore[arg-type]  # types are hashable
   except pydantic.ValidationError as error:
     first = error.errors(include_url=False)[0]
     field = ".".join(map(str, first["loc"]))

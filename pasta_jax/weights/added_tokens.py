@@ -1,6 +1,7 @@
 """Added tokens: entries that a tokenizer finds in a text before it looks at words, with the blanks around them
 that some of them take."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,10 @@ class Entry(Parsed):
   single_word: bool = False
   normalized: bool | None = None  # None: unless it is special
 
+  def flags(self) -> dict[str, bool]:
+    normalized = not self.special if self.normalized is None else self.normalized
+    return self.model_dump(exclude={"content"}) | {"normalized": normalized}
+
 
 def decoder_of(config: Mapping[str, Any]) -> dict[int, Entry]:
   """The "added_tokens_decoder" of a tokenizer_config.json, by id; {} if it has none. Ids may be negative.
@@ -38,15 +43,27 @@ def decoder_of(config: Mapping[str, Any]) -> dict[int, Entry]:
     raise ValueError("added_tokens_decoder has an id that is not a number") from None
 
 
-def with_flags(parts: Mapping[str, Any], entries: Iterable[Entry]) -> dict[str, Any]:
-  """tokenizer.json with the flags that tokenizer_config.json gives its added tokens: transformers prefers
-  these."""
-  flags = {}
-  for entry in entries:
-    flags[entry.content] = entry.model_dump()
-    if entry.normalized is None:
-      flags[entry.content]["normalized"] = not entry.special
-  return {**parts, "added_tokens": [e | flags.get(e["content"], {}) for e in parts.get("added_tokens") or ()]}
+def merged(parts: Mapping[str, Any], entries: Mapping[int, Entry]) -> dict[str, Any]:
+  """tokenizer.json with the added tokens of tokenizer_config.json, as in transformers: these say how a token
+  looks for blanks and words, and a token that is nowhere else gets the next id, whatever its own."""
+  given = {entry.content: entry.flags() for _, entry in sorted(entries.items())}
+  added = [entry | given.pop(entry["content"], {}) for entry in parts.get("added_tokens") or ()]
+  vocab: Mapping[str, int] = parts["model"].get("vocab", {}) if given else {}
+  ids = [*vocab.values(), *(entry["id"] for entry in added)]
+  following = itertools.count(max(ids, default=-1) + 1)
+  for text, flags in given.items():
+    added.append({"id": vocab[text] if text in vocab else next(following), "content": text, **flags})
+  return {**parts, "added_tokens": added}
+
+
+def blanks_of(entries: Mapping[int, Entry]) -> dict[str, dict[str, bool]]:
+  """Which blanks added tokens take, by text; of those that are found before a text is normalised, so that they
+  end it."""
+  return {
+    entry.content: {flag: getattr(entry, flag) for flag in _BLANKS}
+    for entry in entries.values()
+    if not entry.flags()["normalized"]
+  }
 
 
 def without_blanks(

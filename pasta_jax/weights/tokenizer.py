@@ -19,7 +19,7 @@ from pasta_jax.lang.syntax import TOKEN_TEXTS
 from pasta_jax.utils.json_io import to_json
 from pasta_jax.weights import chat
 from pasta_jax.weights import tokenizer_forms as forms
-from pasta_jax.weights.added_tokens import Finder, Found, decoder_of, with_flags, without_blanks
+from pasta_jax.weights.added_tokens import Finder, Found, blanks_of, decoder_of, merged, without_blanks
 from pasta_jax.weights.arrays import WeightsError
 from pasta_jax.weights.model_files import faults_of_library, read_json, read_text, write_json
 from pasta_jax.weights.sentencepiece_file import read_pieces
@@ -119,7 +119,11 @@ class Tokenizer:
     self._any_control = "|".join(map(re.escape, longest_first)) or "(?!)"
     normaliser = json.loads(backend.normalizer.__getstate__()) if backend.normalizer else None
     self._words = words or backend
-    sought = {index: token for index, token in added.items() if token.special or words}
+    sought = {
+      index: token
+      for index, token in added.items()
+      if token.special or words or token.content in self._blanks
+    }
     self._find = Finder(sought, self._blanks, self._stored.get("normalizer", normaliser))
     single = {self._bytes[index] for index in range(self.vocab_size) if index not in self.special_ids}
     self._absent = bytes(byte for byte in range(256) if bytes([byte]) not in single)
@@ -215,12 +219,13 @@ class Tokenizer:
         f"{folder / 'tokenizer.json'}: cannot be read (there is neither this nor a tokenizer.model)"
       )
     with _faults_in(folder / "tokenizer_config.json"):
-      entries = decoder_of(config).values()
+      entries = decoder_of(config)
     with _faults_in(path):
       if path.suffix == ".json":
-        backend, more = _of_json(with_flags(read_json(path), entries), rows, ends)
+        backend, more = _of_json(merged(read_json(path), entries), rows, ends)
       else:
         backend, more = _of_pieces(folder, config, texts, rows)
+        more["blanks"] = blanks_of(entries)
       named = {
         name: index for name, text in texts.items() if (index := backend.token_to_id(text)) is not None
       }
@@ -454,7 +459,7 @@ def _end_ids(folder: Path) -> list[int]:
     described = read_json(path) if path.exists() else {}
     text_part = described.get("text_config")
     for part in (described, text_part if isinstance(text_part, dict) else {}):
-      if (given := part.get("eos_token_id")) is not None:
+      if (given := part.get("eos_token_id")) not in (None, []):
         ids = given if isinstance(given, list) else [given]
         if not all(type(index) is int for index in ids):
           raise WeightsError(f"{path}: eos_token_id {given!r:.80} is neither a token nor a list of tokens")

@@ -24,7 +24,7 @@ from pasta_jax.utils import calls, protocols
 from pasta_jax.utils.endpoint import Endpoint, EndpointError
 from pasta_jax.utils.json_io import parse_json, to_json
 from pasta_jax.utils.text import printable
-from tests.fuzz.harness import Kind
+from fuzz.harness import Kind
 
 RESPONSE = "There are two ways. Take the train. It is slow. Take the plane. It is fast. Choose one."
 PLAN = (

@@ -4,7 +4,7 @@ A kind makes a valid input once; each case copies it, damages a file of it and r
 is success, or a ValueError or OSError whose message names the file, within MEMORY and SECONDS. A process that
 dies is seen, and another one goes on with the next case.
 
-    python -m tests.fuzz.harness --count 5000 --seed 1 [--kinds gguf_bytes,adapter]
+    python tests/fuzz/harness.py --count 5000 --seed 1 [--kinds gguf_bytes,adapter] [--verbose]
 """
 
 import argparse
@@ -25,14 +25,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from pasta_jax.utils.text import one_line
-from tests.fuzz.mutations import mutated
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-TABLES = (
-  "tests.fuzz.weights",
-  "tests.fuzz.data_kinds",
-  "tests.fuzz.endpoint_kinds",
-)  # modules with a `KINDS`
+from fuzz.mutations import mutated  # noqa: E402
+from pasta_jax.utils.text import one_line  # noqa: E402
+
+TABLES = ("fuzz.weights", "fuzz.data_kinds", "fuzz.endpoint_kinds")  # modules with a `KINDS`
 SECONDS, MEMORY = 10, 2 << 30
 
 
@@ -87,12 +86,12 @@ def run(
 def _in_process(todo: Sequence[tuple[str, int]], seed: int, place: Path) -> Iterator[tuple[str, int, str]]:
   """Outcomes, until the process ends, dies or hangs; the last one may say that it did."""
   process = subprocess.Popen(
-    [sys.executable, "-m", "tests.fuzz.harness", "--worker", str(place), "--seed", str(seed)],
+    [sys.executable, __file__, "--worker", str(place), "--seed", str(seed)],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE if not os.environ.get("PASTA_DEBUG") else None,
     text=True,
-    cwd=Path(__file__).parents[2],
+    cwd=ROOT,
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
   )
   assert process.stdin and process.stdout

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.fuzz.harness import cases, kinds, run
+from fuzz.harness import cases, kinds, run
 
 
 @pytest.mark.parametrize("names", [list(kinds())], ids=["all"])

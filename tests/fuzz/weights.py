@@ -7,8 +7,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from helpers.folders import PIECE_TOKENS, TEMPLATE, model_config, write_gguf, write_model
 from sentencepiece import sentencepiece_model_pb2
 
+from fuzz.harness import Kind
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.lora import Adapter
 from pasta_jax.train.checkpoints import Checkpoints
@@ -16,8 +18,6 @@ from pasta_jax.train.state import TrainState
 from pasta_jax.weights.adapter import read_adapter, weights_of, write_adapter
 from pasta_jax.weights.arrays import param_shapes
 from pasta_jax.weights.checkpoint import load_checkpoint
-from tests.fuzz.harness import Kind
-from tests.helpers.folders import PIECE_TOKENS, TEMPLATE, model_config, write_gguf, write_model
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _MESSAGES = [

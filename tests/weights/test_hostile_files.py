@@ -12,6 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from fuzz import weights as valid
+from helpers.folders import write_gguf
 
 from pasta_jax.model.config import ModelConfig, RopeScaling
 from pasta_jax.weights import chat
@@ -21,8 +23,6 @@ from pasta_jax.weights.checkpoint import load_checkpoint
 from pasta_jax.weights.model_files import inside, save_tensors
 from pasta_jax.weights.run_folder import load_run
 from pasta_jax.weights.tokenizer import Tokenizer
-from tests.fuzz import weights as valid
-from tests.helpers.folders import write_gguf
 
 SMALL = valid._small()
 
