@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
+from fuzz.harness import Kind
 from pasta_jax.data.examples import mix, program_of, read_annotated
 from pasta_jax.data.prompts import read_prompts
 from pasta_jax.data.sources import read_instructions
@@ -16,7 +17,6 @@ from pasta_jax.evaluate.judges.files import FileJudge
 from pasta_jax.evaluate.metrics.length_control import read_difficulty, read_preferences
 from pasta_jax.utils.json_io import parse_json, to_json
 from pasta_jax.utils.jsonl import DataError
-from fuzz.harness import Kind
 
 TEXT = "Three ideas.\n\n1. Walk more: it is free.\n2. Sleep early: it helps.\n3. Drink water: it is near.\n"
 CHUNKS = [{"start": 14, "end": 40, "topic": "walk"}, {"start": 40, "end": 66, "topic": "sleep"}]

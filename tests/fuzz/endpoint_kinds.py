@@ -1,6 +1,6 @@
 """Damaged responses of endpoints: what the client, the judge and the annotator make of them.
 
-    python -m tests.fuzz.endpoint_kinds --count=5000 --seed=1
+    python tests/fuzz/endpoint_kinds.py --count=5000 --seed=1
 
 Each outcome is an answer that can be stored, read back and used, or one error of one line.
 """
@@ -18,13 +18,13 @@ from typing import Any
 
 import httpx2
 
+from fuzz.harness import Kind
 from pasta_jax.data.annotate import plan, prompts
 from pasta_jax.evaluate.judges.llm import confidence_in_a
 from pasta_jax.utils import calls, protocols
 from pasta_jax.utils.endpoint import Endpoint, EndpointError
 from pasta_jax.utils.json_io import parse_json, to_json
 from pasta_jax.utils.text import printable
-from fuzz.harness import Kind
 
 RESPONSE = "There are two ways. Take the train. It is slow. Take the plane. It is fast. Choose one."
 PLAN = (

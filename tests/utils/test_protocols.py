@@ -4,11 +4,11 @@ import asyncio
 import json
 
 import pytest
+from fuzz import endpoint_kinds
 
 from pasta_jax.utils import protocols
 from pasta_jax.utils.json_io import to_json
 from pasta_jax.utils.protocols import LIMIT, LOG_P, TEMPERATURE, Fault, Malformed
-from tests.fuzz import endpoint_kinds
 
 
 def openai(content="A", finish="stop", logprobs=None, usage=None, **message) -> dict:
