@@ -1,6 +1,6 @@
 """Damaged responses of endpoints: what the client, the judge and the annotator make of them.
 
-    python tests/fuzz/endpoint_kinds.py --count=5000 --seed=1
+    PYTHONPATH=tests python -m fuzz.endpoint_kinds --count=5000 --seed=1
 
 Each outcome is an answer that can be stored, read back and used, or one error of one line.
 """
