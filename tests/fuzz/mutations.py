@@ -1,5 +1,6 @@
 """Damage to a file, drawn from a seed: bytes, the JSON in it, or the text of a template."""
 
+import gzip
 import json
 import random
 import struct
@@ -47,6 +48,10 @@ def mutated(name: str, data: bytes, rng: random.Random) -> bytes:
   ways: list[Callable[[bytes, random.Random], bytes]] = [of_bytes]
   if name.endswith(".json") or name.startswith("_"):  # Orbax's metadata begin with "_"
     ways += [of_json] * 4
+  elif name.endswith(".jsonl"):
+    ways += [of_lines] * 4
+  elif name.endswith(".jsonl.gz"):
+    ways += [lambda data, rng: gzip.compress(of_lines(gzip.decompress(data), rng), mtime=0)] * 2
   elif name.endswith(".safetensors"):
     ways += [of_header] * 2
   elif name.endswith(".jinja"):
@@ -96,6 +101,14 @@ def of_json(data: bytes, rng: random.Random) -> bytes:
   if rng.random() < 0.05:
     text = text.replace("null", DEEP, 1) if "null" in text else DEEP
   return text.encode()
+
+
+def of_lines(data: bytes, rng: random.Random) -> bytes:
+  """JSON lines with damage in one of them."""
+  lines = data.splitlines(keepends=True)
+  at = rng.randrange(len(lines))
+  lines[at] = of_json(lines[at], rng) + b"\n"
+  return b"".join(lines)
 
 
 def of_header(data: bytes, rng: random.Random) -> bytes:
