@@ -105,8 +105,12 @@ def _batches(file: Path) -> Iterable[pa.RecordBatch]:
   """The batches of a parquet file, or of an Arrow file or stream."""
   if file.suffix == ".parquet":
     table = pyarrow.parquet.ParquetFile(file)
-    if _ROW * table.metadata.num_rows > unpacked_limit(file):
-      raise DataError(f"{file} expands to far more than its size: {table.metadata.num_rows:,} rows")
+    about = table.metadata
+    unpacked = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+    if max(unpacked, _ROW * about.num_rows) > unpacked_limit(file):
+      raise DataError(
+        f"{file} expands to far more than its size: {about.num_rows:,} rows, {unpacked >> 20:,} MB"
+      )
     yield from table.iter_batches(batch_size=_ROWS)
     return
   with pa.memory_map(str(file)) as source:

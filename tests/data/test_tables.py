@@ -46,7 +46,7 @@ COLUMNS = {  # by name: an array of one value, and what a row has
 
 def write(path: Path, table: pa.Table) -> Path:
   if path.suffix == ".parquet":
-    pyarrow.parquet.write_table(table, path)
+    pyarrow.parquet.write_table(table, path, compression="zstd")
   else:
     new = pa.ipc.new_file if path.stem.endswith("file") else pa.ipc.new_stream
     with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema) as out:
@@ -99,6 +99,7 @@ def test_the_files_of_a_folder(tmp_path: Path):
 BLOATED = {  # files of a few kilobytes that would fill a memory
   "rows.parquet": lambda: pa.table({"prompt": pa.nulls(30_000_000, pa.int8())}),
   "text.parquet": lambda: pa.table({"prompt": pa.DictionaryArray.from_arrays([0] * 2000, ["x" * 100_000])}),
+  "value.parquet": lambda: pa.table({"prompt": ["x" * (65 << 20)]}),
   "rows.arrow": lambda: pa.table({"prompt": pa.Array.from_buffers(pa.null(), 2**31 - 1, [None])}),
   "text.arrow": lambda: pa.table({"prompt": pa.DictionaryArray.from_arrays([0] * 20_000, ["x" * 100_000])}),
 }
