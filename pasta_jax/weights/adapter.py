@@ -14,7 +14,7 @@ from pydantic import Field
 
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.syntax import TAG_TEXTS
-from pasta_jax.model.config import LARGEST, MAX_COUNT, ModelConfig
+from pasta_jax.model.config import MAX_COUNT, ModelConfig
 from pasta_jax.model.lora import Adapter, adapter_of, merged_kernel, put
 from pasta_jax.model.transformer import Transformer
 from pasta_jax.utils.files import atomic_path
@@ -24,6 +24,7 @@ from pasta_jax.weights.arrays import WeightsError, aligned_empty, param_shapes, 
 from pasta_jax.weights.model_files import PLAIN_TYPES, faults_of_library, inside, open_tensors, save_tensors
 
 FORMAT = "pasta-jax-adapter-1"
+_MAX_SCALE = 1e6  # of updates; usual ones are below 100
 
 
 class AdapterError(ValueError):
@@ -175,7 +176,7 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
     ids, scale = tuple(checked(list[int], model.get("tags", []), "tags")), float(metadata["scale"])
   except (KeyError, ValueError):
     raise AdapterError(f"{path}: the header has no model or no scale") from None
-  if not abs(scale) <= LARGEST:  # NaN neither
+  if not abs(scale) <= _MAX_SCALE:  # NaN neither
     raise AdapterError(f"{path}: scale {scale} is not a usable number")
   for key, value in signature(config).items():
     if model.get(key) != value:

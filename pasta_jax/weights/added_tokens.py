@@ -110,16 +110,7 @@ class Finder:
       self._plain = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
       self._ids = {token.content: index for index, token in tokens.items()}
       return
-    exact = [
-      tokenizers.AddedToken(
-        token.content,
-        single_word=token.single_word,
-        normalized=token.normalized,
-        special=token.special,
-        **{"lstrip": token.lstrip, "rstrip": token.rstrip, **blanks.get(token.content, {})},
-      )
-      for token in tokens.values()
-    ]
+    exact = [_copy(token, **blanks.get(token.content, {})) for token in tokens.values()]
     self._backend = _backend(exact, normalizer)
     self._known = {
       self._backend.token_to_id(token.content): (index, token.normalized) for index, token in tokens.items()
@@ -127,17 +118,7 @@ class Finder:
     # The library panics where a token of blanks takes those before it after another token took them all.
     self._cautious = None
     if any(token.lstrip and token.content.isspace() for token in exact):
-      less = [
-        tokenizers.AddedToken(
-          token.content,
-          rstrip=token.rstrip,
-          lstrip=token.lstrip and not token.content.isspace(),
-          single_word=token.single_word,
-          normalized=token.normalized,
-          special=token.special,
-        )
-        for token in exact
-      ]
+      less = [_copy(token, lstrip=token.lstrip and not token.content.isspace()) for token in exact]
       self._cautious = _backend(less, normalizer)
 
   def __call__(self, text: str) -> list[Found]:
@@ -156,6 +137,13 @@ class Finder:
       token, normalized = self._known[own]
       out.append(Found(token, start, stop, normalized))
     return out
+
+
+def _copy(token: tokenizers.AddedToken, **changes: bool) -> tokenizers.AddedToken:
+  flags = {
+    flag: getattr(token, flag) for flag in ("lstrip", "rstrip", "single_word", "normalized", "special")
+  }
+  return tokenizers.AddedToken(token.content, **flags | changes)
 
 
 def _backend(

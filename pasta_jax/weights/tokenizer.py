@@ -25,6 +25,7 @@ from pasta_jax.weights.model_files import faults_of_library, read_json, read_tex
 from pasta_jax.weights.sentencepiece_file import read_pieces
 
 _MAX_GAPS = 64  # ids for each token: lists by id have this many entries at most
+_MAX_CONTROLS, _MAX_CONTROL = 100_000, 4096  # control tokens; characters of one: all are sought at once
 _MAX_DIGITS = 4000  # of a token that is a number; Python converts 4300 at most
 _PROBE = " A b  cd\n\te1 23, (x)."  # what components of tokenizers split at, drop or change
 # Hugging Face's names of tokens, which templates use.
@@ -116,6 +117,10 @@ class Tokenizer:
 
     self._controls = {added[index].content: index for index in self.special_ids}
     longest_first = sorted(self._controls, key=len, reverse=True)
+    if len(longest_first) > _MAX_CONTROLS or len(longest_first[0] if longest_first else "") > _MAX_CONTROL:
+      raise ValueError(
+        f"{len(longest_first)} control tokens, of up to {len(longest_first[0])} characters, are too many or too long"
+      )
     self._any_control = "|".join(map(re.escape, longest_first)) or "(?!)"
     normaliser = json.loads(backend.normalizer.__getstate__()) if backend.normalizer else None
     self._words = words or backend
