@@ -429,6 +429,8 @@ def _of_json(
   pieces = bool(not byte_level and model.get("byte_fallback"))
   if model.get("type") != "BPE" or not (byte_level or pieces):
     raise ValueError("not a BPE tokenizer, byte-level or with byte fallback")
+  if not isinstance(parts.get("normalizer"), dict | None):  # the library takes lists, for something else
+    raise ValueError("its normaliser is not an object")
   if any(part.get("add_prefix_space") for part in byte_level):
     raise ValueError("add_prefix_space changes the text, and is not supported")
   if pieces:

@@ -562,6 +562,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
   "tokenizer.json: damaged \\(T": lambda f: edit(f / TOKENS, added_tokens=[{"id": "3", "content": "x"}]),
   "tokenizer.json: damaged \\(K": lambda f: edit(f / TOKENS, added_tokens=[{"id": 3}]),
   "tokenizer.json: damaged \\(A": lambda f: edit(f / TOKENS, pre_tokenizer=[1]),
+  "tokenizer.json: its normaliser is not an object": lambda f: edit(f / TOKENS, normalizer=[-1, 10**9]),
   "tokenizer.json: .*": lambda f: edit(
     f / TOKENS, model={"type": "BPE", "byte_fallback": True, "vocab": [1]}
   ),
