@@ -359,9 +359,9 @@ class Tokenizer:
 
   def _refuse_loss(self) -> None:
     """Raises ValueError if the vocabulary's words lose or change characters: components that do are many."""
-    if self._backend.normalizer is not None and not self._blank:
-      return
-    probe = "".join(c for c in _PROBE if not set(c.encode()) & set(self._absent))
+    changes = self._backend.normalizer is not None and not self._blank  # such as NFC: ASCII stays as it is
+    known = (c for c in _PROBE if not set(c.encode()) & set(self._absent))
+    probe = "".join(c for c in known if c.isascii() or not changes)
     if self.decode(self.encode(probe)) != probe:
       raise ValueError(f"the text {probe!r} is {self.decode(self.encode(probe))!r:.80} after it was encoded")
 

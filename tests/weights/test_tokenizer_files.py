@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import tokenizers
-from helpers.folders import SEED_DATA
+from helpers.folders import SEED_DATA, model_config, write_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -579,3 +579,12 @@ def test_damaged_files_are_named_in_one_line(message: str, folder: Path):
   with pytest.raises(WeightsError, match=message) as caught:
     Tokenizer.from_folder(folder, 400)
   assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_normaliser_that_changes_ascii_is_refused(tmp_path: Path):
+  folder = write_model(tmp_path / "model", model_config())
+  edit(folder / TOKENS, normalizer={"type": "NFC"})
+  assert Tokenizer.from_folder(folder).decode(Tokenizer.from_folder(folder).encode("A b")) == "A b"
+  edit(folder / TOKENS, normalizer={"type": "ByteLevel"})
+  with pytest.raises(WeightsError, match="tokenizer.json: the text .* is .* after it was encoded"):
+    Tokenizer.from_folder(folder)
