@@ -35,6 +35,7 @@ from pasta_jax.utils.json_io import read_json
 from pasta_jax.utils.locks import LOCK, locked
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import Records
+from pasta_jax.utils.typed import checked
 
 
 def evaluate(config, workdir: Path) -> dict:
@@ -93,12 +94,13 @@ def select_requests(e) -> tuple[list[PromptTurn], list[PromptTurn]]:
 
 def _write_run(path: Path, requests: Sequence[PromptTurn], judges: Sequence[Judge]) -> None:
   """Writes what the report is about: this call's requests and judges, all machines and versions so far."""
-  before = read_json(path) if path.exists() else {}
+  found = read_json(path) if path.exists() else {}
+  before = checked(dict[str, list[str]], {k: found.get(k, []) for k in ("machines", "versions")}, str(path))
   now = {
     "requests": [r.id for r in requests],
     "judges": [j.name for j in judges],
-    "machines": list(dict.fromkeys([*before.get("machines", []), machine()])),
-    "versions": list(dict.fromkeys([*before.get("versions", []), version()])),
+    "machines": list(dict.fromkeys([*before["machines"], machine()])),
+    "versions": list(dict.fromkeys([*before["versions"], version()])),
   }
   write_json_atomic(path, now)
 
