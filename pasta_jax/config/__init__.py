@@ -60,6 +60,7 @@ class Config:
   model: sections.Model = sections.Model()
   mesh: sections.Mesh = sections.Mesh()
   positions: sections.Positions = sections.Positions()
+  language: sections.Language = sections.Language()
   train: sections.Train = sections.Train()
   decode: sections.Decode = sections.Decode()
   systems: Mapping[str, System] = dataclasses.field(default_factory=lambda: SYSTEMS)

@@ -57,15 +57,21 @@ ALWAYS, PROMISES, NEVER = "always", "with promises", "never"  # when results dep
 
 
 def setting(
-  default: Any, *rules: Rule, identity: str = ALWAYS, file: bool = False, path: bool = False
+  default: Any,
+  *rules: Rule,
+  identity: str = ALWAYS,
+  file: bool = False,
+  path: bool = False,
+  late: bool = False,
 ) -> Any:
   """A field of a section.
 
   `identity`: when results depend on it; other values then need another folder, or are recorded with what was
   made. `path`: it names files or folders (`user_path`), perhaps among other things. `file`: the same, of
-  files that may be moved: identity takes their names without folders.
+  files that may be moved: identity takes their names without folders. `late`: identity leaves it out while it has its
+  default, so that runs from before it existed go on.
   """
-  about = {"rules": rules, "identity": identity, "file": file, "path": path or file}
+  about = {"rules": rules, "identity": identity, "file": file, "path": path or file, "late": late}
   return dataclasses.field(default=default, metadata=about)
 
 
@@ -155,6 +161,8 @@ def identity(section: Section, *, promises: bool = True) -> dict[str, Any]:
     when, value = f.metadata.get("identity", ALWAYS), getattr(section, f.name)
     if f.metadata.get("file"):
       value = tuple(Path(v).name for v in value) if isinstance(value, tuple) else Path(value).name
+    if f.metadata.get("late") and value == f.default:
+      continue
     if when == ALWAYS or when == PROMISES and promises:
       found[f.name] = to_text(value) if isinstance(value, tuple) else value
   return found

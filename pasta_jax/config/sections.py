@@ -21,6 +21,7 @@ from pasta_jax.config.fields import (
 )
 
 # Choices that other modules implement: they import them from here, or a test compares the two.
+VISIBILITIES = ("promise", "live")  # who sees whom (lang.forms)
 STRATEGIES = ("pred_10x", "pred_1x", "fixed", "oracle", "max", "sum")  # of positions (lang.positions)
 ANNOTATIONS = ("plan", "structure", "none")  # of responses (data.examples)
 DTYPES = ("float32", "bfloat16")
@@ -119,6 +120,13 @@ class Positions(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class Language(Section):
+  """The form of the language in training (lang.forms.Forms); decoding takes its adapter's."""
+
+  visibility: str = setting("promise", one_of(VISIBILITIES))  # promise: the paper's; live: chunks read along
+
+
+@dataclasses.dataclass(frozen=True)
 class Train(Section):
   """Supervised finetuning (--mode=train)."""
 
@@ -180,6 +188,8 @@ class Decode(Section):
   promise_bias: float = setting(1.5, identity=PROMISES)  # added to the logit of a promise's opening tag
   speed: int = setting(-1, identity=NEVER)  # of adapters that have it; 0: best quality; -1: none
   seed: int = 0
+  # form in which an adapter is decoded; "": its own, others are experiments
+  visibility: str = setting("", one_of(("", *VISIBILITIES)), identity=PROMISES, late=True)
   attention: str = setting("auto", one_of(DECODE_ATTENTION), identity=NEVER)  # program of steps and prefill
   product: str = setting("xla", one_of(PRODUCTS), identity=NEVER)  # program of matrix products
   live: bool = setting(True, identity=NEVER)  # show branches while they are written, on a terminal

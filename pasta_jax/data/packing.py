@@ -11,13 +11,17 @@ import numpy as np
 
 from pasta_jax.lang.layout import NO_TARGET, Layout
 
+FIRST_ROUND = 2**29  # the highest round of a row: far above 0, that of padding, whatever the examples
+
 
 @dataclasses.dataclass
 class PackedBatch:
   """Rows for the trainer; every leaf int32. B rows of T tokens, L nesting levels.
 
   `segment_ids` is 0 for padding and counts examples from 1 within a row; `masked_intervals` are indices into
-  the row. A query at q sees a key at k iff `visibility.is_visible` says so and their segments are equal.
+  the row. A query at q sees a key at k iff `visibility.is_visible` says so and their segments are equal; under
+  `live`, iff `visibility.is_visible_live` says so of `rounds`, which fall from each example of a row to the next, so
+  that nothing sees an earlier example, and are lowest in padding.
   """
 
   tokens: np.ndarray  # [B, T]
@@ -25,6 +29,7 @@ class PackedBatch:
   masked_intervals: np.ndarray  # [B, T, L, 2]
   targets: np.ndarray  # [B, T], NO_TARGET where nothing is learned
   segment_ids: np.ndarray  # [B, T]
+  rounds: np.ndarray  # [B, T]
 
   def as_dict(self) -> dict[str, np.ndarray]:
     return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -39,8 +44,9 @@ def pack_row(examples: Sequence[Layout], length: int, levels: int) -> PackedBatc
     masked_intervals=np.zeros((1, length, levels, 2), np.int32),
     targets=np.full((1, length), NO_TARGET, np.int32),
     segment_ids=np.zeros((1, length), np.int32),
+    rounds=np.zeros((1, length), np.int32),
   )
-  at = 0
+  at, highest = 0, FIRST_ROUND
   for number, e in enumerate(examples, 1):
     where = slice(at, at + len(e))
     row.tokens[0, where], row.positions[0, where], row.targets[0, where] = e.tokens, e.positions, e.targets
@@ -50,6 +56,8 @@ def pack_row(examples: Sequence[Layout], length: int, levels: int) -> PackedBatc
     filled = e.masked_intervals[:, :levels]
     row.masked_intervals[0, where, : filled.shape[1]] = filled + at * (filled[..., 1:] > 0)
     row.segment_ids[0, where] = number
+    row.rounds[0, where] = e.rounds + (highest - int(e.rounds.max(initial=0)))
+    highest = int(row.rounds[0, where].min(initial=highest))
     at += len(e)
   return row
 

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from pasta_jax.lang.automaton import TokenTable
+from pasta_jax.lang.cost import clocks
 from pasta_jax.lang.joins import Unjoined
 from pasta_jax.lang.positions import PositionRule
-from pasta_jax.lang.thread import Thread, serialise
+from pasta_jax.lang.thread import Thread, serialise, walk
 
 NO_TARGET = -1
 
@@ -32,6 +33,8 @@ class Layout:
   targets: np.ndarray  # [T], NO_TARGET where nothing is learned
   threads: np.ndarray  # [T] 0 for the main thread, chunks numbered in order of their promises
   index: np.ndarray  # [T] index in the thread's own tokens; prompt tokens are negative
+  # [T] round in which the token is read; a chosen token that is never read has the last one
+  rounds: np.ndarray
 
   def __len__(self) -> int:
     return len(self.tokens)
@@ -99,9 +102,30 @@ class _Walk:
 def layout(thread: Thread, rule: PositionRule, table: TokenTable, prompt: Sequence[int] = ()) -> Layout:
   """Lays out a prompt and the response that `thread` is the main thread of."""
   prompt = list(prompt)
-  walk = _Walk(rule, table.tags.sync, len(prompt), thread.total_tokens, thread.depth)
-  _, left = walk.thread(thread, len(prompt), 0, len(prompt) - 1 if prompt else None)
-  walk.join(left, walk.end)
+  laid = _Walk(rule, table.tags.sync, len(prompt), thread.total_tokens, thread.depth)
+  _, left = laid.thread(thread, len(prompt), 0, len(prompt) - 1 if prompt else None)
+  laid.join(left, laid.end)
   own = [t.tokens[i] for t, i in serialise(thread)]
-  tokens = np.asarray([*prompt, *own], np.int32)
-  return Layout(tokens, walk.positions, walk.masked_intervals, walk.targets, walk.threads, walk.index)
+  return Layout(
+    tokens=np.asarray([*prompt, *own], np.int32),
+    positions=laid.positions,
+    masked_intervals=laid.masked_intervals,
+    targets=laid.targets,
+    threads=laid.threads,
+    index=laid.index,
+    rounds=_rounds(thread, table, laid),
+  )
+
+
+def _rounds(main: Thread, table: TokenTable, laid: _Walk) -> np.ndarray:
+  """[T] rounds: those of the interpreter's pool. The last prompt token is read in round 1, those before it count
+  down from there. A chunk that was cut off has chosen a last token that nobody reads: it gets the last round."""
+  by_thread = [clock + 1 for clock in clocks(main, table.tags.sync)[0]]
+  last = max((int(r.max(initial=1)) for r in by_thread), default=1)
+  for number, (thread, rounds) in enumerate(zip(walk(main), by_thread)):
+    if number and (not thread.tokens or thread.tokens[-1] not in (table.tags.end, *table.tags.eos)):
+      rounds[-1:] = last
+  out, own = laid.index + 2, laid.index >= 0  # of a prompt: its last token has index -1
+  starts = np.cumsum([0, *map(len, by_thread)])
+  out[own] = np.concatenate(by_thread)[starts[laid.threads[own]] + laid.index[own]]
+  return out

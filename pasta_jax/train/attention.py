@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pasta_jax.config.sections import ATTENTION
-from pasta_jax.lang.visibility import is_visible
+from pasta_jax.lang.visibility import is_visible, is_visible_live
 from pasta_jax.model import flash, tiles
 from pasta_jax.model.attention import chunked_attention, dense_attention, sliding_window_mask
 from pasta_jax.model.config import ModelConfig
@@ -49,9 +49,12 @@ def masked_intervals(batch: DeviceBatch) -> jax.Array:
   return jnp.concatenate([batch["masked_intervals"], rest[:, :, None]], axis=2)
 
 
-def attention_mask(batch: DeviceBatch) -> jax.Array:
-  """[B, T, T] boolean: whether the query sees the key."""
+def attention_mask(batch: DeviceBatch, visibility: str = "promise") -> jax.Array:
+  """[B, T, T] boolean: whether the query sees the key under a `visibility` of `lang.forms`."""
   at = jnp.arange(batch["tokens"].shape[1])
+  if visibility == "live":
+    rounds = batch["rounds"]
+    return is_visible_live(at[:, None], at[None, :], rounds[:, :, None], rounds[:, None, :])
   return is_visible(at[:, None], at[None, :], masked_intervals(batch)[:, None])
 
 

@@ -100,7 +100,7 @@ class SFT(Task):
 
 def row_shapes(rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
   """Shapes of `data.packing.PackedBatch` with one nesting level."""
-  names = ("tokens", "positions", "targets", "segment_ids")
+  names = ("tokens", "positions", "targets", "segment_ids", "rounds")
   shapes: dict[str, tuple[int, ...]] = {name: (rows, length) for name in names}
   shapes["masked_intervals"] = (rows, length, 1, 2)
   return {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}

@@ -6,20 +6,19 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
-from pydantic import Field
 
-from pasta_jax.lang.positions import PositionRule
+from pasta_jax.lang import forms
 from pasta_jax.lang.syntax import TAG_TEXTS
-from pasta_jax.model.config import MAX_COUNT, ModelConfig
+from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.lora import Adapter, adapter_of, merged_kernel, put
 from pasta_jax.model.transformer import Transformer
 from pasta_jax.utils.files import atomic_path
 from pasta_jax.utils.json_io import parse_json, to_json
-from pasta_jax.utils.typed import Parsed, checked
+from pasta_jax.utils.typed import checked
 from pasta_jax.weights.arrays import WeightsError, aligned_empty, param_shapes, read_into
 from pasta_jax.weights.model_files import PLAIN_TYPES, faults_of_library, inside, open_tensors, save_tensors
 
@@ -29,13 +28,6 @@ _MAX_SCALE = 1e6  # of updates; usual ones are below 100
 
 class AdapterError(ValueError):
   """An adapter cannot be read, or was made for another model. The message is one line."""
-
-
-class Rule(Parsed):
-  """The header's "positions"."""
-
-  strategy: str
-  fixed: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 60
 
 
 def signature(config: ModelConfig) -> dict[str, int]:
@@ -83,21 +75,17 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def check_metadata(metadata: Any) -> None:
-  """Refuses metadata of an adapter that other modules would fail on: the rule of positions and the speeds that
+  """Refuses metadata of an adapter that other modules would fail on: the form of the language and the speeds that
   it was trained for are JSON of known types.
 
   Raises ValueError that names the field.
   """
   values = checked(dict[str, str], metadata, "metadata")
+  forms.from_metadata(values)
   try:
-    field = "positions"
-    if field in values:
-      PositionRule(**checked(Rule, parse_json(values[field]), "not a rule").model_dump())
-    field = "speeds"
-    if field in values:
-      checked(list[int], parse_json(values[field]), "not a list of speeds")
+    checked(list[int], parse_json(values.get("speeds", "[]")), "not a list")
   except ValueError as error:
-    raise ValueError(f"{field}: {error}") from error
+    raise ValueError(f"speeds: {error}") from error
 
 
 def weights_of(path: Path) -> Path | None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_language import BYTES
-from test_layout import trees, visible_matrix
+from test_layout import live_matrix, trees, visible_matrix
 
 from pasta_jax.data.examples import examples, mix, program_of
 from pasta_jax.data.packing import PackedBatch, PackedBatches, fill_rows, pack_row, single_batches
@@ -375,16 +375,19 @@ def test_packed_rows_are_their_examples_side_by_side(mains: list[Thread]):
     inside = [parts[i] for i in indices]
     packed = pack_row(inside, LENGTH, LEVELS)
     expected = np.zeros((LENGTH, LENGTH), bool)
+    live = np.eye(LENGTH, dtype=bool)
     at = 0
     for number, e in enumerate(inside, 1):
       where = slice(at, at + len(e))
       expected[where, where] = visible_matrix(e)
+      live[where, where] = live_matrix(e)
       for field in ("tokens", "positions", "targets"):
         np.testing.assert_array_equal(getattr(packed, field)[0, where], getattr(e, field))
       np.testing.assert_array_equal(packed.segment_ids[0, where], number)
       at += len(e)
     expected[at:, at:] = np.eye(LENGTH - at, dtype=bool)  # padding sees itself
     np.testing.assert_array_equal(attention_mask(packed.as_dict())[0], expected)
+    np.testing.assert_array_equal(attention_mask(packed.as_dict(), "live")[0], live)
     assert not packed.segment_ids[0, at:].any() and not packed.tokens[0, at:].any()
     assert (packed.targets[0, at:] == NO_TARGET).all()
     assert all(x.dtype == np.int32 and x.shape[:2] == (1, LENGTH) for x in packed.as_dict().values())

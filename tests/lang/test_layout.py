@@ -23,7 +23,7 @@ from pasta_jax.lang.positions import STRATEGIES, PositionRule, span
 from pasta_jax.lang.program import Text, reading_order
 from pasta_jax.lang.syntax import parse
 from pasta_jax.lang.thread import Fork, Thread, serialise, walk
-from pasta_jax.lang.visibility import is_visible
+from pasta_jax.lang.visibility import is_visible, is_visible_live
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 RELAXED = settings(deadline=None)
@@ -105,6 +105,11 @@ def visible_matrix(laid: Layout) -> np.ndarray:
   return is_visible(t[:, None], t[None, :], laid.masked_intervals[None])
 
 
+def live_matrix(laid: Layout) -> np.ndarray:
+  t = np.arange(len(laid))
+  return is_visible_live(t[:, None], t[None, :], laid.rounds[:, None], laid.rounds[None])
+
+
 # Visibility.
 
 
@@ -155,6 +160,84 @@ def test_is_visible_is_the_same_in_jax():
     jnp.asarray(t)[:, None], jnp.asarray(t)[None, :], jnp.asarray(laid.masked_intervals)[None]
   )
   np.testing.assert_array_equal(in_jax, visible_matrix(laid))
+
+
+# Rounds, and visibility by them.
+
+
+def play(tree: Tree) -> tuple[dict[tuple[int, int], int], np.ndarray]:
+  """Plays a response round by round, as an interpreter with a branch for every thread.
+
+  Returns ((thread, own index) -> round in which the token is read, `until` [M, M] after the last round): entry e of
+  thread u can be seen by thread t if e < until[t, u], where entries are counted as they are read.
+  """
+  m, far = len(tree.threads), 10**9
+  rounds: dict[tuple[int, int], int] = {}
+  entries: dict[tuple[int, int], int] = {}
+  at, born = [0] * m, [0] + [far] * (m - 1)
+  until = np.zeros((m, m), np.int64)
+  until[0, 0] = far
+  children = {(tree.parent[n][0], tree.parent[n][1].at): n for n in range(1, m)}
+  done = lambda n: at[n] == len(tree.threads[n].tokens)
+  now = 2  # the last prompt token is read in round 1, and with it the first token is chosen
+  while not all(done(n) for n in range(m)):
+    reads = []
+    for n in range(m):
+      if born[n] > now or done(n):
+        continue
+      joined = tree.joined_by(n, at[n]) if tree.threads[n].tokens[at[n]] == SYNC else []
+      if all(done(c) for c in joined):
+        reads.append(n)
+    forks = []
+    for n in reads:
+      rounds[n, at[n]], entries[n, at[n]] = now, len(entries)
+      if (n, at[n]) in children:
+        child = children[n, at[n]]
+        born[child] = now + 1
+        forks.append((child, n, entries[n, at[n]]))
+    for c, p, f in forks:
+      until[c] = until[p]
+      until[c, p], until[c, c] = f + 1, far
+    for c, p, f in forks:
+      for t in range(m):
+        if t != c:
+          until[t, c] = far if until[t, p] > f else 0
+    for n in reads:
+      at[n] += 1
+    now += 1
+  seen = np.zeros((len(entries), len(entries)), bool)
+  for (t, i), r in rounds.items():
+    for (u, k), e in entries.items():
+      seen[entries[t, i], e] = (t, i) == (u, k) or (rounds[u, k] < r and e < until[t, u])
+  order = [entries[n, i] for n, i in sorted(entries, key=lambda own: tree.place[own[0]][own[1]])]
+  return rounds, seen[np.ix_(order, order)]
+
+
+@RELAXED
+@given(main=trees(cut=False))
+def test_rounds_and_live_visibility_are_those_of_a_response_played_round_by_round(main: Thread):
+  """Who sees whom follows from `until`, a number for each pair of threads that forks alone change."""
+  laid, tree = layout(main, PositionRule(), BYTES.table, PROMPT), Tree(main)
+  rounds, seen = play(tree)
+  for (n, i), r in rounds.items():
+    assert laid.rounds[tree.place[n][i]] == r
+  ours = live_matrix(laid)
+  first = len(PROMPT)
+  np.testing.assert_array_equal(ours[first:, first:], seen)
+  assert ours[first:, :first].all() and laid.rounds[:first].tolist() == [0, 1]
+  np.testing.assert_array_equal(ours[:first, :first], np.tri(first, dtype=bool))
+  assert not (visible_matrix(laid) & ~ours).any()  # whoever is seen under `promise` is seen under `live`
+
+
+@RELAXED
+@given(main=trees())
+def test_a_token_that_is_never_read_is_seen_by_nobody(main: Thread):
+  laid, tree = layout(main, PositionRule(), BYTES.table, PROMPT), Tree(main)
+  ours = live_matrix(laid)
+  for n, thread in enumerate(tree.threads):
+    if n and thread.tokens[-1] != TAGS.end:
+      k = tree.place[n][-1]
+      assert not np.delete(ours[:, k], k).any()
 
 
 # Order and targets.

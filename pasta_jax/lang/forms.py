@@ -1,0 +1,71 @@
+"""The form of the language that an adapter speaks: who sees whom, what a promise says and how, and positions.
+
+The paper's form is the default. An adapter's metadata carry its form, and everything that encodes, lays out, decodes
+or judges takes it from there (docs/language.md section 1).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from pasta_jax.config.sections import VISIBILITIES
+from pasta_jax.lang.positions import PositionRule
+from pasta_jax.utils.json_io import parse_json, to_json
+from pasta_jax.utils.typed import Parsed, checked
+
+
+@dataclasses.dataclass(frozen=True)
+class Forms:
+  """One form of the language. Raises ValueError, one line, for a form that does not exist.
+
+  visibility   promise: a chunk sees what stood before its promise, and no other chunk (the paper's)
+               live: a token sees all text before it, in reading order, that was read in an earlier round
+  """
+
+  positions: PositionRule = PositionRule()
+  visibility: str = "promise"
+
+  def __post_init__(self):
+    if self.visibility not in VISIBILITIES:
+      raise ValueError(f"visibility {self.visibility!r} is none of {', '.join(VISIBILITIES)}")
+
+  @property
+  def live(self) -> bool:
+    return self.visibility == "live"
+
+
+class _Positions(Parsed):
+  strategy: str
+  fixed: Annotated[int, Field(ge=0, le=2**20)] = 60
+
+
+def from_config(config: Any) -> Forms:
+  """The form in which a config trains."""
+  rule = PositionRule(config.positions.strategy, config.positions.fixed)
+  return Forms(rule, config.language.visibility)
+
+
+def to_metadata(forms: Forms) -> dict[str, str]:
+  """The entries of an adapter's header: "positions", and "forms" where they are not the paper's."""
+  rule = forms.positions
+  positions = to_json({"strategy": rule.strategy, "fixed": rule.fixed})
+  others = {
+    f.name: getattr(forms, f.name)
+    for f in dataclasses.fields(Forms)
+    if f.name != "positions" and getattr(forms, f.name) != f.default
+  }
+  return {"positions": positions} | ({"forms": to_json(others)} if others else {})
+
+
+def from_metadata(metadata: Mapping[str, str]) -> Forms:
+  """The inverse of `to_metadata`; what is missing is the paper's. Raises ValueError, one line, for damaged entries."""
+  rule = PositionRule()
+  if "positions" in metadata:
+    rule = PositionRule(**checked(_Positions, parse_json(metadata["positions"]), "positions").model_dump())
+  others: dict[str, Any] = checked(dict[str, str], parse_json(metadata.get("forms", "{}")), "forms")
+  known = {f.name for f in dataclasses.fields(Forms)} - {"positions"}
+  if unknown := sorted(others.keys() - known):
+    raise ValueError(f"forms: {unknown[0]!r} is none of {', '.join(sorted(known))}: it is of a newer version")
+  return Forms(rule, **others)
