@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pasta_jax.decode import sight
 from pasta_jax.decode.attention import make_prefill_attend
 from pasta_jax.decode.sampling import Sampling, TokenTables
 from pasta_jax.decode.settings import DecodeError, Limits, StepFeatures, padded_length
@@ -61,7 +62,7 @@ class Interpreter:
     self._prefill = jax.jit(self._prefill_pure, static_argnames="capacity")
     self._segment = jax.jit(self._segment_pure, static_argnames=shape, donate_argnums=1)
     self._batch_segment = jax.jit(self._batch_segment_pure, static_argnames=shape, donate_argnums=1)
-    self._grow = jax.jit(grow, static_argnames="capacity")
+    self._grow = jax.jit(self._grow_pure, static_argnames="capacity")
     insert = lambda batch, one, row: jax.tree.map(lambda b, x: b.at[row].set(x), batch, one)
     self._insert = jax.jit(insert, donate_argnums=0)
     self._take = jax.jit(lambda batch, rows: jax.tree.map(lambda x: x[rows], batch))
@@ -73,11 +74,16 @@ class Interpreter:
     attend = make_prefill_attend(self.features.attention, positions, model.config, model.dtype)
     _, cached = model(prompt[None], positions, attend)
     keys, values = ([x[0].astype(model.dtype) for x in layers] for layers in zip(*cached))
+    sees = sight.main_thread(self.features.live, capacity, length - 1, self.limits.max_threads)
     return initial(
-      keys, values, prompt, length, seed, max_threads=self.limits.max_threads, capacity=capacity,
+      keys, values, prompt, length, seed, main_sight=sees, max_threads=self.limits.max_threads, capacity=capacity,
       logits=model.config.vocab_size if self.features.return_logits else 0,
       recent=max(self.features.no_repeat - 1, 0),
     )  # fmt: skip
+
+  def _grow_pure(self, state: State, *, capacity: int) -> State:
+    more = capacity - capacity_of(state)
+    return grow(state, capacity, sight.grown(self.features.live, state.threads.sight, more))
 
   def _step(self, params: Any, width: int, features: StepFeatures) -> Callable[[State, Sampling], State]:
     model = nnx.merge(self.graph, params)

@@ -54,6 +54,7 @@ class Branch(NamedTuple):
   """What a branch's forward pass and choice read. A leading axis W outside the vmap."""
 
   thread: Thread  # before its token is read
+  sees: jax.Array  # [P] bool: pool entries
   view: guard.View  # of the same thread after it
   taken: jax.Array  # [M] bool: it knows that promise, and one more token (`kept_last`) would repeat its topic
   ngram: jax.Array  # uint32, hash of its last tokens
@@ -86,7 +87,7 @@ def choose(logits: jax.Array, state: State, branch: Branch, tables: TokenTables,
   if features.use_repetition_penalty:
     # The token that is being read has no entry yet, but must not come twice in a row either.
     tokens = jnp.append(state.log.token, thread.token)
-    written = jnp.append(thread.visible & (state.log.thread >= 0), view.index >= 0) & tables.penalised[tokens]
+    written = jnp.append(branch.sees & (state.log.thread >= 0), view.index >= 0) & tables.penalised[tokens]
     scores = penalise(scores, tokens, written & (view.state == A.TEXT), sampling.repetition_penalty)
   if features.no_repeat:
     # What followed the same tokens before may not follow them again, tags excepted. All threads count: chunks

@@ -67,6 +67,7 @@ class StepFeatures:
   """The parts that a compiled step contains."""
 
   rule: PositionRule = PositionRule()
+  visibility: str = "promise"  # who sees whom (lang.forms)
   guard: bool = True  # only well-formed tags can be written (decode.guard)
   promises: bool = True  # False: the tags are never written; ordinary decoding
   greedy: bool = True
@@ -75,6 +76,10 @@ class StepFeatures:
   no_repeat: int = 0  # length of n-grams (and topics) of earlier rounds that no thread may repeat; 0: off
   attention: str = "auto"  # a kind of `decode.attention`
   return_logits: bool = False  # keep every step's logits in the trace (for tests: capacity x V floats)
+
+  @property
+  def live(self) -> bool:
+    return self.visibility == "live"
 
 
 @dataclasses.dataclass(frozen=True)

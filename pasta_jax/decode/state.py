@@ -59,13 +59,13 @@ class State(struct.PyTreeNode):
   finish: jax.Array  # int32, index into FINISH_REASONS
 
 
-def initial(keys: list[jax.Array], values: list[jax.Array], prompt: jax.Array, length: jax.Array, seed: jax.Array,
-            *, max_threads: int, capacity: int, logits: int, recent: int = 0) -> State:  # fmt: skip
+def initial(keys: list[jax.Array], values: list[jax.Array], prompt: jax.Array, length: jax.Array, seed: jax.Array, *,
+            main_sight: jax.Array, max_threads: int, capacity: int, logits: int, recent: int = 0) -> State:  # fmt: skip
   """The state after a prefill.
 
   `keys`, `values`: per layer [S, K, H] of the padded prompt; `prompt` [S] its tokens, of which `length` are
   real. The prompt's last token is the first one that the main thread reads. `capacity` P >= S; `logits` is V
-  to keep them, else 0; `recent` the length of `Thread.recent`.
+  to keep them, else 0; `recent` the length of `Thread.recent`; `main_sight` what the main thread sees.
   """
   n = length - 1
   padded = capacity - prompt.shape[0]
@@ -81,7 +81,7 @@ def initial(keys: list[jax.Array], values: list[jax.Array], prompt: jax.Array, l
     logits=jnp.zeros((capacity, logits)),
   )  # fmt: skip
   main = born(
-    token=prompt[n], index=-1, position=n, round=1, key=_key(seed), visible=entries < n, recent=blank[:recent]
+    token=prompt[n], index=-1, position=n, round=1, key=_key(seed), sight=main_sight, recent=blank[:recent]
   )
   threads = jax.tree.map(lambda x: jnp.broadcast_to(x, (max_threads, *x.shape)), main)
   threads = threads.replace(status=threads.status.at[1:].set(FREE))
@@ -102,13 +102,13 @@ def reseed(state: State, seed: jax.Array) -> State:
   return state.replace(threads=state.threads.replace(key=key))
 
 
-def grow(state: State, capacity: int) -> State:
-  """The same state with a larger pool."""
+def grow(state: State, capacity: int, sight: jax.Array) -> State:
+  """The same state with a larger pool; `sight` is that of its threads in it."""
   more = capacity - state.log.token.shape[0]
   along = lambda axis: lambda x: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
   pool = KVPool([along(2)(k) for k in state.pool.keys], [along(1)(v) for v in state.pool.values])
-  threads = state.threads.replace(visible=along(1)(state.threads.visible))
-  return state.replace(pool=pool, log=jax.tree.map(along(0), state.log), threads=threads)
+  log = jax.tree.map(along(0), state.log)
+  return state.replace(pool=pool, log=log, threads=state.threads.replace(sight=sight))
 
 
 def earlier(state: State) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pasta_jax.decode import sight
 from pasta_jax.decode import threads as T
 from pasta_jax.decode.attention import make_decode_attend
 from pasta_jax.decode.guard import View
@@ -46,15 +47,20 @@ def step(model: Transformer, state: State, tables: TokenTables, sampling: Sampli
   threads = take(state.threads, lanes.rows)
   read = jax.vmap(T.read_token)(threads, tables.value[threads.token], tables.scale[threads.token])
   forks, children = allocate(state, lanes, read, limits)
-  branches = observe(state, lanes, threads, read, forks, limits, features)
+  sees = sight.seen(features.live, state, threads.sight)
+  branches = observe(state, lanes, threads, sees, read, forks, limits, features)
   out = jax.vmap(partial(forward, model, state, tables, sampling, limits, features))(branches)
   state = append(state, lanes, branches, out, features)
-  advance = jax.vmap(partial(T.advance, rule=features.rule))
-  advanced = advance(read, forks, lanes.entry, lanes.live, out.token, tables.classes[out.token])
-  spawn = jax.vmap(T.spawn, (0, 0, 0, 0, None))
-  spawned = spawn(read, lanes.rows, lanes.entry, advanced.visible, tables.async_tag)
+  after = jax.vmap(partial(sight.after_turn, features.live))(threads.sight, lanes.entry, lanes.live)
+  of_chunks = jax.vmap(partial(sight.of_chunk, features.live))(after, lanes.rows, lanes.entry, children)
+  advanced = jax.vmap(partial(T.advance, rule=features.rule))(
+    read, forks, out.token, tables.classes[out.token], after
+  )
+  spawned = jax.vmap(T.spawn, (0, 0, 0, 0, None))(read, lanes.rows, lanes.entry, of_chunks, tables.async_tag)
   state = put(state, lanes.rows, advanced)
   state = put(state, children, spawned)
+  of_others = sight.of_others(features.live, state.threads.sight, lanes.rows, lanes.entry, children)
+  state = state.replace(threads=state.threads.replace(sight=of_others))
   served = lanes.live.sum()
   state = state.replace(
     used=state.used + served, served=state.served + served, steps=state.steps + (served > 0),
@@ -91,12 +97,12 @@ def allocate(state: State, lanes: Lanes, read: T.TokenRead, limits: Limits) -> t
   return forks, jnp.where(forks, rows, m)
 
 
-def observe(state: State, lanes: Lanes, threads: Thread, read: T.TokenRead, forks: jax.Array, limits: Limits,
-            features: StepFeatures) -> Branch:  # fmt: skip
-  """What each branch sees and knows after its token."""
+def observe(state: State, lanes: Lanes, threads: Thread, sees: jax.Array, read: T.TokenRead, forks: jax.Array,
+            limits: Limits, features: StepFeatures) -> Branch:  # fmt: skip
+  """What each branch, which sees the pool entries `sees` [W, P], knows after its token."""
   t, after = state.threads, read.thread
   m, width = t.status.shape[0], lanes.rows.shape[0]
-  known = threads.visible[:, t.fork_entry]  # [W, M]: lane w sees the promise of thread m
+  known = sees[:, t.fork_entry]  # [W, M]: lane w sees the promise of thread m
   if features.no_repeat:
     # Those of threads that it does not see too, as with runs of tokens (`sampling.choose`).
     known |= earlier(state)[t.fork_entry]
@@ -109,7 +115,7 @@ def observe(state: State, lanes: Lanes, threads: Thread, read: T.TokenRead, fork
     may_sync=joinable.any(axis=1) | forks,
   )  # fmt: skip
   taken = known & kept & (t.kept_before == after.topic[:, None])
-  return Branch(threads, view, taken, ngram_hash(after.recent))
+  return Branch(threads, sees, view, taken, ngram_hash(after.recent))
 
 
 def forward(model: Transformer, state: State, tables: TokenTables, sampling: Sampling, limits: Limits,
@@ -118,7 +124,7 @@ def forward(model: Transformer, state: State, tables: TokenTables, sampling: Sam
   t = branch.thread
   window = sliding_window_mask(t.position[None], state.log.position, model.config.window)
   attend = make_decode_attend(
-    features.attention, t.visible, None if window is None else window[0], model.config.attention_softcap
+    features.attention, branch.sees, None if window is None else window[0], model.config.attention_softcap
   )
   hidden, cache = model(t.token, t.position, attend, list(zip(state.pool.keys, state.pool.values)))
   logits = model.logits(hidden)
@@ -157,7 +163,7 @@ def end_round(state: State, limits: Limits, features: StepFeatures) -> State:
   t = state.threads
   over = ~((t.status == RUNNING) & (t.round == state.round)).any() & (state.finish == UNFINISHED)
   t = t.replace(owner=jnp.where(over, T.adopt(t, limits.max_depth), t.owner))
-  t = T.join(t, over, state.round, features.rule)
+  t = T.join(t, over, state.round, features.rule, live=features.live)
   running = t.status == RUNNING
   todo = running.sum()
   keep = lambda new, old: jnp.where(over, new, old)

@@ -37,7 +37,7 @@ class Thread(struct.PyTreeNode):
   recent: jax.Array  # [n] own tokens read last, oldest first; -1: none (n: `no_repeat` - 1, or 0)
   length: jax.Array  # own tokens read back
   children: jax.Array  # promises kept so far
-  visible: jax.Array  # [P] bool: pool entries that it sees
+  sight: jax.Array  # what it sees (`decode.sight`): [P] bool, or [M] int32
   # Fixed at birth, but for the owner.
   key: jax.Array  # [2] uint32, from the request's seed and the path of ordinals
   parent: jax.Array  # -1 for the main thread
@@ -51,14 +51,14 @@ class Thread(struct.PyTreeNode):
   fork_index: jax.Array  # index of that token in the parent's own tokens
 
 
-def born(*, token, index, position, round, key, visible, recent, depth=0, parent=-1, ordinal=0, declared=-1,
+def born(*, token, index, position, round, key, sight, recent, depth=0, parent=-1, ordinal=0, declared=-1,
          kept_before=0, kept_last=-1, fork_entry=0, fork_index=0) -> Thread:  # fmt: skip
   """A thread before its first token, which the prompt or the interpreter wrote: it is only read."""
   i, u = jnp.int32, jnp.uint32
   return Thread(
     status=i(RUNNING), token=i(token), kind=i(A.ORDINARY), index=i(index), position=i(position), round=i(round),
     state=i(A.TEXT), number=i(-1), topic=u(0), topic_before=u(0), topic_last=i(-1), topic_length=i(0),
-    recent=jnp.full_like(recent, -1), length=i(0), children=i(0), visible=visible, key=key, parent=i(parent),
+    recent=jnp.full_like(recent, -1), length=i(0), children=i(0), sight=sight, key=key, parent=i(parent),
     owner=i(parent), depth=i(depth), ordinal=i(ordinal), declared=i(declared), kept_before=u(kept_before),
     kept_last=i(kept_last), fork_entry=i(fork_entry), fork_index=i(fork_index),
   )  # fmt: skip
@@ -94,10 +94,10 @@ def read_token(thread: Thread, value: jax.Array, scale: jax.Array) -> TokenRead:
   return TokenRead(after, action == A.FORK, (action == A.FINISH) & (t.parent >= 0))
 
 
-def advance(read: TokenRead, forks, entry, live, chosen, kind, rule: PositionRule) -> Thread:
-  """The thread after its turn: its token is pool entry `entry`, its next one is `chosen`, of class `kind`.
+def advance(read: TokenRead, forks, chosen, kind, sight, rule: PositionRule) -> Thread:
+  """The thread after its turn, which it leaves with `sight`: its next token is `chosen`, of class `kind`.
 
-  `forks`: its promise was granted; `live` False: an idle lane. One token a thread a round is stated here.
+  `forks`: its promise was granted. One token a thread a round is stated here.
   """
   t = read.thread
   joins = jnp.asarray(A.ACTION)[t.state, kind] == A.JOIN
@@ -111,12 +111,12 @@ def advance(read: TokenRead, forks, entry, live, chosen, kind, rule: PositionRul
     round=t.round + 1,
     length=t.index + 1,
     children=t.children + forks,
-    visible=t.visible | (live & (jnp.arange(t.visible.shape[0]) == entry)),
+    sight=sight,
   )
 
 
-def spawn(read: TokenRead, number, entry, visible, async_tag) -> Thread:
-  """The chunk that thread `number` has just promised; **a fork copies the parent's row** (`visible`).
+def spawn(read: TokenRead, number, entry, sight, async_tag) -> Thread:
+  """The chunk that thread `number` has just promised, with `sight`.
 
   Its key folds in its ordinal, after a constant, so that no token's key is a child's key.
   """
@@ -124,7 +124,7 @@ def spawn(read: TokenRead, number, entry, visible, async_tag) -> Thread:
   path = jax.random.fold_in(jax.random.wrap_key_data(t.key), 0x7FFFFFFF)
   key = jax.random.key_data(jax.random.fold_in(path, t.children + 1))
   return born(
-    token=async_tag, index=0, position=t.position + 1, round=t.round + 1, key=key, visible=visible, recent=t.recent,
+    token=async_tag, index=0, position=t.position + 1, round=t.round + 1, key=key, sight=sight, recent=t.recent,
     depth=t.depth + 1, parent=number, ordinal=t.children, declared=jnp.minimum(t.number, A.MAX_DECLARED),
     kept_before=t.topic_before, kept_last=t.topic_last, fork_entry=entry, fork_index=t.index,
   )  # fmt: skip
@@ -139,9 +139,9 @@ def adopt(threads: Thread, levels: int) -> jax.Array:
   return owner
 
 
-def join(threads: Thread, over: jax.Array, round: jax.Array, rule: PositionRule) -> Thread:
-  """Wakes each waiting thread whose chunks are all done, if `round` is `over`: **a join ORs their rows into
-  its own**, and its sync is read in the next round. The rule of `lang.joins.Unjoined`, by owners."""
+def join(threads: Thread, over: jax.Array, round: jax.Array, rule: PositionRule, *, live: bool) -> Thread:
+  """Wakes each waiting thread whose chunks are all done, if `round` is `over`: its sync is read in the next round.
+  The rule of `lang.joins.Unjoined`, by owners. Unless `live`, **a join ORs their rows into its own**."""
   t = threads
   numbers = jnp.arange(t.status.shape[0])
   owned = (t.owner[None, :] == numbers[:, None]) & (t.status != FREE)[None, :]  # [thread, chunk]
@@ -157,7 +157,7 @@ def join(threads: Thread, over: jax.Array, round: jax.Array, rule: PositionRule)
   n_joined = jnp.sum(jnp.where(joins, t.length[None, :], 0), axis=1)
   return t.replace(
     owner=jnp.where(joined, -1, t.owner),
-    visible=jax.lax.cond(joined.any(), merge, lambda visible: visible, t.visible),
+    sight=t.sight if live else jax.lax.cond(joined.any(), merge, lambda visible: visible, t.sight),
     position=jnp.where(ready, rule.at_sync(t.position, furthest, n_joined), t.position),
     status=jnp.where(ready, RUNNING, t.status),
     round=jnp.where(ready, round + 1, t.round),

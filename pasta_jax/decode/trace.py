@@ -30,6 +30,7 @@ class ThreadTrace:
   positions: np.ndarray  # [n] int32
   entries: np.ndarray  # [n] int32, pool entries; -1 for a token that was not read back
   rounds: np.ndarray  # [n] int32, in which the token was written: its clock on a machine with enough branches
+  read_in: np.ndarray  # [n] int32, round in which it was read into the pool; 0 for an unread token
   steps: np.ndarray  # [n] int32, decode step in which it was written; 0 for `<async>` and unread tokens
   log_p: np.ndarray  # [n] float32, the model's; NaN for `<async>`, which the interpreter writes
   finished: bool  # it wrote its last token
@@ -65,7 +66,7 @@ class Trace:
 def read_trace(state: State, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
   """Reads a state back. The state is not changed; the pool's keys and values are not copied."""
   # The large arrays stay where they are.
-  small = state.log.replace(logits=state.used), state.threads.replace(visible=state.used)
+  small = state.log.replace(logits=state.used), state.threads.replace(sight=state.used)
   (log, table), used, prompt_entries, steps, finish, n = jax.device_get(
     (small, state.used, state.prompt, state.steps, state.finish, state.n_threads)
   )
@@ -162,6 +163,7 @@ def from_json(saved: dict, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
         number=number,
         entries=np.full(n, -1, np.int32),
         steps=np.zeros(n, np.int32),
+        read_in=np.zeros(n, np.int32),
         log_p=np.full(n, np.nan, np.float32),
       )
     )
@@ -207,6 +209,7 @@ def _thread_trace(
     positions=positions,
     entries=at,
     rounds=log.round[chosen_at],
+    read_in=np.where(at >= 0, log.round[at], 0),
     steps=log.step[chosen_at],
     log_p=log_p,
     finished=len(tokens) > 0 and int(tokens[-1]) in ends,

@@ -24,7 +24,8 @@ import rich.table
 from absl import app, flags
 from flax import nnx
 
-from pasta_jax.decode.interpreter import UNBOUNDED, Interpreter
+from pasta_jax.decode import sight
+from pasta_jax.decode.interpreter import UNBOUNDED, Interpreter, capacity_of
 from pasta_jax.decode.sampling import as_arrays
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures, specialise
 from pasta_jax.decode.state import State, grow
@@ -44,18 +45,19 @@ SAMPLING, NO_REPEAT = SamplingConfig(repetition_penalty=1.1), 16  # the defaults
 def busy_state(interpreter: Interpreter, branches: int, capacity: int) -> State:
   """A state with `branches` running threads, each of which sees half of a pool of `capacity` entries."""
   state = interpreter.prefill([1] * 16)
-  if capacity > state.log.token.shape[0]:
-    state = grow(state, capacity)
+  if capacity > capacity_of(state):
+    sights = sight.grown(interpreter.features.live, state.threads.sight, capacity - capacity_of(state))
+    state = grow(state, capacity, sights)
   t = state.threads
   live = jnp.arange(t.status.shape[0]) < branches
-  seen = jnp.arange(capacity) < capacity // 2
+  seen = sight.main_thread(interpreter.features.live, capacity, jnp.int32(capacity // 2), t.status.shape[0])
   t = t.replace(
     status=jnp.where(live, RUNNING, t.status),
     token=jnp.full_like(t.token, 100),
     kind=jnp.full_like(t.kind, ORDINARY),
     index=jnp.full_like(t.index, 5),
     position=jnp.full_like(t.position, capacity // 2),
-    visible=jnp.broadcast_to(seen, t.visible.shape),
+    sight=jnp.broadcast_to(seen, t.sight.shape),
   )
   return state.replace(
     threads=t,

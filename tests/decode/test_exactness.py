@@ -27,7 +27,7 @@ from pasta_jax.decode.trace import Trace
 from pasta_jax.lang.cost import clocks
 from pasta_jax.lang.layout import NO_TARGET, layout
 from pasta_jax.lang.positions import PositionRule
-from pasta_jax.lang.visibility import is_visible
+from pasta_jax.lang.visibility import is_visible, is_visible_live
 
 LIMITS = Limits(
   max_new_tokens=80, max_threads=48, max_depth=3, max_topic=4, branch_widths=(4,), kv_buckets=(128,)
@@ -39,14 +39,11 @@ VOCABULARY, TABLE = tiny.VOCABULARY, tiny.VOCABULARY.table
 
 
 @functools.cache
-def interpreter(strategy: str, guard: bool) -> Interpreter:
+def interpreter(strategy: str, guard: bool, visibility: str = "promise") -> Interpreter:
   """One for each static shape, so that examples share what was compiled."""
-  return Interpreter(
-    tiny.model(),
-    VOCABULARY,
-    LIMITS,
-    StepFeatures(rule=PositionRule(strategy, FIXED), guard=guard, return_logits=True),
-  )
+  rule = PositionRule(strategy, FIXED)
+  features = StepFeatures(rule=rule, visibility=visibility, guard=guard, return_logits=True)
+  return Interpreter(tiny.model(), VOCABULARY, LIMITS, features)
 
 
 class Tally(collections.Counter):
@@ -87,13 +84,17 @@ def chosen_at(thread, clock: np.ndarray) -> np.ndarray:
 
 
 def check_teacher_forcing(
-  params, trace: Trace, rule: PositionRule, tolerance: float = TOLERANCE, graph=tiny.GRAPH
+  params, trace: Trace, features: StepFeatures, tolerance: float = TOLERANCE, graph=tiny.GRAPH
 ):
   """Logits, log-probabilities, positions, rounds and targets of every token that the model chose."""
+  rule = features.rule
   prompt = len(trace.prompt)
   laid = layout(trace.main, rule, TABLE, trace.prompt.tolist())
   at = np.arange(len(laid))
-  visible = is_visible(at[:, None], at[None, :], laid.masked_intervals[None])
+  if features.live:
+    visible = is_visible_live(at[:, None], at[None, :], laid.rounds[:, None], laid.rounds[None])
+  else:
+    visible = is_visible(at[:, None], at[None, :], laid.masked_intervals[None])
   dense = tiny.dense_logits(params, laid.tokens, laid.positions, visible, graph=graph)
   log_p = np.asarray(jax.nn.log_softmax(dense))
   names = dict(enumerate(path for path, _ in tiny.paths(trace.main)))
@@ -107,6 +108,8 @@ def check_teacher_forcing(
     for k, token in enumerate(thread.tokens):
       i = place[thread.path, k]
       assert laid.tokens[i] == token
+      if thread.entries[k] >= 0:
+        assert laid.rounds[i] == thread.read_in[k], f"round of token {k} of thread {thread.path}"
       # A sync that still waits has no final position yet where the strategy decides it by what is joined.
       if not (thread.entries[k] < 0 and token == VOCABULARY.tags.sync and rule.strategy in ("max", "sum")):
         assert laid.positions[i] == thread.positions[k], f"position of token {k} of thread {thread.path}"
@@ -121,22 +124,27 @@ def check_teacher_forcing(
 
 
 @pytest.mark.parametrize(
-  "strategy,guard,temperature,n",
+  "strategy,guard,temperature,n,visibility",
   [
-    ("pred_10x", True, 0.0, 30),
-    ("pred_10x", True, 1.0, 40),
-    ("pred_10x", False, 0.0, 30),
-    ("pred_10x", False, 1.0, 40),
-    ("pred_1x", True, 0.0, 30),
-    ("fixed", True, 0.0, 30),
-    ("max", True, 0.0, 30),
-    ("max", False, 1.0, 30),
-    ("sum", True, 0.0, 30),
-    ("sum", False, 1.0, 30),
+    ("pred_10x", True, 0.0, 30, "promise"),
+    ("pred_10x", True, 1.0, 40, "promise"),
+    ("pred_10x", False, 0.0, 30, "promise"),
+    ("pred_10x", False, 1.0, 40, "promise"),
+    ("pred_1x", True, 0.0, 30, "promise"),
+    ("fixed", True, 0.0, 30, "promise"),
+    ("max", True, 0.0, 30, "promise"),
+    ("max", False, 1.0, 30, "promise"),
+    ("sum", True, 0.0, 30, "promise"),
+    ("sum", False, 1.0, 30, "promise"),
+    ("pred_10x", True, 1.0, 40, "live"),
+    ("pred_10x", False, 1.0, 40, "live"),
+    ("fixed", True, 0.0, 20, "live"),
+    ("max", False, 1.0, 20, "live"),
+    ("sum", True, 0.0, 20, "live"),
   ],
 )
-def test_decoding_agrees_with_one_dense_forward(strategy, guard, temperature, n):
-  run = interpreter(strategy, guard)
+def test_decoding_agrees_with_one_dense_forward(strategy, guard, temperature, n, visibility):
+  run = interpreter(strategy, guard, visibility)
   salt = zlib.crc32(f"{strategy} {guard} {temperature}".encode())  # other programs for each case
 
   def check(tally, seed, prompt, kind):
@@ -144,7 +152,7 @@ def test_decoding_agrees_with_one_dense_forward(strategy, guard, temperature, n)
     trace = decode(run, prompt, SamplingConfig(temperature=temperature, seed=seed))
     tally.add(trace)
     tolerance = TOLERANCE * (8 if kind == "storm" else 1)
-    check_teacher_forcing(run.params, trace, run.features.rule, tolerance)
+    check_teacher_forcing(run.params, trace, run.features, tolerance)
 
   tally = tiny.over_programs(check, n, KINDS, always=[("habits",)], tally=Tally)
   tally.require(promises=3, nested=1, joins=1, finished=5)
@@ -169,25 +177,22 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_other_families_agree_with_one_dense_forward(family):
+@pytest.mark.parametrize("family, visibility", [*((f, "promise") for f in FAMILIES), ("mistral", "live")])
+def test_other_families_agree_with_one_dense_forward(family, visibility):
   """Windows end in the middle of chunks and of the gaps that promises jump: positions count, not pool
   entries."""
   config = dataclasses.replace(tiny.CONFIG, **FAMILIES[family])
   wide = dataclasses.replace(config, window=0, local_layers=())
-  run = Interpreter(
-    tiny.model(config), VOCABULARY, LIMITS, StepFeatures(rule=PositionRule("pred_10x"), return_logits=True)
-  )
+  features = StepFeatures(rule=PositionRule("pred_10x"), visibility=visibility, return_logits=True)
+  run = Interpreter(tiny.model(config), VOCABULARY, LIMITS, features)
 
   def check(tally, seed, prompt):
     graph, run.params = tiny.other_family(config, tiny.weights((seed, 5)))
     trace = decode(run, prompt, SamplingConfig(temperature=1.0, seed=seed))
     tally.add(trace)
-    check_teacher_forcing(run.params, trace, run.features.rule, graph=graph)
+    check_teacher_forcing(run.params, trace, run.features, graph=graph)
     with contextlib.suppress(AssertionError):
-      check_teacher_forcing(
-        run.params, trace, run.features.rule, graph=tiny.other_family(wide, run.params)[0]
-      )
+      check_teacher_forcing(run.params, trace, run.features, graph=tiny.other_family(wide, run.params)[0])
       tally["as without a window"] += 1
 
   tally = tiny.over_programs(check, 20, tally=Tally)
@@ -359,11 +364,96 @@ class Reference:
     return kind == "close" and automaton.number is not None
 
 
+@dataclasses.dataclass
+class Playing:
+  """A thread of `LiveReference`."""
+
+  path: tuple[int, ...]
+  place: tuple[int, ...]  # of its first token in reading order, as nested indices
+  token: int  # chosen, not read yet
+  position: int
+  automaton: tiny.Automaton
+  owner: tuple[int, ...] | None  # whose next sync joins it
+  event: str | None = None  # what its token asks for
+  status: str = "runs"
+  read: int = 0
+  children: int = 0
+  can_join: bool = False
+
+
+class LiveReference(Reference):
+  """Greedy decoding under `live`, round by round: a token sees what stands before it in reading order and was read
+  in an earlier round."""
+
+  def thread(self, path: tuple[int, ...], seen: list[int], position: int, token: int) -> Done:
+    """Plays the response; called once, for the main thread."""
+    self.rows = [((-2, i), 0) for i in seen]  # place in reading order, round
+    self.playing = [Playing((), (), token, position, tiny.Automaton(True, self.numbered), None)]
+    self.threads[()] = []
+    left = sum(int((t.entries >= 0).sum()) for t in self.hints.values())
+    now = 0
+    while not now or left and any(t.status == "runs" for t in self.playing):
+      now += 1
+      for t in [t for t in self.playing if t.status == "runs"]:
+        self.turn(t, now)
+        left -= not (t.read == 1 and not t.path)  # the last prompt token is none of the response's
+      self.end_round()
+    for t in self.playing:
+      self.ill += t.automaton.ill + (t.automaton.state != "text")
+    return Done([], 0, 0, [])
+
+  def turn(self, t: Playing, now: int) -> None:
+    tokens = self.threads[t.path]
+    index = t.read - 1 if not t.path else t.read  # of its token among its own; -1: the prompt's last
+    place = (*t.place, index)
+    seen = [row for row, (other, when) in enumerate(self.rows) if other < place and when < now]
+    self.write(t.token, t.position, seen)
+    self.rows.append((place, now))
+    t.read += 1
+    t.position += 1
+    if t.event == "fork":
+      if len(t.path) < LIMITS.max_depth:
+        self.topics[len(self.tokens) - 1] = t.automaton.topic
+        child = (*t.path, t.children)
+        self.playing.append(Playing(
+          child, (*place, 1), VOCABULARY.tags.async_, t.position, tiny.Automaton(False, self.numbered), t.path
+        ))  # fmt: skip
+        self.threads[child] = [VOCABULARY.tags.async_]
+        t.position += self.gap(t.automaton.number)
+        t.children, t.can_join = t.children + 1, True
+      else:
+        self.refused += 1
+    if t.event == "end":
+      t.status = "done"
+      return
+    t.token = self.choose(t.path, tokens, seen, t.automaton, t.can_join)
+    tokens.append(t.token)
+    t.event = t.automaton.feed(t.token)
+    if t.event == "join":
+      t.status = "waits"
+    elif t.event == "end" and not t.path:
+      t.status = "done"
+
+  def end_round(self) -> None:
+    by_path = {t.path: t for t in self.playing}
+    for t in self.playing:
+      while t.owner and by_path[t.owner].status == "done":
+        t.owner = by_path[t.owner].owner
+    for t in [t for t in self.playing if t.status == "waits"]:
+      joined = [c for c in self.playing if c.owner == t.path]
+      if all(c.status == "done" for c in joined):
+        ends = [Done([], c.position, len(self.threads[c.path]), []) for c in joined]
+        t.position, t.status, t.can_join = self.at_sync(t.position, ends), "runs", False
+        for c in joined:
+          c.owner = None
+
+
 def check_against_reference(
-  params, trace: Trace, strategy: str, guard: bool, penalty: float = 1.0
+  params, trace: Trace, strategy: str, guard: bool, penalty: float = 1.0, visibility: str = "promise"
 ) -> Reference:
   """Tokens of every thread, and how many tags were ill-formed or refused."""
-  reference = Reference(params, trace, strategy, guard, penalty)
+  kind = LiveReference if visibility == "live" else Reference
+  reference = kind(params, trace, strategy, guard, penalty)
   got = {t.path: tiny.words(t.tokens) for t in trace.threads}
   want = {path: tiny.words(tokens) for path, tokens in reference.threads.items()}
   assert got == want
@@ -373,25 +463,29 @@ def check_against_reference(
 
 
 @pytest.mark.parametrize(
-  "strategy,guard,n",
+  "strategy,guard,n,visibility",
   [
-    ("pred_10x", True, 40),
-    ("pred_10x", False, 40),
-    ("pred_1x", True, 15),
-    ("fixed", True, 20),
-    ("max", True, 20),
-    ("sum", True, 20),
+    ("pred_10x", True, 40, "promise"),
+    ("pred_10x", False, 40, "promise"),
+    ("pred_1x", True, 15, "promise"),
+    ("fixed", True, 20, "promise"),
+    ("max", True, 20, "promise"),
+    ("sum", True, 20, "promise"),
+    ("pred_10x", True, 40, "live"),
+    ("pred_10x", False, 30, "live"),
+    ("max", True, 20, "live"),
+    ("sum", True, 20, "live"),
   ],
 )
-def test_greedy_decoding_agrees_with_one_thread_at_a_time(strategy, guard, n):
-  run = interpreter(strategy, guard)
+def test_greedy_decoding_agrees_with_a_plain_decoder(strategy, guard, n, visibility):
+  run = interpreter(strategy, guard, visibility)
   salt = zlib.crc32(f"{strategy} {guard}".encode())
 
   def check(tally, seed, prompt, kind):
     run.params = tiny.weights((seed, salt), kind)
     trace = decode(run, prompt)
     tally.add(trace)
-    reference = check_against_reference(run.params, trace, strategy, guard)
+    reference = check_against_reference(run.params, trace, strategy, guard, visibility=visibility)
     tally["ties"] += reference.ties
     if guard and trace.finish_reason == "stop":
       assert trace.ill_formed == 0
