@@ -1,7 +1,7 @@
 """Masks, and attention over whole rows in plain JAX: the reference for every kernel, and what CPUs run.
 
-In training each key stores the query intervals it is masked from (`chunked_attention`); the kernels of
-`model.flash` compute the same on TPU and GPU.
+In training a mask is told by an array over the row's tokens (`model.masks`); `chunked_attention` and the kernels of
+`model.flash`, on TPU and GPU, compute the same.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pasta_jax.lang.visibility import is_visible
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.masks import Mask
 from pasta_jax.model.products import matmul
 from pasta_jax.model.transformer import Attend, Local, soft_cap
 
@@ -72,22 +72,19 @@ def dense_attention(
 
 
 def chunked_attention(
-  masked_intervals: jax.Array, positions: jax.Array, config: ModelConfig, dtype: Any, block: int = 128
+  mask: Mask, positions: jax.Array, config: ModelConfig, dtype: Any, block: int = 128
 ) -> Attend:
-  """`attend` over whole rows [B, T] whose keys are masked from the query intervals `masked_intervals` [B, T,
-  L, 2] (`visibility.is_visible`); local layers also apply the sliding window to `positions` [B, T]. Collects
-  each layer's keys and values [B, T, K, H].
+  """`attend` over whole rows [B, T] under `mask`; local layers also apply the sliding window to `positions` [B, T].
+  Collects each layer's keys and values [B, T, K, H].
 
   No T x T array is made: the mask of each block of queries is computed when it is needed.
   """
 
   def block_mask(start, size: int, stop: int, local: Local) -> jax.Array:
-    at = start + jnp.arange(size)
-    visible = is_visible(at[:, None], jnp.arange(stop)[None, :], masked_intervals[:, None, :stop])
     window_mask = sliding_window_mask(
       jax.lax.dynamic_slice_in_dim(positions, start, size, axis=1), positions[:, :stop], config.window
     )
-    return layer_mask(visible, window_mask, local)
+    return layer_mask(mask.block(start, size, stop), window_mask, local)
 
   return _in_blocks(block_mask, dtype, block, config.attention_softcap)
 

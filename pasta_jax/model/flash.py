@@ -1,5 +1,4 @@
-"""Flash attention (Dao 2023) for keys that are masked from intervals of queries: Pallas kernels for TPU and
-GPU.
+"""Flash attention (Dao 2023) for rows with a mask (`model.masks`): Pallas kernels for TPU and GPU.
 
 Time and memory are proportional to the number of tiles that are not fully masked (`model.tiles`): an empty
 tile is neither fetched nor computed, and a full one is not masked. Three sweeps share one driver: context and
@@ -24,7 +23,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
 from pasta_jax.model import tiles
+from pasta_jax.model.attention import in_window
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.masks import Intervals, Mask
 from pasta_jax.model.transformer import Local
 
 _LANES = 128
@@ -39,6 +40,7 @@ class Settings:
   softcap: float
   windowed: bool
   interpret: bool = False
+  mask: type[Mask] = Intervals  # the rule of visibility
 
 
 class TileTables(NamedTuple):
@@ -48,10 +50,8 @@ class TileTables(NamedTuple):
   window.
   """
 
-  # [B, 1, T, R] int32: starts and stops of each key's masked intervals, and its position in models with a
-  # window
-  keys: jax.Array
-  queries: jax.Array  # [B, 1, 1, T] int32 positions
+  keys: jax.Array  # [B, 1, T, R] int32: the mask's columns, and positions in models with a window
+  queries: jax.Array  # [B, 1, Q, T] int32: the mask's rows, and positions
   by_query: tuple[tiles.TileSchedule, tiles.TileSchedule]
   by_key: tuple[tiles.TileSchedule, tiles.TileSchedule]
 
@@ -64,22 +64,20 @@ def tile_size(platform: str, length: int, width: int) -> int:
   return next((size for size in (_LANES, 2 * _LANES) if length <= 8 * size), 4 * _LANES)
 
 
-def make_tables(masked_intervals: jax.Array, positions: jax.Array, window: int, size: int) -> TileTables:
-  """The tables of rows with `masked_intervals` [B, T, L, 2] and `positions` [B, T]. T is padded to whole
-  tiles; no query sees the padding."""
-  rows, length = positions.shape
-  padding = -length % size
-  masked_intervals = jnp.pad(masked_intervals, ((0, 0), (0, padding), (0, 0), (0, 0)))
-  positions = jnp.pad(positions, ((0, 0), (0, padding)))
-  columns = masked_intervals.reshape(rows, 1, length + padding, -1)
+def make_tables(mask: Mask, positions: jax.Array, window: int, size: int) -> TileTables:
+  """The tables of rows with `positions` [B, T]. T is padded to whole tiles; no query sees the padding."""
+  padding = -positions.shape[1] % size
+  mask, positions = mask.padded(padding), jnp.pad(positions, ((0, 0), (0, padding)))
+  columns = mask.columns
   if window:
-    columns = jnp.concatenate([columns, positions[:, None, :, None]], axis=-1)
-  kinds = tuple(
-    tiles.tile_kinds(masked_intervals, positions, w, size) for w in ((0, window) if window else (0,))
-  )
+    columns = jnp.concatenate([columns, positions[:, :, None]], axis=-1)
+  of_queries = jnp.concatenate([mask.rows, positions[:, None]], axis=1)
+  kinds = tuple(tiles.tile_kinds(mask, positions, w, size) for w in ((0, window) if window else (0,)))
   by_query = tuple(tiles.tile_schedule(k) for k in kinds)
   by_key = tuple(tiles.tile_schedule(k.swapaxes(1, 2)) for k in kinds)
-  return TileTables(columns, positions[:, None, None], (by_query[0], by_query[-1]), (by_key[0], by_key[-1]))
+  return TileTables(
+    columns[:, None], of_queries[:, None], (by_query[0], by_query[-1]), (by_key[0], by_key[-1])
+  )
 
 
 def attention(
@@ -224,21 +222,16 @@ def _transpose(x: jax.Array) -> jax.Array:
 
 def _scores(settings: Settings, q, k, queries, keys, at_query, at_key, full, window):
   """`tiles.tile_scores` of the tiles that a sweep's step gets."""
-  levels = keys.ref.shape[-1] // 2
   windowed = settings.windowed
-  return tiles.tile_scores(
-    q(),
-    k(),
-    tiles.Queries(at_query, queries() if windowed else None),
-    tiles.Keys(
-      at_key,
-      [(keys.column(2 * i), keys.column(2 * i + 1)) for i in range(levels)],
-      keys.column(2 * levels) if windowed else None,
-    ),
-    full,
-    window,
-    settings.softcap,
-  )
+  own = queries.ref.shape[-2] - 1, keys.ref.shape[-1] - int(windowed)  # rows and columns of the mask
+  rows, columns = [queries.row(i) for i in range(own[0])], [keys.column(i) for i in range(own[1])]
+  positions = (queries.row(own[0]), keys.column(own[1])) if windowed else None
+
+  def visible(q, k):
+    seen = settings.mask.seen(q, k, rows, columns)
+    return seen if positions is None else seen & in_window(*positions, window)
+
+  return tiles.tile_scores(q(), k(), at_query, at_key, visible, full, settings.softcap)
 
 
 class _Operand(NamedTuple):
@@ -257,11 +250,13 @@ class _Output(NamedTuple):
 
 
 class _Tile:
-  """A tile of an operand inside a kernel: a call reads it, `column(i)` reads one column [size, 1]."""
+  """A tile of an operand inside a kernel: a call reads it, `column(i)` reads one column [size, 1], `row(i)` one row
+  [1, size] of an operand that is `across`."""
 
   def __init__(self, ref, size: int, at=None, head=None, across: bool = False, lanes: bool = True):
-    self.ref, self._size, self._across, self._lanes = ref, size, across, lanes
+    self.ref, self._across, self._lanes = ref, across, lanes
     self._at = None if at is None else pl.ds(at, size)
+    self._range = pl.ds(0, size) if self._at is None else self._at
     self._head = () if head is None else (head,)
 
   def __call__(self) -> jax.Array:
@@ -272,7 +267,12 @@ class _Tile:
   def column(self, i: int) -> jax.Array:
     if self._lanes:  # on TPU vectors have two axes
       return self.ref[:, i : i + 1]
-    return self.ref[(*self._head, pl.ds(0, self._size) if self._at is None else self._at, i)][:, None]
+    return self.ref[(*self._head, self._range, i)][:, None]
+
+  def row(self, i: int) -> jax.Array:
+    if self._lanes:
+      return self.ref[i : i + 1, :]
+    return self.ref[(*self._head, i, self._range)][None, :]
 
 
 Step = Callable[..., tuple]

@@ -1,45 +1,35 @@
 """Attention in square tiles: which tiles are masked, and the computation within one tile.
 
-Visibility is stored by key: a query sees a key from the key's own index on, except in the query intervals
-that the key is masked from (`lang.layout`); local layers also apply the sliding window. A row of T tokens
-therefore needs T x levels numbers, not a T x T mask. Nothing here depends on Pallas: `model.flash` runs these
-steps on TPU and GPU.
+A row of T tokens has a few numbers a token that say who sees whom (`model.masks`), not a T x T mask; local layers
+also apply the sliding window. Nothing here depends on Pallas: `model.flash` runs these steps on TPU and GPU.
 
-Score matrices are [keys, queries]: the maximum, sum and cotangent of queries are then rows, and the intervals
-of keys columns, which is how both are stored.
+Score matrices are [keys, queries]: the maximum, sum and cotangent of queries are then rows, and what masks ask of
+keys columns, which is how both are stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pasta_jax.lang.visibility import outside
 from pasta_jax.model.attention import MASK_VALUE, in_window
+from pasta_jax.model.masks import Mask
 from pasta_jax.model.transformer import soft_cap
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 FAR = 2**30  # greater than every index and position
 
 
-def tile_kinds(masked_intervals: jax.Array, positions: jax.Array, window: int, size: int) -> jax.Array:
+def tile_kinds(mask: Mask, positions: jax.Array, window: int, size: int) -> jax.Array:
   """[B, n, n] int32: EMPTY, PARTIAL or FULL for query tile i and key tile j of `size` tokens each.
 
-  `masked_intervals` is [B, T, L, 2], `positions` [B, T]; T is a multiple of `size`; `window` 0 means no
-  window. A tile that only several intervals of a key together mask may be PARTIAL although it is empty; EMPTY
-  and FULL are always right.
+  `positions` is [B, T]; T is a multiple of `size`; `window` 0 means no window. A tile may be PARTIAL although it is
+  empty; EMPTY and FULL are always right.
   """
   rows, length = positions.shape
   n = length // size
-  first = jnp.arange(n) * size  # first query of each tile; [n], broadcast against keys [B, T, 1, L]
-  start, stop = masked_intervals[..., None, :, 0], masked_intervals[..., None, :, 1]
-  tile_start, tile_stop = first[:, None], first[:, None] + size
-  key = jnp.arange(length)[:, None, None]
-  covered = jnp.any((start <= jnp.maximum(tile_start, key)) & (tile_stop <= stop), axis=-1)  # [B, T, n]
-  touched = jnp.any((start < stop) & (start < tile_stop) & (tile_start < stop), axis=-1)
-  by_tile = lambda x: x.reshape(rows, n, size, n).swapaxes(2, 3)  # [B, j, i, size]
-  empty, full = jnp.all(by_tile(covered), axis=-1), ~jnp.any(by_tile(touched), axis=-1)
+  empty, full = mask.tiles(size)  # [B, j, i]
   j, i = jnp.arange(n)[:, None], jnp.arange(n)[None, :]
   empty, full = empty | (j > i), full & (j < i)
   if window:
@@ -64,21 +54,6 @@ def tile_schedule(kinds: jax.Array) -> TileSchedule:
   return TileSchedule(2 * order + full, jnp.sum(kinds != EMPTY, axis=-1, dtype=jnp.int32))
 
 
-class Keys(NamedTuple):
-  """What visibility needs to know of a tile's keys; arrays are columns [k, 1]."""
-
-  start: jax.Array | int  # index of the first key
-  intervals: Sequence[tuple[jax.Array, jax.Array]]  # (start, stop) of the query intervals, one pair a level
-  position: jax.Array | None  # None in models without windows
-
-
-class Queries(NamedTuple):
-  """The same for queries; arrays are rows [1, q]."""
-
-  start: jax.Array | int  # index of the first query
-  position: jax.Array | None
-
-
 def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
   """Product of two matrices, contracted over the given axes and accumulated in float32."""
   return jax.lax.dot_general(
@@ -86,17 +61,23 @@ def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
   )
 
 
-def tile_scores(q: jax.Array, k: jax.Array, queries: Queries, keys: Keys, full, window, softcap: float):
-  """(scores [k, q] with MASK_VALUE where masked, scores before masking). `q` is [q, H], `k` [k, H]; `full`
-  says that nothing is masked."""
+def tile_scores(
+  q: jax.Array,
+  k: jax.Array,
+  at_query,
+  at_key,
+  visible: Callable[[jax.Array, jax.Array], jax.Array],
+  full,
+  softcap: float,
+):
+  """(scores [k, q] with MASK_VALUE where masked, scores before masking). `q` is [q, H] from index `at_query` on, `k`
+  [k, H] from `at_key` on; `visible(q, k)` is the mask of indices; `full` says that nothing is masked."""
   scores = soft_cap(dot(k, q, (1, 1)), softcap)
 
   def masked(scores):
-    at = queries.start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-    visible = outside(at, keys.start + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0), keys.intervals)
-    if queries.position is not None and keys.position is not None:
-      visible = visible & in_window(queries.position, keys.position, window)
-    return jnp.where(visible, scores, MASK_VALUE)
+    queries = at_query + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    keys = at_key + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    return jnp.where(visible(queries, keys), scores, MASK_VALUE)
 
   return jax.lax.cond(full, lambda s: s, masked, scores), scores
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pasta_jax.config.sections import ATTENTION
-from pasta_jax.lang.visibility import is_visible, is_visible_live
 from pasta_jax.model import flash, tiles
 from pasta_jax.model.attention import chunked_attention, dense_attention, sliding_window_mask
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.masks import Intervals, Mask, Rounds
 from pasta_jax.model.transformer import Attend
 from pasta_jax.train.sharding import ROWS, constrain_rows, divides
 
@@ -49,29 +49,34 @@ def masked_intervals(batch: DeviceBatch) -> jax.Array:
   return jnp.concatenate([batch["masked_intervals"], rest[:, :, None]], axis=2)
 
 
+def mask_of(batch: DeviceBatch, visibility: str) -> Mask:
+  """Who sees whom in a batch under a `visibility` of `lang.forms`. The rounds of a row keep its examples apart
+  (`data.packing`), so `live` needs no intervals."""
+  return Rounds(batch["rounds"]) if visibility == "live" else Intervals(masked_intervals(batch))
+
+
 def attention_mask(batch: DeviceBatch, visibility: str = "promise") -> jax.Array:
-  """[B, T, T] boolean: whether the query sees the key under a `visibility` of `lang.forms`."""
-  at = jnp.arange(batch["tokens"].shape[1])
-  if visibility == "live":
-    rounds = batch["rounds"]
-    return is_visible_live(at[:, None], at[None, :], rounds[:, :, None], rounds[:, None, :])
-  return is_visible(at[:, None], at[None, :], masked_intervals(batch)[:, None])
+  """[B, T, T] boolean: whether the query sees the key."""
+  length = batch["tokens"].shape[1]
+  return mask_of(batch, visibility).block(0, length, length)
 
 
-def make_attend(kind: str, batch: DeviceBatch, config: ModelConfig, dtype) -> Attend:
-  """`attend` for a batch's rows, computed by `kind`. On a mesh, rows and heads are sharded."""
+def make_attend(
+  kind: str, batch: DeviceBatch, config: ModelConfig, dtype, visibility: str = "promise"
+) -> Attend:
+  """`attend` for a batch's rows under a `visibility`, computed by `kind`. On a mesh, rows and heads are sharded."""
   if kind == "auto":
     kind = "tpu" if jax.default_backend() == "tpu" else "chunked"
   positions = batch["positions"]
   if kind == "dense":
     window_mask = sliding_window_mask(positions, positions, config.window)
     attend = dense_attention(
-      attention_mask(batch), dtype, window_mask=window_mask, softcap=config.attention_softcap
+      attention_mask(batch, visibility), dtype, window_mask=window_mask, softcap=config.attention_softcap
     )
   elif kind == "chunked":
-    attend = chunked_attention(masked_intervals(batch), positions, config, dtype)
+    attend = chunked_attention(mask_of(batch, visibility), positions, config, dtype)
   elif kind in ATTENTION:
-    attend = _by_kernel(kind, batch, config, dtype)
+    attend = _by_kernel(kind, mask_of(batch, visibility), positions, config, dtype)
   else:
     raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, not {kind!r}")
 
@@ -83,13 +88,15 @@ def make_attend(kind: str, batch: DeviceBatch, config: ModelConfig, dtype) -> At
   return pinned
 
 
-def _by_kernel(kind: str, batch: DeviceBatch, config: ModelConfig, dtype) -> Attend:
+def _by_kernel(kind: str, mask: Mask, positions: jax.Array, config: ModelConfig, dtype) -> Attend:
   """The partitioner cannot split a kernel, so each device runs it on its rows and key heads, or on its query
   heads if there are too few key heads."""
   platform = "gpu" if kind == "gpu" else "tpu"
-  size = flash.tile_size(platform, batch["tokens"].shape[1], config.head_dim)
-  settings = flash.Settings(platform, size, config.attention_softcap, config.window > 0, kind == "interpret")
-  tables = flash.make_tables(masked_intervals(batch), batch["positions"], config.window, size)
+  size = flash.tile_size(platform, positions.shape[1], config.head_dim)
+  settings = flash.Settings(
+    platform, size, config.attention_softcap, config.window > 0, kind == "interpret", type(mask)
+  )
+  tables = flash.make_tables(mask, positions, config.window, size)
   run = partial(flash.attention, settings=settings, config=config)
 
   def attend(cache, q, k, v, local):

@@ -1,6 +1,7 @@
 """Attention of packed rows: every implementation against the definition, and the tiles that it skips."""
 
 import dataclasses
+import itertools
 from functools import partial
 
 import jax
@@ -12,20 +13,16 @@ from hypothesis import strategies as st
 from test_language import BYTES
 from test_layout import trees
 
-from pasta_jax.config.sections import Train
-from pasta_jax.data.packing import fill_rows, pack_row
+from pasta_jax.config.sections import VISIBILITIES, Train
+from pasta_jax.data.packing import FIRST_ROUND, fill_rows, pack_row
 from pasta_jax.lang.layout import layout
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.model import flash, tiles
 from pasta_jax.model.attention import chunked_attention, dense_attention, sliding_window_mask
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.masks import Intervals, Rounds
 from pasta_jax.model.transformer import REMAT
-from pasta_jax.train.attention import (
-  attention_mask,
-  check_machine,
-  make_attend,
-  masked_intervals,
-)
+from pasta_jax.train.attention import attention_mask, check_machine, make_attend, mask_of
 
 CONFIG = ModelConfig(vocab_size=8, d_model=8, n_layers=1, n_heads=6, n_kv_heads=2, head_dim=16, d_ff=8)
 RULE = PositionRule()
@@ -38,12 +35,14 @@ def random_rows(rng: np.random.Generator, rows: int, length: int) -> dict[str, n
   hidden = np.zeros((rows, length, 2, 2), np.int32)
   segment_ids = np.zeros((rows, length), np.int32)
   positions = np.zeros((rows, length), np.int32)
+  rounds = np.zeros((rows, length), np.int32)
   for r in range(rows):
     at, number = 0, 0
     while at < length * 0.9:
       stop, number = min(at + int(rng.integers(length // 4, length)), length), number + 1
       segment_ids[r, at:stop] = number
       positions[r, at:stop] = np.cumsum(rng.integers(1, 3, stop - at)) - 1
+      rounds[r, at:stop] = FIRST_ROUND - number * length + np.arange(stop - at)
       c = at + 1
       while c < stop - 3:
         end = int(rng.integers(c + 1, stop))
@@ -51,6 +50,7 @@ def random_rows(rng: np.random.Generator, rows: int, length: int) -> dict[str, n
         if end - c > 4:
           hidden[r, c + 1 : c + 3, 1] = c + 3, rng.integers(c + 3, end)
         positions[r, end:stop] -= int(rng.integers(0, end - c))
+        rounds[r, end:stop] -= end - c  # whoever promised goes on beside the chunk
         c = end + int(rng.integers(0, 9))
       at = stop
   return {
@@ -58,7 +58,17 @@ def random_rows(rng: np.random.Generator, rows: int, length: int) -> dict[str, n
     "segment_ids": segment_ids,
     "masked_intervals": hidden,
     "positions": positions,
+    "rounds": rounds,
   }
+
+
+def definition(batch, visibility: str) -> np.ndarray:
+  """[B, T, T] who sees whom; `live` told anew, by segments and not by the rounds' offsets."""
+  if visibility == "promise":
+    return np.asarray(attention_mask(batch))
+  at, (segments, rounds) = np.arange(batch["tokens"].shape[1]), (batch["segment_ids"], batch["rounds"])
+  before = (at[:, None] > at) & (rounds[:, :, None] > rounds[:, None]) & (segments[:, None] > 0)
+  return np.eye(len(at), dtype=bool) | before & (segments[:, :, None] == segments[:, None])
 
 
 def naive(q, k, v, mask, softcap: float):
@@ -71,26 +81,26 @@ def naive(q, k, v, mask, softcap: float):
   return np.einsum("bkgts,bskh->btkgh", weights / weights.sum(-1, keepdims=True), v)
 
 
-def programs(batch, config, dtype=jnp.float32):
+def programs(batch, config, dtype=jnp.float32, visibility="promise"):
   """Every implementation by name: (q, k, v, local) -> context."""
-  hidden, positions = masked_intervals(batch), batch["positions"]
+  mask, positions = mask_of(batch, visibility), batch["positions"]
   window_mask = sliding_window_mask(positions, positions, config.window)
   attends = {
     "dense": dense_attention(
-      attention_mask(batch), dtype, window_mask=window_mask, softcap=config.attention_softcap
+      attention_mask(batch, visibility), dtype, window_mask=window_mask, softcap=config.attention_softcap
     ),
-    "chunked": chunked_attention(hidden, positions, config, dtype),
-    "chunked, long": chunked_attention(hidden, positions, config, dtype, block=8),
+    "chunked": chunked_attention(mask, positions, config, dtype),
+    "chunked, long": chunked_attention(mask, positions, config, dtype, block=8),
   }
   ways = {
     name: lambda q, k, v, local, attend=attend: attend(None, q, k, v, local)[0]
     for name, attend in attends.items()
   }
   for platform in ("tpu", "gpu"):
-    how = flash.Settings(platform, 32, config.attention_softcap, config.window > 0, interpret=True)
+    how = flash.Settings(platform, 32, config.attention_softcap, config.window > 0, True, type(mask))
     ways[platform] = partial(
       flash.attention,
-      tables=flash.make_tables(hidden, positions, config.window, 32),
+      tables=flash.make_tables(mask, positions, config.window, 32),
       settings=how,
       config=config,
     )
@@ -98,11 +108,18 @@ def programs(batch, config, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(
-  "window, softcap, length, heads, groups, width",
-  [(0, 0.0, 130, 2, 3, 16), (17, 0.0, 96, 3, 1, 16), (17, 3.0, 101, 1, 4, 12), (0, 0.0, 64, 1, 1, 8)],
+  "window, softcap, length, heads, groups, width, visibility",
+  [
+    (0, 0.0, 130, 2, 3, 16, "promise"),
+    (17, 0.0, 96, 3, 1, 16, "promise"),
+    (17, 3.0, 101, 1, 4, 12, "promise"),
+    (0, 0.0, 64, 1, 1, 8, "promise"),
+    (0, 0.0, 130, 2, 3, 16, "live"),
+    (17, 3.0, 101, 1, 4, 12, "live"),
+  ],
 )
 def test_every_implementation_equals_the_definition(
-  window: int, softcap: float, length: int, heads: int, groups: int, width: int
+  window: int, softcap: float, length: int, heads: int, groups: int, width: int, visibility: str
 ):
   """Context against float64; its three cotangents against the reference's. Grouped heads, one key-value head
   per query head, one for all, and a single head."""
@@ -115,10 +132,12 @@ def test_every_implementation_equals_the_definition(
 
   @partial(jax.jit, static_argnums=0)
   def run(name, local):
-    context, pull = jax.vjp(lambda *x: programs(batch, config)[name](*x, local), q, k, v)
+    context, pull = jax.vjp(
+      lambda *x: programs(batch, config, visibility=visibility)[name](*x, local), q, k, v
+    )
     return context, pull(out)
 
-  mask = np.asarray(attention_mask(batch))
+  mask = definition(batch, visibility)
   window_mask = batch["positions"][:, :, None] - batch["positions"][:, None] < (window or 2**30)
   for local in (False, True):
     expected = naive(q, k, v, mask & window_mask if local else mask, softcap)
@@ -156,15 +175,18 @@ def test_tile_kinds_agree_with_the_mask(mains):
   laid = [e for e in laid if len(e) <= LENGTH and e.masked_intervals.shape[1] <= LEVELS]
   rows = fill_rows([len(e) for e in laid], LENGTH) or [[]]
   batch = pack_row([laid[i] for i in rows[0]], LENGTH, LEVELS).as_dict()
-  mask, positions = np.asarray(attention_mask(batch)), batch["positions"]
-  for window in (0, 5, 40):
+  positions = batch["positions"]
+  for visibility, window in itertools.product(VISIBILITIES, (0, 5, 40)):
+    mask = definition(batch, visibility)
     seen = mask & (positions[:, :, None] - positions[:, None] < window) if window else mask
     by_tile = seen.reshape(1, LENGTH // 8, 8, LENGTH // 8, 8)
-    kinds = np.asarray(KINDS_OF(masked_intervals(batch), positions, window, 8))
+    kinds = np.asarray(KINDS_OF(mask_of(batch, visibility), positions, window, 8))
     some, every = by_tile.any((2, 4)), by_tile.all((2, 4))
     assert not some[kinds == tiles.EMPTY].any() and every[kinds == tiles.FULL].all()
     if not window:
       assert (kinds[every] == tiles.FULL).all()
+    if not window and visibility == "live":  # rows and columns of a tile are told apart by their rounds alone
+      assert some[kinds == tiles.PARTIAL].all()
     plan = jax.tree.map(np.asarray, tiles.tile_schedule(jnp.asarray(kinds)))
     assert (plan.visits > 0).all()  # the diagonal: every token sees itself
     for i in range(LENGTH // 8):
@@ -180,7 +202,7 @@ def test_chunks_that_do_not_see_each_other_are_skipped():
   for c in range(n):
     hidden[0, c * size : (c + 1) * size, 0] = (c + 1) * size, n * size
   positions = np.arange(n * size)[None]
-  kinds = lambda hidden: np.asarray(tiles.tile_kinds(hidden, positions, 0, size))[0]
+  kinds = lambda hidden: np.asarray(tiles.tile_kinds(Intervals(hidden), positions, 0, size))[0]
   np.testing.assert_array_equal(kinds(hidden), np.eye(n))
   np.testing.assert_array_equal(kinds(hidden * 0), np.tri(n, k=-1) * tiles.FULL + np.eye(n))
 
@@ -193,11 +215,10 @@ def test_kinds_agree():
   config = dataclasses.replace(CONFIG, window=11)
   q = rng.normal(size=(2, 72, 2, 3, 16)).astype("f")
   k, v = (rng.normal(size=(2, 72, 2, 16)).astype("f") for _ in range(2))
-  for local in (False, True):
-    run = lambda kind, local=local: jax.jit(
-      lambda local: make_attend(kind, {n: jnp.asarray(x) for n, x in batch.items()}, config, jnp.float32)(
-        None, q, k, v, local
-      )[0]
+  on_device = {n: jnp.asarray(x) for n, x in batch.items()}
+  for visibility, local in itertools.product(VISIBILITIES, (False, True)):
+    run = lambda kind, local=local, visibility=visibility: jax.jit(
+      lambda local: make_attend(kind, on_device, config, jnp.float32, visibility)(None, q, k, v, local)[0]
     )(local)
     for kind in ("auto", "chunked", "interpret"):
       np.testing.assert_allclose(run(kind), run("dense"), atol=2e-5, err_msg=kind)
@@ -205,21 +226,23 @@ def test_kinds_agree():
 
 @pytest.mark.parametrize("platform, lowered", [("tpu", "tpu"), ("gpu", "cuda")])
 @pytest.mark.parametrize(
-  "length, heads, groups, width, window, softcap, dtype",
+  "length, heads, groups, width, window, softcap, dtype, kind",
   [
-    (640, 3, 3, 64, 0, 0.0, jnp.bfloat16),
-    (4096, 1, 4, 256, 512, 50.0, jnp.bfloat16),
-    (2048, 2, 2, 80, 0, 0.0, jnp.float32),
+    (640, 3, 3, 64, 0, 0.0, jnp.bfloat16, Intervals),
+    (4096, 1, 4, 256, 512, 50.0, jnp.bfloat16, Intervals),
+    (2048, 2, 2, 80, 0, 0.0, jnp.float32, Intervals),
+    (640, 3, 3, 64, 0, 0.0, jnp.bfloat16, Rounds),
+    (4096, 1, 4, 256, 512, 50.0, jnp.bfloat16, Rounds),
   ],
 )
-def test_kernels_lower(platform, lowered, length, heads, groups, width, window, softcap, dtype):
+def test_kernels_lower(platform, lowered, length, heads, groups, width, window, softcap, dtype, kind):
   """Head widths of SmolLM2, of Gemma and an uneven one, forward and backward, lowered for other machines."""
   config = dataclasses.replace(CONFIG, window=window, attention_softcap=softcap)
   size = flash.tile_size(platform, length, width)
-  how = flash.Settings(platform, size, softcap, window > 0)
+  how = flash.Settings(platform, size, softcap, window > 0, mask=kind)
 
-  def both(q, k, v, hidden, positions, local):
-    tables = flash.make_tables(hidden, positions, window, size)
+  def both(q, k, v, mask, positions, local):
+    tables = flash.make_tables(kind(mask), positions, window, size)
     f = lambda q, k, v: flash.attention(q, k, v, local, tables, settings=how, config=config)
     context, pull = jax.vjp(f, q, k, v)
     return context, pull(context)
@@ -232,7 +255,7 @@ def test_kernels_lower(platform, lowered, length, heads, groups, width, window, 
       shape((2, length, heads, groups, width), dtype),
       key,
       key,
-      shape((2, length, 2, 2), jnp.int32),
+      shape((2, length, 2, 2) if kind is Intervals else (2, length), jnp.int32),
       shape((2, length), jnp.int32),
       shape((), jnp.bool_),
     )
@@ -255,14 +278,17 @@ def test_padding_is_not_computed():
   """After the last example of a row, and in the padding to whole tiles, a tile visits only itself."""
   segment_ids = np.zeros((1, 500), np.int32)
   segment_ids[0, :100], segment_ids[0, 100:250] = 1, 2
+  at = np.arange(500)[None]
   batch = {
     "tokens": segment_ids,
     "segment_ids": segment_ids,
     "masked_intervals": np.zeros((1, 500, 1, 2), np.int32),
-    "positions": np.arange(500)[None],
+    "positions": at,
+    "rounds": np.where(segment_ids, FIRST_ROUND - 1000 * segment_ids + at, 0),
   }
-  tables = flash.make_tables(masked_intervals(batch), jnp.asarray(batch["positions"]), 0, 64)
-  assert tables.by_query[0].visits.tolist() == [[1, 2, 2, 3, 1, 1, 1, 1]]
+  for visibility in VISIBILITIES:
+    tables = flash.make_tables(mask_of(batch, visibility), jnp.asarray(at), 0, 64)
+    assert tables.by_query[0].visits.tolist() == [[1, 2, 2, 3, 1, 1, 1, 1]], visibility
 
 
 def test_saved_results_are_not_computed_again():
