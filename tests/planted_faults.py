@@ -31,6 +31,7 @@ class Fault:
 
 
 EXACTNESS = "tests/decode/test_exactness.py"
+LIVE = ("-k", "live", EXACTNESS, "tests/lang/test_layout.py")  # their tests of this form
 FAULTS = (
   Fault("visibility: an interval begins one query late", "pasta_jax/lang/visibility.py",
         "(start <= q) & (q < stop)", "(start < q) & (q < stop)", ("tests/lang/test_layout.py", EXACTNESS)),
@@ -62,6 +63,27 @@ FAULTS = (
         "filled + at * (filled[..., 1:] > 0)", "filled", ("tests/data/test_data.py",)),
   Fault("packing: two examples share a segment", "pasta_jax/data/packing.py",
         "segment_ids[0, where] = number", "segment_ids[0, where] = 1", ("tests/data/test_data.py",)),
+  Fault("live: a token sees those of its round, by the rule", "pasta_jax/lang/visibility.py",
+        "(round_k < round_q)", "(round_k <= round_q)", LIVE),
+  Fault("live: a token sees those of its round, on the device", "pasta_jax/decode/sight.py",
+        "(log.round < state.round)", "(log.round <= state.round)", LIVE),
+  Fault("live: a chunk sees its promising thread past the fork", "pasta_jax/decode/sight.py",
+        "sight.at[parent].set(entry + 1,", "sight.at[parent].set(ALL,", LIVE),
+  Fault("live: a chunk sees a later one", "pasta_jax/decode/sight.py",
+        '.get(mode="clip") > entries, ALL, 0)', '.get(mode="clip") >= 0, ALL, 0)', LIVE),
+  Fault("live: the main thread misses a chunk", "pasta_jax/decode/sight.py",
+        '.get(mode="clip") > entries, ALL, 0)', '.get(mode="clip") > entries + ALL, ALL, 0)', LIVE),
+  Fault("live: a sync's wait is left out of the rounds", "pasta_jax/lang/cost.py",
+        "*(w + 1 for w in unjoined.sync())", "*(0 * w for w in unjoined.sync())", LIVE),
+  Fault("live: a token that nobody read is seen", "pasta_jax/lang/layout.py",
+        "rounds[-1:] = last", "rounds[-1:] += 0", ("tests/lang/test_layout.py",)),
+  Fault("live: packed examples have rounds alike", "pasta_jax/data/packing.py",
+        "e.rounds + (highest - int(", "e.rounds + (FIRST_ROUND - int(", ("tests/data/test_data.py",)),
+  Fault("live: a tile of one round counts as seen", "pasta_jax/model/masks.py",
+        "most[:, :, None] < least[:, None, :]", "most[:, :, None] <= least[:, None, :]",
+        ("tests/model/test_attention.py",)),
+  Fault("live: training keeps the paper's mask", "pasta_jax/train/sft.py",
+        "**how, visibility=self.form.visibility", "**how", ("tests/train/test_live.py",)),
 )  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from pasta_jax.decode.scheduler import EVERY, Scheduler, decode
 from pasta_jax.decode.settings import DecodeError, Limits, SamplingConfig, StepFeatures
 from pasta_jax.decode.trace import Trace
 from pasta_jax.decode.views.timeline import write_timeline
-from pasta_jax.lang.positions import PositionRule
+from pasta_jax.lang import forms
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.utils.environment import cache_folder, use_compilation_cache
@@ -115,13 +116,15 @@ class Model:
     metadata = checkpoint.pasta
     self.name = checkpoint.name
     self.vocabulary = checkpoint.vocabulary
-    self.rule = PositionRule(config.positions.strategy, config.positions.fixed)
     merge = None if path is None else read_adapter(path, checkpoint.config)
     self.has_tags = bool(metadata) or merge is not None and merge.tags is not None
     metadata = {**metadata, **(merge.metadata if merge else {})}
     self.speed = d.speed if adapter is None else -1  # requested of the config's own adapter
-    if "positions" in metadata and self.has_tags:
-      self.rule = PositionRule(**json.loads(metadata["positions"]))
+    # The form that the adapter was trained in; what it does not say is the paper's, with the config's positions.
+    unsaid = forms.to_metadata(Forms(forms.from_config(config).positions))
+    self.forms = forms.from_metadata(unsaid | (metadata if self.has_tags else {}))
+    if d.visibility:
+      self.forms = dataclasses.replace(self.forms, visibility=d.visibility)
     # The speeds that the adapter was trained for.
     self.speeds: tuple[int, ...] = tuple(json.loads(metadata.get("speeds", "[]")))
     self.model = build.for_decoding(
@@ -153,7 +156,9 @@ class Model:
       repetition_penalty=d.repetition_penalty,
       promise_bias=d.promise_bias,
     )
-    self._features = StepFeatures(rule=self.rule, guard=d.guard, no_repeat=d.no_repeat, attention=d.attention)
+    self._features = StepFeatures(
+      rule=self.forms.positions, guard=d.guard, no_repeat=d.no_repeat, attention=d.attention
+    )
     self._batch_size, self._branch_width = d.batch_size, min(d.max_branches, 4)
     self._interpreters: dict[tuple[bool, int], Interpreter] = {}
 
@@ -172,7 +177,9 @@ class Model:
       limits = dataclasses.replace(self.limits, max_new_tokens=key[1])
       if not parallel:
         limits = dataclasses.replace(limits, branch_widths=(self._narrowest,), max_threads=1)
-      features = dataclasses.replace(self._features, promises=parallel)
+      # Without promises every form is ordinary decoding: one program, and records that name no form.
+      form = self.forms if parallel else Forms()
+      features = dataclasses.replace(self._features, promises=parallel, visibility=form.visibility)
       self._interpreters[key] = Interpreter(self.model, self.vocabulary, limits, features)
     return self._interpreters[key]
 

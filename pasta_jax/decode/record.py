@@ -69,6 +69,7 @@ class ResponseRecord:
   topic_twice: bool  # whether two promises have the same topic
   loops: bool  # whether the text repeats itself (`loops`)
   lengths: tuple[tuple[int, int], ...]  # (tokens that the promise declares, tokens) of each finished chunk
+  visibility: str = "promise"  # in which it was decoded (lang.forms); a row names it if it is another
 
   @property
   def theoretical_parallelism(self) -> float:
@@ -83,6 +84,8 @@ class ResponseRecord:
   def to_json(self) -> dict:
     """The record as a JSON object, with its schema."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+    if self.visibility == "promise":
+      del fields["visibility"]
     return {
       "schema": SCHEMA,
       **fields,
@@ -97,6 +100,7 @@ class ResponseRecord:
 
     Raises ValueError that names what the row lacks.
     """
+    row = {"visibility": "promise", **row}
     names = [f.name for f in dataclasses.fields(cls)]
     if missing := [n for n in names if n not in row]:
       raise ValueError(f"a record of a response needs {', '.join(missing)}")
@@ -124,6 +128,7 @@ def to_record(trace: Trace, vocabulary: Vocabulary) -> ResponseRecord:
     topic_twice=any(n > 1 for n in topics.values()),
     loops=loops(tokens),
     lengths=tuple((c.declared, c.length) for c in chunks if c.declared is not None and c.finished),
+    visibility=trace.visibility,
   )
 
 

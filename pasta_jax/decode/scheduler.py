@@ -365,7 +365,7 @@ class _One:
     ended = scalars["finish"] != UNFINISHED
     if not ended and not job.request.on_step:
       return []
-    trace = read_trace(self._state, it.vocabulary, job.features.rule)
+    trace = read_trace(self._state, it.vocabulary, job.features.rule, job.features.visibility)
     if ended:
       self._job = None
     return [(job, trace)]
@@ -440,7 +440,8 @@ class _Batch:
       if job is not None and (ended[row] or job.request.on_step):
         small = states.replace(pool=None)  # a trace does without it
         one = jax.tree.map(lambda x, row=row: x[row], small)
-        traces.append((job, read_trace(one, it.vocabulary, self._features.rule)))
+        trace = read_trace(one, it.vocabulary, self._features.rule, self._features.visibility)
+        traces.append((job, trace))
         if ended[row]:
           self._places[row] = None
     return traces

@@ -56,6 +56,7 @@ class Trace:
   ill_formed: int
   refused: int  # promises beyond the limits on count and depth
   logits: np.ndarray | None  # [entries, V] where captured
+  visibility: str = "promise"  # in which it was decoded (lang.forms)
 
   @property
   def text(self) -> str:
@@ -63,8 +64,11 @@ class Trace:
     return reading_order(self.program)
 
 
-def read_trace(state: State, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
-  """Reads a state back. The state is not changed; the pool's keys and values are not copied."""
+def read_trace(
+  state: State, vocabulary: Vocabulary, rule: PositionRule, visibility: str = "promise"
+) -> Trace:
+  """Reads a state back, which was decoded under `visibility`. The state is not changed; the pool's keys and values
+  are not copied."""
   # The large arrays stay where they are.
   small = state.log.replace(logits=state.used), state.threads.replace(sight=state.used)
   (log, table), used, prompt_entries, steps, finish, n = jax.device_get(
@@ -99,6 +103,7 @@ def read_trace(state: State, vocabulary: Vocabulary, rule: PositionRule) -> Trac
     finish_reason=FINISH_REASONS[int(finish)],
     refused=promised - (n - 1),
     logits=np.asarray(state.log.logits[:used]) if state.log.logits.shape[1] else None,
+    visibility=visibility,
   )
 
 
@@ -148,6 +153,7 @@ def to_json(trace: Trace) -> dict:
     "refused": trace.refused,
     "prompt": trace.prompt.tolist(),
     "threads": [{name: plain(getattr(t, name)) for name in _SAVED} for t in trace.threads],
+    **({} if trace.visibility == "promise" else {"visibility": trace.visibility}),
   }
 
 
@@ -174,6 +180,7 @@ def from_json(saved: dict, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
     rule,
     prompt=np.asarray(saved["prompt"], np.int32),
     logits=None,
+    visibility=saved.get("visibility", "promise"),
     **{name: saved[name] for name in ("steps", "finish_reason", "refused")},
   )
 

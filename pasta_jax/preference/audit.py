@@ -4,7 +4,6 @@ Does it agree with the decode loop, how far is a policy from the start, and what
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -13,8 +12,8 @@ import jax
 import numpy as np
 
 from pasta_jax.data.packing import pack_row
+from pasta_jax.lang import forms
 from pasta_jax.lang.layout import NO_TARGET
-from pasta_jax.lang.positions import PositionRule
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.preference.selection import lay_out_sample
 from pasta_jax.train.losses import token_log_likelihood
@@ -39,12 +38,16 @@ def token_log_likelihoods(
   c = dataclasses.replace(config.preference, dtype=config.preference.sample_dtype)
   set_matmul_precision(c.dtype)
   mesh = make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1])
-  trainer = Trainer(Preference(c), make_model(checkpoint, vocabulary, c, adapter=adapter, mesh=mesh), mesh)
-  rule = PositionRule(**json.loads(read_metadata(adapter)["positions"]))
-  run = trainer.evaluator(lambda model, batch: token_log_likelihood(model, batch)[0])
+  form = forms.from_metadata(read_metadata(adapter))
+  trainer = Trainer(
+    Preference(c, form=form), make_model(checkpoint, vocabulary, c, adapter=adapter, mesh=mesh), mesh
+  )
+  run = trainer.evaluator(
+    lambda model, batch: token_log_likelihood(model, batch, visibility=form.visibility)[0]
+  )
   out = []
   for s in samples:
-    laid = lay_out_sample(s, vocabulary, rule)
+    laid = lay_out_sample(s, vocabulary, form)
     row = pack_row([laid], 1 << (len(laid) - 1).bit_length(), laid.masked_intervals.shape[1])
     learned = row.targets[0] != NO_TARGET
     out.append((row.targets[0][learned], run(trainer.trainable, row.as_dict())[0][learned]))

@@ -29,7 +29,7 @@ from pasta_jax.decode.generator import adapter_path, source_of, with_speed
 from pasta_jax.decode.record import SCHEMA
 from pasta_jax.evaluate.judges.registry import judges_of
 from pasta_jax.evaluate.run import evaluate
-from pasta_jax.lang.positions import PositionRule
+from pasta_jax.lang import forms
 from pasta_jax.preference import audit, pareto_front, rollout, selection
 from pasta_jax.preference.policies import Policy, policies
 from pasta_jax.preference.report import show
@@ -85,6 +85,12 @@ class _Job:
     if start is None or not has_tags(start):
       raise ValueError("preference optimisation starts from a PASTA adapter: name --config.model.adapter")
     self.start: Path = start
+    own = forms.from_metadata(read_metadata(start)).visibility
+    if config.decode.visibility not in ("", own):
+      raise ValueError(
+        f"decode.visibility={config.decode.visibility} draws samples that the policy is not trained for, its own is "
+        f"{own}: leave it empty"
+      )
     self._loaded: tuple[str | Path, Checkpoint] | None = None
 
   def checkpoint(self, adapter: Path) -> Checkpoint:
@@ -206,7 +212,7 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], ju
   folder, before = job.folder(policy, number), job.adapter(policy, number - 1)
   checkpoint = job.checkpoint(before)
   vocabulary = checkpoint.vocabulary
-  rule = PositionRule(**json.loads(read_metadata(before)["positions"]))
+  form = forms.from_metadata(read_metadata(before))
   training_pairs: list[PreferencePair] = []
   chosen_samples: list[tuple[dict, dict]] = []
   report: dict = {"schema": SCHEMA, "policy": policy.name, "round": number, "by weight": {}}
@@ -223,7 +229,7 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], ju
     )
     drawn = sum(map(len, samples.values()))
     report["by weight"][f"{weight:g}"] = selection.figures(rows, chosen, reasons, drawn)
-    training_pairs += selection.lay_out_pairs(chosen, vocabulary, rule, prompts)
+    training_pairs += selection.lay_out_pairs(chosen, vocabulary, form, prompts)
     chosen_samples += chosen
   if not training_pairs:
     reasons_by_weight = {w: f["without a pair"] for w, f in report["by weight"].items()}
@@ -240,7 +246,7 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], ju
     training_pairs,
     checkpoint=checkpoint,
     vocabulary=vocabulary,
-    rule=rule,
+    form=form,
     adapter=before,
     notes=notes,
   )

@@ -12,8 +12,8 @@ from pasta_jax.decode.trace import from_json
 from pasta_jax.evaluate.judges.judge import Answer, Judge, Pair
 from pasta_jax.evaluate.judges.judging import judge_pairs
 from pasta_jax.evaluate.metrics.measures import geometric_mean, tag_overhead
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.layout import Layout, layout
-from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, defects
 from pasta_jax.utils.jsonl import write_jsonl
@@ -87,7 +87,7 @@ def choose_pairs(
 def lay_out_pairs(
   pairs: Sequence[tuple[dict, dict]],
   vocabulary: Vocabulary,
-  rule: PositionRule,
+  form: Forms,
   prompts: Mapping[str, Sequence[int]],
 ) -> list[PreferencePair]:
   """Pairs for training.
@@ -95,16 +95,17 @@ def lay_out_pairs(
   `prompts` are each prompt's tokens as the policy will read them: a sample's own prompt may lack the wanted
   speed.
   """
-  lay = lambda s: lay_out_sample(s, vocabulary, rule, prompts[s["of"]])
+  lay = lambda s: lay_out_sample(s, vocabulary, form, prompts[s["of"]])
   return [PreferencePair(lay(best), lay(worst)) for best, worst in pairs]
 
 
 def lay_out_sample(
-  sample: dict, vocabulary: Vocabulary, rule: PositionRule, prompt: Sequence[int] | None = None
+  sample: dict, vocabulary: Vocabulary, form: Forms, prompt: Sequence[int] | None = None
 ) -> Layout:
   """The layout of a sample's answer after its own prompt, or after `prompt`."""
-  trace = from_json(sample["trace"], vocabulary, rule)
-  return layout(trace.main, rule, vocabulary.table, trace.prompt.tolist() if prompt is None else prompt)
+  trace = from_json(sample["trace"], vocabulary, form.positions)
+  prompt = trace.prompt.tolist() if prompt is None else prompt
+  return layout(trace.main, form.positions, vocabulary.table, prompt)
 
 
 def figures(

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh
 from rich.table import Column, Table
 
 from pasta_jax.config import with_changes
+from pasta_jax.lang import forms
 from pasta_jax.lang.syntax import TAG_TEXTS
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.transformer import set_matmul_precision
@@ -25,12 +26,14 @@ from pasta_jax.train import preference, sft
 from pasta_jax.train.flops import chip
 from pasta_jax.train.sharding import AXES, check_rows, mesh_shape
 from pasta_jax.train.state import abstract_model
-from pasta_jax.train.trainer import Task, Trainer
+from pasta_jax.train.trainer import Trainer
 from pasta_jax.utils.terminal import as_text
 from pasta_jax.weights.checkpoint import load_checkpoint
 from pasta_jax.weights.hf_config import read_config
 
-TASKS: dict[str, type[Task]] = {task.section: task for task in (sft.SFT, preference.Preference)}
+TASKS: dict[str, type[sft.SFT] | type[preference.Preference]] = {
+  task.section: task for task in (sft.SFT, preference.Preference)
+}
 STEPS = 100  # of the learning rate's schedule, which does not change the compiled step
 # libtpu queries no metadata server for a machine it is not on, and processes do not wait for each other.
 _ENVIRONMENT = {
@@ -125,7 +128,7 @@ def topology(name: str) -> list[jax.Device]:
 
 def abstract_trainer(config, stage: str, model: ModelConfig, mesh) -> Trainer:
   """The trainer of a stage, with shapes in place of parameters."""
-  task = TASKS[stage](getattr(config, stage))
+  task = TASKS[stage](getattr(config, stage), form=forms.from_config(config))
   return Trainer(task, abstract_model(model, task.settings, tags=task.tags), mesh, steps=STEPS)
 
 

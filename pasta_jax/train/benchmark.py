@@ -1,9 +1,9 @@
 """The cost of training on this machine: `python -m pasta_jax.train.benchmark`.
 
 Attention, forward and backward, by row length: the full T x T mask against the program that trains on this
-machine (`train.attention`), for plain causal rows, for one long answer of 16 chunks, and for real examples
-packed into a row. Then whole training steps: tokens per second and model FLOPs utilisation (MFU). Figures are
-medians; the cases are measured in turns.
+machine (`train.attention`), for plain causal rows, and for one long answer of 16 chunks and real examples packed
+into a row, both in each form of visibility. Then whole training steps: tokens per second and model FLOPs utilisation
+(MFU). Figures are medians; the cases are measured in turns.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from rich.table import Table
 
 from pasta_jax.config import from_flags
+from pasta_jax.config.sections import VISIBILITIES
 from pasta_jax.data.examples import examples
 from pasta_jax.data.packing import PackedBatch, fill_rows, pack_row
 from pasta_jax.lang.positions import PositionRule
@@ -30,7 +31,7 @@ from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import flash, tiles
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.transformer import set_matmul_precision
-from pasta_jax.train.attention import make_attend, masked_intervals
+from pasta_jax.train.attention import make_attend, mask_of
 from pasta_jax.train.flops import chip, step_flops
 from pasta_jax.train.sft import SFT
 from pasta_jax.train.sharding import AXES, make_mesh, shard_put_batch
@@ -47,7 +48,7 @@ def causal_row(length: int) -> PackedBatch:
   """One example without chunks."""
   row = pack_row([], length, 1)
   row.segment_ids[:] = 1
-  row.positions[:] = np.arange(length)
+  row.positions[:] = row.rounds[:] = np.arange(length)
   return row
 
 
@@ -59,6 +60,9 @@ def answer_row(length: int) -> PackedBatch:
   for c in range(CHUNKS):
     start = head + c * size
     row.masked_intervals[0, start : start + size, 0] = start + size, head + CHUNKS * size
+    row.rounds[0, start:] -= size  # whoever promised goes on beside the chunk
+    row.rounds[0, start : start + size] = head + np.arange(size)
+  row.rounds[0, head + CHUNKS * size :] += size  # the sync waits
   return row
 
 
@@ -72,7 +76,9 @@ def packed_row(vocabulary: Vocabulary, length: int) -> PackedBatch:
   return pack_row([found[i] for i in fill_rows([len(e) for e in found], length)[0]], length, levels)
 
 
-def attention_timer(kind: str, row: PackedBatch, config: ModelConfig) -> tuple[Callable[[], float], int]:
+def attention_timer(
+  kind: str, row: PackedBatch, config: ModelConfig, visibility: str
+) -> tuple[Callable[[], float], int]:
   """(a function that measures seconds of a forward and backward pass over one row, bytes of temporary
   memory)."""
   dtype, length = jnp.dtype(FLAGS.dtype), row.tokens.shape[1]
@@ -84,7 +90,7 @@ def attention_timer(kind: str, row: PackedBatch, config: ModelConfig) -> tuple[C
   batch = {name: jnp.asarray(x) for name, x in row.as_dict().items()}
 
   def loss(q, k, v, batch):
-    return jnp.square(make_attend(kind, batch, config, dtype)(None, q, k, v, False)[0]).sum()
+    return jnp.square(make_attend(kind, batch, config, dtype, visibility)(None, q, k, v, False)[0]).sum()
 
   run = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, batch).compile()
 
@@ -103,33 +109,38 @@ def _temporary(compiled) -> int:
   return memory.temp_size_in_bytes if memory else 0
 
 
-def visited(row: PackedBatch, size: int) -> float:
-  """Tiles of `size` tokens that are not fully masked, as a fraction of those of a causal row."""
-  batch = {name: jnp.asarray(x) for name, x in row.as_dict().items()}
+def visited(row: PackedBatch, size: int, visibility: str) -> tuple[float, float]:
+  """Tiles of `size` tokens that are partly masked, and that are not masked at all, as fractions of the tiles that a
+  causal row visits."""
   length = row.tokens.shape[1] // size * size
-  intervals = masked_intervals(batch)[:, :length]
-  kinds = jax.jit(tiles.tile_kinds, static_argnums=(2, 3))(intervals, batch["positions"][:, :length], 0, size)
+  batch = {name: jnp.asarray(x)[:, :length] for name, x in row.as_dict().items()}
+  run = jax.jit(tiles.tile_kinds, static_argnums=(2, 3))
+  kinds = run(mask_of(batch, visibility), batch["positions"], 0, size)
   n = length // size
-  return float((kinds != tiles.EMPTY).sum()) / (n * (n + 1) / 2)
+  partial, full = (float((kinds == kind).sum()) / (n * (n + 1) / 2) for kind in (tiles.PARTIAL, tiles.FULL))
+  return partial, full
 
 
 def measure_attention(checkpoint: Checkpoint) -> list[dict[str, Any]]:
   """Figures by length, program and mask."""
   found = []
   for length in map(int, FLAGS.lengths):
-    rows = {
-      "causal": causal_row(length),
-      "one answer": answer_row(length),
-      "packed": packed_row(checkpoint.vocabulary, length),
-    }
+    both = {"one answer": answer_row(length), "packed": packed_row(checkpoint.vocabulary, length)}
+    rows = {"causal": (causal_row(length), "promise")}
+    rows |= {f"{name}, {v}": (row, v) for name, row in both.items() for v in VISIBILITIES}
     cases = [(kind, mask) for kind in FLAGS.kinds for mask in rows]
     cases = ([("dense", "causal")] if length <= FLAGS.dense_up_to else []) + cases
-    timers = {case: attention_timer(case[0], rows[case[1]], checkpoint.config) for case in cases}
+    timers = {}
+    for kind, mask in cases:
+      row, visibility = rows[mask]
+      timers[kind, mask] = attention_timer(kind, row, checkpoint.config, visibility)
     seconds: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
     for _ in range(FLAGS.rounds):
       for case, (measure, _) in timers.items():
         seconds[case].append(measure())
+    size = flash.tile_size("tpu", length, checkpoint.config.head_dim)
     for kind, mask in cases:
+      partial, full = visited(rows[mask][0], size, rows[mask][1])
       found.append(
         {
           "length": length,
@@ -137,7 +148,8 @@ def measure_attention(checkpoint: Checkpoint) -> list[dict[str, Any]]:
           "mask": mask,
           "seconds": statistics.median(seconds[kind, mask]),
           "temporary": timers[kind, mask][1],
-          "tiles_on_tpu": visited(rows[mask], flash.tile_size("tpu", length, checkpoint.config.head_dim)),
+          "partial_tiles_on_tpu": partial,
+          "full_tiles_on_tpu": full,
         }
       )
   return found
@@ -193,7 +205,7 @@ def main(argv: list[str]) -> None:
       "ms",
       "to causal",
       "MiB",
-      "tiles on TPU",
+      "tiles on TPU, partial + full",
       title=f"attention of a layer, {FLAGS.dtype}, forward and backward, {jax.devices()[0].device_kind}",
     )
     causal: dict[tuple[int, str], float] = {}
@@ -206,7 +218,7 @@ def main(argv: list[str]) -> None:
         f"{1e3 * f['seconds']:.1f}",
         f"{f['seconds'] / base:.2f}",
         f"{f['temporary'] / 2**20:,.0f}",
-        f"{100 * f['tiles_on_tpu']:.0f} %",
+        f"{100 * f['partial_tiles_on_tpu']:.0f} + {100 * f['full_tiles_on_tpu']:.0f} %",
       )
     rich.print(table)
   steps = [measure_step(checkpoint, what) for what in FLAGS.steps]

@@ -1,5 +1,7 @@
 """Losses over packed rows under PASTA's mask, positions and targets (docs/language.md section 6).
 
+`visibility` is that of `lang.forms`, in every function: the mask of training is the one that decoding will have.
+
 SFT minimises the negative log-likelihood of the targets. Training on pairs uses BoNBoN, or DPO or IPO for
 comparison. With Δ = log p(y⁺)/p(y⁻) − log p_ref(y⁺)/p_ref(y⁻), every log p summed over the answer's targets:
 
@@ -29,15 +31,23 @@ from pasta_jax.train.sharding import constrain_rows
 _DPO_BETA = 0.1
 
 
-def hidden_states(model: Transformer, batch: DeviceBatch, *, remat: str, attention: str) -> jax.Array:
+def hidden_states(
+  model: Transformer, batch: DeviceBatch, *, remat: str, attention: str, visibility: str
+) -> jax.Array:
   """[B, T, D] after the final norm."""
-  attend = make_attend(attention, batch, model.config, model.dtype)
+  attend = make_attend(attention, batch, model.config, model.dtype, visibility)
   hidden, _ = model(batch["tokens"], batch["positions"], attend, remat=remat)
   return constrain_rows(hidden)
 
 
 def token_log_likelihood(
-  model: Transformer, batch: DeviceBatch, *, chunk: int = 1024, remat: str = "none", attention: str = "auto"
+  model: Transformer,
+  batch: DeviceBatch,
+  *,
+  chunk: int = 1024,
+  remat: str = "none",
+  attention: str = "auto",
+  visibility: str = "promise",
 ) -> tuple[jax.Array, jax.Array]:
   """(log p of each target [B, T], whether the target is the argmax [B, T]); zero and False without a target.
 
@@ -45,7 +55,8 @@ def token_log_likelihood(
   `chunk` tokens at a time, the same columns of every row, and recomputed in the backward pass: their memory
   is O(chunk x V).
   """
-  hidden, targets = hidden_states(model, batch, remat=remat, attention=attention), batch["targets"]
+  hidden = hidden_states(model, batch, remat=remat, attention=attention, visibility=visibility)
+  targets = batch["targets"]
   rows, length = targets.shape
   columns = min(max(chunk // rows, 1), length)
   padding = -length % columns
@@ -68,15 +79,14 @@ def token_log_likelihood(
   return log_p, correct
 
 
-def sft_loss(
-  model: Transformer, batch: DeviceBatch, *, chunk: int = 1024, remat: str = "none", attention: str = "auto"
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Sum of the targets' negative log-likelihood, and sums for metrics: `loss`, `tokens`, `correct`.
+def sft_loss(model: Transformer, batch: DeviceBatch, **how) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Sum of the targets' negative log-likelihood, and sums for metrics: `loss`, `tokens`, `correct`. `how`: the
+  keywords of `token_log_likelihood`.
 
   Sums, not means: the gradients of several batches add up, and dividing once by the total number of tokens
   gives the gradient of one large batch.
   """
-  log_p, correct = token_log_likelihood(model, batch, chunk=chunk, remat=remat, attention=attention)
+  log_p, correct = token_log_likelihood(model, batch, **how)
   total = -log_p.sum()
   tokens = (batch["targets"] != NO_TARGET).sum()
   return total, {"loss": total, "tokens": tokens, "correct": correct.sum()}
@@ -103,7 +113,7 @@ def _by_answer(x: jax.Array, batch: DeviceBatch) -> jax.Array:
 
 def answer_log_likelihood(model: Transformer, batch: DeviceBatch, **how) -> jax.Array:
   """[P, 2] log p of the chosen and the rejected answer of each pair, summed over their targets; 0 for unused
-  pairs. `how`: `chunk`, `remat` and `attention` of `token_log_likelihood`."""
+  pairs. `how`: the keywords of `token_log_likelihood`."""
   log_p, _ = token_log_likelihood(model, batch, **how)
   return _by_answer(log_p, batch)
 

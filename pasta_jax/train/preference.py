@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from pasta_jax.config import identity
 from pasta_jax.data.pairs import PairBatches, PreferencePair
 from pasta_jax.data.pipeline import Batch, fingerprint
-from pasta_jax.lang.positions import PositionRule
+from pasta_jax.lang import forms
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import Transformer, set_matmul_precision
 from pasta_jax.train import distributed
@@ -24,7 +25,7 @@ from pasta_jax.train.losses import answer_log_likelihood, default_beta, preferen
 from pasta_jax.train.sft import row_shapes
 from pasta_jax.train.sharding import PER_PAIR
 from pasta_jax.train.state import make_model
-from pasta_jax.train.trainer import Sums, Task, Trainer, positions_header, training_mesh
+from pasta_jax.train.trainer import Sums, Task, Trainer, training_mesh
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import Records
 from pasta_jax.weights.checkpoint import Checkpoint
@@ -39,13 +40,13 @@ class Preference(Task):
     self,
     settings,
     pairs: Sequence[PreferencePair] = (),
-    rule: PositionRule = PositionRule(),
+    form: Forms = Forms(),
     notes: Mapping[str, str] | None = None,
   ):
-    """`pairs` were laid out by `rule`; `notes` are further entries of the adapter's header."""
-    super().__init__(settings)
+    """`pairs` were laid out in `form`; `notes` are further entries of the adapter's header."""
+    super().__init__(settings, form)
     self.beta = settings.beta or default_beta(settings.loss, settings.samples)
-    self._rule, self._notes = rule, notes or {}
+    self._notes = notes or {}
     if pairs:
       self.use(pairs)
 
@@ -72,6 +73,7 @@ class Preference(Task):
       chunk=c.loss_chunk,
       remat=c.remat,
       attention=c.attention,
+      visibility=self.form.visibility,
     )
 
   def means(self, sums: Sums, count: jax.Array) -> Sums:
@@ -100,7 +102,7 @@ class Preference(Task):
   def header(self) -> dict[str, str]:
     return {
       "preference": json.dumps(identity(self.settings)),
-      **positions_header(self._rule),
+      **forms.to_metadata(self.form),
       **self._notes,
     }
 
@@ -113,8 +115,9 @@ def answer_likelihoods(
 ) -> None:
   """Calls `on_pair(i, (log p of the chosen answer, of the rejected one))` for each pair of an epoch, under
   the parameters that the trainer starts from."""
-  c = trainer.task.settings
-  run = trainer.evaluator(partial(answer_log_likelihood, chunk=c.loss_chunk, attention=c.attention))
+  c, form = trainer.task.settings, trainer.task.form
+  how = dict(chunk=c.loss_chunk, attention=c.attention, visibility=form.visibility)
+  run = trainer.evaluator(partial(answer_log_likelihood, **how))
   for step, members in enumerate(batches.epoch(0)):
     for i, (chosen, rejected) in zip(members, run(trainer.trainable, batches(step))):
       on_pair(i, (float(chosen), float(rejected)))
@@ -163,11 +166,12 @@ def train_on_pairs(
   *,
   checkpoint: Checkpoint,
   vocabulary: Vocabulary,
-  rule: PositionRule,
+  form: Forms,
   adapter: Path,
   notes: dict[str, str],
 ) -> None:
-  """Trains `config.preference` on pairs, starting from the policy `adapter`, which is also the reference.
+  """Trains `config.preference` on pairs, laid out in `form`, starting from the policy `adapter`, which is also the
+  reference.
 
   The reference's log p of every pair is computed once and stored in `reference.jsonl`. `notes` go into the
   new adapter's header. Leaves the files that SFT leaves. Every process of several calls this with the same
@@ -178,10 +182,11 @@ def train_on_pairs(
   set_matmul_precision(c.dtype)
   workdir = checked_workdir(workdir)
   with distributed.writing_in(workdir):
-    task = Preference(c, pairs, rule, notes)
+    task = Preference(c, pairs, form, notes)
     model = make_model(checkpoint, vocabulary, c, adapter=adapter, mesh=mesh)
     trainer = Trainer(task, model, mesh, steps=task.total_steps)
     made_with = {"reference": hashlib.sha256(adapter.read_bytes()).hexdigest(), "dtype": c.dtype}
+    made_with |= {k: v for k, v in forms.to_metadata(form).items() if k == "forms"}  # none in the paper's
     task.use(with_reference(trainer, task, pairs, workdir / "reference.jsonl", made_with))
     print(
       f"{len(pairs)} pairs; {task.total_steps} steps, {task.steps_per_epoch:.0f} an epoch; {c.loss}, "

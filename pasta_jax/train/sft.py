@@ -13,8 +13,9 @@ from pasta_jax.config import identity
 from pasta_jax.data.examples import examples, mix
 from pasta_jax.data.packing import PackedBatches, single_batches
 from pasta_jax.data.pipeline import Batch, fingerprint
+from pasta_jax.lang import forms
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.layout import Layout
-from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import Transformer, set_matmul_precision
 from pasta_jax.train import distributed
@@ -24,7 +25,7 @@ from pasta_jax.train.loop import checked_workdir
 from pasta_jax.train.losses import sft_loss
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.state import TrainState, make_model
-from pasta_jax.train.trainer import Sums, Task, Trainer, positions_header, training_mesh
+from pasta_jax.train.trainer import Sums, Task, Trainer, training_mesh
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 
@@ -38,11 +39,11 @@ class SFT(Task):
     settings,
     data: Sequence[Layout] = (),
     held_out: Sequence[Layout] = (),
-    rule: PositionRule = PositionRule(),
+    form: Forms = Forms(),
   ):
-    """`data` to train on and `held_out` to validate on, laid out by `rule`."""
-    super().__init__(settings)
-    self._data, self._rule = data, rule
+    """`data` to train on and `held_out` to validate on, laid out in `form`."""
+    super().__init__(settings, form)
+    self._data = data
     levels = max((e.masked_intervals.shape[1] for e in (*data, *held_out)), default=1)
     shape = dict(batch_size=settings.batch_size, length=settings.length, levels=levels)
     if data:
@@ -55,7 +56,8 @@ class SFT(Task):
 
   def loss(self, model: Transformer, batch: DeviceBatch) -> tuple[jax.Array, Sums]:
     c = self.settings
-    return sft_loss(model, batch, chunk=c.loss_chunk, remat=c.remat, attention=c.attention)
+    how = dict(chunk=c.loss_chunk, remat=c.remat, attention=c.attention)
+    return sft_loss(model, batch, **how, visibility=self.form.visibility)
 
   def means(self, sums: Sums, count: jax.Array) -> Sums:
     return {"loss": sums["loss"] / count, "accuracy": sums["correct"] / count}
@@ -76,7 +78,7 @@ class SFT(Task):
 
   def header(self) -> dict[str, str]:
     return {"train": json.dumps(identity(self.settings))} | (
-      positions_header(self._rule) if self.tags else {}
+      forms.to_metadata(self.form) if self.tags else {}
     )
 
   def scalars(self, trainer: Trainer, metrics: dict[str, float], seconds: float) -> dict[str, float]:
@@ -137,11 +139,11 @@ def _lay_out(config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vo
   """The task over annotated rows. Prints how many examples are used; ValueError, one line, if none is
   left."""
   c = config.train
-  rule = PositionRule(config.positions.strategy, config.positions.fixed)
+  form = forms.from_config(config)
   load = partial(
     examples,
     vocabulary=vocabulary,
-    rule=rule,
+    rule=form.positions,
     annotation=c.annotation,
     max_length=c.length,
     workers=c.workers,
@@ -154,7 +156,7 @@ def _lay_out(config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vo
   )
   if not data:
     raise ValueError(f"no example of train.data={','.join(c.data)!r} is left to train on ({left_out})")
-  task = SFT(c, data, held_out, rule)
+  task = SFT(c, data, held_out, form)
   print(
     f"{len(data)} examples ({left_out}), {len(held_out)} held out; {task.total_steps} steps, "
     f"{task.steps_per_epoch:.0f} an epoch"

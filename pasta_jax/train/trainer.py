@@ -8,7 +8,6 @@ adapter come from `Trainer`.
 
 import abc
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pasta_jax.data.pipeline import Batch, DataIterator
-from pasta_jax.lang.positions import PositionRule
+from pasta_jax.lang.forms import Forms
 from pasta_jax.model.transformer import Transformer
 from pasta_jax.train import distributed
 from pasta_jax.train.attention import DeviceBatch, check_machine
@@ -67,10 +66,11 @@ class Task(abc.ABC):
   section: ClassVar[str]  # of the config
   count: ClassVar[str]  # which of the loss's sums the loss and its gradient are divided by
 
-  def __init__(self, settings):
+  def __init__(self, settings, form: Forms = Forms()):
     """`settings` is the config's section; the trainer reads batch_size, length, grad_accum_steps, steps,
-    epochs, dtype, lora_rank, checkpoint_every and the optimiser's settings."""
-    self.settings = settings
+    epochs, dtype, lora_rank, checkpoint_every and the optimiser's settings. `form` is that of the language in which
+    the adapter will decode."""
+    self.settings, self.form = settings, form
 
   @property
   def tags(self) -> bool:
@@ -294,11 +294,6 @@ def training_mesh(config, section: str) -> Mesh:
   mesh = make_mesh(vars(config.mesh))
   check_rows(mesh, getattr(config, section).batch_size, f"{section}.batch_size")
   return mesh
-
-
-def positions_header(rule: PositionRule) -> dict[str, str]:
-  """The header entry that says which positions an adapter was trained with."""
-  return {"positions": json.dumps({"strategy": rule.strategy, "fixed": rule.fixed})}
 
 
 def export(

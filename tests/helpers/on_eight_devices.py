@@ -25,6 +25,7 @@ from test_attention import CONFIG, random_rows  # noqa: E402
 
 from pasta_jax.config import with_changes  # noqa: E402
 from pasta_jax.data.pairs import PreferencePair  # noqa: E402
+from pasta_jax.lang.forms import Forms  # noqa: E402
 from pasta_jax.train import loop, sft  # noqa: E402
 from pasta_jax.train.attention import make_attend  # noqa: E402
 from pasta_jax.train.preference import Preference  # noqa: E402
@@ -95,9 +96,11 @@ def main(folder: Path) -> None:
     model = make_model(checkpoint, vocabulary, config)
     compare(f"sft, rank {rank}", sft.SFT(config, laid), model, shapes=SHAPES[-2:] if rank else SHAPES)
   config = dataclasses.replace(config, attention="interpret")
-  compare(
-    "sft by kernel", sft.SFT(config, laid), model, shapes=SHAPES[-2:], n=5
-  )  # heads repeated, and sharded
+  for form in (Forms(), Forms(visibility="live")):  # heads repeated, and sharded
+    name = f"sft by kernel, {form.visibility}"
+    compare(
+      name, sft.SFT(config, laid, form=form), model, shapes=SHAPES[-1:] if form.live else SHAPES[-2:], n=5
+    )
   pairs = [PreferencePair(a, b, (-300.0, -310.0 - i)) for i, (a, b) in enumerate(zip(laid[::2], laid[1::2]))]
   config = dataclasses.replace(
     t.settings(folder).preference,

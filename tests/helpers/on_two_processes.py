@@ -23,6 +23,7 @@ import test_training as t  # noqa: E402
 
 from pasta_jax.config import with_changes  # noqa: E402
 from pasta_jax.data.pairs import PreferencePair  # noqa: E402
+from pasta_jax.lang.forms import Forms  # noqa: E402
 from pasta_jax.train import distributed, loop, sft  # noqa: E402
 from pasta_jax.train.preference import train_on_pairs  # noqa: E402
 from pasta_jax.train.sharding import AXES, local_rows, make_mesh  # noqa: E402
@@ -50,7 +51,7 @@ def train_pairs(config, folder: Path, workdir: Path) -> None:
     [PreferencePair(a, b) for a, b in zip(laid[::2], laid[1::2])],
     checkpoint=checkpoint,
     vocabulary=checkpoint.vocabulary,
-    rule=t.RULE,
+    form=Forms(t.RULE),
     adapter=folder / "two" / "adapter.safetensors",
     notes={"round": "1"},
   )

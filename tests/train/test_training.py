@@ -590,7 +590,7 @@ def test_a_run_is_a_source_of_weights(tiny, tmp_path: Path, kind: str):
   generator = Model(config)
   assert generator.has_tags == (kind != "baseline")
   if kind != "baseline":
-    assert generator.rule.strategy == "pred_1x"
+    assert generator.forms.positions.strategy == "pred_1x"
   assert load_checkpoint(tmp_path).source == str(tmp_path)
   shutil.rmtree(tmp_path / "checkpoints")
   (tmp_path / "checkpoints").mkdir()

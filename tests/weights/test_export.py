@@ -13,6 +13,7 @@ from test_model import NESTED, logits, torch_logits
 
 from pasta_jax.config import Config
 from pasta_jax.decode.generator import Model
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.layout import layout
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.syntax import TAG_TEXTS, TOKEN_TEXTS
@@ -192,7 +193,7 @@ def test_merged_weights_give_the_same_answers(place: str, made):
   )
   ours = Model(with_fields(settings, "model", source=str(source), adapter=str(adapter)))
   theirs = Model(with_fields(settings, "model", source=str(merged), adapter=""))
-  assert theirs.rule == ours.rule == RULE and theirs.speeds == (0, 1)
+  assert theirs.forms == ours.forms == Forms(RULE) and theirs.speeds == (0, 1)
   one, other = (g.generate("What now?").trace for g in (ours, theirs))
   assert [t.tokens.tolist() for t in one.threads] == [t.tokens.tolist() for t in other.threads]
   assert len(one.threads) > 1  # it does write promises

@@ -18,7 +18,8 @@ BATCH_ROWS = 2
 
 
 class Likelihood:
-  """Log-likelihoods of plain texts after prompts, without promises."""
+  """Log-likelihoods of plain texts after prompts. Without promises every form of the language has the same mask and
+  positions, so kept figures do not depend on the form."""
 
   def __init__(self, model: Model):
     self._model = model
@@ -33,7 +34,9 @@ class Likelihood:
   ) -> None:
     """Calls `on_finish(i, sum of log p of the tokens texts[i] given prompts[i])`, in any order of i."""
     g = self._model
-    examples = [layout(Thread(tuple(t)), g.rule, g.vocabulary.table, p) for p, t in zip(prompts, texts)]
+    examples = [
+      layout(Thread(tuple(t)), g.forms.positions, g.vocabulary.table, p) for p, t in zip(prompts, texts)
+    ]
     buckets: dict[int, list[int]] = {}
     for i, e in enumerate(examples):
       buckets.setdefault(max(ROW_LENGTH, 1 << (len(e) - 1).bit_length()), []).append(i)
