@@ -15,6 +15,7 @@ from pathlib import Path
 from pasta_jax.config.sections import ANNOTATIONS
 from pasta_jax.data import structure
 from pasta_jax.data.pipeline import parallel_map
+from pasta_jax.data.separators import bounds
 from pasta_jax.lang.cost import cost
 from pasta_jax.lang.layout import Layout, layout
 from pasta_jax.lang.positions import PositionRule
@@ -24,8 +25,6 @@ from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.jsonl import DataError, present, read_jsonl
 from pasta_jax.utils.text import is_unicode
 from pasta_jax.utils.typed import Parsed, checked
-
-_NUMBER = re.compile(r"\s*(?:\*\*|#{1,6} )?\(?\d{1,3}[.)]")
 
 
 class _Chunk(Parsed):
@@ -60,11 +59,19 @@ def _fields(row: dict) -> tuple[str, list[_Chunk], list[int]]:
   syncs = sorted(set(found.syncs))
   if not is_unicode(response):
     raise DataError(f"{name}: the response has half of a surrogate pair: it is no text")
+  around: list[_Chunk] = []
   for c in chunks:
     if not 0 <= c.start < c.end <= len(response):
       raise DataError(f"{name}: chunk {c.start}..{c.end} is not inside the response")
     if not is_unicode(c.topic):
       raise DataError(f"{name}: the topic of chunk {c.start}..{c.end} is no text")
+    while around and around[-1].end <= c.start:
+      around.pop()
+    if around and around[-1].end < c.end:
+      raise DataError(f"{name}: chunk {around[-1].start}..{around[-1].end} overlaps another without nesting")
+    around.append(c)
+    if len(around) >= MAX_DEPTH:
+      raise DataError(f"{name}: chunks nest deeper than {MAX_DEPTH}")
   for s in syncs:
     if not 0 <= s <= len(response):
       raise DataError(f"{name}: sync {s} is not inside the response")
@@ -82,35 +89,25 @@ def _prompt(row: dict) -> str:
 def program_of(row: dict) -> Program:
   """The program that an annotated response describes.
 
-  A separator belongs to a thread that can know it. Whitespace at the end of a chunk moves to what follows:
-  the start of the next chunk, or the promising thread. The number of a numbered item, with the whitespace
-  before it, moves to the promising thread, which counts the items; other markers stay in the chunk. A sync at
-  the first character of a chunk belongs to the promising thread. Raises DataError if spans overlap without
-  nesting or leave the response.
+  Separators and list markers between chunks are the promising thread's (`separators.bounds`), and so is a sync
+  before a chunk's first character. A chunk of blanks alone is text of the thread around it. Raises DataError if
+  spans overlap without nesting or leave the response.
   """
   response, chunks, syncs = _fields(row)
   left = collections.deque(syncs)
-  nodes = _nodes(response, 0, len(response), chunks, left, row_name(row))
+  nodes = _nodes(response, 0, len(response), chunks, left)
   program = normalise([*nodes, *(Sync() for _ in left)])  # one at the very end precedes no character
   assert reading_order(program) == response
   return program
 
 
 def _nodes(
-  text: str,
-  at: int,
-  stop: int,
-  chunks: Sequence[_Chunk],
-  syncs: collections.deque[int],
-  name: str,
-  depth: int = 1,
+  text: str, at: int, stop: int, chunks: Sequence[_Chunk], syncs: collections.deque[int]
 ) -> list[Node]:
   """Nodes of text[at:stop], whose chunks (outer ones before those they contain) are `chunks`.
 
   Text is read once from left to right: syncs are removed from `syncs` as they are placed.
   """
-  if depth > MAX_DEPTH:
-    raise DataError(f"{name}: chunks nest deeper than {MAX_DEPTH}")
   nodes: list[Node] = []
 
   def plain(until: int, last_sync: int):
@@ -123,27 +120,19 @@ def _nodes(
     nodes.append(Text(text[at:until]))
     at = until
 
-  last_end, number = -1, 0
+  number = 0
   while number < len(chunks):
     c = chunks[number]
-    after = number = number + 1
+    after = number + 1
     while after < len(chunks) and chunks[after].start < c.end:
       after += 1
-    inner, number = chunks[number:after], after
-    if any(d.end > c.end for d in inner):
-      raise DataError(f"{name}: chunk {c.start}..{c.end} overlaps another without nesting")
-    start = at if c.start == last_end and not (syncs and syncs[0] <= c.start) else c.start
-    marker = _NUMBER.match(text, start, c.end)
-    if marker and text[marker.end() : c.end].strip():
-      start = marker.end()
-    if inner:
-      start = min(start, inner[0].start)
+    inner, number = chunks[number + 1 : after], after
+    start, end = bounds(text, c.start, c.end, inner[0].start if inner else c.end)
+    if start == end:
+      continue
     plain(start, start)
-    content_end = c.start + len(text[c.start : c.end].rstrip())
-    content_end = max([content_end, start, *(d.end for d in inner)])
-    body = _nodes(text, start, content_end, inner, syncs, name, depth + 1)
-    nodes.append(Promise(c.topic, None, tuple(body)))
-    at, last_end = content_end, c.end
+    nodes.append(Promise(c.topic, None, tuple(_nodes(text, start, end, inner, syncs))))
+    at = end
   plain(stop, stop - 1)
   return nodes
 

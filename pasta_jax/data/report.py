@@ -16,6 +16,7 @@ from pasta_jax.data.examples import program_of
 from pasta_jax.lang.cost import cost
 from pasta_jax.lang.layout import NO_TARGET, Layout, layout
 from pasta_jax.lang.positions import PositionRule
+from pasta_jax.lang.program import unseparated
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.terminal import as_text
 
@@ -27,6 +28,7 @@ LABELS = {
   "with_chunks": ("with chunks", "{:.0%}"),
   "with_syncs": ("of these with a sync", "{:.0%}"),
   "chunks": ("chunks each", "{:.1f}"),
+  "unseparated": ("joins without a separator", "{:.1%}"),
   "covered": ("of their text in chunks", "{:.0%}"),
   "prompt": ("tokens of a prompt", "{:.0f}"),
   "response": ("tokens of a response, tags included", "{:.0f}"),
@@ -42,6 +44,7 @@ class Facts(NamedTuple):
   response: np.ndarray  # tokens, tags included
   chunks: np.ndarray  # how many
   covered: np.ndarray  # share of the text in chunks
+  unseparated: np.ndarray  # chunks that meet other text without a blank or line break
   synced: np.ndarray  # whether there is a sync
   speedup: np.ndarray  # theoretical parallelism
 
@@ -66,6 +69,7 @@ def facts(rows: Sequence[dict], vocabulary: Vocabulary, rule: PositionRule) -> F
         thread.total_tokens,
         len(row["chunks"]),
         outer / len(row["response"]),
+        unseparated(program),
         bool(row["syncs"]),
         cost(thread, vocabulary.table).theoretical_parallelism,
       )
@@ -85,6 +89,7 @@ def figures(f: Facts) -> dict[str, float]:
     "with_chunks": mean(some),
     "with_syncs": mean(f.synced[some]),
     "chunks": mean(f.chunks[some]),
+    "unseparated": float(f.unseparated.sum() / f.chunks.sum()) if some.any() else math.nan,
     "covered": mean(f.covered[some]),
     "prompt": mean(f.prompt),
     "response": mean(f.response),

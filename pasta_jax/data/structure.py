@@ -14,7 +14,7 @@ _UNFIT = re.compile(
   r"```|\$\$|\\\[|^[^\S\n]*\||^---|https?://", re.MULTILINE
 )  # code, mathematics, tables, links
 _MARKER = re.compile(r"(?P<indent>[ \t]*)(?:\(?\d{1,3}[.)]|[-*•+])[ \t]+(?=\S)")
-_HEAD = re.compile(r"\*\*[^*\n]{2,60}\*\*:?(?: [-–—])?|[^:.!?\n]{2,60}?(?::| [-–—])(?=\s)")
+_HEAD = re.compile(r"\*\*[^*\n]{2,60}\*\*[:.]?(?: [-–—])?(?=\s|$)|[^:.!?\n]{2,60}?(?::| [-–—])(?=\s)")
 _HEADING = re.compile(r"#{1,6} +(?P<a>\S.*)|\*\*(?P<b>[^*\n]+)\*\*:?|(?P<c>[A-Z][^.!?:\n]{2,60}):")
 _SENTENCE = re.compile(r"(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bMrs)(?<!\be\.g)(?<!\bi\.e)[.!?](?=\s+\S)")
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from pasta_jax.decode.trace import Trace
+from pasta_jax.lang.program import unseparated
 from pasta_jax.lang.vocabulary import Vocabulary
 
 SCHEMA = 2
@@ -70,6 +71,7 @@ class ResponseRecord:
   loops: bool  # whether the text repeats itself (`loops`)
   lengths: tuple[tuple[int, int], ...]  # (tokens that the promise declares, tokens) of each finished chunk
   visibility: str = "promise"  # in which it was decoded (lang.forms); a row names it if it is another
+  unseparated: int | None = None  # promises whose chunk meets other text without a blank; None in older rows
 
   @property
   def theoretical_parallelism(self) -> float:
@@ -100,11 +102,10 @@ class ResponseRecord:
 
     Raises ValueError that names what the row lacks.
     """
-    row = {"visibility": "promise", **row}
-    names = [f.name for f in dataclasses.fields(cls)]
-    if missing := [n for n in names if n not in row]:
+    known = dataclasses.fields(cls)
+    if missing := [f.name for f in known if f.name not in row and f.default is dataclasses.MISSING]:
       raise ValueError(f"a record of a response needs {', '.join(missing)}")
-    fields = {name: row[name] for name in names}
+    fields = {f.name: row[f.name] for f in known if f.name in row}
     return cls(**fields | {"lengths": tuple((declared, n) for declared, n in row["lengths"])})
 
 
@@ -129,6 +130,7 @@ def to_record(trace: Trace, vocabulary: Vocabulary) -> ResponseRecord:
     loops=loops(tokens),
     lengths=tuple((c.declared, c.length) for c in chunks if c.declared is not None and c.finished),
     visibility=trace.visibility,
+    unseparated=unseparated(trace.program),
   )
 
 

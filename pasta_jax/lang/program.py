@@ -61,3 +61,23 @@ def promises(program: Iterable[Node]) -> Iterator[Promise]:
     if isinstance(node, Promise):
       yield node
       yield from promises(node.body)
+
+
+def unseparated(program: Iterable[Node]) -> int:
+  """Promises whose chunk meets what the reader sees before or behind it without a blank or line break."""
+  spans: list[tuple[int, int]] = []  # of every chunk in the reading order
+
+  def text_of(nodes: Iterable[Node], start: int) -> str:
+    text = ""
+    for node in nodes:
+      if isinstance(node, Text):
+        text += node.text
+      elif isinstance(node, Promise):
+        chunk = text_of(node.body, start + len(text))
+        spans.append((start + len(text), start + len(text) + len(chunk)))
+        text += chunk
+    return text
+
+  whole = text_of(program, 0)
+  meets = lambda at: 0 < at < len(whole) and not (whole[at - 1].isspace() or whole[at].isspace())
+  return sum(start < end and (meets(start) or meets(end)) for start, end in spans)

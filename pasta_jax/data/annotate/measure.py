@@ -3,14 +3,14 @@
 import math
 from collections.abc import Sequence
 
-from pasta_jax.data.annotate.plan import skip_blanks
+from pasta_jax.data.separators import skip_separator
 from pasta_jax.utils.jsonl import DataError
 
 
 def boundaries(row: dict) -> set[tuple[str, int]]:
-  """Where chunks start and end, whichever side the whitespace at a boundary belongs to."""
+  """Where chunks start and end, whichever side blanks and a list marker at a boundary belong to."""
   return {
-    (row["id"], skip_blanks(row["response"], offset))
+    (row["id"], skip_separator(row["response"], offset))
     for c in row["chunks"]
     for offset in (c["start"], c["end"])
   }

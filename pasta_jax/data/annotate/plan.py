@@ -5,16 +5,15 @@ A plan is `{"chunks": [{"from": 2, "to": 4, "topic": "cost"}, …], "syncs": [6]
 """
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 
 from pasta_jax.data.annotate import units
+from pasta_jax.data.separators import skip_blanks
 from pasta_jax.lang.joins import Unjoined
 from pasta_jax.utils.json_io import parse_json, to_json
 
 MAX_TOPIC = 60  # characters
 MAX_NESTING = 20  # chunks inside each other
-_BLANKS = re.compile(r"\s*")
 
 
 class PlanError(ValueError):
@@ -109,12 +108,6 @@ def write(response: str, chunks: Sequence[dict], syncs: Sequence[int]) -> str:
     "syncs": [unit(s) for s in syncs if skip_blanks(response, s) < len(response)],
   }
   return json.dumps(plan, ensure_ascii=False)
-
-
-def skip_blanks(text: str, at: int) -> int:
-  """The offset after the whitespace at `at`: boundaries on either side of it are the same."""
-  found = _BLANKS.match(text, at)
-  return found.end() if found else at
 
 
 def _chunk(entry: object, count: int) -> tuple[int, int, str]:

@@ -46,13 +46,15 @@ def summarise(rows: Sequence[dict], baseline: Sequence[dict] | None = None) -> d
 
   `theoretical_parallelism` is a response's own text tokens over its longest path; `speedup_over_baseline`
   takes the text tokens of the baseline's response instead (the paper's theoretical speedup).
-  `tokens_per_round` counts all written tokens. From rows with `seconds`: `realised_speedup` is the baseline's
+  `tokens_per_round` counts all written tokens. `unseparated_share` is a share of promises, over rows that
+  count it. From rows with `seconds`: `realised_speedup` is the baseline's
   seconds over the system's, prompt by prompt (the paper's protocol); `same_text_speedup` takes the baseline's
   seconds per token times the system's `text_tokens`, which compares two responses of different length fairly;
   `efficiency` is that over the theoretical parallelism.
   """
   n = max(len(rows), 1)
   with_promises = [r for r in rows if r["promises"]]
+  counted = [r for r in with_promises if r.get("unseparated") is not None]
   lengths = [pair for r in rows for pair in r["lengths"]]
   share = lambda f: sum(map(bool, map(f, rows))) / n
   out = {
@@ -64,6 +66,9 @@ def summarise(rows: Sequence[dict], baseline: Sequence[dict] | None = None) -> d
     "tokens_per_round": geometric_mean(r["tokens_per_round"] for r in rows),
     "malformed_share": share(lambda r: r["ill_formed"]),
     "refused_share": share(lambda r: r["refused"]),
+    "unseparated_share": (
+      sum(r["unseparated"] for r in counted) / sum(r["promises"] for r in counted) if counted else math.nan
+    ),
     "topic_twice_share": share(lambda r: r["topic_twice"]),
     "loop_share": share(lambda r: r["loops"]),
     "cut_share": share(lambda r: r["finish_reason"] != "stop"),

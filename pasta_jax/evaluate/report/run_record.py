@@ -37,6 +37,7 @@ class _Row(Parsed):
   lengths: list[list[int]]
   theoretical_parallelism: float
   tokens_per_round: float
+  unseparated: int | None = None
   seconds: float | None = None
 
 

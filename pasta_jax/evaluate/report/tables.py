@@ -30,6 +30,7 @@ FIGURES = (  # (heading, part of a system's entry, key, format)
   ("non-text tokens (tags, outlines)", "responses", "tag_overhead", _SHARE),
   ("declared lengths: median error", "responses", "length_error", _SHARE),
   ("ill-formed answers", "responses", "malformed_share", _SHARE),
+  ("joins without a separator", "responses", "unseparated_share", lambda v: f"{100 * v:.1f} %"),
   ("answers that promise a topic twice", "responses", "topic_twice_share", _SHARE),
   ("answers that loop", "responses", "loop_share", _SHARE),
   ("answers cut off", "responses", "cut_share", _SHARE),

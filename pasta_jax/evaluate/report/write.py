@@ -11,6 +11,7 @@ from pathlib import Path
 from pasta_jax.evaluate.report import page, plots, tables
 from pasta_jax.evaluate.report.figures import draw, speeds
 from pasta_jax.evaluate.report.run_record import Run, read_run
+from pasta_jax.evaluate.report.separators import counted
 from pasta_jax.evaluate.report.summary import summarise_run, thresholds
 from pasta_jax.utils.files import write_atomic, write_json_atomic
 from pasta_jax.utils.json_io import to_json
@@ -19,7 +20,7 @@ from pasta_jax.utils.locks import locked
 
 def write_report(workdir: Path) -> dict:
   """Writes everything into the run's folder, prints the table, and returns the summary."""
-  run = read_run(workdir)
+  run = counted(read_run(workdir))
   summary = summarise_run(run)
   with locked(workdir / "report.lock"):  # the run may go on beside it
     _write(run, summary, workdir)

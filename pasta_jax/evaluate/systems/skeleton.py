@@ -169,6 +169,7 @@ class Skeleton:
       topic_twice=False,
       loops=loops(tokens),
       lengths=(),
+      unseparated=0,  # points are lines of their own
     )
 
   def precompile(self, lengths: Sequence[int], on_progress: OnProgress) -> None:
