@@ -30,6 +30,11 @@ def test_items_with_heads_keep_them_in_the_promising_thread():
   ]
 
 
+def test_a_bold_head_ends_at_a_blank():
+  text = "\n".join(f"- **{w}**{end} {LONG}" for w, end in (("Ab", "."), ("Cd", ""), ("Ef", "-like")))
+  assert chunks(text)[:2] == [("Ab", LONG), ("Cd", LONG)] and chunks(text)[2][1] == f"**Ef**-like {LONG}"
+
+
 def test_items_without_heads_are_chunks_whole_and_lines_below_belong_to_them():
   text = (
     f"- Ask the first person {LONG}\n  - and a friend\n- Call a second one {LONG}\n\n  More on that.\n"

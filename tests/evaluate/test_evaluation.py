@@ -50,6 +50,7 @@ def test_summary_of_hand_made_records():
       seconds=1.0,
       text_tokens=100,
       lengths=[[40, 20], [30, 60]],
+      unseparated=1,
       loops=True,
     ),
     record(
@@ -57,12 +58,14 @@ def test_summary_of_hand_made_records():
     ),
   ]
   base = [record(), record(id="b", seconds=3.0, text_tokens=60), record(id="c", seconds=2.0)]
-  s = summarise(rows, base)
+  s, base_figures = summarise(rows, base), summarise(base)
   assert s["promise_share"] == pytest.approx(2 / 3) and s["promises_a_response"] == 2
   assert s["theoretical_parallelism"] == pytest.approx(4 ** (1 / 3))
   assert s["theoretical_parallelism_with_promises"] == pytest.approx(2)
   for key in ("malformed_share", "loop_share", "cut_share", "slower_share"):
     assert s[key] == pytest.approx(1 / 3), key
+  assert s["unseparated_share"] == pytest.approx(1 / 3)  # of the promises of b: nobody counted those of c
+  assert "unseparated_share" not in base_figures
   assert s["topic_twice_share"] == s["refused_share"] == 0
   assert s["tag_overhead"] == pytest.approx(1 - 300 / 350)
   assert s["length_error"] == pytest.approx((1.0 + 0.5) / 2) and s["outgrown_share"] == 0.5

@@ -14,8 +14,11 @@ from pasta_jax.config import Config
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.files import FileJudge
 from pasta_jax.evaluate.metrics.length_control import read_difficulty, read_preferences
-from pasta_jax.evaluate.report import page, plots, tables
+from pasta_jax.evaluate.report import page, plots, separators, tables
 from pasta_jax.evaluate.report.write import write_report
+from pasta_jax.lang.positions import PositionRule
+from pasta_jax.lang.program import Promise, Text
+from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.preference.pareto_front import points
 from pasta_jax.train.metrics import MetricWriter, last_scalars
 from pasta_jax.utils.jsonl import append_row
@@ -99,6 +102,36 @@ def test_any_text_makes_a_report_with_that_text_in_it(workdir: Path, capsys):
   assert (
     json.loads((workdir / "alpaca_eval" / f"{SYSTEMS[1]}.json").read_text())[12]["dataset"] == "half \ud83d"
   )
+
+
+def test_joins_of_older_rows_are_counted_from_their_traces(workdir: Path, smollm2_checkpoint, monkeypatch):
+  """A row says it itself, or its trace does, or nobody knows."""
+  monkeypatch.setattr(separators, "load_checkpoint", lambda *_, **__: smollm2_checkpoint)
+  vocabulary, rule = Vocabulary(smollm2_checkpoint.tokenizer), PositionRule()
+  main = vocabulary.encode((Text("Two:"), Promise("b", None, (Text("one"),))), rule)
+  thread = lambda t, **place: {
+    "topic": "", "declared": None, "finished": True, "tokens": list(t.tokens),
+    "positions": [0] * len(t.tokens), "rounds": [1] * len(t.tokens), **place,
+  }  # fmt: skip
+  trace = {"steps": 9, "finish_reason": "stop", "refused": 0, "prompt": [1]}
+  trace["threads"] = [
+    thread(main, path=[], parent=-1, fork_index=-1),
+    thread(main.forks[0].child, path=[0], parent=0, fork_index=main.forks[0].at),
+  ]
+  path = workdir / "responses" / f"{SYSTEMS[1]}.jsonl"
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  rows[0] |= {"trace": trace, "text": "Two:one"}
+  rows[1] |= {
+    "trace": trace,
+    "text": "Two:\n1. b: one",
+  }  # made of the trace's parts, as Skeleton-of-Thought's
+  rows[2] |= {"unseparated": 0}
+  path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  systems = write_report(workdir)["systems"]
+  assert systems[SYSTEMS[1]]["responses"]["unseparated_share"] == 0.5
+  assert "unseparated_share" not in systems[SYSTEMS[0]]["responses"]
+  line = next(x for x in (workdir / "report.md").read_text().splitlines() if "joins without" in x)
+  assert line == "| joins without a separator | – | – | 50.0 % |"
 
 
 def test_a_figure_of_thousands_of_groups_can_be_drawn():

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from pasta_jax.lang import automaton as A
 from pasta_jax.lang.automaton import Tags, TokenTable, append_digits
 from pasta_jax.lang.positions import STRATEGIES, PositionRule
-from pasta_jax.lang.program import Program, Promise, Sync, Text, normalise, promises, reading_order
+from pasta_jax.lang.program import (
+  Program,
+  Promise,
+  Sync,
+  Text,
+  normalise,
+  promises,
+  reading_order,
+  unseparated,
+)
 from pasta_jax.lang.syntax import MAX_DEPTH, TAG_TEXTS, PastaSyntaxError, parse, print_program
 from pasta_jax.lang.thread import Fork, Thread, read, read_all, walk
 from pasta_jax.lang.vocabulary import Vocabulary
@@ -195,6 +204,21 @@ def test_reading_order_is_the_text_without_tags(program: Program):
 
   assert reading_order(program) == "".join(texts(program)) == reading_order(normalise(program))
   assert normalise(normalise(program)) == normalise(program)
+
+
+@pytest.mark.parametrize(
+  ("source", "count"),
+  [
+    (f"a {chunk('b')}\n{chunk('c')}<sync/> d", 0),
+    (f"a{chunk(' b ')}{chunk('c')}", 0),  # whoever writes the blank
+    (f"{chunk('a')}b {chunk('c')}", 1),
+    (f"a {chunk('b.')}{chunk('- c.')} {chunk('d')}<sync/>.", 3),  # both at a join, and one before a full stop
+    (f"a {chunk(chunk('b') + chunk('c'))}d", 3),
+    (f"a{chunk('')}b{chunk('  ')}c", 0),  # nothing to separate
+  ],
+)
+def test_promises_without_a_separator_are_counted(source: str, count: int):
+  assert unseparated(parse(source)) == count
 
 
 # The token form.
