@@ -22,6 +22,7 @@ from pasta_jax.config.fields import (
 
 # Choices that other modules implement: they import them from here, or a test compares the two.
 VISIBILITIES = ("promise", "live")  # who sees whom (lang.forms)
+PROMISE_FORMS = ("topic", "head")  # what says what a promise is about (lang.forms)
 STRATEGIES = ("pred_10x", "pred_1x", "fixed", "oracle", "max", "sum")  # of positions (lang.positions)
 ANNOTATIONS = ("plan", "structure", "none")  # of responses (data.examples)
 DTYPES = ("float32", "bfloat16")
@@ -124,6 +125,7 @@ class Language(Section):
   """The form of the language in training (lang.forms.Forms); decoding takes its adapter's."""
 
   visibility: str = setting("promise", one_of(VISIBILITIES))  # promise: the paper's; live: chunks read along
+  promise: str = setting("topic", one_of(PROMISE_FORMS))  # topic: the paper's; head: the text before the promise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Unguarded, every token may come and has a meaning (`lang.automaton`); guarded, ill-formed ones cannot. Text
 outside promises is never restricted. Except for the limits on the whole response (threads, tokens left) and
-the topics that `StepFeatures.no_repeat` compares, the guard reads only what the branch can see, so it keeps
+the topics and heads that `StepFeatures.no_repeat` compares, the guard reads only what the branch can see, so it keeps
 exactness.
 """
 
@@ -25,27 +25,29 @@ class View(NamedTuple):
   topic_length: jax.Array
   may_open: jax.Array  # bool: limits on count and depth allow another promise
   may_sync: jax.Array  # bool: there is a chunk to join
+  repeats: jax.Array  # bool: its head is that of a promise that it knows (`lang.head`)
 
 
 def allowed(view: View, limits: Limits, features: StepFeatures) -> jax.Array:
   """[N_CLASSES] bool. At least one class is always allowed."""
-  well_formed = jnp.asarray(A.WELL_FORMED)[view.state]
+  well_formed = ~jnp.asarray(A.AUTOMATA[features.promise].ill_formed)[view.state]
   if not features.guard:
     well_formed = jnp.ones_like(well_formed)
   if not features.promises:
     return well_formed.at[jnp.array([A.OPEN, A.MIDDLE, A.CLOSE, A.ASYNC, A.END, A.SYNC])].set(False)
   if not features.guard:
     return well_formed
-  in_text, in_topic, in_number = (view.state == s for s in (A.TEXT, A.TOPIC, A.NUMBER))
+  in_topic, in_number = view.state == A.TOPIC, view.state == A.NUMBER
+  in_text = ~A.inside(view.state)
   full = view.topic_length >= limits.max_topic
   topic_done = view.topic_length > 0
   numbered = features.rule.numbered
   rules = {
     A.ORDINARY: ~(in_topic & full),
-    A.DIGITS: jnp.where(in_number, view.number < 100, ~(in_topic & full)),
-    A.OPEN: view.may_open,
+    A.DIGITS: jnp.where(in_number, numbered & (view.number < 100), ~(in_topic & full)),
+    A.OPEN: view.may_open & ~view.repeats,
     A.MIDDLE: topic_done & numbered,
-    A.CLOSE: jnp.where(in_topic, topic_done & (not numbered), view.number >= 0),
+    A.CLOSE: jnp.where(in_topic, topic_done & (not numbered), (view.number >= 0) | (not numbered)),
     A.END: in_text & ~view.is_main & (view.index > 0),
     A.SYNC: in_text & view.may_sync,
     A.EOS: in_text & view.is_main,

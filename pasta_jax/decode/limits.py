@@ -28,8 +28,8 @@ def promise_room(state: State, t: Thread, todo: jax.Array, limits: Limits) -> ja
   None near the end of the response, where a promise would be cut off before it is written.
   """
   running = t.status == RUNNING
-  writing = (t.state != A.TEXT) & (running | (t.status == WAITING))
-  opening = running & (t.state == A.TEXT) & (t.kind == A.OPEN)
+  writing = A.inside(t.state) & (running | (t.status == WAITING))
+  opening = running & ~A.inside(t.state) & (t.kind == A.OPEN)
   free = t.status.shape[0] - state.n_threads - (writing | opening).sum()
   left = limits.max_new_tokens - (state.used - state.prompt)
   return jnp.where(left < (todo + 1) * limits.tail, 0, free)

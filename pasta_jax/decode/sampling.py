@@ -12,6 +12,7 @@ from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 from pasta_jax.decode.state import State, earlier
 from pasta_jax.decode.threads import Thread
 from pasta_jax.lang import automaton as A
+from pasta_jax.lang.head import TokenHashes
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.attention import MASK_VALUE
 
@@ -23,6 +24,7 @@ class TokenTables(NamedTuple):
   value: jax.Array  # int32
   scale: jax.Array  # int32
   penalised: jax.Array  # bool
+  heads: TokenHashes  # of the text of heads; [1] where promises have topics
   async_tag: jax.Array  # int32, not per token: the id that a chunk begins with
   open_tag: jax.Array  # int32, the id that a promise begins with
 
@@ -30,9 +32,10 @@ class TokenTables(NamedTuple):
   def build(cls, vocabulary: Vocabulary, rows: int) -> "TokenTables":
     """Of a model with `rows` rows in its head."""
     table = vocabulary.table
+    hashes = TokenHashes.of(vocabulary.bytes_of_tokens() if table.promise == "head" else [b""])
     cut = lambda x: jnp.asarray(x[:rows])
     return cls(cut(table.classes), cut(table.value), cut(table.scale), cut(penalised_tokens(vocabulary)),
-               jnp.int32(table.tags.async_), jnp.int32(table.tags.open))  # fmt: skip
+               TokenHashes(*map(cut, hashes)), jnp.int32(table.tags.async_), jnp.int32(table.tags.open))  # fmt: skip
 
 
 def penalised_tokens(vocabulary: Vocabulary) -> np.ndarray:
@@ -56,7 +59,10 @@ class Branch(NamedTuple):
   thread: Thread  # before its token is read
   sees: jax.Array  # [P] bool: pool entries
   view: guard.View  # of the same thread after it
-  taken: jax.Array  # [M] bool: it knows that promise, and one more token (`kept_last`) would repeat its topic
+  taken: (
+    jax.Array
+  )  # [M] bool: it knows that promise, and one more token (`kept_last`) would repeat its topic, or
+  # its head is repeated
   ngram: jax.Array  # uint32, hash of its last tokens
 
 
@@ -83,17 +89,18 @@ def choose(logits: jax.Array, state: State, branch: Branch, tables: TokenTables,
            limits: Limits, features: StepFeatures) -> jax.Array:  # fmt: skip
   """The token after the one that the branch reads: what is remembered, wanted and allowed, then `draw`."""
   thread, view = branch.thread, branch.view
+  in_text = ~A.inside(view.state)
   scores = logits
   if features.use_repetition_penalty:
     # The token that is being read has no entry yet, but must not come twice in a row either.
     tokens = jnp.append(state.log.token, thread.token)
     written = jnp.append(branch.sees & (state.log.thread >= 0), view.index >= 0) & tables.penalised[tokens]
-    scores = penalise(scores, tokens, written & (view.state == A.TEXT), sampling.repetition_penalty)
+    scores = penalise(scores, tokens, written & in_text, sampling.repetition_penalty)
   if features.no_repeat:
     # What followed the same tokens before may not follow them again, tags excepted. All threads count: chunks
     # that do not see each other say the same thing too.
     log = state.log
-    again = earlier(state) & (log.ngram_hash == branch.ngram) & (branch.ngram != 0) & (view.state == A.TEXT)
+    again = earlier(state) & (log.ngram_hash == branch.ngram) & (branch.ngram != 0) & in_text
     kinds = tables.classes[log.next_token]
     scores = ban(scores, log.next_token, again & ((kinds == A.ORDINARY) | (kinds == A.DIGITS)))
   if features.promises:

@@ -68,18 +68,25 @@ class StepFeatures:
 
   rule: PositionRule = PositionRule()
   visibility: str = "promise"  # who sees whom (lang.forms)
+  promise: str = "topic"  # the form of promises (lang.forms), that of the vocabulary
   guard: bool = True  # only well-formed tags can be written (decode.guard)
   promises: bool = True  # False: the tags are never written; ordinary decoding
   greedy: bool = True
   use_top_k_p: bool = False
   use_repetition_penalty: bool = False
-  no_repeat: int = 0  # length of n-grams (and topics) of earlier rounds that no thread may repeat; 0: off
+  no_repeat: int = (
+    0  # length of n-grams (and topics or heads) of earlier rounds that no thread may repeat; 0: off
+  )
   attention: str = "auto"  # a kind of `decode.attention`
   return_logits: bool = False  # keep every step's logits in the trace (for tests: capacity x V floats)
 
   @property
   def live(self) -> bool:
     return self.visibility == "live"
+
+  @property
+  def head(self) -> bool:
+    return self.promise == "head"
 
 
 @dataclasses.dataclass(frozen=True)

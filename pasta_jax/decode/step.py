@@ -45,7 +45,10 @@ def step(model: Transformer, state: State, tables: TokenTables, sampling: Sampli
   """
   lanes = schedule(state, width)
   threads = take(state.threads, lanes.rows)
-  read = jax.vmap(T.read_token)(threads, tables.value[threads.token], tables.scale[threads.token])
+  hashes = jax.tree.map(lambda x: x[threads.token], tables.heads)
+  read = jax.vmap(partial(T.read_token, promise=features.promise))(
+    threads, tables.value[threads.token], tables.scale[threads.token], hashes
+  )
   forks, children = allocate(state, lanes, read, limits)
   sees = sight.seen(features.live, state, threads.sight)
   branches = observe(state, lanes, threads, sees, read, forks, limits, features)
@@ -109,12 +112,12 @@ def observe(state: State, lanes: Lanes, threads: Thread, sees: jax.Array, read: 
   kept = (jnp.arange(m) > 0) & (t.status != FREE) & (t.kept_last >= 0)
   joinable = (t.owner == lanes.rows[:, None]) & (t.status != FREE)
   rank = state.served + jnp.arange(width)
+  taken = known & kept & (t.kept_before == after.topic[:, None])
   view = View(
     state=after.state, is_main=after.parent < 0, index=after.index, number=after.number,
     topic_length=after.topic_length, may_open=(rank < state.room) & (after.depth < limits.max_depth),
-    may_sync=joinable.any(axis=1) | forks,
+    may_sync=joinable.any(axis=1) | forks, repeats=taken.any(axis=1) & features.head,
   )  # fmt: skip
-  taken = known & kept & (t.kept_before == after.topic[:, None])
   return Branch(threads, sees, view, taken, ngram_hash(after.recent))
 
 

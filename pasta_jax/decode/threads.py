@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from pasta_jax.lang import automaton as A
+from pasta_jax.lang.head import TokenHashes
 from pasta_jax.lang.positions import PositionRule
 
 FREE, RUNNING, WAITING, DONE = range(4)  # status
@@ -30,7 +31,9 @@ class Thread(struct.PyTreeNode):
   # The tag automaton, before that token.
   state: jax.Array
   number: jax.Array  # of the current promise so far; -1: no digit yet
-  topic: jax.Array  # uint32, hash of the current promise's topic so far
+  topic: (
+    jax.Array
+  )  # uint32, hash of the current promise's topic so far; of its head (`lang.head`), 0 for none
   topic_before: jax.Array  # uint32, without its last token, so that the guard can mask a repeated topic's end
   topic_last: jax.Array  # that token
   topic_length: jax.Array
@@ -45,8 +48,8 @@ class Thread(struct.PyTreeNode):
   depth: jax.Array
   ordinal: jax.Array  # among the parent's children
   declared: jax.Array  # number in its promise; -1: none
-  kept_before: jax.Array  # uint32, hash of its promise's topic without the last token
-  kept_last: jax.Array  # that token; -1 for an empty topic
+  kept_before: jax.Array  # uint32, hash of its promise's topic without the last token, or of its head
+  kept_last: jax.Array  # that token; -1 for an empty topic or head
   fork_entry: jax.Array  # pool entry of its promise's last token
   fork_index: jax.Array  # index of that token in the parent's own tokens
 
@@ -56,7 +59,7 @@ def born(*, token, index, position, round, key, sight, recent, depth=0, parent=-
   """A thread before its first token, which the prompt or the interpreter wrote: it is only read."""
   i, u = jnp.int32, jnp.uint32
   return Thread(
-    status=i(RUNNING), token=i(token), kind=i(A.ORDINARY), index=i(index), position=i(position), round=i(round),
+    status=i(RUNNING), token=i(token), kind=i(A.ASYNC), index=i(index), position=i(position), round=i(round),
     state=i(A.TEXT), number=i(-1), topic=u(0), topic_before=u(0), topic_last=i(-1), topic_length=i(0),
     recent=jnp.full_like(recent, -1), length=i(0), children=i(0), sight=sight, key=key, parent=i(parent),
     owner=i(parent), depth=i(depth), ordinal=i(ordinal), declared=i(declared), kept_before=u(kept_before),
@@ -72,26 +75,47 @@ class TokenRead(NamedTuple):
   ends: jax.Array  # bool: a chunk's last token; `advance` ends the main thread
 
 
-def read_token(thread: Thread, value: jax.Array, scale: jax.Array) -> TokenRead:
-  """Runs the tag automaton over the thread's token, whose digits are worth `value` (`TokenTable`)."""
-  t = thread
-  action = jnp.asarray(A.ACTION)[t.state, t.kind]
-  opens = (t.kind == A.OPEN) & (t.state == A.TEXT)
+def read_token(
+  thread: Thread, value: jax.Array, scale: jax.Array, hashes: TokenHashes, promise: str
+) -> TokenRead:
+  """Runs the tag automaton of the form `promise` over the thread's token, whose digits are worth `value`
+  (`TokenTable`)."""
+  t, automaton = thread, A.AUTOMATA[promise]
+  action = jnp.asarray(automaton.action)[t.state, t.kind]
+  opens = (t.kind == A.OPEN) & ~A.inside(t.state)
   digit = (t.kind == A.DIGITS) & (t.state == A.NUMBER)
-  in_topic = (t.state == A.TOPIC) & ((t.kind == A.ORDINARY) | (t.kind == A.DIGITS))
-  longer = t.topic * jnp.uint32(1_000_003) + t.token.astype(jnp.uint32) + jnp.uint32(1)
-  pick = lambda read, fresh, old: jnp.where(in_topic, read, jnp.where(opens, fresh, old))
+  plain = (t.kind == A.ORDINARY) | (t.kind == A.DIGITS)
+  about = _read_head(t, plain, hashes) if promise == "head" else _read_topic(t, plain, opens)
   recent = jnp.append(t.recent[1:], t.token) if t.recent.size else t.recent
   after = t.replace(
-    state=jnp.asarray(A.NEXT_STATE)[t.state, t.kind],
+    state=jnp.asarray(automaton.next_state)[t.state, t.kind],
     number=jnp.where(digit, A.append_digits(t.number, value, scale), jnp.where(opens, -1, t.number)),
+    recent=jnp.where(t.index >= 0, recent, t.recent),
+    **about,
+  )
+  return TokenRead(after, action == A.FORK, (action == A.FINISH) & (t.parent >= 0))
+
+
+def _read_topic(t: Thread, plain: jax.Array, opens: jax.Array) -> dict[str, jax.Array]:
+  """The fields of the topic after the thread's token, which is `plain`, or `opens` a promise."""
+  in_topic = (t.state == A.TOPIC) & plain
+  longer = t.topic * jnp.uint32(1_000_003) + t.token.astype(jnp.uint32) + jnp.uint32(1)
+  pick = lambda read, fresh, old: jnp.where(in_topic, read, jnp.where(opens, fresh, old))
+  return dict(
     topic=pick(longer, jnp.uint32(0), t.topic),
     topic_before=jnp.where(in_topic, t.topic, t.topic_before),
     topic_last=pick(t.token, -1, t.topic_last),
     topic_length=pick(t.topic_length + 1, 0, t.topic_length),
-    recent=jnp.where(t.index >= 0, recent, t.recent),
   )
-  return TokenRead(after, action == A.FORK, (action == A.FINISH) & (t.parent >= 0))
+
+
+def _read_head(t: Thread, plain: jax.Array, hashes: TokenHashes) -> dict[str, jax.Array]:
+  """The same for a head, which a promise does not end but the next text begins anew."""
+  so_far = jnp.where(t.state == A.TEXT, 0, t.topic)
+  anew = (so_far == 0) | (hashes.scale == 0)
+  longer = jnp.where(anew, hashes.fresh, so_far * hashes.scale + hashes.value)
+  topic = jnp.where(plain & ~A.inside(t.state), longer, so_far)
+  return dict(topic=topic, topic_before=topic, topic_last=jnp.where(topic > 0, 0, -1))
 
 
 def advance(read: TokenRead, forks, chosen, kind, sight, rule: PositionRule) -> Thread:
@@ -100,7 +124,7 @@ def advance(read: TokenRead, forks, chosen, kind, sight, rule: PositionRule) -> 
   `forks`: its promise was granted. One token a thread a round is stated here.
   """
   t = read.thread
-  joins = jnp.asarray(A.ACTION)[t.state, kind] == A.JOIN
+  joins = kind == A.SYNC
   over = read.ends | ((t.parent < 0) & (kind == A.EOS))  # the main thread's last token need not be read back
   return t.replace(
     status=jnp.where(over, DONE, jnp.where(joins, WAITING, RUNNING)),

@@ -1,53 +1,82 @@
 """The tag automaton: what each token means, in one table for the interpreter on the device and for Python.
 
-Every token sequence has a meaning. A thread is in one of three states; a token's class and the state give
-the next state, the action, and whether the token is ill-formed there.
+Every token sequence has a meaning. A thread is in one of a few states, at first TEXT; a token's class and the
+state give the next state, the action, and whether the token is ill-formed there. Each form of a promise
+(`lang.forms`) has its table: with a topic,
 
   state   | ordinary  digits   OPEN   MIDDLE  CLOSE  ASYNC   END      SYNC    EOS
   TEXT    | text      text     TOPIC  !       !      !       end (1)  join    end (2)
   TOPIC   | topic     topic    !      NUMBER  fork   !       ! end    ! join  ! end
   NUMBER  | !         number   !      !       fork   !       ! end    ! join  ! end
 
-`!` is ill-formed: the token is written to the pool and otherwise ignored; END, SYNC and EOS inside a promise
-abandon it and act as usual. (1) In the main thread END is ill-formed: it abandons a promise, but does not end
-the thread. (2) In a chunk EOS is ill-formed and ends the chunk as END does. A fork without a number is
-ill-formed too, except under strategies without numbers (`PositionRule.gap` says what it reserves).
+and with a head, which is text before OPEN: HEAD says that there is some since the last promise, sync or `<async>`.
+
+  state   | ordinary  digits   OPEN      MIDDLE  CLOSE  ASYNC   END      SYNC    EOS
+  TEXT    | HEAD      HEAD     ! NUMBER  !       !      !       end (1)  join    end (2)
+  HEAD    | text      text     NUMBER    !       !      !       end (1)  join    end (2)
+  NUMBER  | !         number   !         !       fork   !       ! end    ! join  ! end
+
+Promises and syncs lead back to TEXT. `!` is ill-formed: the token is written to the pool and otherwise ignored
+(an OPEN without a head is carried out); END, SYNC and EOS inside a promise abandon it and act as usual. (1) In the
+main thread END is ill-formed: it abandons a promise, but does not end the thread. (2) In a chunk EOS is ill-formed
+and ends the chunk as END does. A fork without a number is ill-formed too, except under strategies without numbers
+(`PositionRule.gap` says what it reserves).
 """
 
 import dataclasses
 
 import numpy as np
 
+from pasta_jax.config.sections import PROMISE_FORMS
+
 # Token classes.
 ORDINARY, DIGITS, OPEN, MIDDLE, CLOSE, ASYNC, END, SYNC, EOS = range(9)
 N_CLASSES = 9
 # States of a thread.
-TEXT, TOPIC, NUMBER = range(3)
+TEXT, TOPIC, NUMBER, HEAD = range(4)
+N_STATES = 4
 # What a token does.
 NOTHING, FORK, JOIN, FINISH = range(4)
 MAX_DECLARED = 999  # a larger number is absurd: ill-formed, and read as this
 
 
-def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  state = np.tile(np.arange(3, dtype=np.int32)[:, None], (1, N_CLASSES))
-  action = np.full((3, N_CLASSES), NOTHING, np.int32)
-  ill = np.ones((3, N_CLASSES), bool)
-  state[TEXT, OPEN], state[TOPIC, MIDDLE] = TOPIC, NUMBER
-  state[:, [CLOSE, END, SYNC, EOS]] = TEXT
-  action[[TOPIC, NUMBER], CLOSE] = FORK
-  action[:, SYNC] = JOIN
-  action[:, [END, EOS]] = FINISH
-  ill[TEXT, [ORDINARY, DIGITS, OPEN, END, SYNC, EOS]] = False
-  ill[TOPIC, [ORDINARY, DIGITS, MIDDLE, CLOSE]] = False
-  ill[NUMBER, [DIGITS, CLOSE]] = False
-  return state, action, ill
+def inside(state):
+  """Whether a thread in this state is writing a promise. Integers or arrays."""
+  return (state == TOPIC) | (state == NUMBER)
 
 
-NEXT_STATE, ACTION, ILL_FORMED = _tables()  # each [3, N_CLASSES]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Automaton:
+  """The table of one form of promises; each array is [N_STATES, N_CLASSES]."""
 
-# What a guarded decoder may write. `decode.guard` adds whether END and EOS fit the thread and whether a
-# number has digits.
-WELL_FORMED = ~ILL_FORMED
+  next_state: np.ndarray  # int32
+  action: np.ndarray  # int32
+  ill_formed: np.ndarray  # bool
+
+  @classmethod
+  def build(cls, promise: str) -> "Automaton":
+    state = np.tile(np.arange(N_STATES, dtype=np.int32)[:, None], (1, N_CLASSES))
+    action = np.full((N_STATES, N_CLASSES), NOTHING, np.int32)
+    ill = np.ones((N_STATES, N_CLASSES), bool)
+    texts = [TEXT, HEAD]
+    state[:, SYNC] = TEXT
+    state[np.ix_([TOPIC, NUMBER], [CLOSE, END, EOS])] = TEXT
+    action[[TOPIC, NUMBER], CLOSE] = FORK
+    action[:, SYNC] = JOIN
+    action[:, [END, EOS]] = FINISH
+    ill[np.ix_(texts, [ORDINARY, DIGITS, OPEN, END, SYNC, EOS])] = False
+    ill[TOPIC, [ORDINARY, DIGITS, MIDDLE, CLOSE]] = False
+    ill[NUMBER, [DIGITS, CLOSE]] = False
+    if promise == "topic":
+      state[TEXT, OPEN], state[TOPIC, MIDDLE] = TOPIC, NUMBER
+    else:
+      state[TEXT, [ORDINARY, DIGITS]] = HEAD
+      state[texts, OPEN] = NUMBER
+      ill[TEXT, OPEN] = True
+    return cls(state, action, ill)
+
+
+AUTOMATA = {promise: Automaton.build(promise) for promise in PROMISE_FORMS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +102,15 @@ class TokenTable:
   """Per token id: its class, and value and scale where it consists of digits ("42" -> 42, 100)."""
 
   tags: Tags
+  promise: str  # its form
   classes: np.ndarray  # [V] int32
   value: np.ndarray  # [V] int32
   scale: np.ndarray  # [V] int32, 1 where the token has no digits
 
   @classmethod
-  def build(cls, vocab_size: int, tags: Tags, digits: dict[int, tuple[int, int]]) -> "TokenTable":
+  def build(
+    cls, vocab_size: int, tags: Tags, digits: dict[int, tuple[int, int]], promise: str = "topic"
+  ) -> "TokenTable":
     """`digits` maps a token id to (value, 10 ** number of digits). Tokens are ordinary unless named."""
     classes = np.full(vocab_size, ORDINARY, np.int32)
     value, scale = np.zeros(vocab_size, np.int32), np.ones(vocab_size, np.int32)
@@ -88,7 +120,11 @@ class TokenTable:
     for token, c in zip(tags.ids, (OPEN, MIDDLE, CLOSE, ASYNC, END, SYNC)):
       classes[token] = c
     classes[list(tags.eos)] = EOS
-    return cls(tags, classes, value, scale)
+    return cls(tags, promise, classes, value, scale)
+
+  @property
+  def automaton(self) -> Automaton:
+    return AUTOMATA[self.promise]
 
 
 def append_digits(number, value, scale):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from pasta_jax.config.sections import VISIBILITIES
+from pasta_jax.config.sections import PROMISE_FORMS, VISIBILITIES
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.utils.json_io import parse_json, to_json
 from pasta_jax.utils.typed import Parsed, checked
@@ -22,14 +22,18 @@ class Forms:
 
   visibility   promise: a chunk sees what stood before its promise, and no other chunk (the paper's)
                live: a token sees all text before it, in reading order, that was read in an earlier round
+  promise      topic: a promise names its topic (the paper's)
+               head: the promising thread writes the head of the part as text, then the promise (`lang.head`)
   """
 
   positions: PositionRule = PositionRule()
   visibility: str = "promise"
+  promise: str = "topic"
 
   def __post_init__(self):
-    if self.visibility not in VISIBILITIES:
-      raise ValueError(f"visibility {self.visibility!r} is none of {', '.join(VISIBILITIES)}")
+    for name, known in (("visibility", VISIBILITIES), ("promise", PROMISE_FORMS)):
+      if (value := getattr(self, name)) not in known:
+        raise ValueError(f"{name} {value!r} is none of {', '.join(known)}")
 
   @property
   def live(self) -> bool:
@@ -44,7 +48,7 @@ class _Positions(Parsed):
 def from_config(config: Any) -> Forms:
   """The form in which a config trains."""
   rule = PositionRule(config.positions.strategy, config.positions.fixed)
-  return Forms(rule, config.language.visibility)
+  return Forms(rule, config.language.visibility, config.language.promise)
 
 
 def to_metadata(forms: Forms) -> dict[str, str]:

@@ -20,11 +20,12 @@ class Sync:
 class Promise:
   """`<promise topic=… tokens=…/>` and the chunk that keeps it.
 
+  `topic` is None in the form `head`, where the text before the promise says what it is about (`lang.head`).
   `tokens` is the declared length of the chunk with both its tags; None where no number is written (`fixed`,
   `oracle`) or it is still to be computed. `PositionRule.gap` gives the positions that it reserves.
   """
 
-  topic: str
+  topic: str | None
   tokens: int | None
   body: tuple["Node", ...]
 

@@ -1,9 +1,9 @@
 r"""The serialised text form: parser and printer.
 
-`<promise topic="cost" tokens="40"/><async>…</async><sync/>`, each chunk right after its promise. Text may
-hold anything, also text that looks like a tag: a tag's opening that is meant as text carries a backslash
-(`\<sync/>`), and backslashes right before a tag's opening are doubled. All other text is
-unchanged. In a topic, `"` and `\` carry a backslash.
+`<promise topic="cost" tokens="40"/><async>…</async><sync/>`, each chunk right after its promise; a promise without a
+topic is `<promise tokens="40"/>` or `<promise/>`. Text may hold anything, also text that looks like a tag: a tag's
+opening that is meant as text carries a backslash (`\<sync/>`), and backslashes right before a tag's opening are
+doubled. All other text is unchanged. In a topic, `"` and `\` carry a backslash.
 
 `parse(print_program(p)) == normalise(p)` for every program (chunks at most MAX_DEPTH deep, numbers of at most
 nine digits), and `print_program(parse(s)) == s` for every serialised form that the printer can write.
@@ -17,14 +17,17 @@ from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise
 OPEN, MIDDLE, CLOSE = '<promise topic="', '" tokens="', '"/>'
 ASYNC, END, SYNC = "<async>", "</async>", "<sync/>"
 TAG_TEXTS = (OPEN, MIDDLE, CLOSE, ASYNC, END, SYNC)  # the fixed parts, one special token each
+HEAD_OPEN, HEAD_ONLY = '<promise tokens="', "<promise/>"  # of promises without a topic
 # What these tokens are called in a vocabulary for other engines: many have an ordinary token `"/>`.
 TOKEN_TEXTS = (OPEN, MIDDLE, '" />', ASYNC, END, SYNC)
 
 MAX_DEPTH = 64  # of nested chunks in text that is parsed
 
 # The possessive run, tried at its first backslash only, keeps a long run of them linear.
-_TAG = re.compile(r"(?<!\\)(\\*+)(" + "|".join(re.escape(t) for t in (OPEN, ASYNC, END, SYNC)) + ")")
+OPENINGS = (OPEN, HEAD_OPEN, HEAD_ONLY, ASYNC, END, SYNC)  # what text carries a backslash before
+_TAG = re.compile(r"(?<!\\)(\\*+)(" + "|".join(map(re.escape, OPENINGS)) + ")")
 _TOPIC = re.compile(r'((?:[^"\\]|\\.)*)"(?: tokens="([^"]*)")?/>', re.DOTALL)
+_NUMBER = re.compile(r'([^"]*)"/>')
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 
 
@@ -51,14 +54,19 @@ def print_program(program: Iterable[Node]) -> str:
     if isinstance(node, Sync):
       out.append(SYNC)
     else:
-      topic = re.sub(r'(["\\])', r"\\\1", node.topic)
-      number = "" if node.tokens is None else f"{MIDDLE}{node.tokens}"
       body = print_program(node.body)
       trailing = len(body) - len(body.rstrip("\\"))
       if trailing and node.body and isinstance(normalise(node.body)[-1], Text):
         body += trailing * "\\"
-      out.append(f"{OPEN}{topic}{number}{CLOSE}{ASYNC}{body}{END}")
+      out.append(f"{_printed_promise(node)}{ASYNC}{body}{END}")
   return "".join(out)
+
+
+def _printed_promise(node: Promise) -> str:
+  if node.topic is None:
+    return HEAD_ONLY if node.tokens is None else f"{HEAD_OPEN}{node.tokens}{CLOSE}"
+  topic = re.sub(r'(["\\])', r"\\\1", node.topic)
+  return f"{OPEN}{topic}{'' if node.tokens is None else f'{MIDDLE}{node.tokens}'}{CLOSE}"
 
 
 def parse(source: str) -> Program:
@@ -93,21 +101,25 @@ def _parse_nodes(source: str, at: int, depth: int, opened: int) -> tuple[list[No
     elif tag == ASYNC:
       raise PastaSyntaxError(f"{ASYNC} without a promise before it", source, match.start(2))
     else:
-      promise, at = _parse_promise(source, match.start(2), at, depth)
+      promise, at = _parse_promise(source, tag, match.start(2), at, depth)
       nodes.append(promise)
 
 
-def _parse_promise(source: str, start: int, at: int, depth: int) -> tuple[Promise, int]:
-  """The promise whose opening is at [start, at), with its chunk."""
-  match = _TOPIC.match(source, at)
-  if match is None:
-    raise PastaSyntaxError('promise is never closed: expected topic="…" tokens="…"/>', source, start)
-  number = match[2]
-  if number is not None and not re.fullmatch(r"[0-9]{1,9}", number):
-    raise PastaSyntaxError(f"tokens must be a number, not {number!r}", source, match.start(2))
-  at = match.end()
+def _parse_promise(source: str, tag: str, start: int, at: int, depth: int) -> tuple[Promise, int]:
+  """The promise whose opening `tag` is at [start, at), with its chunk."""
+  topic: str | None = None
+  number: str | None = None
+  if tag != HEAD_ONLY:
+    match = (_TOPIC if tag == OPEN else _NUMBER).match(source, at)
+    if match is None:
+      expected = 'topic="…" tokens="…"/>' if tag == OPEN else 'tokens="…"/>'
+      raise PastaSyntaxError(f"promise is never closed: expected {expected}", source, start)
+    which = 2 if tag == OPEN else 1
+    topic = _ESCAPE.sub(r"\1", match[1]) if tag == OPEN else None
+    number, at = match[which], match.end()
+    if number is not None and not re.fullmatch(r"[0-9]{1,9}", number):
+      raise PastaSyntaxError(f"tokens must be a number, not {number!r}", source, match.start(which))
   if not source.startswith(ASYNC, at):
     raise PastaSyntaxError(f"promise is not followed by {ASYNC}", source, at)
   body, end = _parse_nodes(source, at + len(ASYNC), depth + 1, opened=at)
-  topic = _ESCAPE.sub(r"\1", match[1])
   return Promise(topic, None if number is None else int(number), tuple(body)), end

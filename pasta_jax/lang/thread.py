@@ -66,13 +66,15 @@ class Reading:
   is_text: np.ndarray  # [n] bool: the reader sees this token
   is_topic: np.ndarray  # [n] bool
   declared: dict[int, int | None]  # own index of a promise's last token -> its number
-  topics: dict[int, tuple[int, ...]]  # the same index -> the tokens of its topic
+  # The same index -> the tokens of its topic; in the form `head`, of its thread's text since the last promise, sync
+  # or <async>, where its head is (`lang.head`).
+  topics: dict[int, tuple[int, ...]]
   ill_formed: int  # tags that are ill-formed in their place
   state: int  # of the automaton after the last token
 
   @property
   def malformed(self) -> int:
-    return self.ill_formed + int(self.state != automaton.TEXT)  # a promise that was cut off counts
+    return self.ill_formed + int(automaton.inside(self.state))  # a promise that was cut off counts
 
 
 def read(thread: Thread, table: TokenTable, *, is_main: bool, numbered: bool = True) -> Reading:
@@ -82,26 +84,29 @@ def read(thread: Thread, table: TokenTable, *, is_main: bool, numbered: bool = T
   declared: dict[int, int | None] = {}
   topics: dict[int, tuple[int, ...]] = {}
   topic: list[int] = []
+  table_of, with_head = table.automaton, table.promise == "head"
   state, number, ill = automaton.TEXT, -1, 0
   for i, token in enumerate(thread.tokens):
     c = int(table.classes[token])
     if i == 0 and not is_main and c == automaton.ASYNC:
       continue  # the interpreter writes a chunk's first tag
-    action = int(automaton.ACTION[state, c])
-    ill += bool(automaton.ILL_FORMED[state, c]) or c == (automaton.END if is_main else automaton.EOS)
+    action = int(table_of.action[state, c])
+    ill += bool(table_of.ill_formed[state, c]) or c == (automaton.END if is_main else automaton.EOS)
     plain = c in (automaton.ORDINARY, automaton.DIGITS)
-    is_text[i] = plain and state == automaton.TEXT
+    is_text[i] = plain and not automaton.inside(state)
     is_topic[i] = plain and state == automaton.TOPIC
-    if is_topic[i]:
+    if with_head and state == automaton.TEXT:
+      topic = []
+    if is_text[i] if with_head else is_topic[i]:
       topic.append(token)
     if state == automaton.NUMBER and c == automaton.DIGITS:
       number = automaton.append_digits(number, int(table.value[token]), int(table.scale[token]))
     if action == automaton.FORK:
       declared[i], topics[i] = None if number < 0 else min(number, automaton.MAX_DECLARED), tuple(topic)
       ill += int(numbered and (number < 0 or number > automaton.MAX_DECLARED))
-    if c == automaton.OPEN and state == automaton.TEXT:
-      number, topic = -1, []
-    state = int(automaton.NEXT_STATE[state, c])
+    if c == automaton.OPEN and not automaton.inside(state):
+      number, topic = -1, topic if with_head else []
+    state = int(table_of.next_state[state, c])
   return Reading(is_text, is_topic, declared, topics, ill, state)
 
 

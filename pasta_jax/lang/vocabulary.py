@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from pasta_jax.lang.automaton import Tags, TokenTable
+from pasta_jax.lang.automaton import DIGITS, ORDINARY, Tags, TokenTable
 from pasta_jax.lang.positions import PositionRule, span
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise
-from pasta_jax.lang.syntax import TAG_TEXTS
+from pasta_jax.lang.syntax import HEAD_OPEN, TAG_TEXTS
 from pasta_jax.lang.thread import Fork, Reading, Thread, read_all
 
 
@@ -28,22 +28,37 @@ class Vocabulary:
 
   `base_size` is the number of rows of the model's embedding, which may exceed the tokenizer's vocabulary.
   Every control token of the tokenizer that the tags do not take ends a response. A topic's tokens begin with
-  a blank (" cost" is one token where "cost" may be three), which is not part of the topic.
+  a blank (" cost" is one token where "cost" may be three), which is not part of the topic. `promise` is the
+  form of promises (`lang.forms`): in the form "head" one is the first tag, its number, and the third tag.
   """
 
-  def __init__(self, tokenizer: TextTokenizer, base_size: int | None = None, tag_ids: Sequence[int] = ()):
-    self.tokenizer = tokenizer
+  def __init__(
+    self,
+    tokenizer: TextTokenizer,
+    base_size: int | None = None,
+    tag_ids: Sequence[int] = (),
+    promise: str = "topic",
+  ):
+    self.tokenizer, self.promise = tokenizer, promise
     self.base_size = tokenizer.vocab_size if base_size is None else base_size
     ids = tuple(tag_ids) or tuple(range(self.base_size, self.base_size + len(TAG_TEXTS)))
     self.size = max(self.base_size, max(ids) + 1)
     controls = sorted(set(tokenizer.special_ids) - {tokenizer.eos_id, *ids})
     opening, middle, close, async_, end, sync = ids
     self.tags = Tags(opening, middle, close, async_, end, sync, eos=(tokenizer.eos_id, *controls))
-    self._tag_texts = dict(zip(ids, TAG_TEXTS))
-    self.table = TokenTable.build(self.size, self.tags, tokenizer.digit_values())
+    self._tag_texts = dict(zip(ids, TAG_TEXTS)) | ({opening: HEAD_OPEN} if promise == "head" else {})
+    self.table = TokenTable.build(self.size, self.tags, tokenizer.digit_values(), promise)
+
+  def speaking(self, promise: str) -> "Vocabulary":
+    """The same vocabulary with promises of another form."""
+    return (
+      self if promise == self.promise else Vocabulary(self.tokenizer, self.base_size, self.tags.ids, promise)
+    )
 
   def encode(self, program: Iterable[Node], rule: PositionRule, *, finished: bool = True) -> Thread:
-    """The main thread of a program; promises get the number that `rule` writes for their true length."""
+    """The main thread of a program; promises get the number that `rule` writes for their true length.
+
+    Raises ValueError for a promise of another form."""
     return self._encode_thread(normalise(program), rule, (), (self.tags.eos[0],) if finished else ())
 
   def _encode_thread(self, nodes: Program, rule: PositionRule, head: tuple, tail: tuple) -> Thread:
@@ -57,9 +72,14 @@ class Vocabulary:
       else:
         child = self._encode_thread(node.body, rule, (self.tags.async_,), (self.tags.end,))
         number = rule.written(span(child, rule))
-        tokens += [self.tags.open, *self.tokenizer.encode(" " + node.topic)]
+        if (node.topic is None) != (self.promise == "head"):
+          raise ValueError(f"a promise with topic {node.topic!r} is not of the form {self.promise!r}")
+        tokens.append(self.tags.open)
+        if node.topic is not None:
+          tokens += self.tokenizer.encode(" " + node.topic)
         if number is not None:
-          tokens += [self.tags.middle, *self.tokenizer.encode(str(number))]
+          tokens += [self.tags.middle] if node.topic is not None else []
+          tokens += self.tokenizer.encode(str(number))
         tokens.append(self.tags.close)
         forks.append(Fork(len(tokens) - 1, number, child))
     return Thread(tuple(tokens) + tail, tuple(forks))
@@ -69,6 +89,14 @@ class Vocabulary:
     rows without a token become nothing."""
     known = (int(t) for t in tokens if t < self.tokenizer.vocab_size)
     return b"".join(self.tokenizer.token_bytes(t) for t in known).decode("utf-8", "replace")
+
+  def bytes_of_tokens(self) -> list[bytes]:
+    """[V] the bytes of each token's text; none of tags and of embedding rows without a token."""
+    known = range(self.tokenizer.vocab_size)
+    texts = [
+      b"" if self.table.classes[t] not in (ORDINARY, DIGITS) else self.tokenizer.token_bytes(t) for t in known
+    ]
+    return texts + [b""] * (self.size - len(texts))
 
   def label(self, token: int) -> str:
     """One token for a dump: a tag's text, or the token's own."""
@@ -95,7 +123,9 @@ class Vocabulary:
       nodes.append(Text(self.text(text)))
       text = []
       if i in forks:
-        topic = self.text(reading.topics.get(i, ())).removeprefix(" ")
+        topic = None
+        if self.promise == "topic":
+          topic = self.text(reading.topics.get(i, ())).removeprefix(" ")
         nodes.append(Promise(topic, reading.declared.get(i), self._decode_thread(forks[i].child, readings)))
       else:
         nodes.append(Sync())

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pasta_jax.config.sections import PROMISE_FORMS
 from pasta_jax.lang import automaton as A
 from pasta_jax.lang.automaton import Tags, TokenTable, append_digits
 from pasta_jax.lang.positions import STRATEGIES, PositionRule
@@ -18,7 +19,7 @@ from pasta_jax.lang.program import (
   reading_order,
   unseparated,
 )
-from pasta_jax.lang.syntax import MAX_DEPTH, TAG_TEXTS, PastaSyntaxError, parse, print_program
+from pasta_jax.lang.syntax import MAX_DEPTH, OPENINGS, TAG_TEXTS, PastaSyntaxError, parse, print_program
 from pasta_jax.lang.thread import Fork, Thread, read, read_all, walk
 from pasta_jax.lang.vocabulary import Vocabulary
 
@@ -53,7 +54,7 @@ BYTES = Vocabulary(ByteTokenizer(), base_size=265)
 # Texts and programs.
 
 LOOKS_LIKE_A_TAG = st.sampled_from([
-    *TAG_TEXTS, "\\", "\\\\", "\\\\\\", '"', "<", "/>", "\n", "<promise", '<promise topic="x" tokens="3"/>',
+    *TAG_TEXTS, *OPENINGS, "\\", "\\\\", "\\\\\\", '"', "<", "/>", "\n", "<promise", '<promise topic="x" tokens="3"/>',
     "<sync />", "</async", "<|im_end|>", "<|im_start|>", "é", "🦜", "12",
 ])  # fmt: skip
 TEXTS = st.lists(st.text(max_size=4) | LOOKS_LIKE_A_TAG, max_size=5).map("".join)
@@ -62,7 +63,7 @@ TEXTS = st.lists(st.text(max_size=4) | LOOKS_LIKE_A_TAG, max_size=5).map("".join
 def programs(texts=TEXTS):
   """Programs in no particular form: empty and neighbouring texts, syncs anywhere, chunks three deep or so."""
   leaf = st.builds(Text, texts) | st.just(Sync())
-  topics = texts | st.sampled_from(["", " ", "cost ", " cost", "  two words"])
+  topics = st.none() | texts | st.sampled_from(["", " ", "cost ", " cost", "  two words"])
   numbers = st.none() | st.integers(0, 999_999_999)
   bodies = st.lists(leaf, max_size=2)
   for _ in range(3):
@@ -103,7 +104,13 @@ def test_parse_undoes_print(program: Program):
         ((Promise('a" tokens="3', 4, ()),), '<promise topic="a\\" tokens=\\"3" tokens="4"/><async></async>'),
         ((Text("a"), Text(""), Promise("t", None, (Sync(),)), Sync()),
          'a<promise topic="t"/><async><sync/></async><sync/>'),
-        ((Text('"/> <promise/> <promise topic=\'x\'/>'),), '"/> <promise/> <promise topic=\'x\'/>'),
+        ((Text('"/> <promise /> <promise topic=\'x\'/>'),), '"/> <promise /> <promise topic=\'x\'/>'),
+        ((Promise(None, None, (Promise(None, 40, (Text("x"),)),)),),
+         '<promise/><async><promise tokens="40"/><async>x</async></async>'),
+        # Either form is escaped in text, whatever the form of the promises around it.
+        ((Text("<promise/>"), Promise("t", None, (Text('<promise tokens="'),))),
+         '\\<promise/><promise topic="t"/><async>\\<promise tokens="</async>'),
+        ((Text('\\<promise topic="'), Promise(None, 7, ())), '\\\\\\<promise topic="<promise tokens="7"/><async></async>'),
     ],
 )  # fmt: skip
 def test_printed_form(program: Program, printed: str):
@@ -133,6 +140,9 @@ MALFORMED = [
     "tokens must be a number, not '1234567890'",
   ),
   ('<promise topic="two\nlines" tokens="x"/><async></async>', 2, 16, "tokens must be a number, not 'x'"),
+  ('<promise tokens="4', 1, 1, 'promise is never closed: expected tokens="…"/>'),
+  ('<promise tokens="4x"/><async></async>', 1, 18, "tokens must be a number, not '4x'"),
+  ("<promise/> <async></async>", 1, 11, "promise is not followed by <async>"),
   ('<promise topic="t"/>', 1, 21, "promise is not followed by <async>"),
   ('<promise topic="t"/> <async></async>', 1, 21, "promise is not followed by <async>"),
   ('<promise topic="t"/>\\<async></async>', 1, 21, "promise is not followed by <async>"),
@@ -159,12 +169,12 @@ def test_any_text_is_a_program_or_an_error_with_its_place(source: str):
     assert str(error).startswith(f"line {len(before)}, column {len(before[-1]) + 1}: ")
     # The place is that of a tag, of a number, or of what stands where <async> should.
     rest = source[error.at :]
-    assert rest.startswith(TAG_TEXTS) or source[: error.at].endswith(('tokens="', '"/>'))
+    assert rest.startswith(OPENINGS) or source[: error.at].endswith(('tokens="', '"/>', "<promise/>"))
   else:
     assert parse(print_program(program)) == program
 
 
-@given(text=TEXTS.filter(lambda text: not any(tag in text for tag in TAG_TEXTS)))
+@given(text=TEXTS.filter(lambda text: not any(tag in text for tag in OPENINGS)))
 def test_text_without_tags_stands_as_it_is(text: str):
   assert print_program((Text(text),)) == text
   assert parse(text) == normalise((Text(text),))
@@ -229,19 +239,35 @@ def expressible(text: str) -> bool:
   return not set(text.encode()) & set(b"\x04\x06\x13\x14\x16\x1d\xf1\xf2")
 
 
-def without_numbers(program: Program) -> Program:
+def without_numbers(program: Program, form: str) -> Program:
+  """The program with promises of the form, without numbers."""
+
   def plain(node):
-    return Promise(node.topic, None, without_numbers(node.body)) if isinstance(node, Promise) else node
+    if not isinstance(node, Promise):
+      return node
+    return Promise((node.topic or "") if form == "topic" else None, None, without_numbers(node.body, form))
 
   return tuple(map(plain, program))
 
 
+def bare_promises(program: Program) -> int:
+  """Promises with no text of their thread since its last promise, sync or <async>."""
+  bare, text = 0, False
+  for node in normalise(program):
+    if isinstance(node, Promise):
+      bare += (not text) + bare_promises(node.body)
+    text = isinstance(node, Text)
+  return bare
+
+
 def check_round_trip(vocabulary: Vocabulary, program: Program, strategy: str):
-  rule = PositionRule(strategy)
+  rule, form = PositionRule(strategy), vocabulary.promise
+  program = without_numbers(program, form)
   main = vocabulary.encode(program, rule)
   decoded = vocabulary.decode(main, rule)
-  assert without_numbers(decoded) == without_numbers(normalise(program))
-  assert sum(r.malformed for r in read_all(main, vocabulary.table, numbered=rule.numbered)) == 0
+  assert without_numbers(decoded, form) == normalise(program)
+  ill = sum(r.malformed for r in read_all(main, vocabulary.table, numbered=rule.numbered))
+  assert ill == (bare_promises(program) if form == "head" else 0)
   chunks = list(walk(main))[1:]
   assert [p.tokens is not None for p in promises(decoded)] == [rule.numbered] * len(chunks)
   for thread in walk(main):
@@ -257,9 +283,15 @@ def check_round_trip(vocabulary: Vocabulary, program: Program, strategy: str):
 
 
 @RELAXED
-@given(program=programs(), strategy=st.sampled_from(STRATEGIES))
-def test_tokens_decode_to_the_program(program: Program, strategy: str):
-  check_round_trip(BYTES, program, strategy)
+@given(program=programs(), strategy=st.sampled_from(STRATEGIES), form=st.sampled_from(PROMISE_FORMS))
+def test_tokens_decode_to_the_program(program: Program, strategy: str, form: str):
+  check_round_trip(BYTES.speaking(form), program, strategy)
+
+
+@pytest.mark.parametrize(("form", "topic"), [("topic", None), ("head", "t")])
+def test_a_promise_of_another_form_is_refused(form: str, topic: str | None):
+  with pytest.raises(ValueError, match=f"not of the form '{form}'"):
+    BYTES.speaking(form).encode((Text("x"), Promise(topic, None, ())), PositionRule())
 
 
 @settings(deadline=None, max_examples=60)
@@ -310,11 +342,18 @@ def test_bytes_that_are_no_text_and_padding_rows_have_a_text():
 # The automaton.
 
 CLASSES = (A.ORDINARY, A.DIGITS, A.OPEN, A.MIDDLE, A.CLOSE, A.ASYNC, A.END, A.SYNC, A.EOS)
-TABLE = {
-    #         ORDINARY DIGITS  OPEN   MIDDLE  CLOSE ASYNC END     SYNC     EOS
-    A.TEXT:   "text    text    TOPIC  !       !     !     finish  join     finish",
-    A.TOPIC:  "topic   topic   !      NUMBER  fork  !     !finish !join    !finish",
-    A.NUMBER: "!       number  !      !       fork  !     !finish !join    !finish",
+TABLES = {
+    "topic": {
+        #         ORDINARY DIGITS  OPEN   MIDDLE  CLOSE ASYNC END     SYNC     EOS
+        A.TEXT:   "text    text    TOPIC  !       !     !     finish  join     finish",
+        A.TOPIC:  "topic   topic   !      NUMBER  fork  !     !finish !join    !finish",
+        A.NUMBER: "!       number  !      !       fork  !     !finish !join    !finish",
+    },
+    "head": {
+        A.TEXT:   "head    head    !NUMBER !      !     !     finish  join     finish",
+        A.HEAD:   "text    text    NUMBER !       !     !     finish  join     finish",
+        A.NUMBER: "!       number  !      !       fork  !     !finish !join    !finish",
+    },
 }  # fmt: skip
 TAGS = BYTES.tags
 TOKEN_OF = dict(
@@ -323,28 +362,42 @@ TOKEN_OF = dict(
     (ord("x"), ord("7"), TAGS.open, TAGS.middle, TAGS.close, TAGS.async_, TAGS.end, TAGS.sync, TAGS.eos[0]),
   )
 )
-PREFIX = {A.TEXT: (), A.TOPIC: (TAGS.open,), A.NUMBER: (TAGS.open, ord("t"), TAGS.middle)}
-CELLS = [(s, c, cell) for s, row in TABLE.items() for c, cell in zip(CLASSES, row.split(), strict=True)]
+PREFIX = {
+  ("topic", A.TEXT): (),
+  ("topic", A.TOPIC): (TAGS.open,),
+  ("topic", A.NUMBER): (TAGS.open, ord("t"), TAGS.middle),
+  ("head", A.TEXT): (),
+  ("head", A.HEAD): (ord("t"),),
+  ("head", A.NUMBER): (ord("t"), TAGS.open),
+}
+CELLS = [
+  (form, s, c, cell)
+  for form, table in TABLES.items()
+  for s, row in table.items()
+  for c, cell in zip(CLASSES, row.split(), strict=True)
+]
 
 
 @pytest.mark.parametrize("is_main", [True, False], ids=["main", "chunk"])
-@pytest.mark.parametrize(("state", "kind", "cell"), CELLS)
-def test_every_state_and_class(state: int, kind: int, cell: str, is_main: bool):
+@pytest.mark.parametrize(("form", "state", "kind", "cell"), CELLS)
+def test_every_state_and_class(form: str, state: int, kind: int, cell: str, is_main: bool):
   does = cell.removeprefix("!")
-  leads_to = {"TOPIC": A.TOPIC, "NUMBER": A.NUMBER, "fork": A.TEXT, "finish": A.TEXT, "join": A.TEXT}
+  leads_to = {"TOPIC": A.TOPIC, "NUMBER": A.NUMBER, "fork": A.TEXT, "join": A.TEXT, "head": A.HEAD}
+  leads_to |= {"finish": A.TEXT} if A.inside(state) else {}
   after = leads_to.get(does, state)
   action = {"fork": A.FORK, "finish": A.FINISH, "join": A.JOIN}.get(does, A.NOTHING)
-  assert (A.NEXT_STATE[state, kind], A.ACTION[state, kind]) == (after, action)
-  assert A.ILL_FORMED[state, kind] == cell.startswith("!") != A.WELL_FORMED[state, kind]
+  table, prefix = A.AUTOMATA[form], PREFIX[form, state]
+  assert (table.next_state[state, kind], table.action[state, kind]) == (after, action)
+  assert table.ill_formed[state, kind] == cell.startswith("!")
 
   head = () if is_main else (TAGS.async_,)
-  tokens = (*head, *PREFIX[state], TOKEN_OF[kind])
+  tokens = (*head, *prefix, TOKEN_OF[kind])
   for numbered in (True, False):
-    reading = read(Thread(tokens), BYTES.table, is_main=is_main, numbered=numbered)
+    reading = read(Thread(tokens), BYTES.speaking(form).table, is_main=is_main, numbered=numbered)
     last = len(tokens) - 1
     assert reading.state == after
-    assert reading.is_text[last] == (does == "text") and reading.is_topic[last] == (does == "topic")
-    assert reading.is_text[:last].sum() == 0
+    assert reading.is_text[last] == (does in ("text", "head")) and reading.is_topic[last] == (does == "topic")
+    assert reading.is_text[:last].sum() == (form == "head" and state != A.TEXT)
     assert reading.declared == ({last: None} if does == "fork" else {})
     # One token is one fault, however many rules it breaks.
     misplaced = kind == (A.END if is_main else A.EOS)
