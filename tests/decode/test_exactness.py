@@ -39,11 +39,13 @@ VOCABULARY, TABLE = tiny.VOCABULARY, tiny.VOCABULARY.table
 
 
 @functools.cache
-def interpreter(strategy: str, guard: bool, visibility: str = "promise") -> Interpreter:
+def interpreter(
+  strategy: str, guard: bool, visibility: str = "promise", promise: str = "topic"
+) -> Interpreter:
   """One for each static shape, so that examples share what was compiled."""
   rule = PositionRule(strategy, FIXED)
-  features = StepFeatures(rule=rule, visibility=visibility, guard=guard, return_logits=True)
-  return Interpreter(tiny.model(), VOCABULARY, LIMITS, features)
+  features = StepFeatures(rule=rule, visibility=visibility, promise=promise, guard=guard, return_logits=True)
+  return Interpreter(tiny.model(), tiny.VOCABULARIES[promise], LIMITS, features)
 
 
 class Tally(collections.Counter):
@@ -124,31 +126,36 @@ def check_teacher_forcing(
 
 
 @pytest.mark.parametrize(
-  "strategy,guard,temperature,n,visibility",
+  "strategy,guard,temperature,n,visibility,promise",
   [
-    ("pred_10x", True, 0.0, 30, "promise"),
-    ("pred_10x", True, 1.0, 40, "promise"),
-    ("pred_10x", False, 0.0, 30, "promise"),
-    ("pred_10x", False, 1.0, 40, "promise"),
-    ("pred_1x", True, 0.0, 30, "promise"),
-    ("fixed", True, 0.0, 30, "promise"),
-    ("max", True, 0.0, 30, "promise"),
-    ("max", False, 1.0, 30, "promise"),
-    ("sum", True, 0.0, 30, "promise"),
-    ("sum", False, 1.0, 30, "promise"),
-    ("pred_10x", True, 1.0, 40, "live"),
-    ("pred_10x", False, 1.0, 40, "live"),
-    ("fixed", True, 0.0, 20, "live"),
-    ("max", False, 1.0, 20, "live"),
-    ("sum", True, 0.0, 20, "live"),
+    ("pred_10x", True, 0.0, 30, "promise", "topic"),
+    ("pred_10x", True, 1.0, 40, "promise", "topic"),
+    ("pred_10x", False, 0.0, 30, "promise", "topic"),
+    ("pred_10x", False, 1.0, 40, "promise", "topic"),
+    ("pred_1x", True, 0.0, 30, "promise", "topic"),
+    ("fixed", True, 0.0, 30, "promise", "topic"),
+    ("max", True, 0.0, 30, "promise", "topic"),
+    ("max", False, 1.0, 30, "promise", "topic"),
+    ("sum", True, 0.0, 30, "promise", "topic"),
+    ("sum", False, 1.0, 30, "promise", "topic"),
+    ("pred_10x", True, 1.0, 40, "live", "topic"),
+    ("pred_10x", False, 1.0, 40, "live", "topic"),
+    ("fixed", True, 0.0, 20, "live", "topic"),
+    ("max", False, 1.0, 20, "live", "topic"),
+    ("sum", True, 0.0, 20, "live", "topic"),
+    ("pred_10x", True, 1.0, 30, "promise", "head"),
+    ("max", False, 1.0, 20, "promise", "head"),
+    ("pred_10x", True, 1.0, 30, "live", "head"),
+    ("pred_10x", False, 1.0, 30, "live", "head"),
+    ("fixed", True, 0.0, 20, "live", "head"),
   ],
 )
-def test_decoding_agrees_with_one_dense_forward(strategy, guard, temperature, n, visibility):
-  run = interpreter(strategy, guard, visibility)
+def test_decoding_agrees_with_one_dense_forward(strategy, guard, temperature, n, visibility, promise):
+  run = interpreter(strategy, guard, visibility, promise)
   salt = zlib.crc32(f"{strategy} {guard} {temperature}".encode())  # other programs for each case
 
   def check(tally, seed, prompt, kind):
-    run.params = tiny.weights((seed, salt), kind)
+    run.params = tiny.weights((seed, salt), kind, promise)
     trace = decode(run, prompt, SamplingConfig(temperature=temperature, seed=seed))
     tally.add(trace)
     tolerance = TOLERANCE * (8 if kind == "storm" else 1)
@@ -229,8 +236,11 @@ class Reference:
   by less than rounding; everything else is decided here.
   """
 
-  def __init__(self, params, trace: Trace, strategy: str, guard: bool, penalty: float = 1.0):
+  def __init__(
+    self, params, trace: Trace, strategy: str, guard: bool, penalty: float = 1.0, promise: str = "topic"
+  ):
     self.params, self.strategy, self.guard, self.penalty = params, strategy, guard, penalty
+    self.promise = promise
     self.numbered = strategy != "fixed"
     self.finished = trace.finish_reason == "stop"
     self.hints = {t.path: t for t in trace.threads}
@@ -238,6 +248,7 @@ class Reference:
     self.positions: list[int] = []
     self.mask = np.zeros((128, 128), bool)
     self.topics: dict[int, list[int]] = {}  # row of a kept promise's last token -> its topic
+    self.heads: dict[int, str] = {}  # the same -> what it is about, in the form `head`
     self.threads: dict[tuple[int, ...], list[int]] = {}
     self.ill = self.refused = self.ties = 0
     self.prompt = trace.prompt.tolist()
@@ -255,7 +266,7 @@ class Reference:
 
   def thread(self, path: tuple[int, ...], seen: list[int], position: int, token: int) -> Done:
     """Decodes one thread and all below it."""
-    automaton = tiny.Automaton(not path, self.numbered)
+    automaton = tiny.Automaton(not path, self.numbered, self.promise)
     tokens = self.threads[path] = [token] if path else []
     hint = self.hints.get(path)
     cut = 0 if hint is None else int((hint.entries >= 0).sum())
@@ -268,7 +279,7 @@ class Reference:
       position += 1
       if event == "fork":
         if len(path) < LIMITS.max_depth:
-          self.topics[seen[-1]] = automaton.topic
+          self.kept(seen[-1], automaton)
           pending.append(Pending((*path, n_children), list(seen), position))
           position += self.gap(automaton.number)
           n_children += 1
@@ -288,6 +299,10 @@ class Reference:
         pending = []
     self.ill += automaton.ill + (automaton.state != "text")
     return Done(seen, position, len(tokens), self.run(pending))
+
+  def kept(self, row: int, automaton: tiny.Automaton):
+    """Remembers the promise whose last token is in `row`."""
+    self.topics[row], self.heads[row] = automaton.topic, automaton.about
 
   def run(self, pending: list[Pending]) -> list[Done]:
     """Chunks in the order of their promises, and those that they leave to whoever joins them."""
@@ -324,6 +339,10 @@ class Reference:
         for row, topic in self.topics.items()
         if row in seen and topic and topic[:-1] == automaton.topic
       }
+      if self.promise == "head":
+        # What a promise must not open with; a topic's last token is not to be compared with.
+        repeats = automaton.about in {self.heads[row] for row in self.heads if row in seen} - {""}
+        taken = {VOCABULARY.tags.open} if repeats else set()
       for token in range(len(scores)):
         if not self.may_write(token, path, tokens, automaton, bool(pending), taken):
           scores[token] = -np.inf
@@ -341,10 +360,11 @@ class Reference:
     kind, n = automaton.kind(token), len(automaton.topic)
     done = n > 0
     if automaton.state == "text":
+      headed = automaton.has_head and token not in taken
       return {
         "ordinary": True,
         "digits": True,
-        "open": len(path) < LIMITS.max_depth,
+        "open": len(path) < LIMITS.max_depth and (headed or self.promise == "topic"),
         "end": bool(path) and len(tokens) > 1,
         "sync": can_join,
         "eos": not path,
@@ -358,6 +378,8 @@ class Reference:
         "middle": done and self.numbered,
         "close": done and not self.numbered,
       }.get(kind, False)
+    if not self.numbered:  # a head and a promise without a number
+      return kind == "close"
     if kind == "digits":
       number = automaton.number or 0
       return number < 100 and int(f"{number}{tiny.DIGITS[token - len(tiny.WORDS)]}") <= 999
@@ -388,7 +410,7 @@ class LiveReference(Reference):
   def thread(self, path: tuple[int, ...], seen: list[int], position: int, token: int) -> Done:
     """Plays the response; called once, for the main thread."""
     self.rows = [((-2, i), 0) for i in seen]  # place in reading order, round
-    self.playing = [Playing((), (), token, position, tiny.Automaton(True, self.numbered), None)]
+    self.playing = [Playing((), (), token, position, tiny.Automaton(True, self.numbered, self.promise), None)]
     self.threads[()] = []
     left = sum(int((t.entries >= 0).sum()) for t in self.hints.values())
     now = 0
@@ -413,11 +435,10 @@ class LiveReference(Reference):
     t.position += 1
     if t.event == "fork":
       if len(t.path) < LIMITS.max_depth:
-        self.topics[len(self.tokens) - 1] = t.automaton.topic
+        self.kept(len(self.tokens) - 1, t.automaton)
         child = (*t.path, t.children)
-        self.playing.append(Playing(
-          child, (*place, 1), VOCABULARY.tags.async_, t.position, tiny.Automaton(False, self.numbered), t.path
-        ))  # fmt: skip
+        begins = tiny.Automaton(False, self.numbered, self.promise)
+        self.playing.append(Playing(child, (*place, 1), VOCABULARY.tags.async_, t.position, begins, t.path))
         self.threads[child] = [VOCABULARY.tags.async_]
         t.position += self.gap(t.automaton.number)
         t.children, t.can_join = t.children + 1, True
@@ -449,11 +470,17 @@ class LiveReference(Reference):
 
 
 def check_against_reference(
-  params, trace: Trace, strategy: str, guard: bool, penalty: float = 1.0, visibility: str = "promise"
+  params,
+  trace: Trace,
+  strategy: str,
+  guard: bool,
+  penalty: float = 1.0,
+  visibility: str = "promise",
+  promise: str = "topic",
 ) -> Reference:
   """Tokens of every thread, and how many tags were ill-formed or refused."""
   kind = LiveReference if visibility == "live" else Reference
-  reference = kind(params, trace, strategy, guard, penalty)
+  reference = kind(params, trace, strategy, guard, penalty, promise)
   got = {t.path: tiny.words(t.tokens) for t in trace.threads}
   want = {path: tiny.words(tokens) for path, tokens in reference.threads.items()}
   assert got == want
@@ -463,29 +490,36 @@ def check_against_reference(
 
 
 @pytest.mark.parametrize(
-  "strategy,guard,n,visibility",
+  "strategy,guard,n,visibility,promise",
   [
-    ("pred_10x", True, 40, "promise"),
-    ("pred_10x", False, 40, "promise"),
-    ("pred_1x", True, 15, "promise"),
-    ("fixed", True, 20, "promise"),
-    ("max", True, 20, "promise"),
-    ("sum", True, 20, "promise"),
-    ("pred_10x", True, 40, "live"),
-    ("pred_10x", False, 30, "live"),
-    ("max", True, 20, "live"),
-    ("sum", True, 20, "live"),
+    ("pred_10x", True, 40, "promise", "topic"),
+    ("pred_10x", False, 40, "promise", "topic"),
+    ("pred_1x", True, 15, "promise", "topic"),
+    ("fixed", True, 20, "promise", "topic"),
+    ("max", True, 20, "promise", "topic"),
+    ("sum", True, 20, "promise", "topic"),
+    ("pred_10x", True, 40, "live", "topic"),
+    ("pred_10x", False, 30, "live", "topic"),
+    ("max", True, 20, "live", "topic"),
+    ("sum", True, 20, "live", "topic"),
+    ("pred_10x", True, 30, "promise", "head"),
+    ("pred_10x", False, 30, "promise", "head"),
+    ("pred_10x", True, 30, "live", "head"),
+    ("max", False, 20, "live", "head"),
+    ("fixed", True, 20, "live", "head"),
   ],
 )
-def test_greedy_decoding_agrees_with_a_plain_decoder(strategy, guard, n, visibility):
-  run = interpreter(strategy, guard, visibility)
+def test_greedy_decoding_agrees_with_a_plain_decoder(strategy, guard, n, visibility, promise):
+  run = interpreter(strategy, guard, visibility, promise)
   salt = zlib.crc32(f"{strategy} {guard}".encode())
 
   def check(tally, seed, prompt, kind):
-    run.params = tiny.weights((seed, salt), kind)
+    run.params = tiny.weights((seed, salt), kind, promise)
     trace = decode(run, prompt)
     tally.add(trace)
-    reference = check_against_reference(run.params, trace, strategy, guard, visibility=visibility)
+    reference = check_against_reference(
+      run.params, trace, strategy, guard, visibility=visibility, promise=promise
+    )
     tally["ties"] += reference.ties
     if guard and trace.finish_reason == "stop":
       assert trace.ill_formed == 0

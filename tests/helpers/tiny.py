@@ -87,6 +87,7 @@ class TinyTokenizer:
 
 # Two rows of the model's vocabulary belong to no token, as in models whose embedding is padded.
 VOCABULARY = Vocabulary(TinyTokenizer(), base_size=26)
+VOCABULARIES = {promise: VOCABULARY.speaking(promise) for promise in ("topic", "head")}
 CLASSES = VOCABULARY.table.classes
 CONFIG = ModelConfig(
   vocab_size=32, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32, tie_embeddings=False
@@ -113,6 +114,11 @@ _HABITS = np.array(
     [-3, -3, -4, 2.5, -0.5, -4, -3, -4, -3, 1.5],  # topic
   ]
 )
+# With heads a promise is OPEN, DIGITS, CLOSE, and stands behind text.
+_HEAD_HABITS = _HABITS.copy()
+_HEAD_HABITS[A.OPEN] = [-3, 3.0, -4, -2, -0.5, -4, -3, -4, -3, -3]
+_HEAD_HABITS[A.ORDINARY, A.OPEN], _HEAD_HABITS[9, A.OPEN] = 2.6, 2.0
+_HEAD_HABITS[A.CLOSE, A.OPEN] = _HEAD_HABITS[A.ASYNC, A.OPEN] = 0.0
 # The group behind each group in endless promises: OPEN, topic, MIDDLE, DIGITS, CLOSE, OPEN, and so in chunks.
 _ENDLESS = [A.OPEN, A.CLOSE, 9, A.DIGITS, A.OPEN, A.OPEN, A.OPEN, A.OPEN, A.OPEN, A.MIDDLE]
 
@@ -125,7 +131,7 @@ def model(config: ModelConfig = CONFIG) -> Transformer:
 GRAPH, _STATE = nnx.split(model())
 
 
-def weights(seed: int | tuple[int, ...], kind: str = "habits"):
+def weights(seed: int | tuple[int, ...], kind: str = "habits", promise: str = "topic"):
   """Random parameters, to be put into `Interpreter.params`.
 
   kind       what the model writes
@@ -134,6 +140,8 @@ def weights(seed: int | tuple[int, ...], kind: str = "habits"):
   silent     never a tag
   clockwork  after each group one certain group, drawn at random: the stuff of endless loops
   endless    promises in promises, and nothing else
+
+  `promise` is the form of the promises that habits write.
   """
   rng = np.random.default_rng(seed)
   draw = lambda x: rng.normal(size=x.shape) * len(x) ** -0.5 if x.ndim > 1 else np.ones(x.shape)
@@ -149,7 +157,8 @@ def weights(seed: int | tuple[int, ...], kind: str = "habits"):
   head *= 0.7
   is_tag = np.arange(CONFIG.vocab_size) >= VOCABULARY.base_size
   if kind == "habits":
-    head[:N_GROUPS] = (_HABITS - np.log(np.bincount(GROUPS)))[:, GROUPS]
+    habits = _HEAD_HABITS if promise == "head" else _HABITS
+    head[:N_GROUPS] = (habits - np.log(np.bincount(GROUPS)))[:, GROUPS]
   elif kind == "storm":
     head[:, is_tag] *= 8.0
     head[:N_GROUPS] = rng.normal(size=(N_GROUPS, N_GROUPS))[:, GROUPS] + 1.0 * is_tag
@@ -212,9 +221,17 @@ def words(tokens) -> str:
 class Automaton:
   """What tags mean, restated from the language's description with no table, for one thread's own tokens."""
 
-  def __init__(self, is_main: bool, numbered: bool):
-    self.is_main, self.numbered = is_main, numbered
+  def __init__(self, is_main: bool, numbered: bool, promise: str = "topic"):
+    self.is_main, self.numbered, self.with_head = is_main, numbered, promise == "head"
     self.state, self.number, self.topic, self.text, self.ill = "text", None, [], [], 0
+    self.has_head = False  # text since the last promise, sync or <async>
+
+  @property
+  def about(self) -> str:
+    """What the promise says it is about, for the guard: the words of its head from the first with a letter on."""
+    words = [(WORDS + DIGITS)[t] for t in self.topic if t < TinyTokenizer.vocab_size]
+    letters = [i for i, word in enumerate(words) if word.isalpha()]
+    return "".join(words[letters[0] :]) if letters else ""
 
   @staticmethod
   def kind(token: int) -> str:
@@ -227,6 +244,8 @@ class Automaton:
   def feed(self, token: int) -> str | None:
     """Reads a token; says "fork", "join" or "end" where it does one of these."""
     kind, inside = self.kind(token), self.state != "text"
+    if self.with_head and not inside and kind in ("ordinary", "digits", "open"):
+      return self.feed_before_a_promise(token, kind)
     if kind in ("ordinary", "digits"):
       if self.state == "text":
         self.text.append(token)
@@ -241,16 +260,29 @@ class Automaton:
     elif kind == "middle" and self.state == "topic":
       self.state = "number"
     elif kind == "close" and inside:
-      self.state = "text"
+      self.state, self.has_head = "text", False
       self.ill += self.numbered and (self.number is None or self.number > 999)
       return "fork"
     elif kind in ("end", "sync", "eos"):
       wrong_end = kind != "sync" and (kind == "end") == self.is_main
       self.ill += inside or wrong_end  # a promise is abandoned, or the thread ends in another way
       self.state = "text"
+      self.has_head &= kind != "sync" and not inside
       if kind == "sync":
         return "join"
       return None if kind == "end" and self.is_main else "end"
     else:
       self.ill += 1
     return None
+
+  def feed_before_a_promise(self, token: int, kind: str) -> None:
+    """Text and the beginning of a promise in the form `head`: the text before it is what it is about."""
+    if not self.has_head:
+      self.topic = []
+    if kind == "open":
+      self.ill += not self.has_head
+      self.state, self.number = "number", None
+      return
+    self.text.append(token)
+    self.topic.append(token)
+    self.has_head = True

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_language import ByteTokenizer
 
 from pasta_jax.lang import forms
 from pasta_jax.lang.head import MOST_WORDS, TokenHashes, hash_of, head, normalised
@@ -12,8 +13,6 @@ from pasta_jax.lang.program import Promise, Text
 from pasta_jax.lang.syntax import parse
 from pasta_jax.lang.thread import Fork, Thread, read, read_all
 from pasta_jax.lang.vocabulary import Vocabulary
-
-from test_language import ByteTokenizer
 
 WORDS = Vocabulary(ByteTokenizer(), base_size=265, promise="head")
 TAGS = WORDS.tags

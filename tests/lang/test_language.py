@@ -110,7 +110,8 @@ def test_parse_undoes_print(program: Program):
         # Either form is escaped in text, whatever the form of the promises around it.
         ((Text("<promise/>"), Promise("t", None, (Text('<promise tokens="'),))),
          '\\<promise/><promise topic="t"/><async>\\<promise tokens="</async>'),
-        ((Text('\\<promise topic="'), Promise(None, 7, ())), '\\\\\\<promise topic="<promise tokens="7"/><async></async>'),
+        ((Text('\\<promise topic="'), Promise(None, 7, ())),
+         '\\\\\\<promise topic="<promise tokens="7"/><async></async>'),
     ],
 )  # fmt: skip
 def test_printed_form(program: Program, printed: str):
