@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pasta_jax.config.sections import ANNOTATIONS
 from pasta_jax.data import structure
+from pasta_jax.data.heads import with_heads
 from pasta_jax.data.pipeline import parallel_map
 from pasta_jax.data.separators import bounds
 from pasta_jax.lang.cost import cost
@@ -166,7 +167,8 @@ class _LayOut:
   min_speedup: float
 
   def __call__(self, row: dict) -> tuple[bool, Layout] | _Left | str:
-    encode = lambda program: self.vocabulary.encode(program, self.rule)
+    with_head = self.vocabulary.promise == "head"
+    encode = lambda p: self.vocabulary.encode(with_heads(p) if with_head else p, self.rule)
     try:
       message = {"role": "user", "content": _prompt(row)}
       thread = encode(program_of(row))

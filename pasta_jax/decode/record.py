@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from pasta_jax.decode.trace import Trace
+from pasta_jax.lang.head import normalised
 from pasta_jax.lang.program import unseparated
 from pasta_jax.lang.vocabulary import Vocabulary
 
@@ -67,7 +68,7 @@ class ResponseRecord:
   depth: int  # of nested chunks: 0 without chunks
   ill_formed: int  # tags
   refused: int  # promises beyond the limits on count and depth
-  topic_twice: bool  # whether two promises have the same topic
+  topic_twice: bool  # whether two promises have the same topic, or the same head (`lang.head.normalised`)
   loops: bool  # whether the text repeats itself (`loops`)
   lengths: tuple[tuple[int, int], ...]  # (tokens that the promise declares, tokens) of each finished chunk
   visibility: str = "promise"  # in which it was decoded (lang.forms); a row names it if it is another
@@ -113,7 +114,9 @@ def to_record(trace: Trace, vocabulary: Vocabulary) -> ResponseRecord:
   """The record of a decoded response."""
   tokens = text_tokens(trace.text, [trace], vocabulary)
   chunks = trace.threads[1:]
-  topics = collections.Counter(c.topic.lower() for c in chunks)
+  with_head = vocabulary.promise == "head"
+  named = [normalised(c.topic) if with_head else c.topic.lower() for c in chunks]
+  topics = collections.Counter(name for name in named if name or not with_head)
   return ResponseRecord(
     text=trace.text,
     finish_reason=trace.finish_reason,

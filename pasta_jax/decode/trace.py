@@ -23,7 +23,7 @@ class ThreadTrace:
   number: int
   path: tuple[int, ...]  # ordinals of the promises that lead to it from the main thread, which has ()
   parent: int  # -1 for the main thread
-  topic: str
+  topic: str  # of its promise, or the promise's head (`lang.head`)
   declared: int | None  # the number in its promise
   fork_index: int  # own index, in the parent, of its promise's last token
   tokens: np.ndarray  # [n] int32
@@ -85,9 +85,9 @@ def read_trace(
   for i in range(n):  # parents come first
     trace = _thread_trace(i, order[bounds[i] : bounds[i + 1]], log, table, int(prompt_entries), vocabulary)
     if i:
-      topic = vocabulary.text(readings[trace.parent].topics.get(trace.fork_index, ()))
+      topic = vocabulary.about(readings[trace.parent], trace.fork_index)
       path = (*traces[trace.parent].path, int(table.ordinal[i]))
-      trace = dataclasses.replace(trace, path=path, topic=topic.strip())
+      trace = dataclasses.replace(trace, path=path, topic=topic)
     traces.append(trace)
     readings.append(_reading(trace, vocabulary, rule))
 

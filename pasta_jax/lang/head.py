@@ -6,7 +6,7 @@ text since its last boundary (`TokenHashes`), however the text is cut into token
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,11 +45,11 @@ def hash_of(kept: bytes) -> int:
 
 class TokenHashes(NamedTuple):
   """What a token does to the hash h of a head: it becomes h · scale + value, or `fresh` if h or the scale is 0. Each
-  is [V] uint32."""
+  is [V] uint32, of NumPy or on the device."""
 
-  scale: np.ndarray  # 0: it has a line break, and the head begins after it
-  value: np.ndarray
-  fresh: np.ndarray
+  scale: Any  # 0: it has a line break, and the head begins after it
+  value: Any
+  fresh: Any
 
   @classmethod
   def of(cls, tokens: list[bytes]) -> "TokenHashes":

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from pasta_jax.lang.automaton import DIGITS, ORDINARY, Tags, TokenTable
+from pasta_jax.lang.head import head
 from pasta_jax.lang.positions import PositionRule, span
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise
 from pasta_jax.lang.syntax import HEAD_OPEN, TAG_TEXTS
@@ -101,6 +102,11 @@ class Vocabulary:
   def label(self, token: int) -> str:
     """One token for a dump: a tag's text, or the token's own."""
     return self._tag_texts[token] if token in self._tag_texts else self.text([token])
+
+  def about(self, reading: Reading, at: int) -> str:
+    """What the promise with its last token at own index `at` says its chunk is about: its topic, or its head."""
+    text = self.text(reading.topics.get(at, ()))
+    return head(text) if self.promise == "head" else text.strip()
 
   def decode(self, main: Thread, rule: PositionRule, readings: Sequence[Reading] | None = None) -> Program:
     """The program that a response wrote: text, kept promises and syncs; ill-formed tags leave nothing.

@@ -54,7 +54,7 @@ def _walk(
       count[0] += 1
       offset = _walk(node.body, seen, topics, offset, found, count)
       seen += mark
-      unjoined.promise((mark, node.topic, text))
+      unjoined.promise((mark, node.topic or "", text))
   return offset
 
 

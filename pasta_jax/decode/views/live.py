@@ -74,7 +74,7 @@ def _styled(trace: Trace, number: int, vocabulary: Vocabulary, cursor: bool) -> 
     else:
       label = printable(piece.text).replace("\n", " ")
       if piece.declared is not None:
-        label += f" · {piece.declared}"
+        label += f"{' · ' if label else ''}{piece.declared}"
       style = "dim" if piece.child is None else f"bold {colour(piece.child)}"
       out.append(f"⟨{label}⟩" if piece.closed else f"⟨{label}", style=style)
   while out.plain.endswith("\ufffd"):  # a character whose last bytes are still to come

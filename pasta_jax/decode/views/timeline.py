@@ -42,7 +42,7 @@ class Piece:
   """A part of a thread, as a reader of this thread alone sees it."""
 
   kind: Literal["text", "promise", "sync"]
-  text: str  # of a promise: its topic
+  text: str  # of a promise: its topic; "" in the form `head`, where the text before it says it
   child: int | None = None  # thread that keeps the promise; None: cut off, refused, or not read back
   declared: int | None = None  # number of a promise
   closed: bool = True  # False for a promise that is still being written
@@ -55,7 +55,7 @@ def pieces(trace: Trace, number: int, vocabulary: Vocabulary) -> list[Piece]:
   children = {c.fork_index: c for c in trace.threads if c.parent == number}
   out: list[Piece] = []
   text: list[int] = []
-  topic: list[int] | None = None
+  topic: list[int] | None = None  # of the promise that is being written
 
   def flush():
     if text:
