@@ -125,7 +125,9 @@ class Language(Section):
   """The form of the language in training (lang.forms.Forms); decoding takes its adapter's."""
 
   visibility: str = setting("promise", one_of(VISIBILITIES))  # promise: the paper's; live: chunks read along
-  promise: str = setting("topic", one_of(PROMISE_FORMS))  # topic: the paper's; head: the text before the promise
+  promise: str = setting(
+    "topic", one_of(PROMISE_FORMS)
+  )  # topic: the paper's; head: the text before the promise
 
 
 @dataclasses.dataclass(frozen=True)
