@@ -14,7 +14,7 @@ import rich.console
 
 from pasta_jax.data import report
 from pasta_jax.data.dataset import Responses, write
-from pasta_jax.data.examples import program_of
+from pasta_jax.data.examples import encoded, program_of
 from pasta_jax.data.sources import decontaminate, read_instructions
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
@@ -104,7 +104,7 @@ def _rows(files: Sequence[str], vocabulary: Vocabulary, avoid: list[str], reject
 def _misfit(row: dict, vocabulary: Vocabulary) -> str:
   """Why a row cannot be trained on; "" if it can."""
   try:
-    vocabulary.encode(program_of(row), PositionRule("pred_10x"))
+    encoded(program_of(row), vocabulary, PositionRule("pred_10x"))
     vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
   except DataError:
     return "chunks or syncs that do not fit the response"

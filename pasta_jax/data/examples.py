@@ -22,6 +22,7 @@ from pasta_jax.lang.layout import Layout, layout
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise, reading_order
 from pasta_jax.lang.syntax import MAX_DEPTH
+from pasta_jax.lang.thread import Thread
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.jsonl import DataError, present, read_jsonl
 from pasta_jax.utils.text import is_unicode
@@ -155,6 +156,12 @@ class _Left(enum.Enum):
   TOO_SLOW = 2
 
 
+def encoded(program: Program, vocabulary: Vocabulary, rule: PositionRule) -> Thread:
+  """The main thread of a row's program (`program_of`), with promises in the vocabulary's form. Raises ValueError for
+  a character that the vocabulary lacks."""
+  return vocabulary.encode(with_heads(program) if vocabulary.promise == "head" else program, rule)
+
+
 @dataclasses.dataclass(frozen=True)
 class _LayOut:
   """Maps a row to (whether its plan has chunks, its layout), or to why it is left out, or to an error
@@ -167,8 +174,7 @@ class _LayOut:
   min_speedup: float
 
   def __call__(self, row: dict) -> tuple[bool, Layout] | _Left | str:
-    with_head = self.vocabulary.promise == "head"
-    encode = lambda p: self.vocabulary.encode(with_heads(p) if with_head else p, self.rule)
+    encode = lambda program: encoded(program, self.vocabulary, self.rule)
     try:
       message = {"role": "user", "content": _prompt(row)}
       thread = encode(program_of(row))

@@ -12,7 +12,7 @@ import numpy as np
 import rich.box
 import rich.table
 
-from pasta_jax.data.examples import program_of
+from pasta_jax.data.examples import encoded, program_of
 from pasta_jax.lang.cost import cost
 from pasta_jax.lang.layout import NO_TARGET, Layout, layout
 from pasta_jax.lang.positions import PositionRule
@@ -55,7 +55,7 @@ def facts(rows: Sequence[dict], vocabulary: Vocabulary, rule: PositionRule) -> F
   for row in rows:
     program = program_of(row)
     try:
-      thread = vocabulary.encode(program, rule)
+      thread = encoded(program, vocabulary, rule)
       prompt = vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
     except ValueError:
       continue
@@ -178,7 +178,7 @@ def page(
 def _sample(row: dict, vocabulary: Vocabulary, rule: PositionRule) -> str:
   """The tokens of a row, with threads, positions and targets."""
   prompt = vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
-  laid = layout(vocabulary.encode(program_of(row), rule), rule, vocabulary.table, prompt)
+  laid = layout(encoded(program_of(row), vocabulary, rule), rule, vocabulary.table, prompt)
   start = len(prompt)
   shown_tokens = range(start, min(start + MOST_TOKENS, len(laid)))
   tokens = "".join(_token(laid, i, start, vocabulary) for i in shown_tokens)

@@ -115,7 +115,6 @@ class Model:
     checkpoint = load_checkpoint(source_of(config, self.adapter))
     metadata = checkpoint.pasta
     self.name = checkpoint.name
-    self.vocabulary = checkpoint.vocabulary
     merge = None if path is None else read_adapter(path, checkpoint.config)
     self.has_tags = bool(metadata) or merge is not None and merge.tags is not None
     metadata = {**metadata, **(merge.metadata if merge else {})}
@@ -123,6 +122,7 @@ class Model:
     # The form that the adapter was trained in; what it does not say is the paper's, with the config's positions.
     unsaid = forms.to_metadata(Forms(forms.from_config(config).positions))
     self.forms = forms.from_metadata(unsaid | (metadata if self.has_tags else {}))
+    self.vocabulary = checkpoint.vocabulary.speaking(self.forms.promise)
     if d.visibility:
       self.forms = dataclasses.replace(self.forms, visibility=d.visibility)
     # The speeds that the adapter was trained for.
@@ -157,7 +157,11 @@ class Model:
       promise_bias=d.promise_bias,
     )
     self._features = StepFeatures(
-      rule=self.forms.positions, guard=d.guard, no_repeat=d.no_repeat, attention=d.attention
+      rule=self.forms.positions,
+      promise=self.forms.promise,
+      guard=d.guard,
+      no_repeat=d.no_repeat,
+      attention=d.attention,
     )
     self._batch_size, self._branch_width = d.batch_size, min(d.max_branches, 4)
     self._interpreters: dict[tuple[bool, int], Interpreter] = {}

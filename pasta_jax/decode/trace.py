@@ -57,6 +57,7 @@ class Trace:
   refused: int  # promises beyond the limits on count and depth
   logits: np.ndarray | None  # [entries, V] where captured
   visibility: str = "promise"  # in which it was decoded (lang.forms)
+  promise: str = "topic"  # the form of its promises
 
   @property
   def text(self) -> str:
@@ -134,6 +135,7 @@ def _whole(
     threads=tuple(threads),
     readings=tuple(readings),
     main=main,
+    promise=vocabulary.promise,
     program=vocabulary.decode(main, rule, walked),
     cost=cost(main, vocabulary.table, walked),
     ill_formed=sum(r.malformed for r in readings),
@@ -154,11 +156,13 @@ def to_json(trace: Trace) -> dict:
     "prompt": trace.prompt.tolist(),
     "threads": [{name: plain(getattr(t, name)) for name in _SAVED} for t in trace.threads],
     **({} if trace.visibility == "promise" else {"visibility": trace.visibility}),
+    **({} if trace.promise == "topic" else {"promise": trace.promise}),
   }
 
 
 def from_json(saved: dict, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
   """The trace that `to_json` saved; what it left out is -1, 0 or NaN."""
+  vocabulary = vocabulary.speaking(saved.get("promise", "topic"))
   threads = []
   for number, row in enumerate(saved["threads"]):
     n = len(row["tokens"])

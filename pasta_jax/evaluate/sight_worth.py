@@ -31,7 +31,7 @@ from flax import nnx
 from ml_collections import config_flags
 
 from pasta_jax.config import from_flags
-from pasta_jax.data.examples import mix, program_of
+from pasta_jax.data.examples import encoded, mix, program_of
 from pasta_jax.decode.generator import Model
 from pasta_jax.decode.settings import padded_length
 from pasta_jax.lang.layout import NO_TARGET, Layout, layout
@@ -78,13 +78,13 @@ def measure(model: Model, rows: Sequence[dict]) -> list[Nats]:
   """The sums of each row under each rule. Rows without chunks count as main text."""
   graph, params = nnx.split(model.model)
   run = jax.jit(partial(_log_p, graph))
-  vocabulary, found = model.vocabulary, []
+  vocabulary, rule, found = model.vocabulary, model.forms.positions, []
   bar, task = progress_bar("reading rows", len(rows))
   with bar:
     for row in rows:
-      thread = vocabulary.encode(program_of(row), model.rule)
-      laid = layout(thread, model.rule, vocabulary.table, model.encode(row["prompt"]))
-      is_text = [r.is_text for r in read_all(thread, vocabulary.table, numbered=model.rule.numbered)]
+      thread = encoded(program_of(row), vocabulary, rule)
+      laid = layout(thread, rule, vocabulary.table, model.encode(row["prompt"]))
+      is_text = [r.is_text for r in read_all(thread, vocabulary.table, numbered=rule.numbered)]
       at, asked = np.arange(len(laid)), np.flatnonzero(laid.targets != NO_TARGET)
       # A query predicts its thread's next token; the prompt's last one the main thread's first.
       following = zip(laid.threads[asked], np.maximum(laid.index[asked] + 1, 0))
@@ -93,9 +93,9 @@ def measure(model: Model, rows: Sequence[dict]) -> list[Nats]:
       size = padded_length(len(laid))
       padded = [np.pad(x, (0, size - len(x))) for x in (laid.tokens, laid.positions, laid.targets)]
       nats = {}
-      for name, rule in RULES.items():
+      for name, sees in RULES.items():
         mask = np.eye(size, dtype=bool)
-        mask[: len(laid), : len(laid)] = rule(laid, at)
+        mask[: len(laid), : len(laid)] = sees(laid, at)
         log_p = np.asarray(run(params, *padded, mask), np.float64)
         nats[name] = np.array([-log_p[asked[part]].sum() for part in parts])
       found.append(Nats(nats, np.array([part.sum() for part in parts])))

@@ -34,11 +34,11 @@ def token_log_likelihoods(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
   """(targets, the trainer's log p of each) of every sample under the policy `adapter`, in
   `preference.sample_dtype`."""
-  vocabulary = checkpoint.vocabulary
+  form = forms.from_metadata(read_metadata(adapter))
+  vocabulary = checkpoint.vocabulary.speaking(form.promise)
   c = dataclasses.replace(config.preference, dtype=config.preference.sample_dtype)
   set_matmul_precision(c.dtype)
   mesh = make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1])
-  form = forms.from_metadata(read_metadata(adapter))
   trainer = Trainer(
     Preference(c, form=form), make_model(checkpoint, vocabulary, c, adapter=adapter, mesh=mesh), mesh
   )

@@ -211,8 +211,8 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], ju
   config, c = job.config, job.config.preference
   folder, before = job.folder(policy, number), job.adapter(policy, number - 1)
   checkpoint = job.checkpoint(before)
-  vocabulary = checkpoint.vocabulary
   form = forms.from_metadata(read_metadata(before))
+  vocabulary = checkpoint.vocabulary.speaking(form.promise)
   training_pairs: list[PreferencePair] = []
   chosen_samples: list[tuple[dict, dict]] = []
   report: dict = {"schema": SCHEMA, "policy": policy.name, "round": number, "by weight": {}}

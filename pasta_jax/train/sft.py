@@ -130,7 +130,7 @@ def _train(config, workdir: Path, mesh: Mesh) -> None:
   c = config.train
   rows, held_out_rows = mix(c.data), mix(c.validation)
   checkpoint = load_checkpoint(config.model.source)
-  task = _lay_out(config, rows, held_out_rows, checkpoint.vocabulary)
+  task = _lay_out(config, rows, held_out_rows, checkpoint.vocabulary.speaking(config.language.promise))
   model = make_model(checkpoint, checkpoint.vocabulary, c, tags=task.tags, mesh=mesh)
   Trainer(task, model, mesh, steps=task.total_steps).fit(workdir, config, checkpoint)
 

@@ -7,6 +7,7 @@ import pytest
 from helpers import tiny
 
 from pasta_jax.evaluate import sight_worth
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.positions import PositionRule
 
 RESPONSE = "tree stone amber lemon tiger cloud river stone"
@@ -24,7 +25,7 @@ def measured():
   fake = types.SimpleNamespace(
     model=model,
     vocabulary=tiny.VOCABULARY,
-    rule=PositionRule("fixed", 5),
+    forms=Forms(PositionRule("fixed", 5)),
     encode=lambda prompt: tiny.VOCABULARY.tokenizer.encode(prompt),
   )
   return sight_worth.measure(fake, ROWS)

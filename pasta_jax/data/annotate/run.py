@@ -51,7 +51,7 @@ def annotate(config, workdir: Path) -> dict:
     rows = [rows[i * len(rows) // c.limit] for i in range(c.limit)]
   other = read_annotated(c.against) if c.against else []
   by_model = _ByModel(c, workdir) if c.kind != "structure" else None  # before anything is written
-  vocabulary = load_checkpoint(config.model.source).vocabulary
+  vocabulary = load_checkpoint(config.model.source).vocabulary.speaking(config.language.promise)
   with locked(workdir / LOCK):
     report = _annotate(config, workdir, source, rows, other, by_model, vocabulary)
   _show(report, workdir)

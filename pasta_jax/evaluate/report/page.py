@@ -112,7 +112,8 @@ def _timelines(run: Run) -> dict[str, dict[str, str]]:
         ("peak parallelism", f"{record.peak_parallelism}"),
         ("finish", record.finish_reason),
       ]
-      svg = timeline_svg(from_json(r["trace"], vocabulary, rule), vocabulary, caption)
+      trace = from_json(r["trace"], vocabulary, rule)
+      svg = timeline_svg(trace, vocabulary.speaking(trace.promise), caption)
       drawn.setdefault(name, {})[r["id"]] = _packed(svg.replace(timeline_style(), ""))
       bar.advance(task)
   return drawn
