@@ -26,14 +26,18 @@ ROOMY = Limits(
 
 @functools.cache
 def interpreter(
-  limits: Limits = ROOMY, guard: bool = True, return_logits: bool = False, no_repeat: int = 0
+  limits: Limits = ROOMY,
+  guard: bool = True,
+  return_logits: bool = False,
+  no_repeat: int = 0,
+  promise: str = "topic",
 ) -> Interpreter:
   """One for each static shape, so that examples share what was compiled."""
   return Interpreter(
     tiny.model(),
-    VOCABULARY,
+    tiny.VOCABULARIES[promise],
     limits,
-    StepFeatures(guard=guard, return_logits=return_logits, no_repeat=no_repeat),
+    StepFeatures(guard=guard, return_logits=return_logits, no_repeat=no_repeat, promise=promise),
   )
 
 
@@ -74,6 +78,13 @@ _CASES = {
     [dict(branch_widths=w) for w in [(8,), (1,), (3,)]],
     {"stop", "length"},
   ),
+  "heads, no repeats": (
+    True,
+    ROOMY,
+    _SAMPLED,
+    [dict(branch_widths=w) for w in [(8,), (1,), (3,)]],
+    {"stop", "length"},
+  ),
   "few threads": (
     False,
     Limits(max_new_tokens=48, max_threads=4, max_depth=2, kv_buckets=(96,)),
@@ -101,14 +112,16 @@ _CASES = {
 @pytest.mark.parametrize("case", _CASES)
 def test_the_schedule_changes_nothing(case):
   guard, limits, sampling, shapes, reasons = _CASES[case]
-  no_repeat = 2 if case == "no repeats" else 0
+  no_repeat, promise = 2 if "no repeats" in case else 0, "head" if "heads" in case else "topic"
   kinds = ["habits", "habits", "storm", "endless"]
 
   def check(tally, seed, prompt, kind):
-    params = tiny.weights(seed, kind)
+    params = tiny.weights(seed, kind, promise)
     sampled = dataclasses.replace(sampling, seed=seed)
     runs = (
-      with_params(interpreter(dataclasses.replace(limits, **s), guard, no_repeat=no_repeat), params)
+      with_params(
+        interpreter(dataclasses.replace(limits, **s), guard, no_repeat=no_repeat, promise=promise), params
+      )
       for s in shapes
     )
     first, *others = (decode(run, prompt, sampled) for run in runs)

@@ -106,6 +106,7 @@ def as_trace(
         positions=positions[k][:n],
         entries=np.arange(n, dtype=np.int32),
         rounds=times[k][:n],
+        read_in=times[k][:n] + 1,
         steps=times[k][:n],
         log_p=np.zeros(n, np.float32),
         finished=n == len(thread.tokens),

@@ -60,10 +60,12 @@ LOOKS_LIKE_A_TAG = st.sampled_from([
 TEXTS = st.lists(st.text(max_size=4) | LOOKS_LIKE_A_TAG, max_size=5).map("".join)
 
 
-def programs(texts=TEXTS):
-  """Programs in no particular form: empty and neighbouring texts, syncs anywhere, chunks three deep or so."""
+def programs(texts=TEXTS, heads=True):
+  """Programs in no particular form: empty and neighbouring texts, syncs anywhere, chunks three deep or so; with
+  `heads`, promises of both forms."""
   leaf = st.builds(Text, texts) | st.just(Sync())
-  topics = st.none() | texts | st.sampled_from(["", " ", "cost ", " cost", "  two words"])
+  topics = texts | st.sampled_from(["", " ", "cost ", " cost", "  two words"])
+  topics = st.none() | topics if heads else topics
   numbers = st.none() | st.integers(0, 999_999_999)
   bodies = st.lists(leaf, max_size=2)
   for _ in range(3):
