@@ -63,6 +63,8 @@ def _facts(row: dict, preference: float | None = None) -> str:
   ]
   if record.promises:
     parts.append(f"{record.promises} promises")
+  if record.unseparated:
+    parts.append(f"joins without a separator {record.unseparated}")
   if record.finish_reason != "stop":
     parts.append("cut off")
   if preference is not None:
