@@ -90,8 +90,11 @@ def test_abstract_batches_are_those_that_are_packed():
   mesh = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
   for stage, real in (("train", rows), ("preference", pairs)):
     changes = {"batch_size": 2, "length": real["tokens"].shape[1], "grad_accum_steps": 3}
-    config = with_changes(start, {f"{stage}.{name}": value for name, value in changes.items()})
-    _, _, batches = ahead.abstract_trainer(config, stage, model, mesh).abstract_arguments()
+    changes = {f"{stage}.{name}": value for name, value in changes.items()}
+    config = with_changes(start, changes | {"language.visibility": "live"})
+    trainer = ahead.abstract_trainer(config, stage, model, mesh)
+    assert trainer.task.form.live  # that which the config trains in
+    _, _, batches = trainer.abstract_arguments()
     assert {n: (x.shape, x.dtype) for n, x in batches.items()} == {
       n: ((3, *x.shape), x.dtype) for n, x in real.items()
     }
