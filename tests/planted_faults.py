@@ -84,7 +84,7 @@ FAULTS = (
   Fault("live: a token that nobody read is seen", "pasta_jax/lang/layout.py",
         "rounds[-1:] = last", "rounds[-1:] += 0", ("tests/lang/test_layout.py",)),
   Fault("live: packed examples have rounds alike", "pasta_jax/data/packing.py",
-        "e.rounds + (highest - int(", "e.rounds + (FIRST_ROUND - int(", ("tests/data/test_data.py",)),
+        "e.rounds + (highest - int(", "e.rounds + (FIRST_ROUND - int(", ("-k", "side_by_side", "tests/data/test_data.py")),
   Fault("live: a tile of one round counts as seen", "pasta_jax/model/masks.py",
         "most[:, :, None] < least[:, None, :]", "most[:, :, None] <= least[:, None, :]",
         ("tests/model/test_attention.py",)),
