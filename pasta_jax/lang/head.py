@@ -13,9 +13,9 @@ import numpy as np
 MOST_WORDS = 12
 
 _BASE = 1_000_003  # of the hash, a polynomial over bytes modulo 2 ** 32
-_LINE_BREAK = re.compile(rb"[\n\r]")
-_DROPPED = re.compile(rb"[^0-9A-Za-z\x80-\xff]")
-_BEFORE_LETTERS = re.compile(rb"[^A-Za-z\x80-\xff]*")
+_DIGITS = b"0123456789"
+_LOWER = bytes(range(256)).lower()
+_DROPPED = bytes(b for b in range(128) if not chr(b).isalnum())
 
 
 def head(text: str) -> str:
@@ -27,12 +27,11 @@ def head(text: str) -> str:
 def normalised(head: str) -> bytes:
   """What two heads have in common that are the same: their letters and digits from the first letter on, so that
   numbers of items and marks do not count; ASCII letters in lower case. Empty: a head like no other."""
-  return _normalised(head.encode("utf-8", "replace"), fresh=True)
+  return _kept(head.encode("utf-8", "replace")).lstrip(_DIGITS)
 
 
-def _normalised(raw: bytes, fresh: bool) -> bytes:
-  """`fresh`: no letter came before."""
-  return _DROPPED.sub(b"", _BEFORE_LETTERS.sub(b"", raw, count=1) if fresh else raw).lower()
+def _kept(raw: bytes) -> bytes:
+  return raw.translate(_LOWER, _DROPPED)
 
 
 def hash_of(kept: bytes) -> int:
@@ -54,10 +53,12 @@ class TokenHashes(NamedTuple):
   @classmethod
   def of(cls, tokens: list[bytes]) -> "TokenHashes":
     """Of the bytes of each token."""
-    rows = np.zeros((3, len(tokens)), np.uint32)
-    for i, raw in enumerate(tokens):
-      last = _LINE_BREAK.split(raw)[-1]
-      kept = _normalised(last, fresh=False)
+    rows = []
+    for raw in tokens:
+      last = raw.replace(b"\r", b"\n").rpartition(b"\n")[2]
+      kept = _kept(last)
+      fresh = kept.lstrip(_DIGITS)
+      value = hash_of(kept)
       scale = pow(_BASE, len(kept), 2**32) if len(last) == len(raw) else 0
-      rows[:, i] = scale, hash_of(kept), hash_of(_normalised(last, fresh=True))
-    return cls(*rows)
+      rows.append((scale, value, value if fresh == kept else hash_of(fresh)))
+    return cls(*np.array(rows, np.uint32).T)
