@@ -41,7 +41,8 @@ def saved(program: Program) -> dict:
       fork_index=fork.at if fork else -1, tokens=list(thread.tokens), positions=list(range(n)),
       rounds=list(range(1, n + 1)), finished=True,
     ))  # fmt: skip
-  return {"steps": 9, "finish_reason": "stop", "refused": 0, "prompt": [1], "threads": rows}
+  facts = {"steps": 9, "finish_reason": "stop", "refused": 0, "prompt": [1], "promise": "head"}
+  return facts | {"threads": rows}
 
 
 SOURCE = "Tips:\n1. **Light**:<promise/><async> use lamps</async>\n2. Heat -<promise/><async> turn it <b>\ndown</async>"
@@ -50,6 +51,7 @@ SOURCE = "Tips:\n1. **Light**:<promise/><async> use lamps</async>\n2. Heat -<pro
 def test_views_name_chunks_by_their_heads():
   trace = from_json(saved(parse(SOURCE)), WORDS, RULE)
   assert [t.topic for t in trace.threads] == ["", "1. **Light**:", "2. Heat -"]
+  assert from_json(to_json(trace), WORDS.speaking("topic"), RULE).text == trace.text  # the file says its form
   assert trace.text == reading_order(parse(SOURCE)) and trace.ill_formed == 0
   kinds = [(p.kind, p.text, p.declared) for p in pieces(trace, 0, WORDS)]
   assert kinds == [
