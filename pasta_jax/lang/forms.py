@@ -65,11 +65,16 @@ def to_metadata(forms: Forms) -> dict[str, str]:
 
 def from_metadata(metadata: Mapping[str, str]) -> Forms:
   """The inverse of `to_metadata`; what is missing is the paper's. Raises ValueError, one line, for damaged entries."""
-  rule = PositionRule()
-  if "positions" in metadata:
-    rule = PositionRule(**checked(_Positions, parse_json(metadata["positions"]), "positions").model_dump())
-  others: dict[str, Any] = checked(dict[str, str], parse_json(metadata.get("forms", "{}")), "forms")
-  known = {f.name for f in dataclasses.fields(Forms)} - {"positions"}
-  if unknown := sorted(others.keys() - known):
-    raise ValueError(f"forms: {unknown[0]!r} is none of {', '.join(sorted(known))}: it is of a newer version")
-  return Forms(rule, **others)
+  field = "positions"
+  try:
+    rule = PositionRule()
+    if field in metadata:
+      rule = PositionRule(**checked(_Positions, parse_json(metadata[field]), "not a rule").model_dump())
+    field = "forms"
+    others: dict[str, Any] = checked(dict[str, str], parse_json(metadata.get(field, "{}")), "not names")
+    known = {f.name for f in dataclasses.fields(Forms)} - {"positions"}
+    if unknown := sorted(others.keys() - known):
+      raise ValueError(f"{unknown[0]!r} is none of {', '.join(sorted(known))}: it is of a newer version")
+    return Forms(rule, **others)
+  except ValueError as error:
+    raise ValueError(f"{field}: {error}") from error

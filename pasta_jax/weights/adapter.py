@@ -83,7 +83,7 @@ def check_metadata(metadata: Any) -> None:
   values = checked(dict[str, str], metadata, "metadata")
   forms.from_metadata(values)
   try:
-    checked(list[int], parse_json(values.get("speeds", "[]")), "not a list")
+    checked(list[int], parse_json(values.get("speeds", "[]")), "not a list of speeds")
   except ValueError as error:
     raise ValueError(f"speeds: {error}") from error
 
