@@ -19,7 +19,7 @@ import pydantic
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
-from pasta_jax.utils.json_io import parse_json
+from pasta_jax.utils.json_io import parse_json, read_json
 from pasta_jax.utils.jsonl import DataError, unpacked_limit
 from pasta_jax.utils.text import one_line
 from pasta_jax.utils.typed import Parsed, checked
@@ -131,9 +131,9 @@ def _info(folder: Path) -> _Info:
     if not (folder / name).is_file():
       raise DataError(f"{folder} is not a data set of --mode=build: it has no {name}")
     try:
-      found[name] = parse_json((folder / name).read_bytes())
+      found[name] = read_json(folder / name)
     except ValueError as error:
-      raise DataError(f"{folder / name}: {error}") from None
+      raise DataError(str(error)) from None
   if found["features.json"] != parse_json(_features_json()):
     raise DataError(f"{folder} is not a data set of --mode=build: features.json names other features")
   try:

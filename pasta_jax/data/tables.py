@@ -17,7 +17,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pydantic
 
-from pasta_jax.utils.json_io import parse_json, to_json
+from pasta_jax.utils.json_io import parse_json, read_json, to_json
 from pasta_jax.utils.jsonl import DataError, unpacked_limit
 from pasta_jax.utils.text import one_line
 from pasta_jax.utils.typed import Parsed, checked
@@ -66,11 +66,7 @@ def _saved_files(folder: Path) -> list[Path]:
   """The data files that state.json names. Raises DataError if it names none, or files elsewhere."""
   where = folder / "state.json"
   try:
-    stored = parse_json(where.read_bytes())
-  except ValueError as error:
-    raise DataError(f"{where}: {error}") from None
-  try:
-    state = checked(_State, stored, str(where))
+    state = checked(_State, read_json(where), str(where))
   except ValueError as error:
     raise DataError(str(error)) from None
   names = [f.filename for f in state.files]

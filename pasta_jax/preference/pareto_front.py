@@ -6,7 +6,6 @@ The folders are those of --mode=eval with systems named as stage two names them:
 --mode=preference draws the same figure of its own evaluation.
 """
 
-import math
 import re
 import sys
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ import matplotlib.figure
 
 from pasta_jax.decode.record import current
 from pasta_jax.evaluate.report.plots import COLOURS
-from pasta_jax.utils.json_io import parse_json
+from pasta_jax.utils.json_io import number, read_json
 from pasta_jax.utils.typed import Parsed, checked
 
 _ROUND = re.compile(r"(?P<policy>.+)_round(?P<number>\d+)")
@@ -58,7 +57,7 @@ def points(folders: Iterable[Path]) -> list[Point]:
   for folder in folders:
     path = folder / "summary.json"
     try:
-      summary = checked(_Summary, parse_json(path.read_bytes()), str(path))
+      summary = checked(_Summary, read_json(path), str(path))
     except (OSError, ValueError) as error:
       raise ValueError(f"{folder} has no finished evaluation ({error})") from None
     for name, entry in summary.systems.items():
@@ -67,7 +66,7 @@ def points(folders: Iterable[Path]) -> list[Point]:
       if (win_rate := judged.get("win_rate")) is None or not (match or name == "start"):
         continue
       figures = current(entry.responses)
-      speed = tuple(math.nan if (x := figures.get(key)) is None else x for key in MEASURES)
+      speed = tuple(number(figures.get(key)) for key in MEASURES)
       policy, number = (match["policy"], int(match["number"])) if match else ("start", 0)
       standard_error = judged.get("win_rate_error") or 0.0  # few answers have none
       by_name[name] = Point(policy, number, speed, win_rate, standard_error)

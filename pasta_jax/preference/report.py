@@ -10,7 +10,7 @@ import rich.table
 
 from pasta_jax.decode.record import current
 from pasta_jax.preference.audit import KINDS
-from pasta_jax.utils.json_io import parse_json
+from pasta_jax.utils.json_io import number, read_json
 from pasta_jax.utils.terminal import as_text
 
 SIDES = ("samples", "best", "worst")
@@ -19,7 +19,7 @@ SIDES = ("samples", "best", "worst")
 def show(workdir: Path) -> None:
   """Prints each round's speedup and quality, the samples' defects, and what training changed."""
   paths = sorted(workdir.glob("*/round*/round.json"))
-  rounds = [current(_numbers(parse_json(path.read_bytes()))) for path in paths]
+  rounds = [current(_numbers(read_json(path))) for path in paths]
   if not rounds:
     return
   table = rich.table.Table(title="rounds", box=rich.box.SIMPLE_HEAD, pad_edge=False)
@@ -58,8 +58,8 @@ def _by_side(figures: dict, key: str) -> str:
 
 
 def _numbers(figures: dict) -> dict:
-  """Figures as they were written: a number that was not finite is null in a file."""
-  plain = lambda v: _numbers(v) if isinstance(v, dict) else math.nan if v is None else v
+  """Figures, and those inside them, as they were written."""
+  plain = lambda v: _numbers(v) if isinstance(v, dict) else number(v)
   return {key: plain(value) for key, value in figures.items()}
 
 

@@ -1,13 +1,12 @@
 """Metrics of a run: JSON lines, and the same scalars for TensorBoard."""
 
-import math
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
 from pasta_jax.decode.record import current
 from pasta_jax.utils.files import write_atomic
-from pasta_jax.utils.json_io import parse_json
+from pasta_jax.utils.json_io import number, parse_json
 from pasta_jax.utils.jsonl import append_row, read_finished_lines
 from pasta_jax.utils.typed import Parsed, checked
 
@@ -43,12 +42,7 @@ def last_scalars(workdir: Path, share: float = 0.0) -> dict[str, float]:
   if not rows:
     raise ValueError(f"{workdir / 'metrics.jsonl'} has no step")
   rows = rows[-max(1, round(share * len(rows))) :]
-  # A value that was not finite is null in a file.
-  return {k: _mean([r[k] for r in rows]) for k in rows[-1] if all(k in r for r in rows)}
-
-
-def _mean(values: list[float | None]) -> float:
-  return sum(math.nan if v is None else v for v in values) / len(values)
+  return {k: sum(number(r[k]) for r in rows) / len(rows) for k in rows[-1] if all(k in r for r in rows)}
 
 
 def _step(line: bytes) -> int:

@@ -47,10 +47,15 @@ def read_json(path: Path) -> dict[str, Any]:
   try:
     value = parse_json(path.read_bytes())
   except ValueError as error:
-    raise ValueError(f"{path}: damaged: {error}") from None
+    raise ValueError(f"{path}: {error}") from None
   if not isinstance(value, dict):
-    raise ValueError(f"{path}: damaged: not a JSON object")
+    raise ValueError(f"{path}: not a JSON object")
   return value
+
+
+def number(value: float | None) -> float:
+  """A figure of a file as it was written: `to_json` makes null of what is not finite."""
+  return math.nan if value is None else value
 
 
 def _children(value: Any) -> Any:

@@ -86,7 +86,7 @@ def test_the_files_of_a_folder(tmp_path: Path):
     ('{"_data_files": [{"filename": "data-1.arrow"}]}', "no such data file: .*data-1.arrow"),
     ('{"_data_files": []}', "names no data file"),
     ('{"_data_files": 3}', "state.json: _data_files must be a valid list"),
-    ("[]", "state.json: must be a valid dictionary"),
+    ("[]", "state.json: not a JSON object"),
     ("{", "state.json: not JSON"),
     (json.dumps(state | {"_indices_data_files": [{"filename": "i.arrow"}]}), "selects rows by indices"),
   ):

@@ -35,6 +35,7 @@ import scipy.optimize
 import scipy.special
 from absl import app, flags
 
+from pasta_jax.utils.json_io import number
 from pasta_jax.utils.jsonl import DataError, read_jsonl, write_jsonl
 from pasta_jax.utils.terminal import as_text
 from pasta_jax.utils.text import one_line
@@ -204,7 +205,6 @@ def read_preferences(path: str | Path) -> Preferences:
   """Reads rows with `id`, `baseline_chars`, and by model `preference` and `output_chars`."""
   rows = _rows(path, _Preference)
   models = list(dict.fromkeys(m for r in rows for m in r.preference))
-  number = lambda x: math.nan if x is None else x
   return Preferences(
     [str(r.id) for r in rows],
     models,

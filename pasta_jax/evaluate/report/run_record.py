@@ -10,7 +10,7 @@ import pydantic
 
 from pasta_jax.decode.record import current
 from pasta_jax.evaluate.errors import EvalError
-from pasta_jax.utils.json_io import parse_json
+from pasta_jax.utils.json_io import read_json
 from pasta_jax.utils.records import read_records
 from pasta_jax.utils.typed import Parsed, checked
 
@@ -124,9 +124,9 @@ def read_run(workdir: Path) -> Run:
 
 def _read(path: Path) -> Any:
   try:
-    return parse_json(path.read_bytes())
+    return read_json(path)
   except ValueError as error:
-    raise EvalError(f"{path}: {error}") from None
+    raise EvalError(str(error)) from None
 
 
 def _checked(kind: type, value: Any, where: Path | str) -> Any:
