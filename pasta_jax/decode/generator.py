@@ -119,9 +119,8 @@ class Model:
     self.has_tags = bool(metadata) or merge is not None and merge.tags is not None
     metadata = {**metadata, **(merge.metadata if merge else {})}
     self.speed = d.speed if adapter is None else -1  # requested of the config's own adapter
-    # The form that the adapter was trained in; what it does not say is the paper's, with the config's positions.
-    unsaid = forms.to_metadata(Forms(forms.from_config(config).positions))
-    self.forms = forms.from_metadata(unsaid | (metadata if self.has_tags else {}))
+    # The form that the adapter was trained in.
+    self.forms = forms.from_metadata(metadata if self.has_tags else {}, forms.from_config(config).positions)
     self.vocabulary = checkpoint.vocabulary.speaking(self.forms.promise)
     if d.visibility:
       self.forms = dataclasses.replace(self.forms, visibility=d.visibility)

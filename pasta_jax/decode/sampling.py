@@ -59,10 +59,8 @@ class Branch(NamedTuple):
   thread: Thread  # before its token is read
   sees: jax.Array  # [P] bool: pool entries
   view: guard.View  # of the same thread after it
-  taken: (
-    jax.Array
-  )  # [M] bool: it knows that promise, and one more token (`kept_last`) would repeat its topic, or
-  # its head is repeated
+  # [M] bool: it knows that promise, and has its head, or one more token (`kept_last`) would repeat its topic
+  taken: jax.Array
   ngram: jax.Array  # uint32, hash of its last tokens
 
 

@@ -75,7 +75,7 @@ class StepFeatures:
   use_top_k_p: bool = False
   use_repetition_penalty: bool = False
   no_repeat: int = (
-    0  # length of n-grams (and topics or heads) of earlier rounds that no thread may repeat; 0: off
+    0  # length of n-grams of earlier rounds that no thread may repeat, and heads, topics; 0: off
   )
   attention: str = "auto"  # a kind of `decode.attention`
   return_logits: bool = False  # keep every step's logits in the trace (for tests: capacity x V floats)

@@ -56,9 +56,8 @@ def step(model: Transformer, state: State, tables: TokenTables, sampling: Sampli
   state = append(state, lanes, branches, out, features)
   after = jax.vmap(partial(sight.after_turn, features.live))(threads.sight, lanes.entry, lanes.live)
   of_chunks = jax.vmap(partial(sight.of_chunk, features.live))(after, lanes.rows, lanes.entry, children)
-  advanced = jax.vmap(partial(T.advance, rule=features.rule))(
-    read, forks, out.token, tables.classes[out.token], after
-  )
+  advance = jax.vmap(partial(T.advance, rule=features.rule, promise=features.promise))
+  advanced = advance(read, forks, out.token, tables.classes[out.token], after)
   spawned = jax.vmap(T.spawn, (0, 0, 0, 0, None))(read, lanes.rows, lanes.entry, of_chunks, tables.async_tag)
   state = put(state, lanes.rows, advanced)
   state = put(state, children, spawned)

@@ -33,7 +33,7 @@ class Thread(struct.PyTreeNode):
   number: jax.Array  # of the current promise so far; -1: no digit yet
   topic: (
     jax.Array
-  )  # uint32, hash of the current promise's topic so far; of its head (`lang.head`), 0 for none
+  )  # uint32, hash of the current promise's topic so far, or of its head (`lang.head`; 0: none)
   topic_before: jax.Array  # uint32, without its last token, so that the guard can mask a repeated topic's end
   topic_last: jax.Array  # that token
   topic_length: jax.Array
@@ -118,13 +118,13 @@ def _read_head(t: Thread, plain: jax.Array, hashes: TokenHashes) -> dict[str, ja
   return dict(topic=topic, topic_before=topic, topic_last=jnp.where(topic > 0, 0, -1))
 
 
-def advance(read: TokenRead, forks, chosen, kind, sight, rule: PositionRule) -> Thread:
+def advance(read: TokenRead, forks, chosen, kind, sight, rule: PositionRule, promise: str) -> Thread:
   """The thread after its turn, which it leaves with `sight`: its next token is `chosen`, of class `kind`.
 
   `forks`: its promise was granted. One token a thread a round is stated here.
   """
   t = read.thread
-  joins = kind == A.SYNC
+  joins = jnp.asarray(A.AUTOMATA[promise].action)[t.state, kind] == A.JOIN
   over = read.ends | ((t.parent < 0) & (kind == A.EOS))  # the main thread's last token need not be read back
   return t.replace(
     status=jnp.where(over, DONE, jnp.where(joins, WAITING, RUNNING)),

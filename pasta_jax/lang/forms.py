@@ -1,7 +1,7 @@
 """The form of the language that an adapter speaks: who sees whom, what a promise says and how, and positions.
 
 The paper's form is the default. An adapter's metadata carry its form, and everything that encodes, lays out, decodes
-or judges takes it from there (docs/language.md section 1).
+or judges takes it from there (docs/language.md sections 2.5, 3.1 and 4).
 """
 
 import dataclasses
@@ -35,10 +35,6 @@ class Forms:
       if (value := getattr(self, name)) not in known:
         raise ValueError(f"{name} {value!r} is none of {', '.join(known)}")
 
-  @property
-  def live(self) -> bool:
-    return self.visibility == "live"
-
 
 class _Positions(Parsed):
   strategy: str
@@ -63,11 +59,11 @@ def to_metadata(forms: Forms) -> dict[str, str]:
   return {"positions": positions} | ({"forms": to_json(others)} if others else {})
 
 
-def from_metadata(metadata: Mapping[str, str]) -> Forms:
-  """The inverse of `to_metadata`; what is missing is the paper's. Raises ValueError, one line, for damaged entries."""
+def from_metadata(metadata: Mapping[str, str], rule: PositionRule = PositionRule()) -> Forms:
+  """The inverse of `to_metadata`; `rule` is that of positions where none is named, other forms are the paper's.
+  Raises ValueError, one line, for damaged entries."""
   field = "positions"
   try:
-    rule = PositionRule()
     if field in metadata:
       rule = PositionRule(**checked(_Positions, parse_json(metadata[field]), "not a rule").model_dump())
     field = "forms"
