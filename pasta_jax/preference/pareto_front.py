@@ -17,7 +17,7 @@ import matplotlib.figure
 
 from pasta_jax.decode.record import current
 from pasta_jax.evaluate.report.plots import COLOURS
-from pasta_jax.utils.json_io import number, read_json
+from pasta_jax.utils.json_io import or_nan, read_json
 from pasta_jax.utils.typed import Parsed, checked
 
 _ROUND = re.compile(r"(?P<policy>.+)_round(?P<number>\d+)")
@@ -66,7 +66,7 @@ def points(folders: Iterable[Path]) -> list[Point]:
       if (win_rate := judged.get("win_rate")) is None or not (match or name == "start"):
         continue
       figures = current(entry.responses)
-      speed = tuple(number(figures.get(key)) for key in MEASURES)
+      speed = tuple(or_nan(figures.get(key)) for key in MEASURES)
       policy, number = (match["policy"], int(match["number"])) if match else ("start", 0)
       standard_error = judged.get("win_rate_error") or 0.0  # few answers have none
       by_name[name] = Point(policy, number, speed, win_rate, standard_error)

@@ -10,7 +10,7 @@ import rich.table
 
 from pasta_jax.decode.record import current
 from pasta_jax.preference.audit import KINDS
-from pasta_jax.utils.json_io import number, read_json
+from pasta_jax.utils.json_io import or_nan, read_json
 from pasta_jax.utils.terminal import as_text
 
 SIDES = ("samples", "best", "worst")
@@ -59,7 +59,7 @@ def _by_side(figures: dict, key: str) -> str:
 
 def _numbers(figures: dict) -> dict:
   """Figures, and those inside them, as they were written."""
-  plain = lambda v: _numbers(v) if isinstance(v, dict) else number(v)
+  plain = lambda v: _numbers(v) if isinstance(v, dict) else or_nan(v)
   return {key: plain(value) for key, value in figures.items()}
 
 

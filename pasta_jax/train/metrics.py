@@ -6,7 +6,7 @@ from tensorboardX import SummaryWriter
 
 from pasta_jax.decode.record import current
 from pasta_jax.utils.files import write_atomic
-from pasta_jax.utils.json_io import number, parse_json
+from pasta_jax.utils.json_io import or_nan, parse_json
 from pasta_jax.utils.jsonl import append_row, read_finished_lines
 from pasta_jax.utils.typed import Parsed, checked
 
@@ -42,7 +42,7 @@ def last_scalars(workdir: Path, share: float = 0.0) -> dict[str, float]:
   if not rows:
     raise ValueError(f"{workdir / 'metrics.jsonl'} has no step")
   rows = rows[-max(1, round(share * len(rows))) :]
-  return {k: sum(number(r[k]) for r in rows) / len(rows) for k in rows[-1] if all(k in r for r in rows)}
+  return {k: sum(or_nan(r[k]) for r in rows) / len(rows) for k in rows[-1] if all(k in r for r in rows)}
 
 
 def _step(line: bytes) -> int:

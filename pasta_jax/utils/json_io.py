@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
   return value
 
 
-def number(value: float | None) -> float:
+def or_nan(value: float | None) -> float:
   """A figure of a file as it was written: `to_json` makes null of what is not finite."""
   return math.nan if value is None else value
 

@@ -99,7 +99,11 @@ def main(folder: Path) -> None:
   for form in (Forms(), Forms(visibility="live")):  # heads repeated, and sharded
     name = f"sft by kernel, {form.visibility}"
     compare(
-      name, sft.SFT(config, laid, form=form), model, shapes=SHAPES[-1:] if form.live else SHAPES[-2:], n=5
+      name,
+      sft.SFT(config, laid, form=form),
+      model,
+      shapes=SHAPES[-1:] if form.visibility == "live" else SHAPES[-2:],
+      n=5,
     )
   pairs = [PreferencePair(a, b, (-300.0, -310.0 - i)) for i, (a, b) in enumerate(zip(laid[::2], laid[1::2]))]
   config = dataclasses.replace(

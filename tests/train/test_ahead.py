@@ -93,7 +93,7 @@ def test_abstract_batches_are_those_that_are_packed():
     changes = {f"{stage}.{name}": value for name, value in changes.items()}
     config = with_changes(start, changes | {"language.visibility": "live"})
     trainer = ahead.abstract_trainer(config, stage, model, mesh)
-    assert trainer.task.form.live  # that which the config trains in
+    assert trainer.task.form.visibility == "live"  # that which the config trains in
     _, _, batches = trainer.abstract_arguments()
     assert {n: (x.shape, x.dtype) for n, x in batches.items()} == {
       n: ((3, *x.shape), x.dtype) for n, x in real.items()

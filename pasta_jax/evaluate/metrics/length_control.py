@@ -35,7 +35,7 @@ import scipy.optimize
 import scipy.special
 from absl import app, flags
 
-from pasta_jax.utils.json_io import number
+from pasta_jax.utils.json_io import or_nan
 from pasta_jax.utils.jsonl import DataError, read_jsonl, write_jsonl
 from pasta_jax.utils.terminal import as_text
 from pasta_jax.utils.text import one_line
@@ -208,8 +208,8 @@ def read_preferences(path: str | Path) -> Preferences:
   return Preferences(
     [str(r.id) for r in rows],
     models,
-    np.array([[number(r.preference.get(m)) for r in rows] for m in models]),
-    np.array([[number(r.output_chars.get(m)) for r in rows] for m in models]),
+    np.array([[or_nan(r.preference.get(m)) for r in rows] for m in models]),
+    np.array([[or_nan(r.output_chars.get(m)) for r in rows] for m in models]),
     np.array([r.baseline_chars for r in rows]),
   )
 
