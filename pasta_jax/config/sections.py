@@ -23,6 +23,7 @@ from pasta_jax.config.fields import (
 # Choices that other modules implement: they import them from here, or a test compares the two.
 VISIBILITIES = ("promise", "live")  # who sees whom (lang.forms)
 PROMISE_FORMS = ("topic", "head")  # what says what a promise is about (lang.forms)
+NUMBER_FORMS = ("digits", "token")  # how a promise says its length (lang.forms)
 STRATEGIES = ("pred_10x", "pred_1x", "fixed", "oracle", "max", "sum")  # of positions (lang.positions)
 ANNOTATIONS = ("plan", "structure", "none")  # of responses (data.examples)
 DTYPES = ("float32", "bfloat16")
@@ -128,6 +129,7 @@ class Language(Section):
   promise: str = setting(
     "topic", one_of(PROMISE_FORMS)
   )  # topic: the paper's; head: the text before the promise
+  number: str = setting("digits", one_of(NUMBER_FORMS))  # digits: the paper's; token: one for each length
 
 
 @dataclasses.dataclass(frozen=True)

@@ -188,7 +188,7 @@ def _sample(row: dict, vocabulary: Vocabulary, rule: PositionRule) -> str:
 
 def _token(laid: Layout, i: int, start: int, vocabulary: Vocabulary) -> str:
   token, thread, target = int(laid.tokens[i]), int(laid.threads[i]), int(laid.targets[i])
-  is_tag = token in vocabulary.tags.ids or token in vocabulary.tags.eos
+  is_tag = token in vocabulary.tag_ids or token in vocabulary.tags.eos
   hue = _HUES[(thread - 1) % len(_HUES)]
   style = f"background: hsl({hue} 80% 55% / .16); border-color: hsl({hue} 70% 50% / .6)" if thread else ""
   jumps = i > start and laid.positions[i] != laid.positions[i - 1] + 1

@@ -24,7 +24,7 @@ from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.utils.environment import cache_folder, use_compilation_cache
 from pasta_jax.weights import build
-from pasta_jax.weights.adapter import read_adapter, weights_of
+from pasta_jax.weights.adapter import has_tags, read_adapter, read_metadata, weights_of
 from pasta_jax.weights.checkpoint import DEFAULT_MODEL, load_checkpoint
 
 EMBEDDED = {
@@ -113,15 +113,15 @@ class Model:
     self.adapter = config.model.adapter if adapter is None else adapter
     path = adapter_path(self.adapter)
     checkpoint = load_checkpoint(source_of(config, self.adapter))
-    metadata = checkpoint.pasta
     self.name = checkpoint.name
-    merge = None if path is None else read_adapter(path, checkpoint.config)
-    self.has_tags = bool(metadata) or merge is not None and merge.tags is not None
-    metadata = {**metadata, **(merge.metadata if merge else {})}
+    self.has_tags = bool(checkpoint.pasta) or path is not None and has_tags(path)
+    metadata = {**checkpoint.pasta, **(read_metadata(path) if path else {})}
     self.speed = d.speed if adapter is None else -1  # requested of the config's own adapter
     # The form that the adapter was trained in.
     self.forms = forms.from_metadata(metadata if self.has_tags else {}, forms.from_config(config).positions)
-    self.vocabulary = checkpoint.vocabulary.speaking(self.forms.promise)
+    checkpoint = checkpoint.speaking(self.forms)
+    merge = None if path is None else read_adapter(path, checkpoint.config)
+    self.vocabulary = checkpoint.vocabulary
     if d.visibility:
       self.forms = dataclasses.replace(self.forms, visibility=d.visibility)
     # The speeds that the adapter was trained for.
@@ -158,6 +158,7 @@ class Model:
     self._features = StepFeatures(
       rule=self.forms.positions,
       promise=self.forms.promise,
+      number=self.forms.number,
       guard=d.guard,
       no_repeat=d.no_repeat,
       attention=d.attention,

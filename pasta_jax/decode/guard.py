@@ -30,11 +30,11 @@ class View(NamedTuple):
 
 def allowed(view: View, limits: Limits, features: StepFeatures) -> jax.Array:
   """[N_CLASSES] bool. At least one class is always allowed."""
-  well_formed = ~jnp.asarray(A.AUTOMATA[features.promise].ill_formed)[view.state]
+  well_formed = ~jnp.asarray(features.automaton.ill_formed)[view.state]
   if not features.guard:
     well_formed = jnp.ones_like(well_formed)
   if not features.promises:
-    return well_formed.at[jnp.array([A.OPEN, A.MIDDLE, A.CLOSE, A.ASYNC, A.END, A.SYNC])].set(False)
+    return well_formed.at[jnp.array([A.OPEN, A.MIDDLE, A.CLOSE, A.ASYNC, A.END, A.SYNC, A.LENGTH])].set(False)
   if not features.guard:
     return well_formed
   in_topic, in_number = view.state == A.TOPIC, view.state == A.NUMBER
@@ -51,6 +51,7 @@ def allowed(view: View, limits: Limits, features: StepFeatures) -> jax.Array:
     A.END: in_text & ~view.is_main & (view.index > 0),
     A.SYNC: in_text & view.may_sync,
     A.EOS: in_text & view.is_main,
+    A.LENGTH: jnp.where(in_topic, topic_done, view.may_open & ~view.repeats),
   }
   return well_formed & jnp.stack([rules.get(c, jnp.zeros((), bool)) for c in range(A.N_CLASSES)])
 

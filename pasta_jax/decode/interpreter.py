@@ -56,8 +56,9 @@ class Interpreter:
       raise DecodeError(
         f"the model has {rows} vocabulary rows and no tags: load a PASTA adapter, or decode without promises"
       )
-    if self.features.promises and self.features.promise != self.vocabulary.promise:
-      raise DecodeError(f"the promises of this vocabulary are of the form {self.vocabulary.promise!r}")
+    spoken = (self.vocabulary.promise, self.vocabulary.number)
+    if self.features.promises and (self.features.promise, self.features.number) != spoken:
+      raise DecodeError(f"the promises of this vocabulary are of the form {'/'.join(spoken)}")
     self.tables = TokenTables.build(self.vocabulary, rows)
     self.graph, self.params = nnx.split(self.model)
     shape = ("width", "features")

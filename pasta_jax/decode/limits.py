@@ -29,7 +29,7 @@ def promise_room(state: State, t: Thread, todo: jax.Array, limits: Limits) -> ja
   """
   running = t.status == RUNNING
   writing = A.inside(t.state) & (running | (t.status == WAITING))
-  opening = running & ~A.inside(t.state) & (t.kind == A.OPEN)
+  opening = running & ~A.inside(t.state) & ((t.kind == A.OPEN) | (t.kind == A.LENGTH))
   free = t.status.shape[0] - state.n_threads - (writing | opening).sum()
   left = limits.max_new_tokens - (state.used - state.prompt)
   return jnp.where(left < (todo + 1) * limits.tail, 0, free)

@@ -26,16 +26,19 @@ class TokenTables(NamedTuple):
   penalised: jax.Array  # bool
   heads: TokenHashes  # of the text of heads; [1] where promises have topics
   async_tag: jax.Array  # int32, not per token: the id that a chunk begins with
-  open_tag: jax.Array  # int32, the id that a promise begins with
+  opening: jax.Array  # [n] int32, the ids that a promise begins with
+  lengths: jax.Array  # [64] int32, the ids of lengths, shortest first; [0] where they are digits
 
   @classmethod
   def build(cls, vocabulary: Vocabulary, rows: int) -> "TokenTables":
     """Of a model with `rows` rows in its head."""
     table = vocabulary.table
-    hashes = TokenHashes.of(vocabulary.bytes_of_tokens() if table.promise == "head" else [b""])
+    with_head, lengths = table.automaton.promise == "head", jnp.asarray(table.lengths)
+    hashes = TokenHashes.of(vocabulary.bytes_of_tokens() if with_head else [b""])
+    opening = lengths if with_head and lengths.size else jnp.array([table.tags.open])
     cut = lambda x: jnp.asarray(x[:rows])
     return cls(cut(table.classes), cut(table.value), cut(table.scale), cut(penalised_tokens(vocabulary)),
-               TokenHashes(*map(cut, hashes)), jnp.int32(table.tags.async_), jnp.int32(table.tags.open))  # fmt: skip
+               TokenHashes(*map(cut, hashes)), jnp.int32(table.tags.async_), opening, lengths)  # fmt: skip
 
 
 def penalised_tokens(vocabulary: Vocabulary) -> np.ndarray:
@@ -102,7 +105,7 @@ def choose(logits: jax.Array, state: State, branch: Branch, tables: TokenTables,
     kinds = tables.classes[log.next_token]
     scores = ban(scores, log.next_token, again & ((kinds == A.ORDINARY) | (kinds == A.DIGITS)))
   if features.promises:
-    scores = scores.at[tables.open_tag].add(sampling.promise_bias)
+    scores = scores.at[tables.opening].add(sampling.promise_bias)
   allowed = guard.allowed(view, limits, features)[tables.classes]
   if features.guard:
     allowed &= ~guard.absurd(view, tables.value, tables.scale)
@@ -110,7 +113,7 @@ def choose(logits: jax.Array, state: State, branch: Branch, tables: TokenTables,
     scores = ban(scores, state.threads.kept_last, branch.taken & (view.state == A.TOPIC))
   scores = jnp.where(allowed, scores, MASK_VALUE)
   key = jax.random.fold_in(jax.random.wrap_key_data(thread.key), view.index + 1)
-  return draw(scores, key, sampling, features)
+  return draw(scores, key, tables.lengths if features.promises else jnp.array([], int), sampling, features)
 
 
 def penalise(logits: jax.Array, tokens: jax.Array, remembered: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -138,23 +141,51 @@ def ban(scores: jax.Array, tokens: jax.Array, which: jax.Array) -> jax.Array:
   return scores.at[jnp.where(which, tokens, scores.shape[0])].set(MASK_VALUE, mode="drop")
 
 
-def draw(logits: jax.Array, key: jax.Array, sampling: Sampling, features: StepFeatures) -> jax.Array:
+def as_one(logits: jax.Array, lengths: jax.Array) -> jax.Array:
+  """Logits in which the first of `lengths` stands for all of them, with the log of their summed probability, and the
+  others are out of reach: split over its lengths, a promise would lose to text at every greedy choice."""
+  together = jax.nn.logsumexp(logits[lengths])
+  return logits.at[lengths].set(MASK_VALUE).at[lengths[0]].set(together)
+
+
+def length_of(scores: jax.Array, kind: str) -> jax.Array:
+  """Which of the lengths a greedy promise gets, of their scores [64], shortest first: the likeliest, or the median,
+  the first up to which half of the probability lies."""
+  if kind == "likeliest":
+    return jnp.argmax(scores)
+  return jnp.argmax(jnp.cumsum(jax.nn.softmax(scores)) >= 0.5)
+
+
+def draw(logits: jax.Array, key: jax.Array, lengths: jax.Array, sampling: Sampling,
+         features: StepFeatures) -> jax.Array:  # fmt: skip
   """The next token. `key` is the thread's, folded with the token's index in its thread.
+
+  **Lengths that are tokens are one class** (`as_one`): greedy choices, top-k, top-p and min-p take it as one entry.
+  A greedy promise then gets one of them (`length_of`); what is drawn from their own logits needs no other rule.
 
   Gumbel noise for every token costs up to a quarter of a step on CPU. One uniform number against cumulative
   probabilities would be cheaper, but the rounding of one of V boundaries could change the token, and samples
   would depend on the requests beside them.
   """
   if features.greedy:
-    return jnp.argmax(logits).astype(jnp.int32)
+    token = jnp.argmax(as_one(logits, lengths) if lengths.size else logits)
+    if lengths.size:
+      length = lengths[length_of(logits[lengths], features.length)]
+      token = jnp.where(token == lengths[0], length, token)
+    return token.astype(jnp.int32)
   logits = logits / jnp.maximum(sampling.temperature, 1e-6)
+  entries = as_one(logits, lengths) if lengths.size else logits
+  floor = jnp.float32(-jnp.inf)
   if features.use_top_k_p:
-    order = jnp.sort(logits, descending=True)
+    order = jnp.sort(entries, descending=True)
     rank_limit = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[0])
     kept = jnp.arange(logits.shape[0]) < rank_limit
     weights = jax.nn.softmax(jnp.where(kept, order, MASK_VALUE))
     kept &= jnp.cumsum(weights) - weights < sampling.top_p  # the likeliest token always stays
-    logits = jnp.where(logits < jnp.min(jnp.where(kept, order, jnp.inf)), MASK_VALUE, logits)
-  floor = jnp.max(logits) + jnp.log(jnp.maximum(sampling.min_p, 1e-30))
-  logits = jnp.where(logits < floor, MASK_VALUE, logits)
-  return jax.random.categorical(key, logits).astype(jnp.int32)
+    floor = jnp.min(jnp.where(kept, order, jnp.inf))
+  # The likeliest entry is above every floor, so the one of min-p is the same before and after the others.
+  floor = jnp.maximum(floor, jnp.max(entries) + jnp.log(jnp.maximum(sampling.min_p, 1e-30)))
+  below = entries < floor
+  if lengths.size:
+    below = below.at[lengths].set(below[lengths[0]])
+  return jax.random.categorical(key, jnp.where(below, MASK_VALUE, logits)).astype(jnp.int32)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from pasta_jax.config.fields import check_rules
 from pasta_jax.config.sections import Decode
+from pasta_jax.lang.automaton import AUTOMATA, Automaton
 from pasta_jax.lang.positions import PositionRule
 
 PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -69,6 +70,7 @@ class StepFeatures:
   rule: PositionRule = PositionRule()
   visibility: str = "promise"  # who sees whom (lang.forms)
   promise: str = "topic"  # the form of promises (lang.forms), that of the vocabulary
+  number: str = "digits"  # and of their lengths
   guard: bool = True  # only well-formed tags can be written (decode.guard)
   promises: bool = True  # False: the tags are never written; ordinary decoding
   greedy: bool = True
@@ -78,6 +80,7 @@ class StepFeatures:
     0  # length of n-grams of earlier rounds that no thread may repeat, and heads, topics; 0: off
   )
   attention: str = "auto"  # a kind of `decode.attention`
+  length: str = "likeliest"  # which length a promise gets where each is a token (`sampling.draw`)
   return_logits: bool = False  # keep every step's logits in the trace (for tests: capacity x V floats)
 
   @property
@@ -87,6 +90,10 @@ class StepFeatures:
   @property
   def head(self) -> bool:
     return self.promise == "head"
+
+  @property
+  def automaton(self) -> Automaton:
+    return AUTOMATA[self.promise, self.number]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ def step(model: Transformer, state: State, tables: TokenTables, sampling: Sampli
   lanes = schedule(state, width)
   threads = take(state.threads, lanes.rows)
   hashes = jax.tree.map(lambda x: x[threads.token], tables.heads)
-  read = jax.vmap(partial(T.read_token, promise=features.promise))(
+  read = jax.vmap(partial(T.read_token, automaton=features.automaton))(
     threads, tables.value[threads.token], tables.scale[threads.token], hashes
   )
   forks, children = allocate(state, lanes, read, limits)
@@ -56,7 +56,7 @@ def step(model: Transformer, state: State, tables: TokenTables, sampling: Sampli
   state = append(state, lanes, branches, out, features)
   after = jax.vmap(partial(sight.after_turn, features.live))(threads.sight, lanes.entry, lanes.live)
   of_chunks = jax.vmap(partial(sight.of_chunk, features.live))(after, lanes.rows, lanes.entry, children)
-  advance = jax.vmap(partial(T.advance, rule=features.rule, promise=features.promise))
+  advance = jax.vmap(partial(T.advance, rule=features.rule, automaton=features.automaton))
   advanced = advance(read, forks, out.token, tables.classes[out.token], after)
   spawned = jax.vmap(T.spawn, (0, 0, 0, 0, None))(read, lanes.rows, lanes.entry, of_chunks, tables.async_tag)
   state = put(state, lanes.rows, advanced)

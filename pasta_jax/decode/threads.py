@@ -76,20 +76,23 @@ class TokenRead(NamedTuple):
 
 
 def read_token(
-  thread: Thread, value: jax.Array, scale: jax.Array, hashes: TokenHashes, promise: str
+  thread: Thread, value: jax.Array, scale: jax.Array, hashes: TokenHashes, automaton: A.Automaton
 ) -> TokenRead:
-  """Runs the tag automaton of the form `promise` over the thread's token, whose digits are worth `value`
+  """Runs the tag automaton of a form of promises over the thread's token, whose digits are worth `value`
   (`TokenTable`)."""
-  t, automaton = thread, A.AUTOMATA[promise]
+  t = thread
   action = jnp.asarray(automaton.action)[t.state, t.kind]
   opens = (t.kind == A.OPEN) & ~A.inside(t.state)
   digit = (t.kind == A.DIGITS) & (t.state == A.NUMBER)
   plain = (t.kind == A.ORDINARY) | (t.kind == A.DIGITS)
-  about = _read_head(t, plain, hashes) if promise == "head" else _read_topic(t, plain, opens)
+  about = _read_head(t, plain, hashes) if automaton.promise == "head" else _read_topic(t, plain, opens)
+  number = jnp.where(digit, A.append_digits(t.number, value, scale), jnp.where(opens, -1, t.number))
+  if automaton.number == "token":
+    number = jnp.where(t.kind == A.LENGTH, value, t.number)
   recent = jnp.append(t.recent[1:], t.token) if t.recent.size else t.recent
   after = t.replace(
     state=jnp.asarray(automaton.next_state)[t.state, t.kind],
-    number=jnp.where(digit, A.append_digits(t.number, value, scale), jnp.where(opens, -1, t.number)),
+    number=number,
     recent=jnp.where(t.index >= 0, recent, t.recent),
     **about,
   )
@@ -118,13 +121,15 @@ def _read_head(t: Thread, plain: jax.Array, hashes: TokenHashes) -> dict[str, ja
   return dict(topic=topic, topic_before=topic, topic_last=jnp.where(topic > 0, 0, -1))
 
 
-def advance(read: TokenRead, forks, chosen, kind, sight, rule: PositionRule, promise: str) -> Thread:
+def advance(
+  read: TokenRead, forks, chosen, kind, sight, rule: PositionRule, automaton: A.Automaton
+) -> Thread:
   """The thread after its turn, which it leaves with `sight`: its next token is `chosen`, of class `kind`.
 
   `forks`: its promise was granted. One token a thread a round is stated here.
   """
   t = read.thread
-  joins = jnp.asarray(A.AUTOMATA[promise].action)[t.state, kind] == A.JOIN
+  joins = jnp.asarray(automaton.action)[t.state, kind] == A.JOIN
   over = read.ends | ((t.parent < 0) & (kind == A.EOS))  # the main thread's last token need not be read back
   return t.replace(
     status=jnp.where(over, DONE, jnp.where(joins, WAITING, RUNNING)),

@@ -10,6 +10,7 @@ import numpy as np
 from pasta_jax.decode.state import FINISH_REASONS, State
 from pasta_jax.decode.threads import DONE
 from pasta_jax.lang.cost import Cost, cost
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Program, reading_order
 from pasta_jax.lang.thread import Fork, Reading, Thread, read
@@ -58,6 +59,12 @@ class Trace:
   logits: np.ndarray | None  # [entries, V] where captured
   visibility: str = "promise"  # in which it was decoded (lang.forms)
   promise: str = "topic"  # the form of its promises
+  number: str = "digits"  # and of their lengths
+
+  @property
+  def form(self) -> Forms:
+    """The form of the language, but for its positions."""
+    return Forms(visibility=self.visibility, promise=self.promise, number=self.number)
 
   @property
   def text(self) -> str:
@@ -136,6 +143,7 @@ def _whole(
     readings=tuple(readings),
     main=main,
     promise=vocabulary.promise,
+    number=vocabulary.number,
     program=vocabulary.decode(main, rule, walked),
     cost=cost(main, vocabulary.table, walked),
     ill_formed=sum(r.malformed for r in readings),
@@ -157,12 +165,14 @@ def to_json(trace: Trace) -> dict:
     "threads": [{name: plain(getattr(t, name)) for name in _SAVED} for t in trace.threads],
     **({} if trace.visibility == "promise" else {"visibility": trace.visibility}),
     **({} if trace.promise == "topic" else {"promise": trace.promise}),
+    **({} if trace.number == "digits" else {"number": trace.number}),
   }
 
 
 def from_json(saved: dict, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
   """The trace that `to_json` saved; what it left out is -1, 0 or NaN."""
-  vocabulary = vocabulary.speaking(saved.get("promise", "topic"))
+  form = Forms(rule, promise=saved.get("promise", "topic"), number=saved.get("number", "digits"))
+  vocabulary = vocabulary.speaking(form)
   threads = []
   for number, row in enumerate(saved["threads"]):
     n = len(row["tokens"])

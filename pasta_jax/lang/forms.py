@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from pasta_jax.config.sections import PROMISE_FORMS, VISIBILITIES
+from pasta_jax.config.sections import NUMBER_FORMS, PROMISE_FORMS, VISIBILITIES
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.utils.json_io import parse_json, to_json
 from pasta_jax.utils.typed import Parsed, checked
@@ -24,16 +24,25 @@ class Forms:
                live: a token sees all text before it, in reading order, that was read in an earlier round
   promise      topic: a promise names its topic (the paper's)
                head: the promising thread writes the head of the part as text, then the promise (`lang.head`)
+  number       digits: a promise's length is written in digits (the paper's)
+               token: it is one token, of `automaton.LENGTHS`; behind a head this is the whole promise
   """
 
   positions: PositionRule = PositionRule()
   visibility: str = "promise"
   promise: str = "topic"
+  number: str = "digits"
 
   def __post_init__(self):
-    for name, known in (("visibility", VISIBILITIES), ("promise", PROMISE_FORMS)):
+    known_forms = {"visibility": VISIBILITIES, "promise": PROMISE_FORMS, "number": NUMBER_FORMS}
+    for name, known in known_forms.items():
       if (value := getattr(self, name)) not in known:
         raise ValueError(f"{name} {value!r} is none of {', '.join(known)}")
+    if self.number == "token" and not self.positions.in_tens:
+      raise ValueError(
+        f"number 'token' needs promises that say tens (positions pred_10x, max or sum), not "
+        f"{self.positions.strategy!r}"
+      )
 
 
 class _Positions(Parsed):
@@ -44,7 +53,7 @@ class _Positions(Parsed):
 def from_config(config: Any) -> Forms:
   """The form in which a config trains."""
   rule = PositionRule(config.positions.strategy, config.positions.fixed)
-  return Forms(rule, config.language.visibility, config.language.promise)
+  return Forms(rule, config.language.visibility, config.language.promise, config.language.number)
 
 
 def to_metadata(forms: Forms) -> dict[str, str]:

@@ -35,13 +35,16 @@ class PositionRule:
     """Whether promises carry `tokens="…"`."""
     return self.strategy not in ("fixed", "oracle")
 
-  def written(self, length: int) -> int | None:
-    """The number to write in the promise of a chunk that spans `length` positions."""
+  @property
+  def in_tens(self) -> bool:
+    """Whether these numbers are tens."""
+    return self.numbered and self.strategy != "pred_1x"
+
+  def written(self, length: int, most: int = MAX_DECLARED) -> int | None:
+    """The number to write in the promise of a chunk that spans `length` positions, `most` at most."""
     if not self.numbered:
       return None
-    if self.strategy == "pred_1x":
-      return min(length, MAX_DECLARED)
-    return min(-(-length // 10), MAX_DECLARED // 10) * 10
+    return min(-(-length // 10), most // 10) * 10 if self.in_tens else min(length, most)
 
   def gap(self, declared, true_length=None):
     """Positions reserved for a chunk; `declared` is the promise's number, negative where it has none.

@@ -10,8 +10,9 @@ nine digits), and `print_program(parse(s)) == s` for every serialised form that 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from pasta_jax.lang.automaton import LENGTHS
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise
 
 OPEN, MIDDLE, CLOSE = '<promise topic="', '" tokens="', '"/>'
@@ -20,6 +21,17 @@ TAG_TEXTS = (OPEN, MIDDLE, CLOSE, ASYNC, END, SYNC)  # the fixed parts, one spec
 HEAD_OPEN, HEAD_ONLY = '<promise tokens="', "<promise/>"  # of promises without a topic
 # What these tokens are called in a vocabulary for other engines: many have an ordinary token `"/>`.
 TOKEN_TEXTS = (OPEN, MIDDLE, '" />', ASYNC, END, SYNC)
+
+
+def length_texts(promise: str) -> tuple[str, ...]:
+  """The texts of the tokens of `automaton.LENGTHS`: a whole promise behind a head, the end of one with a topic."""
+  return tuple(f"{HEAD_OPEN if promise == 'head' else MIDDLE}{n}{CLOSE}" for n in LENGTHS)
+
+
+def token_texts(ids: Sequence[int], promise: str) -> dict[int, str]:
+  """By id, what the six tags, or the tags and the lengths, are called in a vocabulary for other engines."""
+  return dict(zip(ids, (*TOKEN_TEXTS, *length_texts(promise))))
+
 
 MAX_DEPTH = 64  # of nested chunks in text that is parsed
 

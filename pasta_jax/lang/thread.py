@@ -84,7 +84,7 @@ def read(thread: Thread, table: TokenTable, *, is_main: bool, numbered: bool = T
   declared: dict[int, int | None] = {}
   topics: dict[int, tuple[int, ...]] = {}
   topic: list[int] = []
-  table_of, with_head = table.automaton, table.promise == "head"
+  table_of, with_head = table.automaton, table.automaton.promise == "head"
   state, number, ill = automaton.TEXT, -1, 0
   for i, token in enumerate(thread.tokens):
     c = int(table.classes[token])
@@ -101,6 +101,8 @@ def read(thread: Thread, table: TokenTable, *, is_main: bool, numbered: bool = T
       topic.append(token)
     if state == automaton.NUMBER and c == automaton.DIGITS:
       number = automaton.append_digits(number, int(table.value[token]), int(table.scale[token]))
+    if c == automaton.LENGTH:
+      number = int(table.value[token])
     if action == automaton.FORK:
       declared[i], topics[i] = None if number < 0 else min(number, automaton.MAX_DECLARED), tuple(topic)
       ill += int(numbered and (number < 0 or number > automaton.MAX_DECLARED))

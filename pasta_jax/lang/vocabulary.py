@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from pasta_jax.lang.automaton import DIGITS, ORDINARY, Tags, TokenTable
+from pasta_jax.lang.automaton import DIGITS, LENGTHS, MAX_DECLARED, ORDINARY, Tags, TokenTable
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.head import head
 from pasta_jax.lang.positions import PositionRule, span
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise
-from pasta_jax.lang.syntax import HEAD_OPEN, TAG_TEXTS
+from pasta_jax.lang.syntax import HEAD_OPEN, TAG_TEXTS, length_texts
 from pasta_jax.lang.thread import Fork, Reading, Thread, read_all
 
 
@@ -29,8 +30,10 @@ class Vocabulary:
 
   `base_size` is the number of rows of the model's embedding, which may exceed the tokenizer's vocabulary.
   Every control token of the tokenizer that the tags do not take ends a response. A topic's tokens begin with
-  a blank (" cost" is one token where "cost" may be three), which is not part of the topic. `promise` is the
-  form of promises (`lang.forms`): in the form "head" one is the first tag, its number, and the third tag.
+  a blank (" cost" is one token where "cost" may be three), which is not part of the topic. `promise` and `number`
+  are the forms of promises (`lang.forms`): in the form "head" one is the first tag, its number, and the third tag;
+  with lengths as tokens it is the token of its length, which with topics is the last tag. Lengths have the ids
+  `length_ids`, else 64 new ones after all others, and are tokens of the vocabulary in this form alone.
   """
 
   def __init__(
@@ -39,21 +42,30 @@ class Vocabulary:
     base_size: int | None = None,
     tag_ids: Sequence[int] = (),
     promise: str = "topic",
+    number: str = "digits",
+    length_ids: Sequence[int] = (),
   ):
-    self.tokenizer, self.promise = tokenizer, promise
+    self.tokenizer, self.promise, self.number = tokenizer, promise, number
     self.base_size = tokenizer.vocab_size if base_size is None else base_size
     ids = tuple(tag_ids) or tuple(range(self.base_size, self.base_size + len(TAG_TEXTS)))
-    self.size = max(self.base_size, max(ids) + 1)
-    controls = sorted(set(tokenizer.special_ids) - {tokenizer.eos_id, *ids})
+    size = max(self.base_size, max(ids) + 1)
+    self._length_ids = tuple(length_ids) or tuple(range(size, size + len(LENGTHS)))
+    lengths = self._length_ids if number == "token" else ()
+    self.tag_ids = (*ids, *lengths)  # every row of the vocabulary that is PASTA's
+    self.size = max(size, *(i + 1 for i in self.tag_ids))
+    controls = sorted(set(tokenizer.special_ids) - {tokenizer.eos_id, *self.tag_ids})
     opening, middle, close, async_, end, sync = ids
     self.tags = Tags(opening, middle, close, async_, end, sync, eos=(tokenizer.eos_id, *controls))
     self._tag_texts = dict(zip(ids, TAG_TEXTS)) | ({opening: HEAD_OPEN} if promise == "head" else {})
-    self.table = TokenTable.build(self.size, self.tags, tokenizer.digit_values(), promise)
+    self._tag_texts |= dict(zip(lengths, length_texts(promise)))
+    self.table = TokenTable.build(self.size, self.tags, tokenizer.digit_values(), promise, lengths)
 
-  def speaking(self, promise: str) -> "Vocabulary":
+  def speaking(self, form: Forms) -> "Vocabulary":
     """The same vocabulary with promises of another form."""
-    return (
-      self if promise == self.promise else Vocabulary(self.tokenizer, self.base_size, self.tags.ids, promise)
+    if (form.promise, form.number) == (self.promise, self.number):
+      return self
+    return Vocabulary(
+      self.tokenizer, self.base_size, self.tags.ids, form.promise, form.number, self._length_ids
     )
 
   def encode(self, program: Iterable[Node], rule: PositionRule, *, finished: bool = True) -> Thread:
@@ -72,18 +84,25 @@ class Vocabulary:
         tokens.append(self.tags.sync)
       else:
         child = self._encode_thread(node.body, rule, (self.tags.async_,), (self.tags.end,))
-        number = rule.written(span(child, rule))
+        number = rule.written(span(child, rule), LENGTHS[-1] if self.number == "token" else MAX_DECLARED)
         if (node.topic is None) != (self.promise == "head"):
           raise ValueError(f"a promise with topic {node.topic!r} is not of the form {self.promise!r}")
-        tokens.append(self.tags.open)
-        if node.topic is not None:
-          tokens += self.tokenizer.encode(" " + node.topic)
-        if number is not None:
-          tokens += [self.tags.middle] if node.topic is not None else []
-          tokens += self.tokenizer.encode(str(number))
-        tokens.append(self.tags.close)
+        tokens += self._promise(node.topic, number)
         forks.append(Fork(len(tokens) - 1, number, child))
     return Thread(tuple(tokens) + tail, tuple(forks))
+
+  def _promise(self, topic: str | None, number: int | None) -> list[int]:
+    """The tokens of a promise."""
+    tags, encode = self.tags, self.tokenizer.encode
+    about = [] if topic is None else [tags.open, *encode(" " + topic)]
+    if self.number == "token":
+      if number not in LENGTHS:
+        raise ValueError(f"no token says the length {number}")
+      return [*about, self._length_ids[LENGTHS.index(number)]]
+    digits = [] if number is None else encode(str(number))
+    if topic is None:
+      return [tags.open, *digits, tags.close]
+    return [*about, *([tags.middle, *digits] if digits else []), tags.close]
 
   def text(self, tokens: Sequence[int]) -> str:
     """Ordinary tokens as text; bytes that are not UTF-8 (a character cut off) become U+FFFD, and embedding

@@ -77,7 +77,8 @@ class ModelConfig:
   window: int = 0
   local_layers: tuple[bool, ...] = ()  # which layers are local; (): all, if there is a window
   local_rope_theta: float = 0.0  # unscaled RoPE of local layers; 0: the same as other layers (Gemma 3)
-  # Vocabulary rows of PASTA's six tags; (): six additional rows after the others.
+  # Vocabulary rows of PASTA's six tags, and of its 64 lengths where each is one token (lang.forms), which may be
+  # additional rows; (): six additional rows after the others.
   tag_ids: tuple[int, ...] = ()
 
   def __post_init__(self):

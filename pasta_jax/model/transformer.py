@@ -187,9 +187,12 @@ class Layer(nnx.Module):
 
 
 def with_tags(logits: jax.Array, tags: jax.Array, ids: Sequence[int]) -> jax.Array:
-  """Logits of a vocabulary [..., V] with those of the tags [..., 6] at `ids`, or appended if `ids` is
-  empty."""
-  return logits.at[..., np.asarray(ids)].set(tags) if ids else jnp.concatenate([logits, tags], axis=-1)
+  """Logits of a vocabulary [..., V] with those of the tags [..., n] at `ids`, which may be rows behind it, or
+  appended if `ids` is empty."""
+  if not ids:
+    return jnp.concatenate([logits, tags], axis=-1)
+  more = max(0, max(ids) + 1 - logits.shape[-1])
+  return jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, more)]).at[..., np.asarray(ids)].set(tags)
 
 
 class Embedder(nnx.Module):
@@ -202,7 +205,7 @@ class Embedder(nnx.Module):
   def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
     table = jax.random.normal(rngs.params(), (c.vocab_size, c.d_model)) * c.d_model**-0.5
     self.embedding = nnx.Param(table.astype(dtype))
-    self.tags: TagParam | None = nnx.data(None)  # [6, D] float32
+    self.tags: TagParam | None = nnx.data(None)  # [n, D] float32, n: rows of `tag_ids`, or 6
     self.tag_ids = c.tag_ids
     self.scale = c.d_model**0.5 if c.scale_embeddings else 1.0
 

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from pasta_jax.data.packing import pack_row
-from pasta_jax.lang import forms
 from pasta_jax.lang.layout import NO_TARGET
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.preference.selection import lay_out_sample
@@ -21,12 +20,12 @@ from pasta_jax.train.preference import Preference
 from pasta_jax.train.sharding import AXES, make_mesh
 from pasta_jax.train.state import make_model
 from pasta_jax.train.trainer import Trainer
-from pasta_jax.weights.adapter import read_metadata
+from pasta_jax.weights.adapter import form_of
 from pasta_jax.weights.checkpoint import Checkpoint
 
 T = TypeVar("T")
 # Classes of tokens, in the order of `lang.automaton`.
-KINDS = ("text", "digits", "promise", "number", "close", "async", "end", "sync", "eos")
+KINDS = ("text", "digits", "promise", "number", "close", "async", "end", "sync", "eos", "length")
 
 
 def token_log_likelihoods(
@@ -34,8 +33,9 @@ def token_log_likelihoods(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
   """(targets, the trainer's log p of each) of every sample under the policy `adapter`, in
   `preference.sample_dtype`."""
-  form = forms.from_metadata(read_metadata(adapter))
-  vocabulary = checkpoint.vocabulary.speaking(form.promise)
+  form = form_of(adapter)
+  checkpoint = checkpoint.speaking(form)
+  vocabulary = checkpoint.vocabulary
   c = dataclasses.replace(config.preference, dtype=config.preference.sample_dtype)
   set_matmul_precision(c.dtype)
   mesh = make_mesh(dict.fromkeys(AXES, 1), jax.local_devices()[:1])

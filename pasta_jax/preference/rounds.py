@@ -42,7 +42,7 @@ from pasta_jax.utils.json_io import read_json
 from pasta_jax.utils.locks import LOCK, locked
 from pasta_jax.utils.records import agree
 from pasta_jax.utils.typed import checked
-from pasta_jax.weights.adapter import has_tags, read_metadata
+from pasta_jax.weights.adapter import form_of, has_tags, read_metadata
 from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
 
 
@@ -210,9 +210,9 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], ju
   """Chooses the pairs for each quality weight, trains on all of them and writes the round's report."""
   config, c = job.config, job.config.preference
   folder, before = job.folder(policy, number), job.adapter(policy, number - 1)
-  checkpoint = job.checkpoint(before)
-  form = forms.from_metadata(read_metadata(before))
-  vocabulary = checkpoint.vocabulary.speaking(form.promise)
+  form = form_of(before)
+  checkpoint = job.checkpoint(before).speaking(form)
+  vocabulary = checkpoint.vocabulary
   training_pairs: list[PreferencePair] = []
   chosen_samples: list[tuple[dict, dict]] = []
   report: dict = {"schema": SCHEMA, "policy": policy.name, "round": number, "by weight": {}}

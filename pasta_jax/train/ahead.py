@@ -19,6 +19,8 @@ from rich.table import Column, Table
 
 from pasta_jax.config import with_changes
 from pasta_jax.lang import forms
+from pasta_jax.lang.automaton import LENGTHS
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.syntax import TAG_TEXTS
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.transformer import set_matmul_precision
@@ -73,7 +75,7 @@ def compile_steps(config) -> list[Compiled]:
     config = with_changes(config, {f"{stage}.attention": "tpu" if kind == "auto" else kind})
     if kind == "gpu" and stage in stages:
       raise ValueError(f"{stage}.attention=gpu is not for TPUs: leave it at auto")
-  model = model_config(config.model.source)
+  model = model_config(config.model.source, forms.from_config(config))
   devices = topology(config.compile.topology)
   mesh = Mesh(
     np.array(devices).reshape(mesh_shape(vars(config.mesh), len(devices))),
@@ -99,13 +101,14 @@ def compile_steps(config) -> list[Compiled]:
   return found
 
 
-def model_config(source: str) -> ModelConfig:
-  """The architecture of a config.json alone, or of any source that `load_checkpoint` takes."""
+def model_config(source: str, form: Forms = Forms()) -> ModelConfig:
+  """The architecture of a config.json alone, or of any source that `load_checkpoint` takes, with the vocabulary rows
+  of `form`'s promises."""
   path = Path(source).expanduser()
   if path.suffix != ".json":
-    return load_checkpoint(source).config
-  tag_ids = tuple(range(len(TAG_TEXTS)))  # any rows: they do not change the cost
-  return dataclasses.replace(read_config(path), tag_ids=tag_ids)
+    return load_checkpoint(source).speaking(form).config
+  rows = len(TAG_TEXTS) + (len(LENGTHS) if form.number == "token" else 0)
+  return dataclasses.replace(read_config(path), tag_ids=tuple(range(rows)))  # any rows: all cost the same
 
 
 def topology(name: str) -> list[jax.Device]:

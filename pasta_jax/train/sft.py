@@ -128,9 +128,10 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
 
 def _train(config, workdir: Path, mesh: Mesh) -> None:
   c = config.train
+  form = forms.from_config(config)
   rows, held_out_rows = mix(c.data), mix(c.validation)
-  checkpoint = load_checkpoint(config.model.source)
-  task = _lay_out(config, rows, held_out_rows, checkpoint.vocabulary.speaking(config.language.promise))
+  checkpoint = load_checkpoint(config.model.source).speaking(form)
+  task = _lay_out(config, rows, held_out_rows, checkpoint.vocabulary)
   model = make_model(checkpoint, checkpoint.vocabulary, c, tags=task.tags, mesh=mesh)
   Trainer(task, model, mesh, steps=task.total_steps).fit(workdir, config, checkpoint)
 

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from pasta_jax.lang.forms import from_metadata
 from pasta_jax.lang.syntax import TAG_TEXTS
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import lora
@@ -31,6 +32,8 @@ TAG_WORDS = (
   " end of this part",
   " wait now all together",
 )
+# The row of a length that is one token lies between these two; neighbouring lengths are near each other.
+SHORTEST_WORDS, LONGEST_WORDS = " next part begin start short", " next part begin start very long"
 
 
 class SplitModel(NamedTuple):
@@ -50,20 +53,27 @@ class TrainState(NamedTuple):
 
 
 def tag_rows(embedding: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
-  """[6, D] initial rows of the tags: means of the embeddings of words that describe them."""
-  encode = vocabulary.tokenizer.encode
-  return np.stack([embedding[encode(words)].mean(axis=0) for words in TAG_WORDS])
+  """[n, D] initial rows of the tags, and of lengths that are tokens: means of the embeddings of words that describe
+  them."""
+  mean = lambda words: embedding[vocabulary.tokenizer.encode(words)].mean(axis=0)
+  tags = [mean(words) for words in TAG_WORDS]
+  shortest, longest = mean(SHORTEST_WORDS), mean(LONGEST_WORDS)
+  n = len(vocabulary.table.lengths)
+  return np.stack([*tags, *(shortest + i / n * (longest - shortest) for i in range(n))])
 
 
 def first_tags(checkpoint: Checkpoint, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-  """Initial rows [6, D] of the tags in the embedding and in the head; the checkpoint's own if it was trained
-  for PASTA."""
+  """Initial rows [n, D] of the tags, and of lengths that are tokens, in the embedding and in the head; the
+  checkpoint's own if it was trained for PASTA, in a form that has them."""
   embedding = checkpoint.params["embed.embedding"]
+  new = tag_rows(embedding, vocabulary)
   if not checkpoint.pasta:
-    return (tag_rows(embedding, vocabulary),) * 2
-  ids = list(checkpoint.config.tag_ids)
+    return new, new
+  has_lengths = from_metadata(checkpoint.pasta).number == "token"
+  ids = list(checkpoint.config.tag_ids)[: None if has_lengths else len(TAG_TEXTS)]
   head = embedding if checkpoint.config.tie_embeddings else checkpoint.params["head.kernel"].T
-  return embedding[ids], head[ids]
+  with_new = lambda rows: np.concatenate([rows[ids], new[len(ids) :]])
+  return with_new(embedding), with_new(head)
 
 
 def make_model(
@@ -112,7 +122,8 @@ def abstract_model(architecture: ModelConfig, config, *, tags: bool = True) -> S
     dtype = jnp.dtype(jnp.float32 if full else config.dtype)
     model = stack(Transformer(architecture, rngs=nnx.Rngs(0), dtype=dtype))
     if tags:
-      lora.add_tags(model, jnp.zeros((len(TAG_TEXTS), architecture.d_model)))  # type: ignore[arg-type]
+      rows = len(architecture.tag_ids) or len(TAG_TEXTS)
+      lora.add_tags(model, jnp.zeros((rows, architecture.d_model)))  # type: ignore[arg-type]
     if not full:
       lora.add_lora(model, config.lora_rank, config.lora_alpha, nnx.Rngs(0))
     return model

@@ -69,6 +69,11 @@ def load_adapter(path: Path, model: Transformer) -> Mapping[str, str]:
   return adapter.metadata
 
 
+def form_of(path: Path | None) -> forms.Forms:
+  """The form of the language that an adapter speaks; the paper's without one. Raises as `read_metadata`."""
+  return forms.Forms() if path is None else forms.from_metadata(read_metadata(path))
+
+
 def read_metadata(path: Path) -> dict[str, str]:
   """The header of an adapter's file. Raises AdapterError if it cannot be read."""
   return _header(path)[0]
@@ -179,7 +184,7 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
       for i in (ids, config.tag_ids)
     )
     raise AdapterError(f"{path} has its tags in {there}, this model in {here}: train a new adapter")
-  if tags is not None and tags.shape != (wanted := (len(TAG_TEXTS), config.d_model)):
+  if tags is not None and tags.shape != (wanted := (len(ids) or len(TAG_TEXTS), config.d_model)):
     raise AdapterError(f"{path}: embed.tags has shape {tags.shape}, not {wanted}")
   if not config.tie_embeddings and (None if tags is None else tags.shape[::-1]) != (
     None if head_tags is None else head_tags.shape
@@ -218,9 +223,9 @@ class Merged(Mapping[str, np.ndarray]):
     self._params, self._adapter, self._rows = params, adapter, config.vocab_size
     self._tied = config.tie_embeddings
     ids, size = config.tag_ids, config.vocab_size
-    if adapter is not None and adapter.tags is not None and not ids:
-      size += len(adapter.tags)
-      ids = tuple(range(config.vocab_size, size))
+    if adapter is not None and adapter.tags is not None:
+      ids = ids or tuple(range(size, size + len(adapter.tags)))
+      size = max(size, *(i + 1 for i in ids))
     self.config = dataclasses.replace(
       config, vocab_size=size, tag_ids=ids, tie_embeddings=config.tie_embeddings and not untied
     )

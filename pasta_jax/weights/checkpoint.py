@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pasta_jax.lang.automaton import LENGTHS
+from pasta_jax.lang.forms import Forms, from_metadata
 from pasta_jax.lang.syntax import TAG_TEXTS
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.config import ModelConfig
@@ -27,7 +29,7 @@ class Checkpoint:
   `params` has the names and shapes of `arrays.param_shapes(config)`, in float32. Parameters of a file are
   read from it on each access (`arrays.StoredParams`). RoPE follows Hugging Face's convention: dimension i is
   rotated with dimension i + H/2. `pasta` is the metadata of the adapter that was merged into the weights
-  (`export`), or empty.
+  (`export`), or empty. `form` is that of its vocabulary's promises, whose rows are `config.tag_ids` (`speaking`).
   """
 
   name: str
@@ -36,10 +38,22 @@ class Checkpoint:
   tokenizer: Tokenizer
   pasta: dict[str, str] = dataclasses.field(default_factory=dict)
   source: str = ""  # argument of `load_checkpoint` that loads it again, from any working directory
+  form: Forms = Forms()
 
   @property
   def vocabulary(self) -> Vocabulary:
-    return Vocabulary(self.tokenizer, self.config.vocab_size, self.config.tag_ids)
+    n, size, ids = len(TAG_TEXTS), self.config.vocab_size, self.config.tag_ids
+    lengths = ids[n:] or _length_rows(self.tokenizer, size, ids)
+    return Vocabulary(self.tokenizer, size, ids[:n], self.form.promise, self.form.number, lengths)
+
+  def speaking(self, form: Forms) -> "Checkpoint":
+    """The same model with the vocabulary rows of another form's promises; the parameters are not touched."""
+    vocabulary = self.vocabulary.speaking(form)
+    tags, lengths = vocabulary.tag_ids[: len(TAG_TEXTS)], vocabulary.tag_ids[len(TAG_TEXTS) :]
+    # Without lengths, () may go on standing for additional rows.
+    ids = (*tags, *lengths) if lengths else self.config.tag_ids[: len(TAG_TEXTS)]
+    config = dataclasses.replace(self.config, tag_ids=ids)
+    return dataclasses.replace(self, config=config, form=form, tokenizer=self.tokenizer.keeping_out(lengths))
 
 
 def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -> Checkpoint:
@@ -63,7 +77,7 @@ def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -
     again = str(path.resolve())
   if is_run(path):
     base, config, params, pasta = load_run(path, partial(load_checkpoint, progress=progress))
-    return Checkpoint(base.name, config, params, base.tokenizer, pasta, again)
+    return _checkpoint(base.name, again, config, params, base.tokenizer, pasta)
   if path.is_dir() and ((path / "config.json").exists() or not any(path.glob("*.gguf"))):
     return _checkpoint(path.resolve().name, again, *load_hf_folder(path, progress))
   if path.exists():
@@ -88,8 +102,11 @@ def _checkpoint(
   tokenizer: Tokenizer,
   pasta: dict[str, str],
 ) -> Checkpoint:
-  config = dataclasses.replace(config, tag_ids=tag_rows_for(tokenizer, config.vocab_size))
-  return Checkpoint(name, config, params, tokenizer, pasta, source)
+  """The checkpoint in the form of its metadata. `config.tag_ids` stay where they are known."""
+  ids = config.tag_ids or tag_rows_for(tokenizer, config.vocab_size)
+  config = dataclasses.replace(config, tag_ids=ids)
+  made = Checkpoint(name, config, params, tokenizer, pasta, source)
+  return made.speaking(from_metadata(pasta)) if pasta else made
 
 
 def tag_rows_for(tokenizer: Tokenizer, rows: int) -> tuple[int, ...]:
@@ -97,5 +114,16 @@ def tag_rows_for(tokenizer: Tokenizer, rows: int) -> tuple[int, ...]:
   if there are too few, which means additional rows."""
   if tokenizer.tag_ids:
     return tokenizer.tag_ids
-  first = tokenizer.vocab_size
-  return tuple(range(first, first + len(TAG_TEXTS))) if rows - first >= len(TAG_TEXTS) else ()
+  return _unused(tokenizer.vocab_size, len(TAG_TEXTS), rows)
+
+
+def _length_rows(tokenizer: Tokenizer, rows: int, tags: tuple[int, ...]) -> tuple[int, ...]:
+  """The same of the 64 lengths, beside those of the tags."""
+  return tokenizer.length_ids or _unused(
+    max([tokenizer.vocab_size, *(i + 1 for i in tags)]), len(LENGTHS), rows
+  )
+
+
+def _unused(first: int, count: int, rows: int) -> tuple[int, ...]:
+  """`count` embedding rows from `first` on; () if there are too few of `rows`."""
+  return tuple(range(first, first + count)) if rows - first >= count else ()

@@ -14,9 +14,10 @@ import numpy as np
 
 from pasta_jax import __version__
 from pasta_jax.config.sections import DTYPES, EXPORTS
+from pasta_jax.lang.syntax import token_texts
 from pasta_jax.utils.files import atomic_folder
 from pasta_jax.utils.locks import locked
-from pasta_jax.weights.adapter import Adapter, Merged, read_adapter
+from pasta_jax.weights.adapter import Adapter, Merged, form_of, has_tags, read_adapter
 from pasta_jax.weights.checkpoint import Checkpoint
 from pasta_jax.weights.hf_folder import fill_hf_folder, hf_name, peft_prefix
 from pasta_jax.weights.model_files import read_json, save_tensors, write_json
@@ -59,6 +60,7 @@ def _export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, form: st
     if (folder / _MADE_OF).is_file() and read_json(folder / _MADE_OF) == made_of:
       return "was written before, by the same settings"
     raise ValueError(f"{folder} already exists: choose another --workdir")
+  checkpoint = checkpoint.speaking(form_of(adapter)) if adapter and has_tags(adapter) else checkpoint
   merge = read_adapter(adapter, checkpoint.config) if adapter else None
   if form == "peft" and merge is not None:
     return _save_peft(folder, checkpoint, merge, dtype, made_of)
@@ -120,7 +122,8 @@ def _save_peft(
   # The vision part of a model has modules of the same names: a regular expression selects those of the text
   # part.
   config["target_modules"] = names if prefix == "model." else f"{re.escape(prefix)}.*({'|'.join(names)})"
-  ids = checkpoint.vocabulary.tags.ids
+  vocabulary = checkpoint.vocabulary
+  ids = vocabulary.tag_ids
   tags = {}
   if adapter.tags is not None:
     tags["embed_tokens"] = ids
@@ -134,7 +137,7 @@ def _save_peft(
     save_tensors(temporary / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(temporary / "adapter_config.json", config)
     write_json(temporary / _MADE_OF, made_of)
-    checkpoint.tokenizer.save(temporary, ids if tags else ())
+    checkpoint.tokenizer.save(temporary, token_texts(ids, vocabulary.promise) if tags else None)
   description = f"an adapter for PEFT in {dtype}"
   if tags and (rows := max(ids) + 1) > checkpoint.config.vocab_size:
     description += (

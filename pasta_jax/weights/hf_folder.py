@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pasta_jax.lang.forms import from_metadata
+from pasta_jax.lang.syntax import token_texts
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.utils.files import atomic_folder
 from pasta_jax.utils.typed import checked
@@ -154,7 +156,8 @@ def fill_hf_folder(
     write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": where})
   described = to_hf_config(config, tokenizer) | {"dtype": dtype} | ({"pasta": dict(pasta)} if pasta else {})
   write_json(folder / "config.json", described)
-  tokenizer.save(folder, config.tag_ids if pasta else ())
+  promise = from_metadata(pasta or {}).promise
+  tokenizer.save(folder, token_texts(config.tag_ids, promise) if pasta else None)
   return files
 
 

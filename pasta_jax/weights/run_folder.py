@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pasta_jax.lang.forms import from_metadata
 from pasta_jax.lang.syntax import TAG_TEXTS
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.utils.text import one_line
@@ -56,7 +57,8 @@ def load_run(
     rest = name.removeprefix("layers.")
     factors |= {f"layers.{i}.{rest}": (a[i], b[i]) for i in range(len(a))}
   tags, head_tags = arrays.pop("embed.tags", None), arrays.pop("head_tags", None)
-  wanted = (len(TAG_TEXTS), base.config.d_model)
+  base = base.speaking(from_metadata(about.metadata))
+  wanted = (len(base.config.tag_ids) or len(TAG_TEXTS), base.config.d_model)
   if tags is not None and tags.shape != wanted or head_tags is not None and head_tags.shape != wanted[::-1]:
     raise WeightsError(f"{place}: the rows of the tags do not fit the weights that the run started from")
   adapter = Adapter(about.scale, factors, tags, head_tags)

@@ -7,6 +7,7 @@ a text that is encoded alone.
 """
 
 import contextlib
+import copy
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ class Tokenizer:
     tag_ids: the entries of PASTA's tags: the tags themselves if the weights were saved with them, otherwise
       the first six reserved entries of the vocabulary; () if it has none.
     knows_tags: whether they are the tags themselves.
+    length_ids: likewise the entries of lengths, where each is one token: the next 64 reserved ones, or ().
     chat_template: Jinja source; "" for a base model, except Gemma's (`chat.template_without_one`).
   """
 
@@ -89,6 +91,8 @@ class Tokenizer:
     self._backend = backend
     texts = forms.texts_for_tags(vocab)
     self.tag_ids, self.knows_tags = tuple(vocab[text] for text in texts), texts == list(TOKEN_TEXTS)
+    self.length_ids = tuple(vocab[text] for text in forms.texts_for_lengths(vocab))
+    self._kept_out: re.Pattern[str] | None = None  # texts that become no single token (`keeping_out`)
     self.special_ids = frozenset(index for index, token in added.items() if token.special)
     # Added tokens are literal text, but Gemma's files list runs of blanks as added tokens, written as pieces.
     literal = self.special_ids if pieces else added.keys()
@@ -249,15 +253,23 @@ class Tokenizer:
       tokenizer._refuse_loss()
       return tokenizer
 
-  def save(self, folder: Path, tag_ids: Sequence[int] = ()) -> None:
+  def keeping_out(self, ids: Iterable[int]) -> "Tokenizer":
+    """The same tokenizer, whose texts never become one of the tokens `ids`: the entries that lengths take."""
+    texts = {text for index in ids if self._is_token(index) and (text := self._literal(index))}
+    cuts = [f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in sorted(texts - self._controls.keys())]
+    kept = copy.copy(self)
+    kept._kept_out = re.compile("|".join(cuts)) if cuts else None
+    return kept
+
+  def save(self, folder: Path, tags: Mapping[int, str] | None = None) -> None:
     """Writes tokenizer.json, tokenizer_config.json and generation_config.json to an existing folder, for
-    `from_folder` and Hugging Face; with the tags (`lang.syntax.TOKEN_TEXTS`) as vocabulary entries, if their
-    ids are given."""
+    `from_folder` and Hugging Face; with these texts of tags (`Vocabulary.token_texts`) as vocabulary entries, by
+    id."""
     parts = json.loads(self._backend.to_str()) | self._stored
     for entry in parts["added_tokens"]:
       entry |= self._blanks.get(entry["content"], {})
-    if tag_ids:
-      forms.name_tags(parts, dict(zip(tag_ids, TOKEN_TEXTS)), self.vocab_size)
+    if tags:
+      forms.name_tags(parts, tags, self.vocab_size)
     write_json(folder / "tokenizer.json", parts)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **self._texts()}
     if "eos_token" not in self.chat_template:  # a template that writes it expects the original one
@@ -287,6 +299,8 @@ class Tokenizer:
     if raw.translate(None, self._absent) != raw:
       missing = next(char for char in text if set(char.encode()) & set(self._absent))
       raise ValueError(f"the vocabulary has no token for the character U+{ord(missing):04X}")
+    if self._kept_out is not None and len(parts := self._kept_out.split(text)) > 1:
+      return [token for part in parts for token in self._encode(part, backend)]
     parts = text.split(forms.BLANK) if self._blank else [text]
     with faults_of_library():
       first, *rest = (backend.encode(part, add_special_tokens=False).ids for part in parts)
@@ -330,6 +344,8 @@ class Tokenizer:
     for found in self._find(text):
       if found.token in self.special_ids and text.startswith(shield, found.stop):
         continue  # a control token of one character, in a message
+      if self._kept_out is not None and self._kept_out.search(text, found.start, found.stop):
+        continue
       ids += self._encode_between(text[at : found.start].replace(shield, ""), before)
       ids.append(found.token)
       at, before = found.stop, found

@@ -8,7 +8,9 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from pasta_jax.lang.syntax import TOKEN_TEXTS
+from pasta_jax.config.sections import PROMISE_FORMS
+from pasta_jax.lang.automaton import LENGTHS
+from pasta_jax.lang.syntax import TOKEN_TEXTS, length_texts
 from pasta_jax.weights.model_files import faults_of_library
 
 # Kinds of tokens in GGUF and in SentencePiece's files.
@@ -210,11 +212,31 @@ def texts_for_tags(vocab: Mapping[str, int]) -> list[str]:
   """The vocabulary entries that PASTA's tags take (see `Tokenizer.tag_ids`); [] if there are too few."""
   if all(text in vocab for text in TOKEN_TEXTS):
     return list(TOKEN_TEXTS)
+  return _reserved(vocab)[: len(TOKEN_TEXTS)]
+
+
+def texts_for_lengths(vocab: Mapping[str, int]) -> list[str]:
+  """Those of the lengths, where each is one token (`Tokenizer.length_ids`); [] if there are too few."""
+  if texts := named_lengths(vocab):
+    return texts
+  taken = texts_for_tags(vocab)
+  left = [text for text in _reserved(vocab) if text not in taken]
+  return left[: len(LENGTHS)] if len(left) >= len(LENGTHS) else []
+
+
+def named_lengths(vocab: Mapping[str, int]) -> list[str]:
+  """The entries that are lengths by their texts, of weights that were saved with them."""
+  known = (length_texts(promise) for promise in PROMISE_FORMS)
+  return next((list(texts) for texts in known if all(text in vocab for text in texts)), [])
+
+
+def _reserved(vocab: Mapping[str, int]) -> list[str]:
+  """The reserved entries of a vocabulary in the order of their numbers; [] if they are fewer than the tags."""
   candidates = [text for text in vocab if text[:1] in ("<", "[")]
   for pattern in _RESERVED:
     numbered = sorted((int(found[1]), text) for text in candidates if (found := re.fullmatch(pattern, text)))
     if len(numbered) >= len(TOKEN_TEXTS):
-      return [text for _, text in numbered[: len(TOKEN_TEXTS)]]
+      return [text for _, text in numbered]
   return []
 
 
@@ -258,7 +280,7 @@ def prepared(
       if entry.get("special") or text not in vocab or not _BYTE.fullmatch(text)
     }
   known = {**vocab, **{text: entry["id"] for text, entry in added.items()}}
-  for text in (*texts_for_tags(known), *(text for text in named if text in known)):
+  for text in (*texts_for_tags(known), *named_lengths(known), *(text for text in named if text in known)):
     added[text] = {**added.get(text, _added(known[text], text, True)), "special": True}
   return {
     **parts,

@@ -6,6 +6,7 @@ from test_language import BYTES, programs
 
 from pasta_jax.data.examples import examples, program_of, read_annotated
 from pasta_jax.data.heads import LEAST_REST, head_end, with_heads
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.head import head
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Program, Promise, Sync, Text, promises, reading_order
@@ -142,7 +143,9 @@ def test_rows_of_the_data_set():
 def test_examples_are_of_the_form_of_their_vocabulary():
   rows = [row for row in read_annotated("data/seed.jsonl")[:20] if row["chunks"]]
   chosen = {
-    form: examples(rows, BYTES.speaking(form), PositionRule(), annotation="plan", max_length=10_000).examples
+    form: examples(
+      rows, BYTES.speaking(Forms(promise=form)), PositionRule(), annotation="plan", max_length=10_000
+    ).examples
     for form in ("topic", "head")
   }
   for topic, with_head in zip(*chosen.values(), strict=True):

@@ -35,17 +35,22 @@ LIMITS = Limits(
 FIXED = 17  # no multiple of ten
 # Of scores of about one; a storm's tag columns are eight times as large, and so is its rounding.
 TOLERANCE = 1e-4
-VOCABULARY, TABLE = tiny.VOCABULARY, tiny.VOCABULARY.table
+VOCABULARY = tiny.VOCABULARY
+LENGTH_IDS = list(range(32, 96))  # of lengths that are tokens
 
 
 @functools.cache
 def interpreter(
-  strategy: str, guard: bool, visibility: str = "promise", promise: str = "topic"
-) -> Interpreter:
+  strategy: str, guard: bool, visibility: str = "promise", promise: str = "topic", number: str = "digits",
+  length: str = "likeliest",
+) -> Interpreter:  # fmt: skip
   """One for each static shape, so that examples share what was compiled."""
-  rule = PositionRule(strategy, FIXED)
-  features = StepFeatures(rule=rule, visibility=visibility, promise=promise, guard=guard, return_logits=True)
-  return Interpreter(tiny.model(), tiny.VOCABULARIES[promise], LIMITS, features)
+  features = StepFeatures(
+    rule=PositionRule(strategy, FIXED), visibility=visibility, promise=promise, number=number, guard=guard,
+    length=length, return_logits=True,
+  )  # fmt: skip
+  vocabulary = tiny.VOCABULARIES[promise, number]
+  return Interpreter(tiny.model(tiny.CONFIGS[number]), vocabulary, LIMITS, features)
 
 
 class Tally(collections.Counter):
@@ -91,7 +96,7 @@ def check_teacher_forcing(
   """Logits, log-probabilities, positions, rounds and targets of every token that the model chose."""
   rule = features.rule
   prompt = len(trace.prompt)
-  laid = layout(trace.main, rule, TABLE, trace.prompt.tolist())
+  laid = layout(trace.main, rule, VOCABULARY.table, trace.prompt.tolist())
   at = np.arange(len(laid))
   if features.live:
     visible = is_visible_live(at[:, None], at[None, :], laid.rounds[:, None], laid.rounds[None])
@@ -148,14 +153,19 @@ def check_teacher_forcing(
     ("pred_10x", True, 1.0, 30, "live", "head"),
     ("pred_10x", False, 1.0, 30, "live", "head"),
     ("fixed", True, 0.0, 20, "live", "head"),
+    ("pred_10x", True, 0.0, 20, "promise", "topic/token"),
+    ("pred_10x", True, 1.0, 30, "live", "head/token"),
+    ("max", False, 1.0, 20, "live", "topic/token"),
+    ("sum", False, 0.0, 20, "promise", "head/token"),
   ],
 )
 def test_decoding_agrees_with_one_dense_forward(strategy, guard, temperature, n, visibility, promise):
-  run = interpreter(strategy, guard, visibility, promise)
+  promise, _, number = promise.partition("/")
+  run = interpreter(strategy, guard, visibility, promise, number := number or "digits")
   salt = zlib.crc32(f"{strategy} {guard} {temperature}".encode())  # other programs for each case
 
   def check(tally, seed, prompt, kind):
-    run.params = tiny.weights((seed, salt), kind, promise)
+    run.params = tiny.weights((seed, salt), kind, promise, number)
     trace = decode(run, prompt, SamplingConfig(temperature=temperature, seed=seed))
     tally.add(trace)
     tolerance = TOLERANCE * (8 if kind == "storm" else 1)
@@ -236,11 +246,10 @@ class Reference:
   by less than rounding; everything else is decided here.
   """
 
-  def __init__(
-    self, params, trace: Trace, strategy: str, guard: bool, penalty: float = 1.0, promise: str = "topic"
-  ):
+  def __init__(self, params, trace: Trace, strategy: str, guard: bool, penalty: float = 1.0,
+               promise: str = "topic", number: str = "digits", length: str = "likeliest"):  # fmt: skip
     self.params, self.strategy, self.guard, self.penalty = params, strategy, guard, penalty
-    self.promise = promise
+    self.promise, self.number, self.length = promise, number, length
     self.numbered = strategy != "fixed"
     self.finished = trace.finish_reason == "stop"
     self.hints = {t.path: t for t in trace.threads}
@@ -266,7 +275,7 @@ class Reference:
 
   def thread(self, path: tuple[int, ...], seen: list[int], position: int, token: int) -> Done:
     """Decodes one thread and all below it."""
-    automaton = tiny.Automaton(not path, self.numbered, self.promise)
+    automaton = tiny.Automaton(not path, self.numbered, self.promise, self.number)
     tokens = self.threads[path] = [token] if path else []
     hint = self.hints.get(path)
     cut = 0 if hint is None else int((hint.entries >= 0).sum())
@@ -342,18 +351,31 @@ class Reference:
       if self.promise == "head":
         # What a promise must not open with; a topic's last token is not to be compared with.
         repeats = automaton.about in {self.heads[row] for row in self.heads if row in seen} - {""}
-        taken = {VOCABULARY.tags.open} if repeats else set()
+        taken = {VOCABULARY.tags.open, *LENGTH_IDS} if repeats else set()
       for token in range(len(scores)):
         if not self.may_write(token, path, tokens, automaton, bool(pending), taken):
           scores[token] = -np.inf
-    best = int(np.argmax(scores))
+    best, as_class = self.best(scores)
     hint = self.hints.get(path)
     if hint is not None and len(tokens) < len(hint.tokens):
       theirs = int(hint.tokens[len(tokens)])
-      if theirs != best and scores[theirs] > scores[best] - 2 * TOLERANCE:
+      both_lengths = {theirs, best} <= set(LENGTH_IDS)
+      compared = scores if both_lengths and self.length == "likeliest" else as_class
+      if theirs != best and compared[theirs] > compared[best] - 2 * TOLERANCE:
         self.ties += 1
         return theirs
     return best
+
+  def best(self, scores) -> tuple[int, np.ndarray]:
+    """The greedy choice; each token's score, which lengths that are tokens share: that of any of them."""
+    as_class = scores.copy()
+    if self.number == "token" and np.isfinite(scores[LENGTH_IDS]).any():
+      as_class[LENGTH_IDS] = np.logaddexp.reduce(scores[LENGTH_IDS])
+    best = int(np.argmax(as_class))
+    if best not in LENGTH_IDS or self.number == "digits":
+      return best, as_class
+    p = np.exp(scores[LENGTH_IDS] - as_class[best])
+    return LENGTH_IDS[int(np.argmax(p if self.length == "likeliest" else np.cumsum(p) >= 0.5))], as_class
 
   def may_write(self, token, path, tokens, automaton, can_join, taken) -> bool:
     """The guard, restated."""
@@ -361,10 +383,12 @@ class Reference:
     done = n > 0
     if automaton.state == "text":
       headed = automaton.has_head and token not in taken
-      return {
+      may_open = len(path) < LIMITS.max_depth and (headed or self.promise == "topic")
+      return (kind not in ("open", "length") or may_open) and {
         "ordinary": True,
         "digits": True,
-        "open": len(path) < LIMITS.max_depth and (headed or self.promise == "topic"),
+        "open": self.number == "digits" or self.promise == "topic",
+        "length": self.promise == "head",
         "end": bool(path) and len(tokens) > 1,
         "sync": can_join,
         "eos": not path,
@@ -375,7 +399,8 @@ class Reference:
       return {
         "ordinary": n < LIMITS.max_topic,
         "digits": n < LIMITS.max_topic,
-        "middle": done and self.numbered,
+        "middle": done and self.numbered and self.number == "digits",
+        "length": done,
         "close": done and not self.numbered,
       }.get(kind, False)
     if not self.numbered:  # a head and a promise without a number
@@ -410,7 +435,7 @@ class LiveReference(Reference):
   def thread(self, path: tuple[int, ...], seen: list[int], position: int, token: int) -> Done:
     """Plays the response; called once, for the main thread."""
     self.rows = [((-2, i), 0) for i in seen]  # place in reading order, round
-    self.playing = [Playing((), (), token, position, tiny.Automaton(True, self.numbered, self.promise), None)]
+    self.playing = [Playing((), (), token, position, self.begins(True), None)]
     self.threads[()] = []
     left = sum(int((t.entries >= 0).sum()) for t in self.hints.values())
     now = 0
@@ -423,6 +448,9 @@ class LiveReference(Reference):
     for t in self.playing:
       self.ill += t.automaton.ill + (t.automaton.state != "text")
     return Done([], 0, 0, [])
+
+  def begins(self, is_main: bool) -> tiny.Automaton:
+    return tiny.Automaton(is_main, self.numbered, self.promise, self.number)
 
   def turn(self, t: Playing, now: int) -> None:
     tokens = self.threads[t.path]
@@ -437,7 +465,7 @@ class LiveReference(Reference):
       if len(t.path) < LIMITS.max_depth:
         self.kept(len(self.tokens) - 1, t.automaton)
         child = (*t.path, t.children)
-        begins = tiny.Automaton(False, self.numbered, self.promise)
+        begins = self.begins(False)
         self.playing.append(Playing(child, (*place, 1), VOCABULARY.tags.async_, t.position, begins, t.path))
         self.threads[child] = [VOCABULARY.tags.async_]
         t.position += self.gap(t.automaton.number)
@@ -476,11 +504,11 @@ def check_against_reference(
   guard: bool,
   penalty: float = 1.0,
   visibility: str = "promise",
-  promise: str = "topic",
+  **form: str,
 ) -> Reference:
   """Tokens of every thread, and how many tags were ill-formed or refused."""
   kind = LiveReference if visibility == "live" else Reference
-  reference = kind(params, trace, strategy, guard, penalty, promise)
+  reference = kind(params, trace, strategy, guard, penalty, **form)
   got = {t.path: tiny.words(t.tokens) for t in trace.threads}
   want = {path: tiny.words(tokens) for path, tokens in reference.threads.items()}
   assert got == want
@@ -507,19 +535,25 @@ def check_against_reference(
     ("pred_10x", True, 30, "live", "head"),
     ("max", False, 20, "live", "head"),
     ("fixed", True, 20, "live", "head"),
+    ("pred_10x", True, 30, "promise", "topic/token"),
+    ("sum", False, 20, "live", "topic/token"),
+    ("pred_10x", True, 30, "live", "head/token"),
+    ("max", False, 20, "promise", "head/token"),
+    ("pred_10x", True, 20, "promise", "head/token/median"),
   ],
 )
 def test_greedy_decoding_agrees_with_a_plain_decoder(strategy, guard, n, visibility, promise):
-  run = interpreter(strategy, guard, visibility, promise)
+  form = {"number": "digits", "length": "likeliest"} | dict(
+    zip(("promise", "number", "length"), promise.split("/"))
+  )
+  run = interpreter(strategy, guard, visibility, **form)
   salt = zlib.crc32(f"{strategy} {guard}".encode())
 
   def check(tally, seed, prompt, kind):
-    run.params = tiny.weights((seed, salt), kind, promise)
+    run.params = tiny.weights((seed, salt), kind, form["promise"], form["number"])
     trace = decode(run, prompt)
     tally.add(trace)
-    reference = check_against_reference(
-      run.params, trace, strategy, guard, visibility=visibility, promise=promise
-    )
+    reference = check_against_reference(run.params, trace, strategy, guard, visibility=visibility, **form)
     tally["ties"] += reference.ties
     if guard and trace.finish_reason == "stop":
       assert trace.ill_formed == 0

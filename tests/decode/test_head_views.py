@@ -15,6 +15,7 @@ from pasta_jax.decode.settings import DecodeError, Limits, SamplingConfig, StepF
 from pasta_jax.decode.trace import Trace, from_json, to_json
 from pasta_jax.decode.views.live import LiveView
 from pasta_jax.decode.views.timeline import pieces, timeline_html
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.head import head
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Program, Promise, reading_order
@@ -51,7 +52,7 @@ SOURCE = "Tips:\n1. **Light**:<promise/><async> use lamps</async>\n2. Heat -<pro
 def test_views_name_chunks_by_their_heads():
   trace = from_json(saved(parse(SOURCE)), WORDS, RULE)
   assert [t.topic for t in trace.threads] == ["", "1. **Light**:", "2. Heat -"]
-  assert from_json(to_json(trace), WORDS.speaking("topic"), RULE).text == trace.text  # the file says its form
+  assert from_json(to_json(trace), WORDS.speaking(Forms()), RULE).text == trace.text  # the file says its form
   assert trace.text == reading_order(parse(SOURCE)) and trace.ill_formed == 0
   kinds = [(p.kind, p.text, p.declared) for p in pieces(trace, 0, WORDS)]
   assert kinds == [
@@ -83,7 +84,7 @@ LIMITS = Limits(max_new_tokens=80, max_depth=3, branch_widths=(4,), kv_buckets=(
 @pytest.fixture(scope="module")
 def run() -> Interpreter:
   features = StepFeatures(promise="head", visibility="live")
-  return Interpreter(tiny.model(), tiny.VOCABULARIES["head"], LIMITS, features)
+  return Interpreter(tiny.model(), tiny.VOCABULARIES["head", "digits"], LIMITS, features)
 
 
 def before_promises(trace: Trace, number: int) -> list[str]:
@@ -115,5 +116,5 @@ def test_decoded_threads_are_named_by_what_stands_before_them(run: Interpreter):
 
 
 def test_vocabulary_and_step_are_of_one_form():
-  with pytest.raises(DecodeError, match="^the promises of this vocabulary are of the form 'topic'$"):
+  with pytest.raises(DecodeError, match="^the promises of this vocabulary are of the form topic/digits$"):
     Interpreter(tiny.model(), tiny.VOCABULARY, LIMITS, StepFeatures(promise="head"))

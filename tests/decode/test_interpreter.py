@@ -35,7 +35,7 @@ def interpreter(
   """One for each static shape, so that examples share what was compiled."""
   return Interpreter(
     tiny.model(),
-    tiny.VOCABULARIES[promise],
+    tiny.VOCABULARIES[promise, "digits"],
     limits,
     StepFeatures(guard=guard, return_logits=return_logits, no_repeat=no_repeat, promise=promise),
   )

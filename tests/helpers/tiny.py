@@ -6,6 +6,7 @@ write promises, numbers, syncs and ends at chosen rates; all other channels are 
 """
 
 import collections
+import dataclasses
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from pasta_jax.lang import automaton as A
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.attention import dense_attention, sliding_window_mask
 from pasta_jax.model.config import ModelConfig
@@ -87,17 +89,30 @@ class TinyTokenizer:
 
 # Two rows of the model's vocabulary belong to no token, as in models whose embedding is padded.
 VOCABULARY = Vocabulary(TinyTokenizer(), base_size=26)
-VOCABULARIES = {promise: VOCABULARY.speaking(promise) for promise in ("topic", "head")}
-CLASSES = VOCABULARY.table.classes
+# By the forms of promise and number; lengths that are tokens are 64 rows more.
+VOCABULARIES = {
+  (promise, number): VOCABULARY.speaking(Forms(promise=promise, number=number))
+  for promise in ("topic", "head")
+  for number in ("digits", "token")
+}
 CONFIG = ModelConfig(
   vocab_size=32, d_model=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=32, tie_embeddings=False
 )
 
+CONFIGS = {"digits": CONFIG, "token": dataclasses.replace(CONFIG, vocab_size=96)}  # by the form of numbers
+
 # What a token does in a sentence: its class, with the words that stand in topics as a tenth group, so that
-# models need not know the automaton's state to write whole promises.
-N_GROUPS = 10
+# models need not know the automaton's state to write whole promises; lengths that are tokens are an eleventh.
+_TOPIC, _LENGTH = 9, 10
 _TOPIC_WORDS = [WORDS.index(w) for w in ("of", "a", "the", "in", "lemon")]
-GROUPS = np.where(np.isin(np.arange(32), _TOPIC_WORDS), 9, CLASSES)
+
+
+def _groups(number: str) -> np.ndarray:
+  classes = VOCABULARIES["topic", number].table.classes
+  groups = np.where(np.isin(np.arange(len(classes)), _TOPIC_WORDS), _TOPIC, classes)
+  return np.where(classes == A.LENGTH, _LENGTH, groups)
+
+
 # Scores of the next token's group behind a token's group, in the order of `automaton`.
 #     ORDINARY DIGITS OPEN MIDDLE CLOSE ASYNC END SYNC EOS topic
 _HABITS = np.array(
@@ -119,6 +134,20 @@ _HEAD_HABITS = _HABITS.copy()
 _HEAD_HABITS[A.OPEN] = [-3, 3.0, -4, -2, -0.5, -4, -3, -4, -3, -3]
 _HEAD_HABITS[A.ORDINARY, A.OPEN], _HEAD_HABITS[9, A.OPEN] = 2.6, 2.0
 _HEAD_HABITS[A.CLOSE, A.OPEN] = _HEAD_HABITS[A.ASYNC, A.OPEN] = 0.0
+
+
+def _habits(promise: str, number: str) -> np.ndarray:
+  """Scores by groups. With lengths as tokens one takes the place of a topic's MIDDLE, or of a head's OPEN."""
+  habits = _HEAD_HABITS if promise == "head" else _HABITS
+  if number == "digits":
+    return habits
+  habits = np.pad(habits, (0, 1), constant_values=-4)
+  instead = A.OPEN if promise == "head" else A.MIDDLE
+  habits[:, _LENGTH], habits[:, instead] = habits[:, instead], -4
+  habits[_LENGTH] = habits[A.CLOSE]
+  return habits
+
+
 # The group behind each group in endless promises: OPEN, topic, MIDDLE, DIGITS, CLOSE, OPEN, and so in chunks.
 _ENDLESS = [A.OPEN, A.CLOSE, 9, A.DIGITS, A.OPEN, A.OPEN, A.OPEN, A.OPEN, A.OPEN, A.MIDDLE]
 
@@ -128,10 +157,13 @@ def model(config: ModelConfig = CONFIG) -> Transformer:
   return Transformer(config, rngs=nnx.Rngs(0))
 
 
-GRAPH, _STATE = nnx.split(model())
+_MODELS = {number: nnx.split(model(config)) for number, config in CONFIGS.items()}
+GRAPH = _MODELS["digits"][0]
 
 
-def weights(seed: int | tuple[int, ...], kind: str = "habits", promise: str = "topic"):
+def weights(
+  seed: int | tuple[int, ...], kind: str = "habits", promise: str = "topic", number: str = "digits"
+):
   """Random parameters, to be put into `Interpreter.params`.
 
   kind       what the model writes
@@ -141,34 +173,35 @@ def weights(seed: int | tuple[int, ...], kind: str = "habits", promise: str = "t
   clockwork  after each group one certain group, drawn at random: the stuff of endless loops
   endless    promises in promises, and nothing else
 
-  `promise` is the form of the promises that habits write.
+  `promise` and `number` are the form of the promises that habits write.
   """
   rng = np.random.default_rng(seed)
+  groups, blank = _groups(number), _MODELS[number][1]
+  n = groups.max() + 1
   draw = lambda x: rng.normal(size=x.shape) * len(x) ** -0.5 if x.ndim > 1 else np.ones(x.shape)
-  params = jax.tree.map(draw, nnx.to_pure_dict(_STATE))
+  params = jax.tree.map(draw, nnx.to_pure_dict(blank))
   table, head = params["embed"]["embedding"], params["head"]["kernel"]
   table *= 2.5  # [V, D]: noise of the size of the group's mark
-  table[:, :N_GROUPS] = 2 * np.eye(N_GROUPS)[GROUPS]
+  table[:, :n] = 2 * np.eye(n)[groups]
   for layer in params["layers"].values():
     for kernel in (layer["attn"]["o"]["kernel"], layer["mlp"]["down"]["kernel"]):
       kernel *= 3
-      kernel[:, :N_GROUPS] = 0  # layers leave the mark alone
+      kernel[:, :n] = 0  # layers leave the mark alone
     layer["attn"]["q"]["kernel"] *= 8  # what is attended to changes from token to token
   head *= 0.7
-  is_tag = np.arange(CONFIG.vocab_size) >= VOCABULARY.base_size
+  is_tag = np.arange(len(groups)) >= VOCABULARY.base_size
   if kind == "habits":
-    habits = _HEAD_HABITS if promise == "head" else _HABITS
-    head[:N_GROUPS] = (habits - np.log(np.bincount(GROUPS)))[:, GROUPS]
+    head[:n] = (_habits(promise, number) - np.log(np.bincount(groups)))[:, groups]
   elif kind == "storm":
     head[:, is_tag] *= 8.0
-    head[:N_GROUPS] = rng.normal(size=(N_GROUPS, N_GROUPS))[:, GROUPS] + 1.0 * is_tag
+    head[:n] = rng.normal(size=(n, n))[:, groups] + 1.0 * is_tag
   elif kind == "silent":
-    head[:N_GROUPS] = -60.0 * is_tag
+    head[:n] = -60.0 * is_tag
   else:
-    then = np.array(_ENDLESS if kind == "endless" else rng.integers(0, N_GROUPS, N_GROUPS))
-    head[:N_GROUPS] = 20.0 * (then[:, None] == GROUPS) + 0.2 * _HABITS[:, GROUPS]
+    then = np.array(_ENDLESS if kind == "endless" else rng.integers(0, n, n))
+    head[:n] = 20.0 * (then[:, None] == groups) + 0.2 * _HABITS[:, groups]
   state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
-  full = jax.tree.map(lambda x: x, _STATE)
+  full = jax.tree.map(lambda x: x, blank)
   nnx.replace_by_pure_dict(full, state)
   return full
 
@@ -215,14 +248,15 @@ def paths(thread, path=()):
 
 def words(tokens) -> str:
   """Tokens as a reader of a failed test wants them."""
-  return " ".join(VOCABULARY.label(int(t)).strip() or "_" for t in tokens)
+  return " ".join(VOCABULARIES["topic", "token"].label(int(t)).strip() or "_" for t in tokens)
 
 
 class Automaton:
   """What tags mean, restated from the language's description with no table, for one thread's own tokens."""
 
-  def __init__(self, is_main: bool, numbered: bool, promise: str = "topic"):
+  def __init__(self, is_main: bool, numbered: bool, promise: str = "topic", number: str = "digits"):
     self.is_main, self.numbered, self.with_head = is_main, numbered, promise == "head"
+    self.with_tokens = number == "token"
     self.state, self.number, self.topic, self.text, self.ill = "text", None, [], [], 0
     self.has_head = False  # text since the last promise, sync or <async>
 
@@ -239,11 +273,17 @@ class Automaton:
     tags = VOCABULARY.tags
     names = dict(zip(tags.ids, ("open", "middle", "close", "async", "end", "sync")))
     names[0] = "eos"
+    names |= {32 + i: "length" for i in range(64)}
     return names.get(token, "digits" if len(WORDS) <= token < TinyTokenizer.vocab_size else "ordinary")
 
   def feed(self, token: int) -> str | None:
     """Reads a token; says "fork", "join" or "end" where it does one of these."""
     kind, inside = self.kind(token), self.state != "text"
+    if self.with_tokens and (kind in ("middle", "close") or kind == "open" and self.with_head):
+      self.ill += 1
+      return None
+    if kind == "length":
+      return self.feed_length(token)
     if self.with_head and not inside and kind in ("ordinary", "digits", "open"):
       return self.feed_before_a_promise(token, kind)
     if kind in ("ordinary", "digits"):
@@ -274,6 +314,17 @@ class Automaton:
     else:
       self.ill += 1
     return None
+
+  def feed_length(self, token: int) -> str | None:
+    """A whole promise behind its head, or the end of one with a topic."""
+    if not self.with_head and self.state != "topic":
+      self.ill += 1
+      return None
+    self.ill += self.with_head and not self.has_head
+    if not self.has_head:
+      self.topic = [] if self.with_head else self.topic
+    self.state, self.has_head, self.number = "text", False, (token - 31) * 10
+    return "fork"
 
   def feed_before_a_promise(self, token: int, kind: str) -> None:
     """Text and the beginning of a promise in the form `head`: the text before it is what it is about."""

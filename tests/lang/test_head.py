@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from test_language import ByteTokenizer
 
 from pasta_jax.lang import forms
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.head import MOST_WORDS, TokenHashes, hash_of, head, normalised
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Promise, Text
@@ -114,7 +115,7 @@ def test_the_tokens_of_a_promise():
   labels = "".join(map(WORDS.label, main.tokens[:-1]))
   assert labels == '- Cost:<promise tokens="6"/>\n- Risk:<promise tokens="7"/>'
   assert WORDS.encode(program, PositionRule("fixed")).forks[0].declared is None
-  assert WORDS.speaking("head") is WORDS and WORDS.speaking("topic").tags == TAGS
+  assert WORDS.speaking(Forms(promise="head")) is WORDS and WORDS.speaking(Forms()).tags == TAGS
 
 
 def test_the_form_is_carried_by_metadata():

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pasta_jax.config.sections import PROMISE_FORMS
 from pasta_jax.lang import automaton as A
 from pasta_jax.lang.automaton import Tags, TokenTable, append_digits
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.positions import STRATEGIES, PositionRule
 from pasta_jax.lang.program import (
   Program,
@@ -286,15 +286,17 @@ def check_round_trip(vocabulary: Vocabulary, program: Program, strategy: str):
 
 
 @RELAXED
-@given(program=programs(), strategy=st.sampled_from(STRATEGIES), form=st.sampled_from(PROMISE_FORMS))
-def test_tokens_decode_to_the_program(program: Program, strategy: str, form: str):
-  check_round_trip(BYTES.speaking(form), program, strategy)
+@given(program=programs(), strategy=st.sampled_from(STRATEGIES), promise=st.sampled_from(["topic", "head"]))
+def test_tokens_decode_to_the_program(program: Program, strategy: str, promise: str):
+  check_round_trip(BYTES.speaking(Forms(promise=promise)), program, strategy)
+  if strategy in ("pred_10x", "max", "sum"):
+    check_round_trip(BYTES.speaking(Forms(promise=promise, number="token")), program, strategy)
 
 
 @pytest.mark.parametrize(("form", "topic"), [("topic", None), ("head", "t")])
 def test_a_promise_of_another_form_is_refused(form: str, topic: str | None):
   with pytest.raises(ValueError, match=f"not of the form '{form}'"):
-    BYTES.speaking(form).encode((Text("x"), Promise(topic, None, ())), PositionRule())
+    BYTES.speaking(Forms(promise=form)).encode((Text("x"), Promise(topic, None, ())), PositionRule())
 
 
 @settings(deadline=None, max_examples=60)
@@ -330,6 +332,37 @@ def test_numbers_count_both_tags_and_the_gaps_inside():
     assert [p.tokens for p in promises(BYTES.decode(BYTES.encode(program, rule), rule))] == expected, strategy
 
 
+def test_a_length_that_is_a_token_is_the_promise_or_its_end():
+  words = lambda tokens, v: "".join(v.label(t) for t in tokens)
+  for promise, source, want in (
+    ("topic", '- <promise topic="t"/><async>abc</async>', '- <promise topic=" t" tokens="10"/>#'),
+    ("head", "- t:<promise/><async> abc</async>", '- t:<promise tokens="10"/>#'),
+  ):
+    vocabulary = BYTES.speaking(Forms(promise=promise, number="token"))
+    program = parse(source)
+    main = vocabulary.encode(program, PositionRule())
+    assert words(main.tokens[:-1], vocabulary) + "#" == want
+    assert main.tokens[main.forks[0].at] == vocabulary.table.lengths[0] and main.forks[0].declared == 10
+    # They are rows behind the tags, and none in another form.
+    assert vocabulary.tag_ids == tuple(range(265, 265 + 70)) and vocabulary.size == 335
+    assert BYTES.size == 271 and BYTES.tag_ids == BYTES.tags.ids
+  lengths = vocabulary.table.value[vocabulary.table.lengths]
+  assert lengths.tolist() == list(range(10, 641, 10))
+  # A longer chunk outgrows what it is given.
+  main = vocabulary.encode((Text("t"), Promise(None, None, (Text("x" * 700),))), PositionRule())
+  assert main.forks[0].declared == 640
+  assert vocabulary.decode(main, PositionRule())[1].tokens == 640
+
+
+def test_lengths_as_tokens_need_promises_that_say_tens():
+  for strategy in STRATEGIES:
+    if strategy in ("pred_10x", "max", "sum"):
+      Forms(PositionRule(strategy), number="token")
+    else:
+      with pytest.raises(ValueError, match=f"number 'token' needs promises that say tens.*not '{strategy}'"):
+        Forms(PositionRule(strategy), number="token")
+
+
 @pytest.mark.parametrize(("strategy", "number"), [("pred_1x", 999), ("pred_10x", 990)])
 def test_number_of_a_very_long_chunk_is_one_that_the_interpreter_reads_back(strategy: str, number: int):
   check_round_trip(BYTES, (Promise("t", None, (Text("x" * 2000),)),), strategy)
@@ -344,25 +377,44 @@ def test_bytes_that_are_no_text_and_padding_rows_have_a_text():
 
 # The automaton.
 
-CLASSES = (A.ORDINARY, A.DIGITS, A.OPEN, A.MIDDLE, A.CLOSE, A.ASYNC, A.END, A.SYNC, A.EOS)
+CLASSES = (A.ORDINARY, A.DIGITS, A.OPEN, A.MIDDLE, A.CLOSE, A.ASYNC, A.END, A.SYNC, A.EOS, A.LENGTH)
 TABLES = {
     "topic": {
-        #         ORDINARY DIGITS  OPEN   MIDDLE  CLOSE ASYNC END     SYNC     EOS
-        A.TEXT:   "text    text    TOPIC  !       !     !     finish  join     finish",
-        A.TOPIC:  "topic   topic   !      NUMBER  fork  !     !finish !join    !finish",
-        A.NUMBER: "!       number  !      !       fork  !     !finish !join    !finish",
+        #         ORDINARY DIGITS  OPEN   MIDDLE  CLOSE ASYNC END     SYNC     EOS      LENGTH
+        A.TEXT:   "text    text    TOPIC  !       !     !     finish  join     finish   !",
+        A.TOPIC:  "topic   topic   !      NUMBER  fork  !     !finish !join    !finish  !",
+        A.NUMBER: "!       number  !      !       fork  !     !finish !join    !finish  !",
     },
     "head": {
-        A.TEXT:   "head    head    !NUMBER !      !     !     finish  join     finish",
-        A.HEAD:   "text    text    NUMBER !       !     !     finish  join     finish",
-        A.NUMBER: "!       number  !      !       fork  !     !finish !join    !finish",
+        A.TEXT:   "head    head    !NUMBER !      !     !     finish  join     finish   !",
+        A.HEAD:   "text    text    NUMBER !       !     !     finish  join     finish   !",
+        A.NUMBER: "!       number  !      !       fork  !     !finish !join    !finish  !",
+    },
+    "topic/token": {
+        A.TEXT:   "text    text    TOPIC  !       !     !     finish  join     finish   !",
+        A.TOPIC:  "topic   topic   !      !       !     !     !finish !join    !finish  fork",
+    },
+    "head/token": {
+        A.TEXT:   "head    head    !      !       !     !     finish  join     finish   !fork",
+        A.HEAD:   "text    text    !      !       !     !     finish  join     finish   fork",
     },
 }  # fmt: skip
 TAGS = BYTES.tags
 TOKEN_OF = dict(
   zip(
     CLASSES,
-    (ord("x"), ord("7"), TAGS.open, TAGS.middle, TAGS.close, TAGS.async_, TAGS.end, TAGS.sync, TAGS.eos[0]),
+    (
+      ord("x"),
+      ord("7"),
+      TAGS.open,
+      TAGS.middle,
+      TAGS.close,
+      TAGS.async_,
+      TAGS.end,
+      TAGS.sync,
+      TAGS.eos[0],
+      271,
+    ),
   )
 )
 PREFIX = {
@@ -372,6 +424,10 @@ PREFIX = {
   ("head", A.TEXT): (),
   ("head", A.HEAD): (ord("t"),),
   ("head", A.NUMBER): (ord("t"), TAGS.open),
+  ("topic/token", A.TEXT): (),
+  ("topic/token", A.TOPIC): (TAGS.open,),
+  ("head/token", A.TEXT): (),
+  ("head/token", A.HEAD): (ord("t"),),
 }
 CELLS = [
   (form, s, c, cell)
@@ -389,22 +445,26 @@ def test_every_state_and_class(form: str, state: int, kind: int, cell: str, is_m
   leads_to |= {"finish": A.TEXT} if A.inside(state) else {}
   after = leads_to.get(does, state)
   action = {"fork": A.FORK, "finish": A.FINISH, "join": A.JOIN}.get(does, A.NOTHING)
-  table, prefix = A.AUTOMATA[form], PREFIX[form, state]
+  promise, _, number = form.partition("/")
+  table, prefix = A.AUTOMATA[promise, number or "digits"], PREFIX[form, state]
   assert (table.next_state[state, kind], table.action[state, kind]) == (after, action)
   assert table.ill_formed[state, kind] == cell.startswith("!")
 
   head = () if is_main else (TAGS.async_,)
   tokens = (*head, *prefix, TOKEN_OF[kind])
+  vocabulary = BYTES.speaking(Forms(promise=promise, number=number or "digits"))
+  if kind == A.LENGTH and not number:
+    return  # no token is one
   for numbered in (True, False):
-    reading = read(Thread(tokens), BYTES.speaking(form).table, is_main=is_main, numbered=numbered)
+    reading = read(Thread(tokens), vocabulary.table, is_main=is_main, numbered=numbered)
     last = len(tokens) - 1
     assert reading.state == after
     assert reading.is_text[last] == (does in ("text", "head")) and reading.is_topic[last] == (does == "topic")
-    assert reading.is_text[:last].sum() == (form == "head" and state != A.TEXT)
-    assert reading.declared == ({last: None} if does == "fork" else {})
+    assert reading.is_text[:last].sum() == (promise == "head" and state != A.TEXT)
+    assert reading.declared == ({last: 10 if kind == A.LENGTH else None} if does == "fork" else {})
     # One token is one fault, however many rules it breaks.
     misplaced = kind == (A.END if is_main else A.EOS)
-    unnumbered = does == "fork" and numbered
+    unnumbered = does == "fork" and numbered and kind != A.LENGTH
     assert reading.ill_formed == int(cell.startswith("!") or misplaced or unnumbered)
 
 
@@ -484,13 +544,18 @@ def test_ill_formed_threads(text: str, is_main: bool, ill: int, program: str):
 
 @RELAXED
 @given(
-  tokens=st.lists(st.sampled_from([*TOKEN_OF.values(), 258, 259, 262]), max_size=30), is_main=st.booleans()
+  tokens=st.lists(st.sampled_from([*TOKEN_OF.values(), 258, 259, 262]), max_size=30),
+  is_main=st.booleans(),
+  form=st.sampled_from(list(TABLES)),
 )
-def test_every_token_sequence_has_a_meaning(tokens: list[int], is_main: bool):
+def test_every_token_sequence_has_a_meaning(tokens: list[int], is_main: bool, form: str):
+  promise, _, number = form.partition("/")
+  vocabulary = BYTES.speaking(Forms(promise=promise, number=number or "digits"))
+  tokens = [t for t in tokens if t < vocabulary.size]
   thread = Thread(tuple(tokens))
-  reading = read(thread, BYTES.table, is_main=is_main)
+  reading = read(thread, vocabulary.table, is_main=is_main)
   assert not (reading.is_text & reading.is_topic).any()
   assert 0 <= reading.ill_formed <= len(tokens)
-  program = BYTES.decode(thread, PositionRule(), read_all(thread, BYTES.table, is_main=is_main))
+  program = vocabulary.decode(thread, PositionRule(), read_all(thread, vocabulary.table, is_main=is_main))
   assert sum(isinstance(n, Sync) for n in program) == tokens.count(TAGS.sync)
   assert not list(promises(program)), "a promise without a fork was refused, and leaves nothing"

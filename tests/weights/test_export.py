@@ -2,6 +2,7 @@
 and the vocabulary rows of the tags."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,16 +13,17 @@ from helpers.folders import model_config, with_fields, write_model
 from test_model import NESTED, logits, torch_logits
 
 from pasta_jax.config import Config
+from pasta_jax.data.heads import with_heads
 from pasta_jax.decode.generator import Model
-from pasta_jax.lang.forms import Forms
+from pasta_jax.lang.forms import Forms, to_metadata
 from pasta_jax.lang.layout import layout
 from pasta_jax.lang.positions import PositionRule
-from pasta_jax.lang.syntax import TAG_TEXTS, TOKEN_TEXTS
+from pasta_jax.lang.syntax import TAG_TEXTS, TOKEN_TEXTS, length_texts, token_texts
 from pasta_jax.lang.visibility import is_visible
 from pasta_jax.model import lora
 from pasta_jax.train.state import make_model
 from pasta_jax.weights import build
-from pasta_jax.weights.adapter import AdapterError, Merged, load_adapter, read_adapter, save_adapter
+from pasta_jax.weights.adapter import AdapterError, Merged, form_of, load_adapter, read_adapter, save_adapter
 from pasta_jax.weights.arrays import WeightsError
 from pasta_jax.weights.checkpoint import load_checkpoint
 from pasta_jax.weights.export import export
@@ -29,6 +31,7 @@ from pasta_jax.weights.tokenizer import Tokenizer
 
 RULE = PositionRule("pred_10x")
 UNUSED = [f"<unused{i}>" for i in (7, 11, 2, 3, 9, 8, 10, 30)]  # not in order, and not from 0
+MANY = [f"<unused{i}>" for i in reversed(range(75))]
 # Rows of the tags -> (changes of the model, reserved entries, the ids that the tags must take; () for
 # additional rows).
 PLACES = {
@@ -38,12 +41,24 @@ PLACES = {
   "reserved entries": (dict(vocab_size=512), UNUSED, (5, 6, 3, 8, 7, 9)),
   "reserved entries, untied head": (dict(vocab_size=515, tie_embeddings=False), UNUSED, (5, 6, 3, 8, 7, 9)),
 }
+# The same for lengths that are tokens: (changes, reserved entries, rows of the tags, of the lengths).
+LENGTH_PLACES = {
+  "rows without a token": (dict(vocab_size=600), (), range(512, 518), range(518, 582)),
+  "rows for the tags only": ({}, (), range(512, 518), range(520, 584)),
+  "new rows": (dict(vocab_size=512), (), range(512, 518), range(518, 582)),
+  "new rows, untied head": (
+    dict(vocab_size=515, tie_embeddings=False), (), range(515, 521), range(521, 585),
+  ),
+  "reserved for the tags only": (dict(vocab_size=512), UNUSED, (5, 6, 3, 8, 7, 9), range(512, 576)),
+  "reserved entries": (
+    dict(vocab_size=515, tie_embeddings=False), MANY, range(77, 71, -1), range(71, 7, -1),
+  ),
+}  # fmt: skip
 EVERY = pytest.mark.parametrize("place", PLACES)
 
 
-def base(folder: Path, place: str) -> Path:
-  """A model whose reserved entries are not control tokens, as in Gemma's files."""
-  changes, reserved, _ = PLACES[place]
+def base(folder: Path, changes: dict, reserved: Sequence[str]) -> Path:
+  """A model whose reserved entries are not control tokens."""
   write_model(folder, model_config(**changes), reserved)
   path = folder / "tokenizer.json"
   parts = json.loads(path.read_text())
@@ -53,11 +68,12 @@ def base(folder: Path, place: str) -> Path:
   return folder
 
 
-def write_adapter(path: Path, source: Path, seed: int = 0) -> Path:
+def write_adapter(path: Path, source: Path, seed: int = 0, form: Forms = Forms()) -> Path:
   """Tag rows and updates that change the output."""
-  checkpoint = load_checkpoint(source)
+  checkpoint = load_checkpoint(source).speaking(form)
   model, rng = build.from_params(checkpoint.config, checkpoint.params), np.random.default_rng(seed)
-  rows = lambda: rng.normal(size=(6, checkpoint.config.d_model)).astype("f")
+  tags = len(checkpoint.vocabulary.tag_ids)
+  rows = lambda: rng.normal(size=(tags, checkpoint.config.d_model)).astype("f")
   lora.add_tags(model, rows(), rows())
   lora.add_lora(model, 3, 6.0, nnx.Rngs(seed))
   for module in lora.linears(model).values():
@@ -65,7 +81,7 @@ def write_adapter(path: Path, source: Path, seed: int = 0) -> Path:
   save_adapter(
     path,
     model,
-    {"positions": json.dumps({"strategy": RULE.strategy, "fixed": RULE.fixed}), "speeds": "[0, 1]"},
+    {**to_metadata(form), "speeds": "[0, 1]"},
   )
   return path
 
@@ -78,7 +94,7 @@ def made(tmp_path_factory):
   def of(place: str) -> tuple[Path, Path, Path]:
     if place not in found:
       folder = tmp_path_factory.mktemp("made")
-      source = base(folder / "base", place)
+      source = base(folder / "base", *PLACES[place][:2])
       adapter = write_adapter(folder / "adapter.safetensors", source)
       export(folder / "merged", load_checkpoint(source), adapter, form="merged", dtype="float32")
       found[place] = source, adapter, folder / "merged"
@@ -89,8 +105,9 @@ def made(tmp_path_factory):
 
 def program(vocabulary):
   """tokens, positions [1, T] and mask [1, T, T] of a program with nested chunks."""
+  nodes = with_heads(NESTED) if vocabulary.promise == "head" else NESTED
   laid = layout(
-    vocabulary.encode(NESTED, RULE), RULE, vocabulary.table, vocabulary.tokenizer.encode("Question?")
+    vocabulary.encode(nodes, RULE), RULE, vocabulary.table, vocabulary.tokenizer.encode("Question?")
   )
   at = np.arange(len(laid))
   mask = is_visible(at[:, None], at[None, :], laid.masked_intervals[None])
@@ -98,7 +115,7 @@ def program(vocabulary):
 
 
 def with_adapter(source: Path, adapter: Path):
-  checkpoint = load_checkpoint(source)
+  checkpoint = load_checkpoint(source).speaking(form_of(adapter))
   model = build.from_params(checkpoint.config, checkpoint.params)
   load_adapter(adapter, model)
   return checkpoint, model
@@ -129,6 +146,70 @@ def test_no_text_yields_a_tag(place: str, made):
     assert not set(tokens) & {*vocabulary.tags.ids, *vocabulary.tags.eos}
     assert not set(chat) & set(vocabulary.tags.ids)
     assert text == vocabulary.tokenizer.decode(tokens) and text in vocabulary.tokenizer.decode(chat)
+
+
+@pytest.mark.parametrize("promise", ["head", "topic"])
+@pytest.mark.parametrize("place", LENGTH_PLACES)
+def test_lengths_take_rows_too_and_come_back(place: str, promise: str, tmp_path: Path):
+  """Reserved entries, rows without a token, else new rows; in exported files each has its name."""
+  transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+  changes, reserved, tags, lengths = LENGTH_PLACES[place]
+  form = Forms(RULE, promise=promise, number="token")
+  source = base(tmp_path / "base", changes, reserved)
+  adapter = write_adapter(tmp_path / "adapter.safetensors", source, form=form)
+  checkpoint, model = with_adapter(source, adapter)
+  vocabulary = checkpoint.vocabulary
+  assert vocabulary.tag_ids == checkpoint.config.tag_ids == (*tags, *lengths)
+  assert vocabulary.table.lengths.tolist() == list(lengths)
+  assert not set(vocabulary.tag_ids) & set(vocabulary.tags.eos)
+  # No text becomes a length, which other forms leave what it was; nothing of it is lost.
+  names = length_texts(promise)
+  text = "".join(reserved) + "".join(names) + names[0][:-1] + "x"
+  plain = load_checkpoint(source)
+  assert plain.config.tag_ids == (() if tuple(tags)[0] >= plain.config.vocab_size else tuple(tags))
+  if place == "reserved entries":
+    assert plain.tokenizer.encode(reserved[0]) == [3] and checkpoint.tokenizer.encode(reserved[-7]) != [71]
+  export(tmp_path / "merged", plain, adapter, form="merged", dtype="float32")
+  merged = load_checkpoint(tmp_path / "merged")
+  assert merged.form == form and merged.vocabulary.tag_ids == vocabulary.tag_ids
+  for tokenizer in (checkpoint.tokenizer, merged.tokenizer):
+    tokens = tokenizer.encode(text)
+    chat = tokenizer.chat_prompt([{"role": "user", "content": text}])
+    assert not {*tokens, *chat} & set(vocabulary.tag_ids) and tokenizer.decode(tokens) == text
+  # Logits of the two engines, of the merged weights and of an adapter for PEFT.
+  tokens, positions, mask = program(vocabulary)
+  assert set(tokens[0].tolist()) & set(lengths)
+  expected = logits(model, tokens, positions, mask)
+  both = logits(build.from_params(merged.config, merged.params), tokens, positions, mask)
+  np.testing.assert_allclose(both, expected, atol=1e-4, rtol=1e-4)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
+  np.testing.assert_allclose(
+    torch_logits(theirs.eval(), tokens, positions, mask), expected, atol=1e-4, rtol=1e-4
+  )
+  their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+  assert their_tokenizer.convert_tokens_to_ids(list(names)) == list(lengths)
+  export(tmp_path / "peft", plain, adapter, form="peft", dtype="float32")
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager")
+  if max(vocabulary.tag_ids) >= theirs.config.vocab_size:
+    theirs.resize_token_embeddings(max(vocabulary.tag_ids) + 1, mean_resizing=False)
+  theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft").eval()
+  np.testing.assert_allclose(torch_logits(theirs, tokens, positions, mask), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_with_lengths_decodes_and_is_refused_where_its_rows_are_others(tmp_path: Path):
+  form = Forms(RULE, "live", "head", "token")
+  source = base(tmp_path / "base", dict(vocab_size=512), ())
+  adapter = write_adapter(tmp_path / "adapter.safetensors", source, form=form)
+  settings = with_fields(Config(), "decode", dtype="float32", max_new_tokens=60, promise_bias=6.0)
+  ours = Model(with_fields(settings, "model", source=str(source), adapter=str(adapter)))
+  assert ours.forms == form
+  export(tmp_path / "merged", load_checkpoint(source), adapter, form="merged", dtype="float32")
+  theirs = Model(with_fields(settings, "model", source=str(tmp_path / "merged"), adapter=""))
+  one, other = (g.generate("What now?").trace for g in (ours, theirs))
+  assert [t.tokens.tolist() for t in one.threads] == [t.tokens.tolist() for t in other.threads]
+  assert len(one.threads) > 1
+  with pytest.raises(AdapterError, match="has its tags in vocabulary rows 512"):
+    read_adapter(adapter, load_checkpoint(source).config)
 
 
 @EVERY
@@ -288,7 +369,7 @@ def test_smollm2s_vocabulary_takes_the_tags(smollm2_checkpoint, tmp_path: Path):
   """It has an ordinary token `"/>`, which must stay one."""
   transformers = pytest.importorskip("transformers")
   ids, ours = smollm2_checkpoint.vocabulary.tags.ids, smollm2_checkpoint.tokenizer
-  ours.save(tmp_path, ids)
+  ours.save(tmp_path, token_texts(ids, "topic"))
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert len(theirs) == ids[-1] + 1 and tuple(theirs.convert_tokens_to_ids(list(TOKEN_TEXTS))) == ids
   back = Tokenizer.from_folder(tmp_path)

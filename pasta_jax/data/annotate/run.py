@@ -21,6 +21,7 @@ from pasta_jax.data.annotate import check, measure, plan, prompts
 from pasta_jax.data.examples import read_annotated
 from pasta_jax.data.prompts import read_prompts
 from pasta_jax.data.sources import Source, decontaminate, read_instructions
+from pasta_jax.lang.forms import from_config
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.endpoint import Endpoint
@@ -51,7 +52,7 @@ def annotate(config, workdir: Path) -> dict:
     rows = [rows[i * len(rows) // c.limit] for i in range(c.limit)]
   other = read_annotated(c.against) if c.against else []
   by_model = _ByModel(c, workdir) if c.kind != "structure" else None  # before anything is written
-  vocabulary = load_checkpoint(config.model.source).vocabulary.speaking(config.language.promise)
+  vocabulary = load_checkpoint(config.model.source).vocabulary.speaking(from_config(config))
   with locked(workdir / LOCK):
     report = _annotate(config, workdir, source, rows, other, by_model, vocabulary)
   _show(report, workdir)

@@ -115,7 +115,7 @@ def _timelines(run: Run) -> dict[str, dict[str, str]]:
         ("finish", record.finish_reason),
       ]
       trace = from_json(r["trace"], vocabulary, rule)
-      svg = timeline_svg(trace, vocabulary.speaking(trace.promise), caption)
+      svg = timeline_svg(trace, vocabulary.speaking(trace.form), caption)
       drawn.setdefault(name, {})[r["id"]] = _packed(svg.replace(timeline_style(), ""))
       bar.advance(task)
   return drawn
