@@ -80,7 +80,7 @@ def _fields(row: dict) -> tuple[str, list[_Chunk], list[int]]:
   return response, chunks, syncs
 
 
-def _prompt(row: dict) -> str:
+def prompt_of(row: dict) -> str:
   """The prompt of a row. Raises DataError."""
   prompt = row.get("prompt")
   if not isinstance(prompt, str) or not is_unicode(prompt):
@@ -176,7 +176,7 @@ class _LayOut:
   def __call__(self, row: dict) -> tuple[bool, Layout] | _Left | str:
     encode = lambda program: encoded(program, self.vocabulary, self.rule)
     try:
-      message = {"role": "user", "content": _prompt(row)}
+      message = {"role": "user", "content": prompt_of(row)}
       thread = encode(program_of(row))
       prompt = self.vocabulary.tokenizer.chat_prompt([message])
     except DataError as error:
@@ -246,7 +246,7 @@ def read_annotated(path: str) -> list[dict]:
   """
   rows = [row | {key: row.get(key) or [] for key in ("chunks", "syncs")} for row in _located(path)]
   for row in rows:
-    _prompt(row)
+    prompt_of(row)
     program_of(row)
   return rows
 

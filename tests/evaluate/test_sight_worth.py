@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from helpers import tiny
 
-from pasta_jax.evaluate import sight_worth
+from pasta_jax.evaluate import nats, sight_worth
 from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.positions import PositionRule
 
@@ -24,6 +24,7 @@ def measured():
   model = tiny.model()
   fake = types.SimpleNamespace(
     model=model,
+    has_tags=True,
     vocabulary=tiny.VOCABULARY,
     forms=Forms(PositionRule("fixed", 5)),
     encode=lambda prompt: tiny.VOCABULARY.tokenizer.encode(prompt),
@@ -32,24 +33,26 @@ def measured():
 
 
 def test_parts_are_counted_once_and_rules_agree_where_nothing_is_promised(measured):
-  chunks, plain = measured
-  assert chunks.tokens.tolist() == [8, 4, 4] and plain.tokens.tolist() == [8, 0, 8]
-  for row in measured:
-    for nats in row.nats.values():
-      assert nats[0] == pytest.approx(nats[1] + nats[2]) and np.isfinite(nats).all()
-  for name in sight_worth.RULES:
-    np.testing.assert_allclose(plain.nats[name], plain.nats["promise"])
-  different = {tuple(np.round(chunks.nats[name], 6)) for name in sight_worth.RULES}
+  nats, tokens = measured
+  assert tokens.tolist() == [[8, 4, 4], [8, 0, 8]]  # with chunks, plain
+  for sums in nats.values():
+    np.testing.assert_allclose(sums[:, 0], sums[:, 1] + sums[:, 2])
+    assert np.isfinite(sums).all()
+    np.testing.assert_allclose(sums[1], nats["promise"][1])
+  different = {tuple(np.round(sums[0], 6)) for sums in nats.values()}
   assert len(different) == 3  # each rule shows the chunks something else
 
 
-def test_intervals_are_over_rows_and_paired(measured):
-  figures = sight_worth.summarise([*measured] * 20)
+def test_intervals_are_over_rows_and_paired(measured, capsys):
+  sums, tokens = measured
+  tiled = {name: np.tile(x, (20, 1)) for name, x in sums.items()}
+  figures = nats.summarise(tiled, np.tile(tokens, (20, 1)), sight_worth.PARTS)
   for by_rule in figures.values():
     assert by_rule["promise"]["difference"] == by_rule["promise"]["low"] == by_rule["promise"]["high"] == 0
     for f in by_rule.values():
       assert f["low"] <= f["difference"] <= f["high"]
       assert f["nats"] == pytest.approx(by_rule["promise"]["nats"] + f["difference"])
   assert set(figures) == set(sight_worth.PARTS)
-  sight_worth.draw(figures)
-  sight_worth.show(figures, 2)
+  assert [len(axes.lines) for axes in nats.draw(figures).axes] == [5, 5, 5]  # two rules, and zero
+  nats.show(figures, "a title")
+  assert "against promise" in capsys.readouterr().out
