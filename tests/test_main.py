@@ -11,7 +11,8 @@ from absl import flags
 from helpers.folders import trained_config, with_fields
 from ml_collections import config_flags
 
-from configs.ablations import positions, preference
+from configs.ablations import forms, positions, preference
+from pasta_jax.config import from_flags
 from pasta_jax.decode import command
 from pasta_jax.decode.generator import DecodeError, Model
 from pasta_jax.lang.positions import STRATEGIES
@@ -101,7 +102,7 @@ def parsed(words: list[str], monkeypatch) -> flags.FlagValues:
   monkeypatch.setattr(sys, "argv", words)  # where ml_collections looks for overrides
   values = flags.FlagValues()
   config_flags.DEFINE_config_file("config", flag_values=values)
-  for name in ("mode", "workdir"):
+  for name in ("mode", "workdir", "adapters", "data", "output"):
     flags.DEFINE_string(name, "", "", flag_values=values)
   values(words)
   return values
@@ -121,6 +122,32 @@ def test_every_step_of_the_ablation_is_a_command_that_parses(monkeypatch):
     if values.mode == "eval":
       strategy = values.config.positions.strategy
       assert values.config.systems.pasta.adapter == f"a folder/runs/{strategy}/train/adapter.safetensors"
+
+
+def test_every_step_of_the_ablation_of_forms_parses(monkeypatch):
+  """Rows are chosen before they are trained on, by every form alike; what was trained is evaluated and read."""
+  steps = forms.sweep("a folder/runs", "a.jsonl*2,b.jsonl", "held.jsonl", "p.jsonl", "--config.train.seed=3")
+  commands = [shlex.split(c) for c in steps]
+  found = [parsed(words[2 if "-m" in words else 1 :], monkeypatch) for words in commands]
+  assert all(f.config.train.seed == 3 for f in found)
+  by_topic, by_head, *trained, evaluated, read = found
+  assert [words[2] for words in commands if words[1] == "-m"] == [
+    *["pasta_jax.data.choose"] * 2, "pasta_jax.evaluate.text_nats",
+  ]  # fmt: skip
+  assert by_topic.config.train.data == "a.jsonl*2,b.jsonl" and by_topic.config.train.min_speedup == 1.4
+  assert by_head.config.train.data == by_topic.output and by_head.config.language.promise == "head"
+  for f in (by_head, *trained):
+    assert f.config.train.min_speedup == 0 and f.config.train.plain_share == 1
+  adapters = [f"{f.workdir}/adapter.safetensors" for f in trained]
+  for form, f in zip(forms.FORMS, trained, strict=True):
+    assert f.mode == "train" and f.workdir == f"a folder/runs/{form}/train"
+    assert f.config.train.data == by_head.output and f.config.train.validation == "held.jsonl"
+    assert (f.config.train.steps, f.config.train.annotation == "none") == (275, form == "baseline")
+  assert [evaluated.config.systems[form].adapter for form in forms.FORMS] == adapters
+  assert evaluated.mode == "eval" and from_flags(evaluated.config).eval.systems == ("topic", "head", "live")
+  assert read.data == "held.jsonl" and sorted(read.adapters.split(",")) == sorted(adapters)
+  with pytest.raises(ValueError, match="'short' is none of topic, head, live, baseline"):
+    forms.get_config("short")
 
 
 def test_every_step_of_the_preference_ablation_parses(monkeypatch, tmp_path):

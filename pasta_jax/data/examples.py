@@ -147,6 +147,7 @@ class Selection:
   too_long: int
   too_slow: int  # with chunks, but a theoretical parallelism below `min_speedup`
   too_plain: int  # without chunks, beyond `plain_share`
+  rows: list[int]  # the number of each example's row
 
 
 class _Left(enum.Enum):
@@ -223,20 +224,22 @@ def examples(
   """
   if annotation not in ANNOTATIONS:
     raise DataError(f"annotation must be one of {', '.join(ANNOTATIONS)}, not {annotation!r}")
-  chunked: list[Layout] = []
-  plain: list[Layout] = []
+  chunked: list[tuple[int, Layout]] = []
+  plain: list[tuple[int, Layout]] = []
   too_long = too_slow = 0
   lay_out = _LayOut(vocabulary, rule, annotation, max_length, min_speedup)
-  for found in parallel_map(lay_out, rows, workers):
+  for number, found in enumerate(parallel_map(lay_out, rows, workers)):
     if isinstance(found, str):
       raise DataError(found)
     too_long += found is _Left.TOO_LONG
     too_slow += found is _Left.TOO_SLOW
     if isinstance(found, tuple):
       has_chunks, laid = found
-      (chunked if has_chunks else plain).append(laid)
+      (chunked if has_chunks else plain).append((number, laid))
   room = len(plain) if plain_share >= 1 else int(len(chunked) * plain_share / (1 - plain_share))
-  return Selection(chunked + plain[:room], too_long, too_slow, max(len(plain) - room, 0))
+  kept = chunked + plain[:room]
+  too_plain = len(plain) + len(chunked) - len(kept)
+  return Selection([laid for _, laid in kept], too_long, too_slow, too_plain, [number for number, _ in kept])
 
 
 def read_annotated(path: str) -> list[dict]:
