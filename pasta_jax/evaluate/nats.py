@@ -189,16 +189,16 @@ def draw(figures: Figures) -> matplotlib.figure.Figure:
 def show(figures: Figures, title: str) -> None:
   """The table in the terminal."""
   first = next(iter(next(iter(figures.values()))))
-  table = rich.table.Table(title=escape(title))
+  table = rich.table.Table(title=escape(f"{title}, and the difference to {_label(first)}"))
   table.add_column("")
-  for heading in ("tokens", "nats a token", f"against {_label(first)}", "95 %"):
-    table.add_column(escape(heading), justify="right")
+  for heading in ("nats", "difference", "95 %"):
+    table.add_column(heading, justify="right", no_wrap=True)
   for part, by_name in figures.items():
     table.add_section()
-    table.add_row(f"[bold]{part}[/bold]", f"{next(iter(by_name.values()))['tokens']:,}")
+    table.add_row(f"[bold]{part}[/bold], {by_name[first]['tokens']:,} tokens")
     for name, f in by_name.items():
       against = [] if name == first else [f"{f['difference']:+.4f}", f"{f['low']:+.4f} to {f['high']:+.4f}"]
-      table.add_row(f"  {escape(_label(name))}", "", f"{f['nats']:.4f}", *against)
+      table.add_row(f"  {escape(_label(name))}", f"{f['nats']:.4f}", *against)
   rich.console.Console().print(table)
 
 

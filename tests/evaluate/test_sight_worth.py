@@ -55,4 +55,4 @@ def test_intervals_are_over_rows_and_paired(measured, capsys):
   assert set(figures) == set(sight_worth.PARTS)
   assert [len(axes.lines) for axes in nats.draw(figures).axes] == [5, 5, 5]  # two rules, and zero
   nats.show(figures, "a title")
-  assert "against promise" in capsys.readouterr().out
+  assert "difference to promise" in " ".join(capsys.readouterr().out.split())
