@@ -3,7 +3,7 @@
     python configs/ablations/forms.py RUNS_FOLDER TRAINING_DATA VALIDATION_DATA PROMPTS_FILE [flags for all] | bash -e
 
     topic      a promise names its topic; a chunk sees what stood before its promise (the paper's)
-    head       the promising thread writes the head of a part
+    head       the promising thread writes the head of a part, and a promise is one token
     live       the same, and chunks read along
     baseline   no tags
 
@@ -25,8 +25,8 @@ from pasta_jax.config import Config, System, to_flags, with_changes  # noqa: E40
 
 FORMS = {
   "topic": {},
-  "head": {"language.promise": "head"},
-  "live": {"language.promise": "head", "language.visibility": "live"},
+  "head": {"language.promise": "head", "language.number": "token"},
+  "live": {"language.promise": "head", "language.number": "token", "language.visibility": "live"},
   "baseline": {"train.annotation": "none"},
 }
 SAME_ROWS = ["--config.train.min_speedup=0", "--config.train.plain_share=1"]

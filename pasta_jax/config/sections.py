@@ -24,6 +24,7 @@ from pasta_jax.config.fields import (
 VISIBILITIES = ("promise", "live")  # who sees whom (lang.forms)
 PROMISE_FORMS = ("topic", "head")  # what says what a promise is about (lang.forms)
 NUMBER_FORMS = ("digits", "token")  # how a promise says its length (lang.forms)
+LENGTH_CHOICES = ("likeliest", "median", "apart")  # of lengths that are tokens (decode.sampling)
 STRATEGIES = ("pred_10x", "pred_1x", "fixed", "oracle", "max", "sum")  # of positions (lang.positions)
 ANNOTATIONS = ("plan", "structure", "none")  # of responses (data.examples)
 DTYPES = ("float32", "bfloat16")
@@ -196,6 +197,8 @@ class Decode(Section):
   seed: int = 0
   # form in which an adapter is decoded; "": its own, others are experiments
   visibility: str = setting("", one_of(("", *VISIBILITIES)), identity=PROMISES, late=True)
+  # which length a greedy promise gets where each is a token; apart: each competes with text on its own
+  length: str = setting("likeliest", one_of(LENGTH_CHOICES), identity=PROMISES, late=True)
   attention: str = setting("auto", one_of(DECODE_ATTENTION), identity=NEVER)  # program of steps and prefill
   product: str = setting("xla", one_of(PRODUCTS), identity=NEVER)  # program of matrix products
   live: bool = setting(True, identity=NEVER)  # show branches while they are written, on a terminal

@@ -26,11 +26,11 @@ from pasta_jax.weights.checkpoint import load_checkpoint
 
 def choose(config, rows: Sequence[dict], vocabulary: Vocabulary) -> Selection:
   """The selection of `config.train`. Raises ValueError, one line, if no row is left, or for an unusable one."""
-  c = config.train
+  c, form = config.train, forms.from_config(config)
   found = examples(
     rows,
-    vocabulary.speaking(config.language.promise),
-    forms.from_config(config).positions,
+    vocabulary.speaking(form),
+    form.positions,
     annotation=c.annotation,
     max_length=c.length,
     min_speedup=c.min_speedup,

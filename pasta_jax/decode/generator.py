@@ -161,6 +161,7 @@ class Model:
       number=self.forms.number,
       guard=d.guard,
       no_repeat=d.no_repeat,
+      length=d.length,
       attention=d.attention,
     )
     self._batch_size, self._branch_width = d.batch_size, min(d.max_branches, 4)

@@ -113,7 +113,8 @@ def choose(logits: jax.Array, state: State, branch: Branch, tables: TokenTables,
     scores = ban(scores, state.threads.kept_last, branch.taken & (view.state == A.TOPIC))
   scores = jnp.where(allowed, scores, MASK_VALUE)
   key = jax.random.fold_in(jax.random.wrap_key_data(thread.key), view.index + 1)
-  return draw(scores, key, tables.lengths if features.promises else jnp.array([], int), sampling, features)
+  as_class = features.promises and features.length != "apart"
+  return draw(scores, key, tables.lengths[: None if as_class else 0], sampling, features)
 
 
 def penalise(logits: jax.Array, tokens: jax.Array, remembered: jax.Array, penalty: jax.Array) -> jax.Array:
