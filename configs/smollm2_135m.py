@@ -14,8 +14,11 @@ from ml_collections import ConfigDict
 from pasta_jax.config import Config, to_flags, with_changes
 
 _PASTA = {"systems.pasta.adapter": "pasta", "systems.sequential.adapter": "pasta"}
+# Parts that read along: --mode=train teaches these forms of the language (docs/language.md sections 2.5, 2.6, 3.1).
+# A released adapter has its own, which decoding and stage two take from it.
+_READ_ALONG = {"language.visibility": "live", "language.promise": "head", "language.number": "token"}
 _CHANGES = {
-  "": {},
+  "": _READ_ALONG,
   "baseline": _PASTA | {"model.adapter": "baseline", "train.annotation": "none", "decode.parallel": False},
   "apar": _PASTA | {"model.adapter": "apar", "train.annotation": "structure"},
 }
@@ -23,7 +26,7 @@ _CHANGES = {
 
 def get_config(arg: str = "") -> ConfigDict:
   """`arg`: "" for PASTA; "baseline" for Baseline-SFT (the same rows without tags); "apar" for APAR (the same
-  rows, chunks by form, no joins)."""
+  rows, chunks by form, no joins, the paper's form of promises)."""
   if arg not in _CHANGES:
     raise ValueError(f"smollm2_135m: unknown argument {arg!r}; leave it out, or write ':baseline' or ':apar'")
   return to_flags(with_changes(Config(), _CHANGES[arg]))

@@ -25,6 +25,7 @@ def get_config(arg: str = "pred_10x") -> ConfigDict:
   if arg not in STRATEGIES:
     raise ValueError(f"positions: {arg!r} is none of {', '.join(STRATEGIES)}")
   config = smollm2_135m.get_config()
+  config.language.update(visibility="promise", promise="topic", number="digits")  # the paper's forms
   config.positions.strategy = arg
   return config
 

@@ -37,6 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
   c.systems.baseline.adapter = "runs/gemma_7b/baseline/adapter.safetensors"
   for system in ("apar", "fast", "quality"):  # their adapters would be SmolLM2's
     del c.systems[system]
+  c.language.update(visibility="promise", promise="topic", number="digits")  # the paper's forms
   c.train.update(
     length=2048,
     batch_size=8,

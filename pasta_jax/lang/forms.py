@@ -1,7 +1,7 @@
 """The form of the language that an adapter speaks: who sees whom, what a promise says and how, and positions.
 
 The paper's form is the default. An adapter's metadata carry its form, and everything that encodes, lays out, decodes
-or judges takes it from there (docs/language.md sections 2.5, 3.1 and 4).
+or judges takes it from there (docs/language.md sections 2.5, 2.6, 3.1 and 4).
 """
 
 import dataclasses

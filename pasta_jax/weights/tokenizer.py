@@ -263,8 +263,8 @@ class Tokenizer:
 
   def save(self, folder: Path, tags: Mapping[int, str] | None = None) -> None:
     """Writes tokenizer.json, tokenizer_config.json and generation_config.json to an existing folder, for
-    `from_folder` and Hugging Face; with these texts of tags (`Vocabulary.token_texts`) as vocabulary entries, by
-    id."""
+    `from_folder` and Hugging Face; with these texts of tags (`syntax.token_texts`), by id, as vocabulary entries
+    that transformers does not generate."""
     parts = json.loads(self._backend.to_str()) | self._stored
     for entry in parts["added_tokens"]:
       entry |= self._blanks.get(entry["content"], {})
@@ -277,6 +277,7 @@ class Tokenizer:
     config |= {"chat_template": self.chat_template} if self.chat_template else {}
     write_json(folder / "tokenizer_config.json", config)
     others = {f"{name}_id": self._named[name] for name in ("bos_token", "pad_token") if name in self._named}
+    others |= {"bad_words_ids": [[index] for index in sorted(tags)]} if tags else {}
     write_json(folder / "generation_config.json", {"eos_token_id": self.eos_token_id, **others})
 
   @property

@@ -152,7 +152,8 @@ def test_no_text_yields_a_tag(place: str, made):
 @pytest.mark.parametrize("place", LENGTH_PLACES)
 def test_lengths_take_rows_too_and_come_back(place: str, promise: str, tmp_path: Path):
   """Reserved entries, rows without a token, else new rows; in exported files each has its name."""
-  transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  peft = pytest.importorskip("peft")
   changes, reserved, tags, lengths = LENGTH_PLACES[place]
   form = Forms(RULE, promise=promise, number="token")
   source = base(tmp_path / "base", changes, reserved)
@@ -180,12 +181,16 @@ def test_lengths_take_rows_too_and_come_back(place: str, promise: str, tmp_path:
   tokens, positions, mask = program(vocabulary)
   assert set(tokens[0].tolist()) & set(lengths)
   expected = logits(model, tokens, positions, mask)
+  banned = json.loads((tmp_path / "merged" / "generation_config.json").read_text())["bad_words_ids"]
+  assert sorted(banned) == sorted([index] for index in vocabulary.tag_ids)
   both = logits(build.from_params(merged.config, merged.params), tokens, positions, mask)
   np.testing.assert_allclose(both, expected, atol=1e-4, rtol=1e-4)
   theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", attn_implementation="eager")
   np.testing.assert_allclose(
     torch_logits(theirs.eval(), tokens, positions, mask), expected, atol=1e-4, rtol=1e-4
   )
+  written = theirs.generate(torch.tensor(tokens[:, :20]), max_new_tokens=20, do_sample=False, pad_token_id=0)
+  assert not set(written[0, 20:].tolist()) & set(vocabulary.tag_ids)
   their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
   assert their_tokenizer.convert_tokens_to_ids(list(names)) == list(lengths)
   export(tmp_path / "peft", plain, adapter, form="peft", dtype="float32")
