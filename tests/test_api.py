@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import pasta_jax
-from pasta_jax.decode.generator import DecodeError, Model
+from pasta_jax.config import Config, with_changes
+from pasta_jax.decode.generator import DecodeError, Model, decode_settings
 from pasta_jax.decode.scheduler import DecodeRequest
 from pasta_jax.decode.settings import SamplingConfig
-from pasta_jax.weights.adapter import Adapter, write_adapter
+from pasta_jax.weights.adapter import Adapter, read_adapter, write_adapter
 from pasta_jax.weights.checkpoint import TINY, load_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +58,33 @@ def test_a_response_has_text_trace_record_and_timeline(model, tmp_path):
   with pytest.raises(ValueError, match="must end in .html or .svg"):
     answer.timeline(tmp_path / "a.png")
   assert sorted(p.name for p in tmp_path.iterdir()) == ["a.html", "a.svg"]
+
+
+def test_a_flag_counts_before_the_adapters_own_settings_and_these_before_the_defaults(adapter, tmp_path):
+  """Identity has the values that decoding takes, so older runs and either way of giving a value agree."""
+  config = load_checkpoint(TINY).config
+  own = read_adapter(adapter, config)._replace(metadata={"decode": '{"no_repeat": 3, "promise_bias": 2}'})
+  write_adapter(tmp_path / "own.safetensors", own, config)
+
+  def taken(path: Path, **settings) -> tuple[dict, tuple]:
+    model = pasta_jax.load("tiny", path, max_new_tokens=8, kv_capacity=256, **settings)
+    changes = {"model.source": "tiny", **{f"decode.{k}": v for k, v in settings.items()}}
+    s, features = model.sampling, model.interpreter(True).features
+    return (
+      decode_settings(with_changes(Config(), changes), str(path), parallel=True),
+      (s.repetition_penalty, features.no_repeat, s.promise_bias),
+    )
+
+  for path, settings, wanted in (
+    (adapter, {}, (1.1, 16, 1.5)),
+    (tmp_path / "own.safetensors", {}, (1.1, 3, 2.0)),
+    (tmp_path / "own.safetensors", {"no_repeat": 0, "repetition_penalty": 1.0}, (1.0, 0, 2.0)),
+  ):
+    stored, values = taken(path, **settings)
+    assert values == wanted
+    assert tuple(stored[f"decode.{n}"] for n in ("repetition_penalty", "no_repeat", "promise_bias")) == wanted
+    names = ("repetition_penalty", "no_repeat", "promise_bias")
+    assert taken(path, **dict(zip(names, wanted)))[0] == stored
 
 
 def test_a_batch_gives_what_single_prompts_give(model):

@@ -107,6 +107,18 @@ def test_flags_of_the_first_readme(monkeypatch):
   assert config.systems["baseline"].adapter == "mine.safetensors"
 
 
+def test_a_setting_that_is_left_open(monkeypatch):
+  """It has no value but a type, on the command line too; what a run's config.json has counts as given."""
+  config = parsed(["--config.decode.promise_bias=1"], monkeypatch)
+  assert config.decode.promise_bias == 1.0 and config.decode.no_repeat is None
+  assert config.to_dict()["decode"]["no_repeat"] is None and parsed([], monkeypatch).decode == Config().decode
+  with pytest.raises(SystemExit):  # absl has named the flag
+    parsed(["--config.decode.no_repeat=few"], monkeypatch)
+  resolved = config.decode.resolved({"promise_bias": 3.0, "no_repeat": 0})
+  assert (resolved.promise_bias, resolved.no_repeat, resolved.repetition_penalty) == (1.0, 0, 1.1)
+  assert set(sections.OWN_SETTINGS) == {n for n, v in vars(Config().decode).items() if v is None}
+
+
 def test_lists_are_written_with_spaces_too():
   config = with_changes(
     Config(), {"train.data": " b , a*1,", "eval.judges": "", "preference.weights": "1, inf"}

@@ -158,10 +158,13 @@ def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
 
 def to_flags(config: Config) -> Any:
   """An ml_collections ConfigDict of the same settings, for flags and for config files to change. Systems that
-  follow model.adapter share its value."""
-  from ml_collections import ConfigDict  # here: users of the library need it not
+  follow model.adapter share its value; an optional setting that is left open keeps its type."""
+  from ml_collections import ConfigDict, config_dict  # here: users of the library need it not
 
   found = ConfigDict(config.to_dict())
+  for f in dataclasses.fields(config.decode):
+    if getattr(config.decode, f.name) is None:
+      found.decode[f.name] = config_dict.placeholder(f.type.__args__[0])  # type: ignore[union-attr]
   followers = [name for name, system in config.systems.items() if system.follows_model]
   for name in followers:
     found.systems[name].adapter = found.model.get_ref("adapter")

@@ -124,7 +124,8 @@ def check_rules(kind: type, name: str, values: Mapping[str, Any]) -> None:
   """Raises ValueError, one line, for one of `values` that breaks the rules of its field of `kind`, a section
   class that is called `name`."""
   for f in dataclasses.fields(kind):
-    for rule in (_usable, *f.metadata.get("rules", ())) if f.name in values else ():
+    given = values.get(f.name) is not None  # None: an optional setting that was left open
+    for rule in (_usable, *f.metadata.get("rules", ())) if given else ():
       if wrong := rule(values[f.name]):
         raise ValueError(f"{name}.{f.name} {wrong}")
 

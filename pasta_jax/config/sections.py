@@ -40,6 +40,8 @@ JUDGES = ("local", "llm")  # of evaluation (judges.registry)
 DECODINGS = ("parallel", "sequential", "skeleton")  # of a system that is evaluated
 PROVIDERS = ("openai", "gemini")  # protocols of model endpoints (utils.endpoint)
 EXPORTS = ("merged", "peft")  # forms of exported weights (weights.export)
+# Settings of decoding that an adapter may carry (weights.adapter), with the values where neither it nor the user says.
+OWN_SETTINGS: Mapping[str, Any] = {"repetition_penalty": 1.1, "no_repeat": 16, "promise_bias": 1.5}
 
 
 def _weights(weights: tuple[float, ...]) -> str:
@@ -190,9 +192,12 @@ class Decode(Section):
   top_k: int = setting(0, at_least(0))  # 0: off
   top_p: float = setting(1.0, within("(0, 1]"))
   min_p: float = setting(0.0, within("[0, 1)"))
-  repetition_penalty: float = setting(1.1, at_least(1))  # 1: off
-  no_repeat: int = setting(16, between(0, 1024))  # block topics and n-grams of this length; 0: off
-  promise_bias: float = setting(1.5, identity=PROMISES)  # added to the logit of a promise's opening tag
+  # None, of the next three: the adapter's own, otherwise OWN_SETTINGS (`resolved`)
+  repetition_penalty: float | None = setting(None, at_least(1))  # 1: off
+  no_repeat: int | None = setting(None, between(0, 1024))  # block topics and n-grams of this length; 0: off
+  promise_bias: float | None = setting(
+    None, identity=PROMISES
+  )  # added to the logit of a promise's opening tag
   speed: int = setting(-1, identity=NEVER)  # of adapters that have it; 0: best quality; -1: none
   seed: int = 0
   # form in which an adapter is decoded; "": its own, others are experiments
@@ -212,6 +217,11 @@ class Decode(Section):
         f"decode.kv_capacity={self.kv_capacity} must be above decode.max_branches={self.max_branches}: a step "
         "writes an entry for each branch"
       )
+
+  def resolved(self, own: Mapping[str, Any]) -> "Decode":
+    """With a value for every setting: what was given, otherwise the adapter's `own`, otherwise OWN_SETTINGS."""
+    values = {**OWN_SETTINGS, **own}
+    return dataclasses.replace(self, **{n: v for n, v in values.items() if getattr(self, n) is None})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,7 +131,7 @@ def _settings(config, rows: Sequence[dict]) -> dict:
     "prompts' digest": hashlib.sha256(to_json([r["prompt"] for r in rows]).encode()).hexdigest()[:16],
     "decode.parallel": config.decode.parallel,
     "decode.speed": config.decode.speed,
-    **decode_settings(config, parallel=config.decode.parallel),
+    **decode_settings(config, config.model.adapter, parallel=config.decode.parallel),
   }
 
 

@@ -24,8 +24,8 @@ from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.utils.environment import cache_folder, use_compilation_cache
 from pasta_jax.weights import build
-from pasta_jax.weights.adapter import has_tags, read_adapter, read_metadata, weights_of
-from pasta_jax.weights.checkpoint import DEFAULT_MODEL, load_checkpoint
+from pasta_jax.weights.adapter import has_tags, own_settings, read_adapter, read_metadata, weights_of
+from pasta_jax.weights.checkpoint import DEFAULT_MODEL, load_checkpoint, metadata_of
 
 EMBEDDED = {
   name: f"smollm2_135m_{name}.safetensors"
@@ -85,9 +85,13 @@ def adapter_digest(name: str) -> str | None:
   return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
 
 
-def decode_settings(config, *, parallel: bool) -> dict:
-  """The fields of `config.decode` that a response depends on, with promises (`parallel`) or without."""
-  return {f"decode.{k}": v for k, v in identity(config.decode, promises=parallel).items()}
+def decode_settings(config, adapter: str, *, parallel: bool) -> dict:
+  """The settings of decoding that a response of an adapter depends on, with promises (`parallel`) or without: the
+  fields of `config.decode`, with the adapter's own where none is given. Raises as `source_of` and `metadata_of`."""
+  path = adapter_path(adapter)
+  metadata = metadata_of(source_of(config, adapter)) | (read_metadata(path) if path else {})
+  decode = config.decode.resolved(own_settings(metadata))
+  return {f"decode.{k}": v for k, v in identity(decode, promises=parallel).items()}
 
 
 def with_speed(message: Mapping[str, str], speed: int) -> dict[str, str]:
@@ -124,6 +128,7 @@ class Model:
     self.vocabulary = checkpoint.vocabulary
     if d.visibility:
       self.forms = dataclasses.replace(self.forms, visibility=d.visibility)
+    d = d.resolved(own_settings(metadata))
     # The speeds that the adapter was trained for.
     self.speeds: tuple[int, ...] = tuple(json.loads(metadata.get("speeds", "[]")))
     self.model = build.for_decoding(

@@ -17,7 +17,7 @@ def settings_of(config, name: str, *, timed: bool) -> dict:
   }
   if system.promises:
     out |= {f"positions.{k}": v for k, v in identity(config.positions).items()}
-  out |= decode_settings(config, parallel=system.promises)
+  out |= decode_settings(config, entry.adapter, parallel=system.promises)
   if (speed := config.decode.speed if entry.speed is None else entry.speed) >= 0:
     out["decode.speed"] = speed
   out["decode.dtype"] = config.decode.dtype if timed else e.dtype

@@ -73,7 +73,7 @@ def draw_samples(
   """
   c = config.preference
   digest = adapter_digest(adapter)
-  settings = decode_settings(config, parallel=True) | {
+  settings = decode_settings(config, adapter, parallel=True) | {
     "source": config.model.source,
     "adapter's sha256": digest,
     "samples": c.samples,

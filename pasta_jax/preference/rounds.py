@@ -42,7 +42,7 @@ from pasta_jax.utils.json_io import read_json
 from pasta_jax.utils.locks import LOCK, locked
 from pasta_jax.utils.records import agree
 from pasta_jax.utils.typed import checked
-from pasta_jax.weights.adapter import form_of, has_tags, read_metadata
+from pasta_jax.weights.adapter import has_tags, read_metadata
 from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
 
 
@@ -210,7 +210,8 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], ju
   """Chooses the pairs for each quality weight, trains on all of them and writes the round's report."""
   config, c = job.config, job.config.preference
   folder, before = job.folder(policy, number), job.adapter(policy, number - 1)
-  form = form_of(before)
+  metadata = read_metadata(before)
+  form = forms.from_metadata(metadata)
   checkpoint = job.checkpoint(before).speaking(form)
   vocabulary = checkpoint.vocabulary
   training_pairs: list[PreferencePair] = []
@@ -240,6 +241,7 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], ju
   notes = {"weights": ", ".join(f"{w:g}" for w in policy.weights), "round": str(number)}
   if policy.conditioned:
     notes["speeds"] = json.dumps(sorted(policy.speed(w) for w in policy.weights))
+  notes |= {k: v for k, v in metadata.items() if k == "decode"}  # settings that the start decodes with
   train_on_pairs(
     config,
     folder / "train",

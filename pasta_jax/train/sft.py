@@ -1,7 +1,7 @@
 """Supervised finetuning on annotated responses: PASTA, and Baseline-SFT on the same data without tags."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from pasta_jax.train.losses import sft_loss
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.state import TrainState, make_model
 from pasta_jax.train.trainer import Sums, Task, Trainer, training_mesh
+from pasta_jax.weights.adapter import settings_entry
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 
@@ -40,9 +41,12 @@ class SFT(Task):
     data: Sequence[Layout] = (),
     held_out: Sequence[Layout] = (),
     form: Forms = Forms(),
+    notes: Mapping[str, str] | None = None,
   ):
-    """`data` to train on and `held_out` to validate on, laid out in `form`."""
+    """`data` to train on and `held_out` to validate on, laid out in `form`; `notes` are further entries of the
+    adapter's header."""
     super().__init__(settings, form)
+    self._notes = notes or {}
     self._data = data
     levels = max((e.masked_intervals.shape[1] for e in (*data, *held_out)), default=1)
     shape = dict(batch_size=settings.batch_size, length=settings.length, levels=levels)
@@ -77,9 +81,11 @@ class SFT(Task):
     return fingerprint(self._data)
 
   def header(self) -> dict[str, str]:
-    return {"train": json.dumps(identity(self.settings))} | (
-      forms.to_metadata(self.form) if self.tags else {}
-    )
+    return {
+      "train": json.dumps(identity(self.settings)),
+      **(forms.to_metadata(self.form) if self.tags else {}),
+      **self._notes,
+    }
 
   def scalars(self, trainer: Trainer, metrics: dict[str, float], seconds: float) -> dict[str, float]:
     """Throughput, and model FLOPs utilisation on known chips."""
@@ -157,7 +163,7 @@ def _lay_out(config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vo
   )
   if not data:
     raise ValueError(f"no example of train.data={','.join(c.data)!r} is left to train on ({left_out})")
-  task = SFT(c, data, held_out, form)
+  task = SFT(c, data, held_out, form, settings_entry(config.decode))
   print(
     f"{len(data)} examples ({left_out}), {len(held_out)} held out; {task.total_steps} steps, "
     f"{task.steps_per_epoch:.0f} an epoch"

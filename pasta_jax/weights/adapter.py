@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from pasta_jax.config.sections import OWN_SETTINGS, Decode
 from pasta_jax.lang import forms
 from pasta_jax.lang.syntax import TAG_TEXTS
 from pasta_jax.model.config import ModelConfig
@@ -80,17 +81,39 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def check_metadata(metadata: Any) -> None:
-  """Refuses metadata of an adapter that other modules would fail on: the form of the language and the speeds that
-  it was trained for are JSON of known types.
+  """Refuses metadata of an adapter that other modules would fail on: the form of the language, the settings of
+  decoding and the speeds that it was trained for are JSON of known types.
 
   Raises ValueError that names the field.
   """
   values = checked(dict[str, str], metadata, "metadata")
   forms.from_metadata(values)
+  own_settings(values)
   try:
     checked(list[int], parse_json(values.get("speeds", "[]")), "not a list of speeds")
   except ValueError as error:
     raise ValueError(f"speeds: {error}") from error
+
+
+def settings_entry(decode: Decode) -> dict[str, str]:
+  """The entry of an adapter's header for those of its own settings of decoding that are given; {} for none."""
+  given = {name: value for name in OWN_SETTINGS if (value := getattr(decode, name)) is not None}
+  return {"decode": to_json(given)} if given else {}
+
+
+def own_settings(metadata: Mapping[str, str]) -> dict[str, float]:
+  """The inverse: settings of decoding that an adapter carries, for `Decode.resolved`. Raises ValueError, one line
+  that names the field, for a damaged entry."""
+  try:
+    own: dict[str, Any] = checked(
+      dict[str, int | float], parse_json(metadata.get("decode", "{}")), "not settings"
+    )
+    if unknown := sorted(own.keys() - OWN_SETTINGS.keys()):
+      raise ValueError(f"{unknown[0]!r} is none of {', '.join(OWN_SETTINGS)}: it is of a newer version")
+    decode = dataclasses.replace(Decode(), **own)
+  except ValueError as error:
+    raise ValueError(f"decode: {error}") from error
+  return {name: getattr(decode, name) for name in own}
 
 
 def weights_of(path: Path) -> Path | None:

@@ -14,8 +14,8 @@ from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.weights.arrays import WeightsError
 from pasta_jax.weights.download import RELEASES, named_weights
-from pasta_jax.weights.hf_folder import load_hf_folder
-from pasta_jax.weights.run_folder import is_run, load_run
+from pasta_jax.weights.hf_folder import folder_metadata, load_hf_folder
+from pasta_jax.weights.run_folder import is_run, load_run, run_metadata
 from pasta_jax.weights.tiny import tiny_model
 from pasta_jax.weights.tokenizer import Tokenizer
 
@@ -92,6 +92,14 @@ def load_checkpoint(source: str | Path = DEFAULT_MODEL, progress: bool = True) -
     f"{source}: neither a GGUF file, nor the folder of a model or a training run, nor one of "
     f"{', '.join(RELEASES)}"
   )
+
+
+def metadata_of(source: str | Path) -> dict[str, str]:
+  """`Checkpoint.pasta` of a source, without its weights. Raises WeightsError, one line, if it is damaged."""
+  path = Path(source).expanduser()
+  if source in (TINY, *RELEASES) or not path.is_dir():
+    return {}
+  return run_metadata(path) if is_run(path) else folder_metadata(path)
 
 
 def _checkpoint(

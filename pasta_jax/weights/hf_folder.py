@@ -210,13 +210,24 @@ def peft_prefix(folder: Path) -> str:
   return "model.language_model." if path.is_file() and has_vision(read_json(path)) else "model."
 
 
-def _pasta(described: Mapping[str, Any], path: Path, tokenizer: Tokenizer) -> dict[str, str]:
-  """Metadata of the adapter that was merged into the weights, from config.json; {} if there was none."""
+def folder_metadata(folder: Path) -> dict[str, str]:
+  """Metadata of the adapter that was merged into the weights of a folder; {} if there was none."""
+  path = folder / "config.json"
+  return _metadata(read_json(path), path) if path.is_file() else {}
+
+
+def _metadata(described: Mapping[str, Any], path: Path) -> dict[str, str]:
   metadata = described.get("pasta") or {}
   try:
     check_metadata(metadata)
   except ValueError as error:
     raise WeightsError(f"{path}: pasta is not the metadata of an adapter: {error}") from error
+  return metadata
+
+
+def _pasta(described: Mapping[str, Any], path: Path, tokenizer: Tokenizer) -> dict[str, str]:
+  """As `folder_metadata`, of what config.json at `path` says."""
+  metadata = _metadata(described, path)
   if metadata and not tokenizer.knows_tags:
     raise WeightsError(f"{path} mentions PASTA's tags, which the tokenizer in the same folder does not have")
   return metadata

@@ -67,11 +67,25 @@ def load_run(
   return base, merged.config, merged, about.metadata if tags is not None else {}
 
 
+def run_metadata(folder: Path) -> dict[str, str]:
+  """The adapter's metadata of `load_run`, without its arrays; {} if no checkpoint has any."""
+  for step in _steps(folder):
+    try:
+      metadata = _about(folder.resolve() / "checkpoints" / str(step) / "about").metadata
+    except ValueError:
+      continue  # damaged: all checkpoints of a run say the same
+    return metadata if "positions" in metadata else {}  # every run with tags names its form
+  return {}
+
+
+def _steps(folder: Path) -> list[int]:
+  """Of the checkpoints, the newest first."""
+  return sorted((int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdecimal()), reverse=True)
+
+
 def _newest(folder: Path) -> tuple[Path, _About, dict[str, np.ndarray]]:
   """The newest checkpoint that can be read: its folder, what it says of itself, and its trained arrays."""
-  steps = sorted(
-    (int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdecimal()), reverse=True
-  )
+  steps = _steps(folder)
   if not steps:
     raise WeightsError(f"{folder}: the run has saved no checkpoint yet")
   reasons = []

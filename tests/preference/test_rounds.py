@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers.folders import trained_config, with_fields
 from helpers.old_schema import make_old, old
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from pasta_jax.data.prompts import read_prompts
 from pasta_jax.decode import command
@@ -24,6 +24,7 @@ from pasta_jax.preference.score import StepCost
 from pasta_jax.weights.adapter import AdapterError, read_metadata
 from pasta_jax.weights.checkpoint import load_checkpoint
 
+OWN = '{"no_repeat": 7}'  # settings of decoding that the start carries
 PROMPTS = [
   {"id": str(i), "prompt": p} for i, p in enumerate(["Plan a trip.", "Why?", "Name three birds.", "Sing."])
 ]
@@ -34,6 +35,8 @@ def start(tmp_path_factory):
   """A config whose adapter the trainer made in a few steps on the seed data."""
   folder = tmp_path_factory.mktemp("preference")
   config = trained_config(folder)
+  adapter = Path(config.model.adapter)
+  save_file(load_file(adapter), adapter, read_metadata(adapter) | {"decode": OWN})
   config = with_fields(config, "systems.baseline", adapter=config.model.adapter)
   config = with_fields(
     config,
@@ -121,6 +124,7 @@ def test_two_rounds_leave_what_they_promise(whole, start):
     )
     assert report["training"]["margin"] > 0.1 and (folder / "train" / "metrics.jsonl").exists()
     assert len(rows_of(folder / "train" / "reference.jsonl")) == len(pairs)
+    assert read_metadata(folder / "train" / "adapter.safetensors")["decode"] == OWN
   texts = [[r["text"] for r in rows_of(p / "samples.jsonl")] for p in (whole / "start", second)]
   assert texts[0] != texts[1]  # another policy
   assert (whole / "front.svg").is_file() and (whole / "front.png").is_file()

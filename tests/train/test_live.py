@@ -13,7 +13,7 @@ from pasta_jax.config.sections import VISIBILITIES
 from pasta_jax.data.examples import examples
 from pasta_jax.data.packing import pack_row
 from pasta_jax.data.pairs import PreferencePair
-from pasta_jax.decode.generator import Model
+from pasta_jax.decode.generator import Model, decode_settings
 from pasta_jax.decode.record import ResponseRecord
 from pasta_jax.decode.settings import SamplingConfig
 from pasta_jax.decode.trace import from_json, to_json
@@ -28,7 +28,7 @@ from pasta_jax.train.attention import attention_mask
 from pasta_jax.train.preference import train_on_pairs
 from pasta_jax.train.state import make_model
 from pasta_jax.utils.jsonl import read_jsonl
-from pasta_jax.weights.adapter import read_metadata, save_adapter
+from pasta_jax.weights.adapter import own_settings, read_metadata, save_adapter
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 LIVE = Forms(RULE, "live")
@@ -106,6 +106,12 @@ def test_adapter_run_and_trace_carry_the_form(run, answers, tiny, tmp_path):  # 
   assert (
     Model(with_changes(config, {"model.source": str(tmp_path / "run"), "model.adapter": ""})).forms == LIVE
   )
+  left_open = {"decode.no_repeat": None, "decode.promise_bias": None, "decode.repetition_penalty": None}
+  unended = with_changes(config, left_open | {"model.source": str(tmp_path / "run"), "model.adapter": ""})
+  own = own_settings(read_metadata(folder / "adapter.safetensors"))  # those that training was started with
+  assert own == {"no_repeat": 0, "promise_bias": 5.0, "repetition_penalty": 1.0}
+  assert decode_settings(unended, "", parallel=True) == decode_settings(config, "", parallel=True)
+  assert Model(unended).sampling == Model(with_changes(config, left_open)).sampling == model.sampling
   other = Model(with_changes(config, {"decode.visibility": "promise"}))
   assert other.forms == Forms(RULE) and "visibility" not in other.generate("Why?").record
   assert "visibility" not in model.generate("Why?", parallel=False).record  # ordinary decoding, in every form

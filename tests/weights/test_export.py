@@ -14,7 +14,7 @@ from test_model import NESTED, logits, torch_logits
 
 from pasta_jax.config import Config
 from pasta_jax.data.heads import with_heads
-from pasta_jax.decode.generator import Model
+from pasta_jax.decode.generator import Model, decode_settings
 from pasta_jax.lang.forms import Forms, to_metadata
 from pasta_jax.lang.layout import layout
 from pasta_jax.lang.positions import PositionRule
@@ -30,6 +30,7 @@ from pasta_jax.weights.export import export
 from pasta_jax.weights.tokenizer import Tokenizer
 
 RULE = PositionRule("pred_10x")
+OWN = '{"repetition_penalty": 1.25}'  # settings of decoding that the adapter carries
 UNUSED = [f"<unused{i}>" for i in (7, 11, 2, 3, 9, 8, 10, 30)]  # not in order, and not from 0
 MANY = [f"<unused{i}>" for i in reversed(range(75))]
 # Rows of the tags -> (changes of the model, reserved entries, the ids that the tags must take; () for
@@ -81,7 +82,7 @@ def write_adapter(path: Path, source: Path, seed: int = 0, form: Forms = Forms()
   save_adapter(
     path,
     model,
-    {**to_metadata(form), "speeds": "[0, 1]"},
+    {**to_metadata(form), "speeds": "[0, 1]", "decode": OWN},
   )
   return path
 
@@ -280,6 +281,12 @@ def test_merged_weights_give_the_same_answers(place: str, made):
   ours = Model(with_fields(settings, "model", source=str(source), adapter=str(adapter)))
   theirs = Model(with_fields(settings, "model", source=str(merged), adapter=""))
   assert theirs.forms == ours.forms == Forms(RULE) and theirs.speeds == (0, 1)
+  assert theirs.sampling == ours.sampling and ours.sampling.repetition_penalty == 1.25
+  stored = [
+    decode_settings(with_fields(settings, "model", source=str(path)), name, parallel=True)
+    for path, name in ((source, str(adapter)), (merged, ""))
+  ]
+  assert stored[0] == stored[1] and stored[0]["decode.repetition_penalty"] == 1.25
   one, other = (g.generate("What now?").trace for g in (ours, theirs))
   assert [t.tokens.tolist() for t in one.threads] == [t.tokens.tolist() for t in other.threads]
   assert len(one.threads) > 1  # it does write promises
