@@ -1,5 +1,6 @@
 """Traces, records and views of responses whose promises have heads."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from helpers import tiny
 from rich.console import Console
 from test_language import ByteTokenizer
+from test_views import by_layout, seen_pairs
 
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.record import to_record
@@ -14,7 +16,8 @@ from pasta_jax.decode.scheduler import decode
 from pasta_jax.decode.settings import DecodeError, Limits, SamplingConfig, StepFeatures
 from pasta_jax.decode.trace import Trace, from_json, to_json
 from pasta_jax.decode.views.live import LiveView
-from pasta_jax.decode.views.timeline import pieces, timeline_html
+from pasta_jax.decode.views.pieces import pieces
+from pasta_jax.decode.views.timeline import timeline_html, timeline_svg
 from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.head import head
 from pasta_jax.lang.positions import PositionRule
@@ -61,6 +64,9 @@ def test_views_name_chunks_by_their_heads():
     ("text", "\n2. Heat -", None),
     ("promise", "", 20),
   ]
+  for visibility in ("promise", "live"):
+    other = dataclasses.replace(trace, visibility=visibility)
+    np.testing.assert_array_equal(seen_pairs(timeline_svg(other, WORDS)), by_layout(other, WORDS))
   page = timeline_html(trace, WORDS)
   assert "1. **Light**:" in page and "2. Heat -" in page and "untitled" not in page
   console = Console(width=100, height=30, record=True, force_terminal=True, file=open("/dev/null", "w"))

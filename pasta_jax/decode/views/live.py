@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pasta_jax.decode.trace import ThreadTrace, Trace
-from pasta_jax.decode.views.timeline import hue, pieces
+from pasta_jax.decode.views.pieces import hue, pieces
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.text import printable
 

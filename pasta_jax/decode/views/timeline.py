@@ -5,130 +5,16 @@ Time is counted in rounds: a token's round is its clock on a machine with unlimi
 does not depend on the width of the steps.
 """
 
-import dataclasses
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Literal
 
 from pasta_jax.decode.trace import ThreadTrace, Trace
-from pasta_jax.lang.joins import Unjoined
+from pasta_jax.decode.views.pieces import by_tree, drawable, hue, joins, pieces
+from pasta_jax.decode.views.seen import SCRIPT, STYLE, seen_by
 from pasta_jax.lang.thread import Reading
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.files import write_atomic
-
-# What the threads of a response contain: shared by all views.
-
-N_HUES = 10  # colours, used in turn
-
-# Control characters except newline and tab, and non-characters: XML forbids most of them.
-_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
-
-
-def drawable(text: str) -> str:
-  """The text without the characters that XML forbids; a terminal needs more (`utils.text.printable`)."""
-  return _UNSAFE.sub("", text)
-
-
-def hue(number: int) -> int:
-  """The colour of a chunk, in [0, N_HUES), the same in every view. `number` is its thread's number, from
-  1."""
-  return (number - 1) % N_HUES
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-  """A part of a thread, as a reader of this thread alone sees it."""
-
-  kind: Literal["text", "promise", "sync"]
-  text: str  # of a promise: its topic; "" in the form `head`, where the text before it says it
-  child: int | None = None  # thread that keeps the promise; None: cut off, refused, or not read back
-  declared: int | None = None  # number of a promise
-  closed: bool = True  # False for a promise that is still being written
-
-
-def pieces(trace: Trace, number: int, vocabulary: Vocabulary) -> list[Piece]:
-  """Thread `number` in order: text, promises, syncs. Ill-formed tags are left out."""
-  tokens = [int(t) for t in trace.threads[number].tokens]
-  reading = trace.readings[number]
-  children = {c.fork_index: c for c in trace.threads if c.parent == number}
-  out: list[Piece] = []
-  text: list[int] = []
-  topic: list[int] | None = None  # of the promise that is being written
-
-  def flush():
-    if text:
-      out.append(Piece("text", vocabulary.text(text)))
-      text.clear()
-
-  for i, token in enumerate(tokens):
-    if reading.is_text[i]:
-      text.append(token)
-    elif reading.is_topic[i] and topic is not None:
-      topic.append(token)
-    elif token == vocabulary.tags.open and topic is None:
-      topic = []
-    elif i in reading.declared:
-      flush()
-      child = children.get(i)
-      out.append(
-        Piece(
-          "promise",
-          vocabulary.text(topic or []).strip(),
-          child.number if child else None,
-          reading.declared[i],
-        )
-      )
-      topic = None
-    elif token == vocabulary.tags.sync:
-      flush()
-      out.append(Piece("sync", ""))
-      topic = None
-    elif token == vocabulary.tags.end or token in vocabulary.tags.eos:
-      topic = None
-  flush()
-  if topic is not None:
-    out.append(Piece("promise", vocabulary.text(topic).strip(), closed=False))
-  return out
-
-
-def joins(trace: Trace, vocabulary: Vocabulary) -> dict[int, tuple[int, int]]:
-  """For each chunk that a sync joins: (number of the thread that wrote the sync, the sync's own index).
-
-  Chunks that are left to the end of the response are absent. In a trace that still grows the sync may yet
-  wait for them.
-  """
-  joined: dict[int, tuple[int, int]] = {}
-
-  def visit(thread: ThreadTrace) -> list[int]:
-    children = {c.fork_index: c for c in trace.threads if c.parent == thread.number}
-    unjoined: Unjoined[int] = Unjoined()
-    for i, token in enumerate(thread.tokens):
-      if token == vocabulary.tags.sync:
-        joined.update((chunk, (thread.number, i)) for chunk in unjoined.sync())
-      if i in children:
-        unjoined.promise(children[i].number, visit(children[i]))
-    return unjoined.chunks
-
-  if trace.threads:
-    visit(trace.threads[0])
-  return joined
-
-
-def by_tree(trace: Trace) -> Iterator[ThreadTrace]:
-  """The threads, each chunk after the thread that promised it."""
-
-  def below(parent: int) -> Iterator[ThreadTrace]:
-    for child in trace.threads:
-      if child.parent == parent:
-        yield child
-        yield from below(child.number)
-
-  yield from below(-1)
-
-
-# The picture.
 
 _LIGHT = (
   "#2563d9",
@@ -193,6 +79,7 @@ _SVG_STYLE = f"""
 .pasta-timeline .reserved {{ fill: none; stroke-dasharray: 2.5 2.5; stroke-opacity: .8 }}
 .pasta-timeline .wait {{ stroke-width: 1.6; stroke-dasharray: 1 4; stroke-linecap: round }}
 .pasta-timeline .cell:hover {{ opacity: 1; stroke: currentColor; stroke-width: 1.5 }}
+{STYLE}
 {_colours(_LIGHT_BASE, _LIGHT, ".pasta-timeline")}
 @media (prefers-color-scheme: dark) {{
 {_colours(_DARK_BASE, _DARK, ".pasta-timeline")}
@@ -201,7 +88,7 @@ _SVG_STYLE = f"""
 
 
 def timeline_style() -> str:
-  """The style sheet inside each timeline; a page with many timelines may include it once."""
+  """The style sheet inside each timeline that stands alone."""
   return _SVG_STYLE
 
 
@@ -319,8 +206,8 @@ def _join(plot: _Plot, thread: ThreadTrace, into: int, resumed: int) -> str:
   )
 
 
-def _lane(plot: _Plot, thread: ThreadTrace, reading: Reading, vocabulary: Vocabulary) -> str:
-  """The label in the margin and the bar of a thread."""
+def _lane(plot: _Plot, thread: ThreadTrace, reading: Reading, vocabulary: Vocabulary, seen: str) -> str:
+  """The label in the margin and the bar of a thread; `seen` are its attributes of `seen_by`."""
   y, n = plot.y(thread.number), thread.length
   top = y - _BAR / 2
   depth = max(len(thread.path) - 1, 0)
@@ -329,7 +216,7 @@ def _lane(plot: _Plot, thread: ThreadTrace, reading: Reading, vocabulary: Vocabu
   label = length_label(thread)
   left_over, _ = reserve(thread)
   out = [
-    f'<g class="lane {_kind(thread.number)}" data-thread="{thread.number}">',
+    f'<g class="lane {_kind(thread.number)}" data-thread="{thread.number}"{seen}>',
     f"<title>{_attribute(name)}: {label}</title>",
     f'<rect class="fill" x="{indent}" y="{_n(y - 13)}" width="4" height="26" rx="2"/>',
     f'<text class="ink topic" x="{indent + 12}" y="{_n(y - 2)}">'
@@ -438,13 +325,19 @@ def _legend(y: float, *, beyond: bool) -> str:
 
 
 def timeline_svg(
-  trace: Trace, vocabulary: Vocabulary, caption: Sequence[tuple[str, str]] | None = None
+  trace: Trace,
+  vocabulary: Vocabulary,
+  caption: Sequence[tuple[str, str]] | None = None,
+  *,
+  alone: bool = True,
 ) -> str:
   """A response, finished or so far, as a self-contained SVG document; well-formed XML for any text.
 
   One `<g class="lane" data-thread="…">` per thread, one `<path class="edge … fork">` per promise that was
   kept, and one `<path class="edge … join">` per chunk that a sync joined. Chunks that the end of the response
-  joins have no curve. Colours follow the reader's light or dark scheme. `caption` replaces `figures(trace)`.
+  joins have no curve. Pointing at a token fades those that it could not see (`seen`). Colours follow the reader's
+  light or dark scheme. `caption` replaces `figures(trace)`. Without `alone` the page has `timeline_style` and
+  `SCRIPT`, once for all of its timelines.
   """
   plot = _Plot(trace)
   joined = {c: at for c, at in joins(trace, vocabulary).items() if trace.threads[c].finished}
@@ -481,16 +374,19 @@ def timeline_svg(
     )
   height = plot.bottom + _FOOT
   beyond = any(reserve(t)[1] for t in trace.threads)
-  lanes = "\n".join(_lane(plot, t, trace.readings[t.number], vocabulary) for t in by_tree(trace))
+  lanes = "\n".join(
+    _lane(plot, t, trace.readings[t.number], vocabulary, seen)
+    for t, seen in zip(by_tree(trace), seen_by(trace, vocabulary))
+  )
+  style, script = (f"<style>{_SVG_STYLE}</style>\n", f"<script>{SCRIPT}</script>\n") if alone else ("", "")
   return (
     f'<svg xmlns="http://www.w3.org/2000/svg" class="pasta-timeline" '
     f'viewBox="0 0 {WIDTH} {_n(height)}" width="{WIDTH}" height="{_n(height)}" '
     f'role="img" aria-label="Timeline of a response">\n'
-    f"<style>{_SVG_STYLE}</style>\n"
-    f'<rect class="card" x=".5" y=".5" width="{WIDTH - 1}" height="{_n(height - 1)}" rx="12"/>\n'
+    f'{style}<rect class="card" x=".5" y=".5" width="{WIDTH - 1}" height="{_n(height - 1)}" rx="12"/>\n'
     f"{_caption(figures(trace) if caption is None else caption)}\n"
     f"{_scale(plot)}\n{''.join(edges)}\n{lanes}\n{''.join(syncs)}\n"
-    f"{_legend(plot.bottom + 38, beyond=beyond)}\n</svg>\n"
+    f"{_legend(plot.bottom + 38, beyond=beyond)}\n{script}</svg>\n"
   )
 
 

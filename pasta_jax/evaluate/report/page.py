@@ -12,7 +12,9 @@ from pathlib import Path
 
 from pasta_jax.decode.record import ResponseRecord
 from pasta_jax.decode.trace import from_json
-from pasta_jax.decode.views.timeline import drawable, timeline_style, timeline_svg
+from pasta_jax.decode.views.pieces import drawable
+from pasta_jax.decode.views.seen import SCRIPT
+from pasta_jax.decode.views.timeline import timeline_style, timeline_svg
 from pasta_jax.evaluate.report.figures import speed_name
 from pasta_jax.evaluate.report.run_record import Run
 from pasta_jax.evaluate.report.summary import Threshold
@@ -115,8 +117,8 @@ def _timelines(run: Run) -> dict[str, dict[str, str]]:
         ("finish", record.finish_reason),
       ]
       trace = from_json(r["trace"], vocabulary, rule)
-      svg = timeline_svg(trace, vocabulary.speaking(trace.form), caption)
-      drawn.setdefault(name, {})[r["id"]] = _packed(svg.replace(timeline_style(), ""))
+      svg = timeline_svg(trace, vocabulary.speaking(trace.form), caption, alone=False)
+      drawn.setdefault(name, {})[r["id"]] = _packed(svg)
       bar.advance(task)
   return drawn
 
@@ -233,7 +235,7 @@ def write_page(
 </main>
 <script type="text/plain" id="answers">{_packed(to_json(data))}</script>
 <script type="text/plain" id="timelines">{_packed(to_json(timelines))}</script>
-<script>{_file("report.js")}</script>
+<script>{_file("report.js")}{SCRIPT}</script>
 </body>
 </html>
 """,
