@@ -8,7 +8,7 @@ import pytest
 from helpers import tiny
 from rich.console import Console
 from test_language import ByteTokenizer
-from test_views import by_layout, seen_pairs
+from test_seen import by_layout, seen_pairs
 
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.record import to_record
