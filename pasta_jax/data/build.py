@@ -16,6 +16,8 @@ from pasta_jax.data import report
 from pasta_jax.data.dataset import Responses, write
 from pasta_jax.data.examples import encoded, program_of
 from pasta_jax.data.sources import decontaminate, read_instructions
+from pasta_jax.lang import forms
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.files import write_atomic
@@ -67,16 +69,16 @@ def _build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> d
     raise DataError(f"{first['file']}: {first['id']}: {first['cause']} ({len(rejected)} rows cannot be used)")
   if not all(splits.values()):
     raise DataError(f"no row is left for {next(name for name, rows in splits.items() if not rows)}")
-  rule = PositionRule(config.positions.strategy, config.positions.fixed)
-  facts = {name: report.facts(rows, vocabulary, rule) for name, rows in splits.items()}
+  form = forms.from_config(config)
+  facts = {name: report.facts(rows, vocabulary, form) for name, rows in splits.items()}
   figures = {name: report.figures(f) for name, f in facts.items()}
   causes = dict(collections.Counter(r["cause"] for r in rejected))
-  page = report.page(splits["train"], facts["train"], figures, causes, vocabulary, rule)
+  page = report.page(splits["train"], facts["train"], figures, causes, vocabulary, form)
   write_jsonl(workdir / "rejected.jsonl", rejected)
   write_atomic(workdir / "report.html", page)
   # Last: a folder with the data set is complete.
   write(Responses(splits, {"figures": figures, "rejected": causes}, data_dir=str(workdir)))
-  _show(figures, causes, workdir / Responses.name / str(Responses.VERSION))
+  _show(figures, causes, form, workdir / Responses.name / str(Responses.VERSION))
   return {"figures": figures, "rejected": causes}
 
 
@@ -113,9 +115,10 @@ def _misfit(row: dict, vocabulary: Vocabulary) -> str:
   return ""
 
 
-def _show(figures: dict[str, dict], causes: dict[str, int], target: Path) -> None:
+def _show(figures: dict[str, dict], causes: dict[str, int], form: Forms, target: Path) -> None:
   console = rich.console.Console(highlight=False)
   console.print(report.table(figures))
+  console.print(as_text(f"laid out in the form: {report.form_line(form)}"))
   if causes:
     console.print(as_text("rejected: " + ", ".join(f"{cause} {n:,}" for cause, n in causes.items())))
   console.print(as_text(f"{target}"), soft_wrap=True)

@@ -36,6 +36,7 @@ def choose(config, rows: Sequence[dict], vocabulary: Vocabulary) -> Selection:
     min_speedup=c.min_speedup,
     plain_share=c.plain_share,
     workers=c.workers,
+    visibility=form.visibility,
   )
   if not found.rows:
     raise ValueError(f"no row of train.data={','.join(c.data)!r} is left: try another train.min_speedup")

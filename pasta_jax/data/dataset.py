@@ -27,13 +27,16 @@ from pasta_jax.utils.typed import Parsed, checked
 Features = tfds.features
 _KEPT = ("id", "prompt", "response", "source")
 _TEXT = Features.Text()
-_FEATURES = Features.FeaturesDict(
-  {
-    **dict.fromkeys(_KEPT, _TEXT),
-    "chunks": Features.Sequence({"start": np.int32, "end": np.int32, "topic": _TEXT}),
-    "syncs": Features.Sequence(np.int32),
-  }
-)
+_CHUNK = {"start": np.int32, "end": np.int32, "topic": _TEXT}
+
+
+def _features(of_chunk: Mapping[str, Any]) -> tfds.features.FeaturesDict:
+  chunks, syncs = Features.Sequence(dict(of_chunk)), Features.Sequence(np.int32)
+  return Features.FeaturesDict({**dict.fromkeys(_KEPT, _TEXT), "chunks": chunks, "syncs": syncs})
+
+
+# Of rows, and of rows some of whose chunks need their siblings ("" for those that do not).
+_FEATURES, _WITH_NEEDS = _features(_CHUNK), _features(_CHUNK | {"needs": _TEXT})
 _SLICE = 1024  # records that are read at a time
 
 
@@ -45,6 +48,8 @@ class Responses(tfds.core.GeneratorBasedBuilder):
 
   def __init__(self, splits: Mapping[str, Sequence[dict]], figures: Mapping[str, Any], **more):
     self._splits, self._figures = splits, figures
+    needs = any(c.get("needs") for rows in splits.values() for row in rows for c in row["chunks"])
+    self._row_features = _WITH_NEEDS if needs else _FEATURES
     super().__init__(file_format="array_record", **more)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -52,7 +57,7 @@ class Responses(tfds.core.GeneratorBasedBuilder):
       builder=self,
       description="Instruction responses whose independent parts are marked: PASTA's training data.",
       metadata=tfds.core.MetadataDict(self._figures),
-      features=_FEATURES,
+      features=self._row_features,
     )
 
   def _split_generators(self, dl_manager):
@@ -61,7 +66,8 @@ class Responses(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, rows: Sequence[dict]):
     for row in rows:
-      chunks = [{key: c[key] for key in ("start", "end", "topic")} for c in row["chunks"]]
+      keys = self._row_features["chunks"].feature
+      chunks = [{key: c.get(key) or "" if key == "needs" else c[key] for key in keys} for c in row["chunks"]]
       kept = {key: _storable(row.get(key, "")) for key in _KEPT}
       yield kept["id"], {**kept, "chunks": chunks, "syncs": list(row["syncs"])}
 
@@ -108,7 +114,7 @@ def read(folder: Path, split: str = "train") -> list[dict]:
   Raises DataError, one line, if the folder is not a data set of --mode=build, has no such split, or is
   damaged.
   """
-  info = _info(folder)
+  info, features = _info(folder)
   chosen = next((s for s in info.splits if s.name == split), None)
   if chosen is None:
     raise DataError(f"{folder} has no split {split!r}, only {', '.join(s.name for s in info.splits)}")
@@ -118,14 +124,14 @@ def read(folder: Path, split: str = "train") -> list[dict]:
   for i, length in enumerate(chosen.lengths):
     path = folder / f"{info.name}-{split}.{info.format}-{i:05d}-of-{len(chosen.lengths):05d}"
     before = len(rows)
-    rows += _rows(path)
+    rows += _rows(path, features)
     if len(rows) - before != int(length):
       raise DataError(f"{path} has {len(rows) - before} rows; dataset_info.json says {int(length)}")
   return rows
 
 
-def _info(folder: Path) -> _Info:
-  """dataset_info.json, after features.json was found to be as `write` leaves it."""
+def _info(folder: Path) -> tuple[_Info, tfds.features.FeaturesDict]:
+  """dataset_info.json and the features of rows, after features.json was found to be as `write` leaves it."""
   found: dict[str, Any] = {}
   for name in ("dataset_info.json", "features.json"):
     if not (folder / name).is_file():
@@ -134,22 +140,23 @@ def _info(folder: Path) -> _Info:
       found[name] = read_json(folder / name)
     except ValueError as error:
       raise DataError(str(error)) from None
-  if found["features.json"] != parse_json(_features_json()):
+  known = (f for f in (_FEATURES, _WITH_NEEDS) if found["features.json"] == parse_json(_features_json(f)))
+  if (features := next(known, None)) is None:
     raise DataError(f"{folder} is not a data set of --mode=build: features.json names other features")
   try:
-    return checked(_Info, found["dataset_info.json"], str(folder / "dataset_info.json"))
+    return checked(_Info, found["dataset_info.json"], str(folder / "dataset_info.json")), features
   except ValueError as error:
     raise DataError(f"{folder} is not a data set of --mode=build: {error}") from None
 
 
-def _features_json() -> str:
+def _features_json(features: tfds.features.FeaturesDict) -> str:
   """features.json as TFDS writes it."""
   with tempfile.TemporaryDirectory() as folder:
-    _FEATURES.save_config(folder)
+    features.save_config(folder)
     return (Path(folder) / "features.json").read_text()
 
 
-def _rows(path: Path) -> Iterator[dict]:
+def _rows(path: Path, features: tfds.features.FeaturesDict) -> Iterator[dict]:
   """The rows of a file. Raises DataError if it is missing, damaged, or expands out of proportion."""
   if not path.is_file():
     raise DataError(f"no such data file: {path}")
@@ -159,7 +166,7 @@ def _rows(path: Path) -> Iterator[dict]:
     if room < 0:
       raise DataError(f"{path} expands to far more than its size")
     try:
-      row = _row(_FEATURES.deserialize_example_np(record))
+      row = _row(features.deserialize_example_np(record))
     except Exception as error:  # whatever the library raises for bytes that are no example
       raise DataError(f"{path}, row {number}: {one_line(repr(error))}") from None
     yield row
@@ -179,11 +186,12 @@ def _records(path: Path) -> Iterator[bytes]:
 
 def _row(example: Mapping[str, Any]) -> dict:
   chunks = example["chunks"]
+  needs = chunks.get("needs", [b""] * len(chunks["start"]))
   return {
     **{key: example[key].decode() for key in _KEPT},
     "chunks": [
-      {"start": int(a), "end": int(b), "topic": topic.decode()}
-      for a, b, topic in zip(chunks["start"], chunks["end"], chunks["topic"])
+      {"start": int(a), "end": int(b), "topic": topic.decode()} | ({"needs": need.decode()} if need else {})
+      for a, b, topic, need in zip(chunks["start"], chunks["end"], chunks["topic"], needs)
     ],
     "syncs": [int(s) for s in example["syncs"]],
   }

@@ -1,8 +1,9 @@
 """Annotated responses: from JSON rows to programs to laid-out examples.
 
 A row has `prompt`, `response`, `chunks` (`start`, `end`, `topic`: character spans in order, possibly nested)
-and `syncs` (character offsets; the join precedes that character). Null chunks or syncs are none. `where`, which
-readers add, names file and row in messages.
+and `syncs` (character offsets; the join precedes that character). Null chunks or syncs are none. A chunk with
+`"needs": "siblings"` can be written only by a thread that reads the chunks before it: it is a chunk under the
+visibility `live` alone. `where`, which readers add, names file and row in messages.
 """
 
 import collections
@@ -11,9 +12,11 @@ import enum
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from pasta_jax.config.sections import ANNOTATIONS
 from pasta_jax.data import structure
+from pasta_jax.data.annotate.plan import useful_syncs
 from pasta_jax.data.heads import with_heads
 from pasta_jax.data.pipeline import parallel_map
 from pasta_jax.data.separators import bounds
@@ -33,6 +36,7 @@ class _Chunk(Parsed):
   start: int
   end: int
   topic: str
+  needs: Literal["siblings"] | None = None
 
 
 class _Fields(Parsed):
@@ -88,14 +92,19 @@ def prompt_of(row: dict) -> str:
   return prompt
 
 
-def program_of(row: dict) -> Program:
-  """The program that an annotated response describes.
+def program_of(row: dict, visibility: str = "promise") -> Program:
+  """The program that an annotated response describes, for a visibility (`lang.forms`).
 
   Separators and list markers between chunks are the promising thread's (`separators.bounds`), and so is a sync
-  before a chunk's first character. A chunk of blanks alone is text of the thread around it. Raises DataError if
+  before a chunk's first character. A chunk of blanks alone is text of the thread around it. One that needs its
+  siblings is, under `promise`, text of the thread around it too, after a sync that joins them. Raises DataError if
   spans overlap without nesting or leave the response.
   """
   response, chunks, syncs = _fields(row)
+  if visibility == "promise" and any(c.needs for c in chunks):
+    starts = [bounds(response, c.start, c.end, c.end)[0] for c in chunks if c.needs]
+    chunks = [c for c in chunks if not c.needs]
+    syncs = useful_syncs([c.model_dump() for c in chunks], [*syncs, *starts])
   left = collections.deque(syncs)
   nodes = _nodes(response, 0, len(response), chunks, left)
   program = normalise([*nodes, *(Sync() for _ in left)])  # one at the very end precedes no character
@@ -173,12 +182,13 @@ class _LayOut:
   annotation: str
   max_length: int
   min_speedup: float
+  visibility: str
 
   def __call__(self, row: dict) -> tuple[bool, Layout] | _Left | str:
     encode = lambda program: encoded(program, self.vocabulary, self.rule)
     try:
       message = {"role": "user", "content": prompt_of(row)}
-      thread = encode(program_of(row))
+      thread = encode(program_of(row, self.visibility))
       prompt = self.vocabulary.tokenizer.chat_prompt([message])
     except DataError as error:
       return str(error)
@@ -207,6 +217,7 @@ def examples(
   min_speedup: float = 0.0,
   plain_share: float = 1.0,
   workers: int = 0,
+  visibility: str = "promise",
 ) -> Selection:
   """Lays out rows for training.
 
@@ -217,6 +228,7 @@ def examples(
     min_speedup: smallest theoretical parallelism of a row with chunks.
     plain_share: largest share of rows without chunks; the last ones beyond it are left out.
     workers: processes that share the work, a few milliseconds a row; 0: this one.
+    visibility: for which rows may have other chunks (`program_of`).
 
   Rows are selected by their plans whatever the `annotation`, so Baseline-SFT ("none") and APAR ("structure")
   train on the same rows; a row whose structure exceeds `max_length` is laid out without chunks. Raises
@@ -227,7 +239,7 @@ def examples(
   chunked: list[tuple[int, Layout]] = []
   plain: list[tuple[int, Layout]] = []
   too_long = too_slow = 0
-  lay_out = _LayOut(vocabulary, rule, annotation, max_length, min_speedup)
+  lay_out = _LayOut(vocabulary, rule, annotation, max_length, min_speedup, visibility)
   for number, found in enumerate(parallel_map(lay_out, rows, workers)):
     if isinstance(found, str):
       raise DataError(found)

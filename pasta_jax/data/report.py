@@ -1,5 +1,6 @@
 """Statistics of annotated rows: a table for the terminal, and one HTML page with histograms and samples."""
 
+import dataclasses
 import html
 import io
 import math
@@ -14,8 +15,8 @@ import rich.table
 
 from pasta_jax.data.examples import encoded, program_of
 from pasta_jax.lang.cost import cost
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.layout import NO_TARGET, Layout, layout
-from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import unseparated
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.terminal import as_text
@@ -49,25 +50,32 @@ class Facts(NamedTuple):
   speedup: np.ndarray  # theoretical parallelism
 
 
-def facts(rows: Sequence[dict], vocabulary: Vocabulary, rule: PositionRule) -> Facts:
-  """The facts of all rows that the vocabulary can encode."""
+def form_line(form: Forms) -> str:
+  """The form of the language that rows are laid out in."""
+  others = [f"{f.name} {getattr(form, f.name)}" for f in dataclasses.fields(form) if f.name != "positions"]
+  return ", ".join([*others, f"positions {form.positions.strategy}"])
+
+
+def facts(rows: Sequence[dict], vocabulary: Vocabulary, form: Forms) -> Facts:
+  """The facts of all rows that the vocabulary can encode, laid out in `form`."""
   found: list[tuple] = []
   for row in rows:
-    program = program_of(row)
+    program = program_of(row, form.visibility)
+    used = [c for c in row["chunks"] if form.visibility == "live" or not c.get("needs")]
     try:
-      thread = encoded(program, vocabulary, rule)
+      thread = encoded(program, vocabulary, form.positions)
       prompt = vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
     except ValueError:
       continue
     outer, end = 0, -1
-    for c in sorted(row["chunks"], key=lambda c: (c["start"], -c["end"])):
+    for c in sorted(used, key=lambda c: (c["start"], -c["end"])):
       if c["start"] >= end:
         outer, end = outer + c["end"] - c["start"], c["end"]
     found.append(
       (
         len(prompt),
         thread.total_tokens,
-        len(row["chunks"]),
+        len(used),
         outer / len(row["response"]),
         unseparated(program),
         bool(row["syncs"]),
@@ -149,7 +157,7 @@ def page(
   by_split: Mapping[str, Mapping[str, Any]],
   rejected: Mapping[str, int],
   vocabulary: Vocabulary,
-  rule: PositionRule,
+  form: Forms,
 ) -> str:
   """A self-contained HTML page: figures by split, histograms and samples of the rows."""
   head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *by_split))
@@ -162,12 +170,13 @@ def page(
   svg = re.sub(r"^.*?(?=<svg)", "", picture.getvalue(), flags=re.DOTALL)
   some = [i for i in range(len(rows)) if f.chunks[i] and f.response[i] <= 400] or list(range(len(rows)))
   samples = "".join(
-    _sample(rows[i], vocabulary, rule)
+    _sample(rows[i], vocabulary, form)
     for i in sorted({some[k * len(some) // SAMPLES] for k in range(SAMPLES)})
   )
   return (
     f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/><title>Data set</title>'
     f"<style>{_STYLE}</style></head>\n<body><main><h1>Data set</h1>\n<table><tr>{head}</tr>{body}</table>\n"
+    f'<p class="muted">Laid out in the form: {form_line(form)}.</p>\n'
     f'<p class="muted">Rejected rows: {causes}.</p>\n<div class="plots">{svg}</div>\n<h2>Samples</h2>\n'
     '<p class="muted">Tokens in the order of training, in the colour of their thread; small numbers are '
     "positions, where they jump. Pale tokens have no target; hover over a token to see its target.</p>\n"
@@ -175,10 +184,11 @@ def page(
   )
 
 
-def _sample(row: dict, vocabulary: Vocabulary, rule: PositionRule) -> str:
+def _sample(row: dict, vocabulary: Vocabulary, form: Forms) -> str:
   """The tokens of a row, with threads, positions and targets."""
   prompt = vocabulary.tokenizer.chat_prompt([{"role": "user", "content": row["prompt"]}])
-  laid = layout(encoded(program_of(row), vocabulary, rule), rule, vocabulary.table, prompt)
+  thread = encoded(program_of(row, form.visibility), vocabulary, form.positions)
+  laid = layout(thread, form.positions, vocabulary.table, prompt)
   start = len(prompt)
   shown_tokens = range(start, min(start + MOST_TOKENS, len(laid)))
   tokens = "".join(_token(laid, i, start, vocabulary) for i in shown_tokens)

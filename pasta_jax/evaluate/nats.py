@@ -106,7 +106,7 @@ def scored(model: Model, rows: Sequence[dict], rules: Sequence[str]) -> Iterator
 def _tokens(model: Model, row: dict) -> tuple[list[int], Thread]:
   """The prompt's tokens, and the main thread of the response."""
   try:
-    program = program_of(row)
+    program = program_of(row, model.forms.visibility)
     if not model.has_tags:
       program = (Text(reading_order(program)),)
     return model.encode(prompt_of(row)), encoded(program, model.vocabulary, model.forms.positions)

@@ -154,6 +154,7 @@ def _lay_out(config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vo
     annotation=c.annotation,
     max_length=c.length,
     workers=c.workers,
+    visibility=form.visibility,
   )
   selection = load(rows, min_speedup=c.min_speedup, plain_share=c.plain_share)
   data, held_out = selection.examples, load(held_out_rows).examples

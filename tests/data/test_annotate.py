@@ -226,6 +226,7 @@ class Server(loopback.Server):
   """Knows the seed rows' plans; finds chunks and texts with a word of `refuses` dependent."""
 
   refuses: tuple[str, ...] = ()
+  unread: tuple[str, ...] = ()  # the same, unless the writer reads the parts before
   stubborn: tuple[str, ...] = ()  # ids of rows to which it says nothing usable
 
   def answer(self, body, path):
@@ -238,7 +239,8 @@ class Server(loopback.Server):
     asked = next(text for text in reversed(said) if "<answer>" in text or "<text>" in text)
     if "<text>" in asked:
       text = asked.split("<text>\n")[1].split("\n</text>")[0]
-      reply = "NO" if any(word in text for word in self.refuses) else "Yes."
+      blind = () if "reads these while they are written" in asked else self.unread
+      reply = "NO" if any(word in text for word in (*self.refuses, *blind)) else "Yes."
     else:
       row = next(r for r in ROWS if asked == prompts.question(r["prompt"], r["response"]))
       useful = plan.useful_syncs(row["chunks"], row["syncs"])
@@ -393,6 +395,19 @@ def test_the_check_removes_chunks_and_adds_syncs(server, tmp_path: Path):
   # What was a chunk is its promising thread's now, which has not seen the others: it gets a sync.
   assert report["check"] == {"chunks given up": 1, "syncs placed": 1} and len(made["syncs"]) == 2
   assert reading_order(program_of(made)) == row["response"]
+  # The same chunk, if it fails only for want of the others: one more call, which shows them.
+  server.refuses, server.unread, before = (), (third[-30:],), len(server.calls)
+  report = annotate(config_for(server, tmp_path, [row]), tmp_path / "along")
+  (made,) = read_jsonl(tmp_path / "along" / "annotated.jsonl")
+  assert [c.get("needs") for c in made["chunks"]] == [
+    "siblings" if i == 2 else None for i in range(len(row["chunks"]))
+  ]
+  assert report["check"] == {"chunks given up": 0, "syncs placed": 0, "chunks that need their siblings": 1}
+  [second] = [c for c in server.calls[before:] if "reads these while" in c["messages"][-1]["content"]]
+  seen = second["messages"][-1]["content"].split("<seen>\n")[1].split("\n</seen>")[0]
+  assert row["response"].startswith(seen) and third not in seen and seen + third in row["response"]
+  promises = lambda *visibility: sum(isinstance(n, Promise) for n in program_of(made, *visibility))
+  assert promises("live") == len(row["chunks"]) == promises() + 1
 
 
 def test_form_alone_needs_no_server(tmp_path: Path):

@@ -13,9 +13,11 @@ from helpers.folders import with_fields
 
 from pasta_jax.config import Config
 from pasta_jax.data import build, dataset, report
-from pasta_jax.data.examples import mix, program_of
+from pasta_jax.data.examples import examples, mix, program_of
 from pasta_jax.data.sources import read_instructions
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.positions import PositionRule
+from pasta_jax.lang.program import Promise, Sync, Text
 from pasta_jax.utils.jsonl import DataError, read_jsonl
 
 SEED = Path(__file__).parents[2] / "data" / "seed.jsonl"
@@ -41,6 +43,43 @@ def whole(tmp_path_factory, vocabulary):
 def write(path: Path, rows) -> str:
   path.write_text("".join(json.dumps(r) + "\n" for r in rows))
   return str(path)
+
+
+def test_chunks_that_need_their_siblings(tmp_path: Path, vocabulary):
+  """The mark comes back, and the report counts what the form lays out, which it names."""
+  [row] = [r for r in ROWS if r["id"] == "seed1-000"]
+  marked = row | {"chunks": [*row["chunks"][:2], row["chunks"][2] | {"needs": "siblings"}]}
+  data = write(tmp_path / "rows.jsonl", [marked, ROWS[1]])
+  for visibility, chunks in (("promise", 2), ("live", 3)):
+    config = with_fields(with_fields(Config(), "dataset", train=data), "language", visibility=visibility)
+    folder = tmp_path / visibility
+    build.build(config, folder, vocabulary, [])
+    assert (
+      f"visibility {visibility}, promise topic, positions pred_10x" in (folder / "report.html").read_text()
+    )
+    [back, plain] = dataset.read(folder / "responses" / "1.0.0")
+    assert back["chunks"] == marked["chunks"] and plain["chunks"] == ROWS[1]["chunks"]
+    assert report.facts([back], vocabulary, Forms(visibility=visibility)).chunks.tolist() == [chunks]
+    [laid] = examples(
+      [back], vocabulary, PositionRule(), annotation="plan", max_length=999, visibility=visibility
+    ).examples
+    assert laid.threads.max() == chunks
+
+
+def test_a_chunk_that_needs_its_siblings_is_text_under_promise():
+  """After a sync that joins them, with its own chunks as the thread's around it; syncs of nothing go."""
+  text = "Aa. - Bb. - Cc dd. Ee. Ff."
+  chunks = [{"start": s, "end": e, "topic": t} for s, e, t in ((4, 9, "b"), (10, 18, "c"), (15, 17, "d"))]
+  plain = {"id": "r", "prompt": "p", "response": text, "chunks": chunks, "syncs": [19, 23]}
+  marked = plain | {
+    "chunks": [c | ({"needs": "siblings"} if c["topic"] == "c" else {}) for c in plain["chunks"]]
+  }
+  assert program_of(marked, "live") == program_of(plain, "live") == program_of(plain)
+  b, d = Promise("b", None, (Text("Bb."),)), Promise("d", None, (Text("dd"),))
+  assert program_of(marked) == (
+    Text("Aa. - "), b, Text(" - "), Sync(), Text("Cc "), d, Text(". "), Sync(), Text("Ee. Ff."))  # fmt: skip
+  with pytest.raises(DataError, match="chunks.0.needs must be 'siblings', not 'more'"):
+    program_of(plain | {"chunks": [chunks[0] | {"needs": "more"}]})
 
 
 def test_every_row_comes_back(whole):
@@ -86,7 +125,7 @@ def test_figures_are_those_of_the_rows(vocabulary):
   nested = some | {
     "chunks": [{"start": 9, "end": size, "topic": "x"}, {"start": 28, "end": size, "topic": "y"}]
   }
-  f = report.facts([row | {"chunks": []}, some, nested], vocabulary, PositionRule("pred_10x"))
+  f = report.facts([row | {"chunks": []}, some, nested], vocabulary, Forms())
   assert f.chunks.tolist() == [0, 2, 2] and f.synced.tolist() == [False] * 3
   assert f.covered.tolist() == pytest.approx(
     [0, 1 - 9 / size, 1 - 9 / size]
@@ -95,7 +134,7 @@ def test_figures_are_those_of_the_rows(vocabulary):
   found = report.figures(f)
   assert found["rows"] == 3 and found["with_chunks"] == pytest.approx(2 / 3) and found["chunks"] == 2
   assert found["speedup"] == pytest.approx((f.speedup[1] * f.speedup[2]) ** 0.5)
-  assert report.figures(report.facts([], vocabulary, PositionRule("pred_10x")))["rows"] == 0
+  assert report.figures(report.facts([], vocabulary, Forms()))["rows"] == 0
 
 
 def test_bad_rows_are_named_and_never_stop_a_build(vocabulary, tmp_path: Path):

@@ -1,13 +1,16 @@
 """The check of a plan: it removes chunks that depend on what their thread does not see, and adds missing
 syncs.
 
-A model judges each piece separately, from what its writer sees (`contexts`). A chunk that fails becomes text
-of the thread that promised it. Then it judges each text that a thread writes while it does not see some of
+A model judges each piece separately, from what its writer sees (`contexts`) under the visibility `promise`, the
+strictest. It judges a chunk that fails once more, as one whose writer reads the parts before it: if it passes, it
+is kept with the mark `"needs": "siblings"`, for `live` alone. Otherwise it becomes text of the thread that promised
+it. Then it judges each text that a thread writes while it does not see some of
 its chunks; a text that needs them gets a sync before it. In ASPD (arXiv 2508.08895) such a check improved the
 data most.
 """
 
 import re
+from collections.abc import Collection
 
 from pasta_jax.data.annotate.contexts import Context, contexts
 from pasta_jax.data.annotate.plan import useful_syncs
@@ -27,10 +30,12 @@ def of_texts(row: dict) -> list[Context]:
   ]
 
 
-def without_chunks(row: dict, failed: set[int]) -> dict:
-  """The row without some chunks (numbered in reading order), and without syncs that then join nothing."""
+def without_chunks(row: dict, failed: Collection[int], needy: Collection[int] = ()) -> dict:
+  """The row without the chunks `failed` (numbered in reading order), and without syncs that then join nothing;
+  the chunks `needy` have the mark that they need their siblings."""
   ordered = sorted(row["chunks"], key=lambda c: (c["start"], -c["end"]))
-  chunks = [c for i, c in enumerate(ordered) if i not in failed]
+  marked = lambda i, c: c | {"needs": "siblings"} if i in needy else c
+  chunks = [marked(i, c) for i, c in enumerate(ordered) if i not in failed]
   return row | {"chunks": chunks, "syncs": useful_syncs(chunks, row["syncs"])}
 
 

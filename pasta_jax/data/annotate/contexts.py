@@ -26,9 +26,9 @@ class Context:
 
 def contexts(row: dict) -> list[Context]:
   """The context of each chunk, and of each text that a thread writes while some of its chunks are unseen, in
-  reading order."""
+  reading order, under the visibility `promise`: all chunks are chunks here, whatever they need."""
   found: list[Context] = []
-  _walk(program_of(row), "", (), 0, found, [0])
+  _walk(program_of(row, "live"), "", (), 0, found, [0])
   return found
 
 

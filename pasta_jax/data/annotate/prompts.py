@@ -81,13 +81,18 @@ def ask_again(messages: Messages, answer: str, fault: str) -> Messages:
   ]
 
 
-def ask_whether(row: dict, context: Context) -> Messages:
-  """The messages that ask whether a piece is independent of what its writer does not see."""
+def ask_whether(row: dict, context: Context, *, reading: bool = False) -> Messages:
+  """The messages that ask whether a piece is independent of what its writer does not see. With `reading` the writer
+  reads the parts before it while others write them."""
   task = f'the part about "{context.topic}"' if context.topic is not None else "what follows"
   others = ", ".join(f"⟦{topic}⟧" for topic in context.waiting) or "none"
+  seen = row["response"][: context.offset] if reading else context.seen
+  others += (
+    ". The writer reads these while they are written, and so may not need how they end." if reading else ""
+  )
   text = (
     f"The request:\n<request>\n{row['prompt']}\n</request>\n\nWhat the writer sees of the answer:\n<seen>\n"
-    f"{context.seen}\n</seen>\n\nWritten by others at the same time: {others}\n\nThe writer writes {task}:\n"
+    f"{seen}\n</seen>\n\nWritten by others at the same time: {others}\n\nThe writer writes {task}:\n"
     f"<text>\n{context.text}\n</text>\n\nCould they have written it from that alone? YES or NO."
   )
   return [{"role": "system", "content": CHECK}, {"role": "user", "content": text}]

@@ -21,8 +21,7 @@ from pasta_jax.data.annotate import check, measure, plan, prompts
 from pasta_jax.data.examples import read_annotated
 from pasta_jax.data.prompts import read_prompts
 from pasta_jax.data.sources import Source, decontaminate, read_instructions
-from pasta_jax.lang.forms import from_config
-from pasta_jax.lang.positions import PositionRule
+from pasta_jax.lang import forms
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.endpoint import Endpoint
 from pasta_jax.utils.files import write_json_atomic
@@ -52,7 +51,7 @@ def annotate(config, workdir: Path) -> dict:
     rows = [rows[i * len(rows) // c.limit] for i in range(c.limit)]
   other = read_annotated(c.against) if c.against else []
   by_model = _ByModel(c, workdir) if c.kind != "structure" else None  # before anything is written
-  vocabulary = load_checkpoint(config.model.source).vocabulary.speaking(from_config(config))
+  vocabulary = load_checkpoint(config.model.source).vocabulary.speaking(forms.from_config(config))
   with locked(workdir / LOCK):
     report = _annotate(config, workdir, source, rows, other, by_model, vocabulary)
   _show(report, workdir)
@@ -86,8 +85,8 @@ def _annotate(
   else:
     done, refused = by_model(rows)
     rejected += refused
-  rule = PositionRule(config.positions.strategy, config.positions.fixed)
-  figures = lambda annotated: data_report.figures(data_report.facts(annotated, vocabulary, rule))
+  form = forms.from_config(config)
+  figures = lambda annotated: data_report.figures(data_report.facts(annotated, vocabulary, form))
   report: dict = {
     "annotator": c.kind if by_model is None else c.model,
     "figures": figures(done),
@@ -119,7 +118,7 @@ class _ByModel:
     from pasta_jax.utils.calls import Caller  # here: it loads the HTTP client
 
     self._caller = Caller(self._endpoint, self._path)
-    self._tokens, self._dropped, self._synced = [0, 0], 0, 0
+    self._tokens, self._dropped, self._needy, self._synced = [0, 0], 0, 0, 0
     self._mended: collections.Counter[str] = collections.Counter()
     self._no_verdict: collections.Counter[str] = collections.Counter()
     plans, rejected = self._plans(rows)
@@ -128,9 +127,10 @@ class _ByModel:
       self._check_texts(plans)
     c = self._config
     price = (self._tokens[0] * c.price_read + self._tokens[1] * c.price_written) / 1e6
+    checked = {"chunks given up": self._dropped, "syncs placed": self._synced} if c.check else {}
     self.report = {
       "asked again because": dict(self._mended),
-      "check": {"chunks given up": self._dropped, "syncs placed": self._synced} if c.check else {},
+      "check": checked | ({"chunks that need their siblings": self._needy} if self._needy else {}),
       "checked without a verdict": dict(self._no_verdict),
       "calls": {
         "paid now": self._caller.paid,
@@ -185,8 +185,11 @@ class _ByModel:
       todo = again
     return plans, rejected
 
-  def _verdicts(self, what: str, asked: list[tuple[dict, check.Context]]) -> list[tuple[dict, check.Context]]:
-    """The pieces that the model does not call independent; an answer other than yes or no counts as no."""
+  def _verdicts(
+    self, what: str, asked: list[tuple[dict, check.Context]], *, reading: bool = False
+  ) -> list[tuple[dict, check.Context]]:
+    """The pieces that the model does not call independent; an answer other than yes or no counts as no. `reading` as
+    of `prompts.ask_whether`."""
     failed: list[tuple[dict, check.Context]] = []
 
     def answered(i: int, answer: dict) -> None:
@@ -197,17 +200,20 @@ class _ByModel:
         failed.append(asked[i])
 
     if asked:
-      self._calls(what, [prompts.ask_whether(row, context) for row, context in asked], answered)
+      calls = [prompts.ask_whether(row, context, reading=reading) for row, context in asked]
+      self._calls(what, calls, answered)
     return failed
 
   def _check_chunks(self, plans: dict[str, dict]) -> None:
     failed = self._verdicts("check of chunks", [(r, c) for r in plans.values() for c in check.of_chunks(r)])
-    by_row = collections.defaultdict(set)
-    for row, context in failed:
-      by_row[row["id"]].add(context.at)
-    for name, numbers in by_row.items():
-      plans[name] = check.without_chunks(plans[name], numbers)
-    self._dropped = len(failed)
+    lost = self._verdicts("check of chunks that read along", failed, reading=True)
+    by_row: dict[str, tuple[set[int], set[int]]] = collections.defaultdict(lambda: (set(), set()))
+    for pieces, which in ((failed, 0), (lost, 1)):
+      for row, context in pieces:
+        by_row[row["id"]][which].add(context.at)
+    for name, (asked, given_up) in by_row.items():
+      plans[name] = check.without_chunks(plans[name], given_up, asked - given_up)
+    self._dropped, self._needy = len(lost), len(failed) - len(lost)
 
   def _check_texts(self, plans: dict[str, dict]) -> None:
     failed = self._verdicts("check of joins", [(r, c) for r in plans.values() for c in check.of_texts(r)])
