@@ -277,8 +277,8 @@ class Tokenizer:
     config |= {"chat_template": self.chat_template} if self.chat_template else {}
     write_json(folder / "tokenizer_config.json", config)
     others = {f"{name}_id": self._named[name] for name in ("bos_token", "pad_token") if name in self._named}
-    others |= {"bad_words_ids": [[index] for index in sorted(tags)]} if tags else {}
-    write_json(folder / "generation_config.json", {"eos_token_id": self.eos_token_id, **others})
+    banned = {"bad_words_ids": [[index] for index in sorted(tags)]} if tags else {}
+    write_json(folder / "generation_config.json", {"eos_token_id": self.eos_token_id, **others, **banned})
 
   @property
   def eos_token_id(self) -> int | list[int]:
