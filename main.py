@@ -110,7 +110,7 @@ def build(config: Config, values: flags.FlagValues) -> None:
   build(
     config,
     Path(values.workdir),
-    load_checkpoint(config.model.source).vocabulary.speaking(config.language.promise),
+    load_checkpoint(config.model.source).vocabulary,
     [r.prompt for r in read_prompts(avoid, part="dataset")] if avoid else [],
   )
 

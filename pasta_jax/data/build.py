@@ -46,6 +46,8 @@ def build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> di
 def _build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> dict:
   c = config.dataset
   rejected: list[dict] = []
+  form = forms.from_config(config)
+  vocabulary = vocabulary.speaking(form)
   splits = {"train": _rows(c.train, vocabulary, avoid, rejected)}
   if c.validation:
     splits["validation"] = _rows(c.validation, vocabulary, [], rejected)
@@ -69,7 +71,6 @@ def _build(config, workdir: Path, vocabulary: Vocabulary, avoid: list[str]) -> d
     raise DataError(f"{first['file']}: {first['id']}: {first['cause']} ({len(rejected)} rows cannot be used)")
   if not all(splits.values()):
     raise DataError(f"no row is left for {next(name for name, rows in splits.items() if not rows)}")
-  form = forms.from_config(config)
   facts = {name: report.facts(rows, vocabulary, form) for name, rows in splits.items()}
   figures = {name: report.figures(f) for name, f in facts.items()}
   causes = dict(collections.Counter(r["cause"] for r in rejected))
