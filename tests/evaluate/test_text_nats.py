@@ -34,13 +34,15 @@ ROWS = [
 class Fake(types.SimpleNamespace):
   """A Model of random weights."""
 
-  def __init__(self, seed: int, promise: str = "topic", visibility: str = "promise", has_tags: bool = True):
+  def __init__(self, seed: int, form: Forms = Forms(RULE), has_tags: bool = True):
+    graph, _ = nnx.split(tiny.model(tiny.CONFIGS[form.number]))
+    params = tiny.weights(seed, number=form.number)
     super().__init__(
-      params=tiny.weights(seed),
-      model=nnx.merge(tiny.GRAPH, tiny.weights(seed)),
+      params=params,
+      model=nnx.merge(graph, params),
       has_tags=has_tags,
-      vocabulary=tiny.VOCABULARIES[promise],
-      forms=Forms(RULE, visibility, promise),
+      vocabulary=tiny.VOCABULARIES[form.promise, form.number],
+      forms=form,
       encode=tiny.VOCABULARY.tokenizer.encode,
     )
 
@@ -49,8 +51,9 @@ FAKES = {
   "baseline": Fake(0, has_tags=False),
   "topic": Fake(0),
   "same": Fake(0),
-  "head": Fake(1, promise="head"),
-  "live": Fake(0, visibility="live"),
+  "head": Fake(1, Forms(RULE, promise="head")),
+  "token": Fake(1, Forms(promise="head", number="token")),
+  "live": Fake(0, Forms(RULE, "live")),
 }
 
 
@@ -68,8 +71,9 @@ def by_hand(fake: Fake, row: dict) -> tuple[float, float]:
   """(-log p of the whole response, that of its text), without syncs: a thread sees itself and those above it up to
   its promise."""
   program = program_of(row) if fake.has_tags else program_of(row | {"chunks": []})
-  thread = encoded(program, fake.vocabulary, RULE)
-  laid = layout(thread, RULE, fake.vocabulary.table, fake.encode(row["prompt"]))
+  rule = fake.forms.positions
+  thread = encoded(program, fake.vocabulary, rule)
+  laid = layout(thread, rule, fake.vocabulary.table, fake.encode(row["prompt"]))
   at, own = np.arange(len(laid)), laid.threads
   mask = (at[None] <= at[:, None]) & ((own[None] == own[:, None]) | (own[None] == 0))
   logits = tiny.dense_logits(fake.params, laid.tokens, laid.positions, mask)
@@ -83,7 +87,7 @@ def by_hand(fake: Fake, row: dict) -> tuple[float, float]:
   return sum(cost.values()), sum(cost[k] for k in cost if is_text[k])
 
 
-@pytest.mark.parametrize("name", ["baseline", "topic", "head"])
+@pytest.mark.parametrize("name", ["baseline", "topic", "head", "token"])
 def test_parts_add_up_to_the_likelihood_of_the_layout(name: str):
   figures = {part: by_name[name] for part, by_name in compare(name).items()}
   expected = np.sum([by_hand(FAKES[name], row) for row in ROWS], axis=0)
