@@ -152,6 +152,15 @@ def _habits(promise: str, number: str) -> np.ndarray:
 _ENDLESS = [A.OPEN, A.CLOSE, 9, A.DIGITS, A.OPEN, A.OPEN, A.OPEN, A.OPEN, A.OPEN, A.MIDDLE]
 
 
+def _endless(promise: str, number: str) -> list[int]:
+  """The same with lengths as tokens: OPEN, topic, LENGTH, or a word and LENGTH."""
+  if number == "digits":
+    return _ENDLESS
+  if promise == "head":
+    return [_LENGTH] * _LENGTH + [A.ORDINARY]
+  return [A.OPEN, A.OPEN, _TOPIC, *[A.OPEN] * 6, _LENGTH, A.OPEN]
+
+
 def model(config: ModelConfig = CONFIG) -> Transformer:
   """A model to build an Interpreter around; `weights` gives it others."""
   return Transformer(config, rngs=nnx.Rngs(0))
@@ -198,8 +207,8 @@ def weights(
   elif kind == "silent":
     head[:n] = -60.0 * is_tag
   else:
-    then = np.array(_ENDLESS if kind == "endless" else rng.integers(0, n, n))
-    head[:n] = 20.0 * (then[:, None] == groups) + 0.2 * _HABITS[:, groups]
+    then = np.array(_endless(promise, number) if kind == "endless" else rng.integers(0, n, n))
+    head[:n] = 20.0 * (then[:, None] == groups) + 0.2 * _habits(promise, number)[:, groups]
   state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
   full = jax.tree.map(lambda x: x, blank)
   nnx.replace_by_pure_dict(full, state)
