@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.decode.state import State
+from pasta_jax.decode.threads import Thread
 
 ALL = 2**30  # `until` of a thread that is seen as far as it has come; above every entry
 
@@ -32,10 +33,16 @@ def seen(live: bool, state: State, sight: jax.Array) -> jax.Array:
   """[W, P] bool: what threads with the sights [W, …] see in this round. Unused entries are never seen."""
   if not live:
     return sight
-  log, entries = state.log, jnp.arange(state.log.thread.shape[0])
-  until = sight.at[:, jnp.maximum(log.thread, 0)].get(mode="clip")
-  before = (entries < state.used) & (log.round < state.round)
-  return before & ((log.thread < 0) | (entries < until))
+  # Entries of this round are the last ones in use. One comparison an entry is left to what reads the mask, which XLA
+  # repeats in every layer and head; an index into [W · M] keeps the mask's own order of axes.
+  before = state.used - state.served
+  until = jnp.append(
+    jnp.minimum(sight, before), jnp.broadcast_to(before, (sight.shape[0], 1)), axis=1
+  )  # [W, M + 1]
+  width, columns = until.shape
+  thread = jnp.where(state.log.thread < 0, columns - 1, state.log.thread)  # the last column is the prompt's
+  place = jnp.arange(width)[:, None] * columns + thread
+  return jnp.arange(thread.shape[0]) < until.reshape(-1).at[place].get(mode="clip")
 
 
 def after_turn(live: bool, sight: jax.Array, entry: jax.Array, is_live: jax.Array) -> jax.Array:
@@ -43,25 +50,18 @@ def after_turn(live: bool, sight: jax.Array, entry: jax.Array, is_live: jax.Arra
   return sight if live else sight | (is_live & (jnp.arange(sight.shape[0]) == entry))
 
 
-def of_chunk(
-  live: bool, sight: jax.Array, parent: jax.Array, entry: jax.Array, number: jax.Array
-) -> jax.Array:
-  """The sight of chunk `number`, whose promise in `parent` ended with pool entry `entry`: **a fork copies the
-  parent's row**, after the parent's turn."""
+def after_forks(live: bool, threads: Thread, chunks: jax.Array) -> jax.Array:
+  """[M, …] the sights of all threads after the forks of a step, which were born with their parents' **(a fork copies
+  the parent's row)**: a chunk sees its parent up to the promise, and whoever sees the promise sees the chunk as far
+  as it comes. `chunks` [W] are the new rows, M for none."""
+  t, numbers = threads, jnp.arange(threads.status.shape[0])
   if not live:
-    return sight
-  return sight.at[parent].set(entry + 1, mode="drop").at[number].set(ALL, mode="drop")
-
-
-def of_others(
-  live: bool, sight: jax.Array, parents: jax.Array, entries: jax.Array, chunks: jax.Array
-) -> jax.Array:
-  """[M, …] the sights of all threads after the forks of a step [W]: whoever sees a promise sees its chunk as far as
-  it comes. Chunks with row M are none."""
-  if not live:
-    return sight
-  column = jnp.where(sight.at[:, parents].get(mode="clip") > entries, ALL, 0)  # [M, W]
-  return sight.at[:, chunks].set(column, mode="drop")
+    return t.sight
+  # By elementwise choices: a scatter a row and one a column would cost more than the rest of the form.
+  new = (numbers[:, None] == chunks).any(axis=1)  # [M]
+  until = jnp.where(new[:, None] & (numbers == t.parent[:, None]), t.fork_entry[:, None] + 1, t.sight)
+  sees_promise = until.at[:, t.parent].get(mode="clip") > t.fork_entry  # [M, M]: of the column's chunk
+  return jnp.where(new, jnp.where(sees_promise, ALL, 0), until)
 
 
 def grown(live: bool, sight: jax.Array, more: int) -> jax.Array:

@@ -55,14 +55,13 @@ def step(model: Transformer, state: State, tables: TokenTables, sampling: Sampli
   out = jax.vmap(partial(forward, model, state, tables, sampling, limits, features))(branches)
   state = append(state, lanes, branches, out, features)
   after = jax.vmap(partial(sight.after_turn, features.live))(threads.sight, lanes.entry, lanes.live)
-  of_chunks = jax.vmap(partial(sight.of_chunk, features.live))(after, lanes.rows, lanes.entry, children)
   advance = jax.vmap(partial(T.advance, rule=features.rule, automaton=features.automaton))
   advanced = advance(read, forks, out.token, tables.classes[out.token], after)
-  spawned = jax.vmap(T.spawn, (0, 0, 0, 0, None))(read, lanes.rows, lanes.entry, of_chunks, tables.async_tag)
+  spawned = jax.vmap(T.spawn, (0, 0, 0, 0, None))(read, lanes.rows, lanes.entry, after, tables.async_tag)
   state = put(state, lanes.rows, advanced)
   state = put(state, children, spawned)
-  of_others = sight.of_others(features.live, state.threads.sight, lanes.rows, lanes.entry, children)
-  state = state.replace(threads=state.threads.replace(sight=of_others))
+  sights = sight.after_forks(features.live, state.threads, children)
+  state = state.replace(threads=state.threads.replace(sight=sights))
   served = lanes.live.sum()
   state = state.replace(
     used=state.used + served, served=state.served + served, steps=state.steps + (served > 0),
