@@ -1,10 +1,11 @@
 """Time of a decode step on this machine: `python -m pasta_jax.evaluate.benchmark`.
 
 Medians of interleaved measurements in one run: the memory bandwidth that a plain sum reaches; a step of
-sequential decoding; a step of parallel decoding with 1, 2, 4, 8, 16 live branches; pools of several sizes;
-several requests in one batch, one token each; and, if installed, `transformers` and llama.cpp one token at a
-time on the same weights. The floor of a step is the weights' bytes over that bandwidth. The ratio to one
-branch flatters a slow single-branch step, so absolute times are given too.
+sequential decoding; a step of parallel decoding with 1, 2, 4, 8, 16 live branches, and with pools of several
+sizes, each under visibility `promise` and next to it under `live` (docs/language.md section 3.1); several requests
+in one batch, one token each; and, if installed, `transformers` and llama.cpp one token at a time on the same
+weights. The floor of a step is the weights' bytes over that bandwidth. The ratio to one branch flatters a slow
+single-branch step, so absolute times are given too.
 """
 
 import json
@@ -76,6 +77,7 @@ def step_timer(
   capacity: int,
   *,
   sequential: bool = False,
+  visibility: str = "promise",
 ) -> Callable[[], float]:
   """A function that runs some decode steps and returns the seconds per step.
 
@@ -93,7 +95,7 @@ def step_timer(
     _model(checkpoint, dtype),
     vocabulary,
     limits,
-    StepFeatures(promises=not sequential, guard=not sequential, no_repeat=NO_REPEAT),
+    StepFeatures(promises=not sequential, guard=not sequential, no_repeat=NO_REPEAT, visibility=visibility),
   )
   features, numbers = specialise(it.features, SAMPLING), as_arrays(SAMPLING)
   start = busy_state(it, branches, capacity)
@@ -226,22 +228,25 @@ def main(argv: list[str]) -> None:
   with console.status("compiling …"):
     for dtype in FLAGS.dtypes:
       timers["sequential", dtype] = step_timer(checkpoint, vocabulary, dtype, 1, MAIN_POOL, sequential=True)
-      for b in branches:
-        timers[dtype, b, MAIN_POOL] = step_timer(checkpoint, vocabulary, dtype, b, MAIN_POOL)
-      for p in {MAIN_POOL, *pools}:
-        if (dtype, MAIN_BRANCHES, p) not in timers:
-          timers[dtype, MAIN_BRANCHES, p] = step_timer(checkpoint, vocabulary, dtype, MAIN_BRANCHES, p)
+      for b, p in dict.fromkeys(
+        [*((b, MAIN_POOL) for b in branches), *((MAIN_BRANCHES, p) for p in (MAIN_POOL, *pools))]
+      ):
+        timers[dtype, b, p] = step_timer(checkpoint, vocabulary, dtype, b, p)
+        timers["live", dtype, b, p] = step_timer(checkpoint, vocabulary, dtype, b, p, visibility="live")
       for r in requests:
         timers["requests", dtype, r] = batch_timer(checkpoint, vocabulary, dtype, r, MAIN_POOL)
-      if other := transformers_timer(checkpoint, dtype):
+      if FLAGS.others and (other := transformers_timer(checkpoint, dtype)):
         timers["transformers", dtype] = other
-    if other := llama_cpp_timer():
+    if FLAGS.others and (other := llama_cpp_timer()):
       timers["llama.cpp", "Q4_1"] = other
   taken: dict[tuple, list[float]] = {key: [] for key in timers}
   with console.status("measuring …"):
     for _ in range(FLAGS.rounds):
       for key, measure in timers.items():
         taken[key].append(measure())
+  # Of neighbours in time: what else the machine does changes both.
+  for key in [key for key in taken if key[0] == "live"]:
+    taken["live to promise", *key[1:]] = [live / other for live, other in zip(taken[key], taken[key[1:]])]
   median = {key: statistics.median(values) for key, values in taken.items()}
   if FLAGS.json:
     with open(FLAGS.json, "w", encoding="utf-8") as file:
@@ -280,8 +285,20 @@ def show(
     table_bytes = _MODELS[dtype].embed.embedding.size * _MODELS[dtype].dtype.itemsize
     floor = (weights - table_bytes) / bandwidth  # the embedding is a lookup, which reads few rows
     one = median[dtype, MAIN_BRANCHES, MAIN_POOL]
+    live = lambda b, p, dtype=dtype: (
+      f"{1e3 * median['live', dtype, b, p]:.1f}",
+      f"{median['live to promise', dtype, b, p]:.2f}",
+    )
     table = rich.table.Table(title=f"{dtype}: floor of a step {1e3 * floor:.1f} ms")
-    for name in ("step", "ms", "share of the floor", "to one branch", "tokens/s"):
+    for name in (
+      "step",
+      "ms",
+      "share of the floor",
+      "to one branch",
+      "tokens/s",
+      "live, ms",
+      "live to promise",
+    ):
       table.add_column(name, justify="left" if name == "step" else "right")
     for b in branches:
       t = median[dtype, b, MAIN_POOL]
@@ -291,6 +308,7 @@ def show(
         f"{100 * floor / t:.0f} %",
         f"{t / one:.2f}",
         f"{b / t:.0f}",
+        *live(b, MAIN_POOL),
       )
     for p in pools:
       if p == MAIN_POOL and MAIN_BRANCHES in branches:
@@ -302,6 +320,7 @@ def show(
         f"{100 * floor / t:.0f} %",
         f"{t / one:.2f}",
         f"{1 / t:.0f}",
+        *live(MAIN_BRANCHES, p),
       )
     for r in requests:
       t = median["requests", dtype, r]
@@ -323,6 +342,7 @@ def define_flags() -> None:
   flags.DEFINE_list("branches", ["1", "2", "4", "8", "16"], "branches in a step")
   flags.DEFINE_list("pools", ["256", "512", "1024", "2048", "4096"], "pool entries")
   flags.DEFINE_list("requests", ["8", "24"], "requests in a batch")
+  flags.DEFINE_boolean("others", True, "measure transformers and llama.cpp too, where installed")
   flags.DEFINE_integer("steps", 16, "decode steps in a measurement")
   flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")
   flags.DEFINE_string("json", None, "write the figures to this file too")
