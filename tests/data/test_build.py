@@ -55,7 +55,7 @@ def test_chunks_that_need_their_siblings(tmp_path: Path, vocabulary):
     folder = tmp_path / visibility
     build.build(config, folder, vocabulary, [])
     assert (
-      f"visibility {visibility}, promise topic, positions pred_10x" in (folder / "report.html").read_text()
+      f"visibility {visibility}, promise topic, number digits, positions pred_10x" in (folder / "report.html").read_text()
     )
     [back, plain] = dataset.read(folder / "responses" / "1.0.0")
     assert back["chunks"] == marked["chunks"] and plain["chunks"] == ROWS[1]["chunks"]
