@@ -73,7 +73,7 @@ def check(window, softcap, length, heads, groups, width, visibility, local, dtyp
   context, found = run(q, k, v)
   sees = definition(batch, visibility)
   if local:
-    sees &= batch["positions"][:, :, None] - batch["positions"][:, None] < window
+    sees = sees & (batch["positions"][:, :, None] - batch["positions"][:, None] < window)
   wanted = [naive(q, k, v, sees, softcap), *gradients(q, k, v, out, sees, softcap)]
   norm = lambda x: float(np.linalg.norm(np.asarray(x, np.float64)))
   return max(norm(np.asarray(x, np.float64) - y) / norm(y) for x, y in zip((context, *found), wanted))
