@@ -2,7 +2,7 @@
 
 chunked    plain JAX, in blocks of queries
 tpu, gpu   the kernels of `model.flash`
-auto       the TPU kernels on TPU, chunked elsewhere: on GPU the kernels are exact (tests/gpu_kernels.py), not yet compared
+auto       the TPU kernels on TPU, chunked elsewhere: those for GPU are right there, their speed is not yet compared
 interpret  the TPU kernels, interpreted in plain JAX: slow, for tests on any machine
 dense      the full T x T mask: the reference
 """
