@@ -54,9 +54,8 @@ def test_chunks_that_need_their_siblings(tmp_path: Path, vocabulary):
     config = with_fields(with_fields(Config(), "dataset", train=data), "language", visibility=visibility)
     folder = tmp_path / visibility
     build.build(config, folder, vocabulary, [])
-    assert (
-      f"visibility {visibility}, promise topic, number digits, positions pred_10x" in (folder / "report.html").read_text()
-    )
+    form = f"visibility {visibility}, promise topic, number digits, positions pred_10x"
+    assert form in (folder / "report.html").read_text()
     [back, plain] = dataset.read(folder / "responses" / "1.0.0")
     assert back["chunks"] == marked["chunks"] and plain["chunks"] == ROWS[1]["chunks"]
     assert report.facts([back], vocabulary, Forms(visibility=visibility)).chunks.tolist() == [chunks]
