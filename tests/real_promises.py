@@ -8,9 +8,10 @@ Weights and adapter (a name of the package or a file, in any form of the languag
 each response only the threads' tokens, forks, numbers and rounds of reading are taken. From them plain sets and
 loops, which share nothing with `pasta_jax.lang` or the interpreter, make positions and what each token sees; and
 `transformers` runs the merged weights that `export` wrote, over prompt and response at once, with that mask (eager
-attention). A token agrees if it has the largest logit of all rows there. So nothing may stand between logits and
-choice: no guard, penalty, blocking or bias. Without the guard adapters write an ill-formed tag now and then, which is
-executed like any other. The command fails if a token differs by more than `--margin`, the noise of float32.
+attention). A token agrees if it has the largest logit of all rows there; lengths that are tokens count as one. So
+nothing may stand between logits and choice: no guard, penalty, blocking or bias. Without the guard adapters write an
+ill-formed tag now and then, which is executed like any other. The command fails if a token differs by more than
+`--margin`, the noise of float32.
 """
 
 import argparse
@@ -98,7 +99,7 @@ def positions(trace: Trace, order: list[Key], strategy: str, fixed: int) -> dict
 def compare(theirs, trace: Trace, model: Model) -> dict[str, float]:
   """Counts and largest differences of one response."""
   rule, window = model.forms.positions, getattr(theirs.config, "sliding_window", None)
-  order = read_tokens(trace)
+  order, lengths = read_tokens(trace), model.vocabulary.table.lengths.tolist()
   sees = (
     sees_live(trace, order)
     if trace.visibility == "live"
@@ -131,7 +132,10 @@ def compare(theirs, trace: Trace, model: Model) -> dict[str, float]:
       continue
     token = int(thread.tokens[following])
     counts["tokens"] += 1
-    margin = float(row.max() - row[token])
+    shared = row.clone()  # lengths that are tokens compete as one entry, and the likeliest of them is taken
+    shared[lengths] = row[lengths].logsumexp(0)
+    margin = float(shared.max() - shared[token])
+    margin = max(margin, float(row[lengths].max() - row[token])) if token in lengths else margin
     counts["differ"] += margin > 0
     counts["margin"] = max(counts["margin"], margin)
     log_p = float(row[token] - row.logsumexp(0))
