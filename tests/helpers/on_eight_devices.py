@@ -87,24 +87,20 @@ def compare(name, task, model, *, shapes=SHAPES, n=STEPS, atol=1e-5):
 def main(folder: Path) -> None:
   assert len(jax.devices()) == 8
   checkpoint = t.load_checkpoint(folder / "model")
-  vocabulary = checkpoint.vocabulary
-  laid = t.examples(
-    t.read_jsonl(folder / "data.jsonl"), vocabulary, t.RULE, annotation="plan", max_length=t.LENGTH
-  ).examples
+  vocabulary, rows = checkpoint.vocabulary, t.read_jsonl(folder / "data.jsonl")
+  lay_out = lambda spoken: t.examples(rows, spoken, t.RULE, annotation="plan", max_length=t.LENGTH).examples
+  laid = lay_out(vocabulary)
   for rank in (2, 0):
     config = t.settings(folder, lora_rank=rank, learning_rate=1e-3, batch_size=8).train
     model = make_model(checkpoint, vocabulary, config)
     compare(f"sft, rank {rank}", sft.SFT(config, laid), model, shapes=SHAPES[-2:] if rank else SHAPES)
   config = dataclasses.replace(config, attention="interpret")
-  for form in (Forms(), Forms(visibility="live")):  # heads repeated, and sharded
-    name = f"sft by kernel, {form.visibility}"
-    compare(
-      name,
-      sft.SFT(config, laid, form=form),
-      model,
-      shapes=SHAPES[-1:] if form.visibility == "live" else SHAPES[-2:],
-      n=5,
-    )
+  # Heads repeated, and sharded; lengths that are tokens are rows behind those of the table.
+  for form, shapes in ((Forms(), SHAPES[-2:]), (Forms(t.RULE, "live", "head", "token"), SHAPES[-1:])):
+    spoken = checkpoint.speaking(form)
+    task = sft.SFT(config, lay_out(spoken.vocabulary), form=form)
+    named = f"sft by kernel, {form.visibility}, {form.number}"
+    compare(named, task, make_model(spoken, spoken.vocabulary, config), shapes=shapes, n=5)
   pairs = [PreferencePair(a, b, (-300.0, -310.0 - i)) for i, (a, b) in enumerate(zip(laid[::2], laid[1::2]))]
   config = dataclasses.replace(
     t.settings(folder).preference,
