@@ -14,6 +14,7 @@ from pasta_jax.config import Config, with_changes
 from pasta_jax.decode.generator import DecodeError, Model, decode_settings
 from pasta_jax.decode.scheduler import DecodeRequest
 from pasta_jax.decode.settings import SamplingConfig
+from pasta_jax.lang.forms import Forms
 from pasta_jax.weights.adapter import Adapter, read_adapter, write_adapter
 from pasta_jax.weights.checkpoint import TINY, load_checkpoint
 
@@ -231,3 +232,15 @@ except SystemExit as left:
 print("loaded:", *(name for name in {NOT_FOR_DECODING} if name in sys.modules))
 """
   assert run_python("-c", script).splitlines()[-1] == "loaded:"
+
+
+def test_the_released_adapter_that_reads_along_speaks_its_form():
+  """Its rows, and its header, are found before a vocabulary is built: heads, lengths as tokens, chunks read along."""
+  model = pasta_jax.load(adapter="pasta_live", dtype="float32", max_new_tokens=140)
+  assert model.forms == Forms(visibility="live", promise="head", number="token")
+  trace = model.generate("What are some good ways to save energy at home?").trace
+  chunks = trace.threads[1:]
+  assert len(chunks) >= 2 and trace.ill_formed == 0 and trace.form == model.forms
+  last = [trace.threads[c.parent].tokens[c.fork_index] for c in chunks]  # of each promise: all of it
+  assert set(last) <= set(model.vocabulary.table.lengths.tolist())
+  assert all(c.topic and c.declared % 10 == 0 for c in chunks)
