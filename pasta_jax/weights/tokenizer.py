@@ -89,9 +89,9 @@ class Tokenizer:
     added = backend.get_added_tokens_decoder()
     vocab = backend.get_vocab(with_added_tokens=True)
     self._backend = backend
-    texts = forms.texts_for_tags(vocab)
-    self.tag_ids, self.knows_tags = tuple(vocab[text] for text in texts), texts == list(TOKEN_TEXTS)
-    self.length_ids = tuple(vocab[text] for text in forms.texts_for_lengths(vocab))
+    tags, lengths = forms.texts_for_tags_and_lengths(vocab)
+    self.tag_ids, self.length_ids = (tuple(vocab[text] for text in texts) for texts in (tags, lengths))
+    self.knows_tags = tags == list(TOKEN_TEXTS)
     self._kept_out: re.Pattern[str] | None = None  # texts that become no single token (`keeping_out`)
     self.special_ids = frozenset(index for index, token in added.items() if token.special)
     # Added tokens are literal text, but Gemma's files list runs of blanks as added tokens, written as pieces.

@@ -210,18 +210,16 @@ def without_prefix(parts: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 def texts_for_tags(vocab: Mapping[str, int]) -> list[str]:
   """The vocabulary entries that PASTA's tags take (see `Tokenizer.tag_ids`); [] if there are too few."""
+  return texts_for_tags_and_lengths(vocab)[0]
+
+
+def texts_for_tags_and_lengths(vocab: Mapping[str, int]) -> tuple[list[str], list[str]]:
+  """The same, and those of the lengths, where each is one token (`Tokenizer.length_ids`)."""
+  reserved, n = _reserved(vocab), len(TOKEN_TEXTS)
+  tags, left = reserved[:n], reserved[n:]
   if all(text in vocab for text in TOKEN_TEXTS):
-    return list(TOKEN_TEXTS)
-  return _reserved(vocab)[: len(TOKEN_TEXTS)]
-
-
-def texts_for_lengths(vocab: Mapping[str, int]) -> list[str]:
-  """Those of the lengths, where each is one token (`Tokenizer.length_ids`); [] if there are too few."""
-  if texts := named_lengths(vocab):
-    return texts
-  taken = texts_for_tags(vocab)
-  left = [text for text in _reserved(vocab) if text not in taken]
-  return left[: len(LENGTHS)] if len(left) >= len(LENGTHS) else []
+    tags, left = list(TOKEN_TEXTS), reserved
+  return tags, named_lengths(vocab) or (left[: len(LENGTHS)] if len(left) >= len(LENGTHS) else [])
 
 
 def named_lengths(vocab: Mapping[str, int]) -> list[str]:
