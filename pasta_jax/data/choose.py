@@ -16,8 +16,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from pasta_jax.config import from_flags
-from pasta_jax.data.examples import Selection, examples, mix
-from pasta_jax.lang import forms
+from pasta_jax.data.examples import Selection, mix, of_training
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.utils.jsonl import write_jsonl
 from pasta_jax.utils.text import one_line
@@ -26,20 +25,11 @@ from pasta_jax.weights.checkpoint import load_checkpoint
 
 def choose(config, rows: Sequence[dict], vocabulary: Vocabulary) -> Selection:
   """The selection of `config.train`. Raises ValueError, one line, if no row is left, or for an unusable one."""
-  c, form = config.train, forms.from_config(config)
-  found = examples(
-    rows,
-    vocabulary.speaking(form),
-    form.positions,
-    annotation=c.annotation,
-    max_length=c.length,
-    min_speedup=c.min_speedup,
-    plain_share=c.plain_share,
-    workers=c.workers,
-    visibility=form.visibility,
-  )
+  found = of_training(config, rows, vocabulary)
   if not found.rows:
-    raise ValueError(f"no row of train.data={','.join(c.data)!r} is left: try another train.min_speedup")
+    raise ValueError(
+      f"no row of train.data={','.join(config.train.data)!r} is left: try another train.min_speedup"
+    )
   return found
 
 

@@ -21,6 +21,7 @@ from pasta_jax.data.heads import with_heads
 from pasta_jax.data.pipeline import parallel_map
 from pasta_jax.data.separators import bounds
 from pasta_jax.lang.cost import cost
+from pasta_jax.lang.forms import from_config
 from pasta_jax.lang.layout import Layout, layout
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Node, Program, Promise, Sync, Text, normalise, reading_order
@@ -252,6 +253,23 @@ def examples(
   kept = chunked + plain[:room]
   too_plain = len(plain) + len(chunked) - len(kept)
   return Selection([laid for _, laid in kept], too_long, too_slow, too_plain, [number for number, _ in kept])
+
+
+def of_training(config, rows: Sequence[dict], vocabulary: Vocabulary, *, all_rows: bool = False) -> Selection:
+  """`examples` of `config.train`, in the form that `config` teaches; with `all_rows` also those that it would leave
+  out as slow or plain, as for validation."""
+  c, form = config.train, from_config(config)
+  left_out = {} if all_rows else {"min_speedup": c.min_speedup, "plain_share": c.plain_share}
+  return examples(
+    rows,
+    vocabulary.speaking(form),
+    form.positions,
+    annotation=c.annotation,
+    max_length=c.length,
+    workers=c.workers,
+    visibility=form.visibility,
+    **left_out,
+  )
 
 
 def read_annotated(path: str) -> list[dict]:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pasta_jax.config import identity
-from pasta_jax.data.examples import examples, mix
+from pasta_jax.data.examples import mix, of_training
 from pasta_jax.data.packing import PackedBatches, single_batches
 from pasta_jax.data.pipeline import Batch, fingerprint
 from pasta_jax.lang import forms
@@ -147,17 +146,8 @@ def _lay_out(config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vo
   left."""
   c = config.train
   form = forms.from_config(config)
-  load = partial(
-    examples,
-    vocabulary=vocabulary,
-    rule=form.positions,
-    annotation=c.annotation,
-    max_length=c.length,
-    workers=c.workers,
-    visibility=form.visibility,
-  )
-  selection = load(rows, min_speedup=c.min_speedup, plain_share=c.plain_share)
-  data, held_out = selection.examples, load(held_out_rows).examples
+  selection = of_training(config, rows, vocabulary)
+  data, held_out = selection.examples, of_training(config, held_out_rows, vocabulary, all_rows=True).examples
   left_out = (
     f"left out: {selection.too_long} longer than {c.length} tokens, {selection.too_slow} with a "
     f"speedup below {c.min_speedup}, {selection.too_plain} beyond the share of plain ones"
