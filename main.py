@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from pasta_jax.config import ALIASES, Config, from_flags, user_path, with_changes
+from pasta_jax.utils.batch import WAITING, Waiting
 from pasta_jax.utils.text import one_line
 
 RESTART = 75  # exit code of a training that SIGTERM stopped: launchers start the same command again
@@ -237,6 +238,9 @@ def main(argv: list[str]) -> None:
   try:
     run()
     sys.stdout.flush()
+  except Waiting as waiting:
+    print(waiting)
+    sys.exit(WAITING)
   except BrokenPipeError:  # such as `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
     sys.exit(CLOSED)

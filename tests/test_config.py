@@ -193,7 +193,7 @@ def test_one_rule_for_every_path(monkeypatch):
     ({"preference.share": "2/3"}, "preference.share='2/3' is for samples"),
     ({"preference.samples": 1}, "preference.samples must be 2 or more"),
     ({"preference.beta": -0.1}, "preference.beta must be 0 or more"),
-    ({"judge.kind": "structure"}, "judge.kind must be one of openai, gemini"),
+    ({"judge.kind": "structure"}, "judge.kind must be one of openai, gemini, batch"),
     ({"annotate.timeout": 0.0}, "annotate.timeout must be above 0"),
     ({"dataset.validation_share": 1.0}, r"dataset.validation_share must be in \[0, 1\)"),
     ({"compile.stages": "decode"}, "compile.stages takes train, preference, not 'decode'"),
@@ -217,7 +217,7 @@ def test_edges_are_valid():
 def test_choices_are_what_is_implemented():
   assert set(sections.REMAT) == set(transformer.REMAT)
   assert set(sections.SCORES) == {*SPEEDUPS, "clock"}
-  assert set(sections.PROVIDERS) == set(endpoint._URLS)
+  assert set(sections.PROVIDERS) == {*endpoint._URLS, endpoint.BATCH}
   assert tuple(ahead.TASKS) == sections.TRAINING_STAGES
   assert PositionRule() == PositionRule(**vars(Config().positions))
 
@@ -266,7 +266,7 @@ def test_what_a_runs_identity_is():
   assert identity(config.positions) == {"strategy": "pred_10x", "fixed": 60}
   assert identity(config.skeleton) == {"max_points": 10, "outline_tokens": 160, "point_tokens": 128}
   assert set(config.to_dict()["preference"]) - set(identity(config.preference)) == {
-    "stages", "audit", "decode_batch_size", "branch_width", "rounds", "weights", "share", "checkpoint_every",
+    "stages", "audit", "decode_batch_size", "branch_width", "rounds", "weights", "share", "checkpoint_every", "quality",
   }  # fmt: skip
   assert set(identity(config.train)) == set(config.to_dict()["train"])
   files = {"train.data": "a/b.jsonl*2,c/d.jsonl", "preference.prompts": "x/y.jsonl"}

@@ -16,6 +16,7 @@ from pasta_jax.config import from_flags
 from pasta_jax.decode import command
 from pasta_jax.decode.generator import DecodeError, Model
 from pasta_jax.lang.positions import STRATEGIES
+from pasta_jax.utils.batch import Waiting
 from pasta_jax.utils.jsonl import DataError
 from pasta_jax.weights.adapter import AdapterError
 
@@ -193,6 +194,17 @@ def test_a_stopped_training_has_an_exit_code_of_its_own(monkeypatch, tmp_path, c
   with pytest.raises(SystemExit) as left:
     main.main(["main.py"])
   assert left.value.code == main.RESTART == 75 and "after step 3 of 6" in capsys.readouterr().out
+
+  def waits(config, workdir):
+    raise Waiting("2 requests to m wait in a.jsonl")
+
+  monkeypatch.setattr("pasta_jax.evaluate.run.evaluate", waits)
+  main.parse(["main.py", "--mode=eval", f"--workdir={tmp_path}"])
+  with pytest.raises(SystemExit) as left:
+    main.main(["main.py"])
+  assert (
+    left.value.code == main.WAITING == 4 and capsys.readouterr().out == "2 requests to m wait in a.jsonl\n"
+  )
   monkeypatch.setattr(sys, "argv", ["main.py"])
   main.parse(["main.py", "--mode=eval", f"--workdir={tmp_path}", "--distributed"])
   with pytest.raises(SystemExit) as left:

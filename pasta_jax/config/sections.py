@@ -38,7 +38,13 @@ STAGES = ("sample", "judge", "train", "eval")  # of preference optimisation (pre
 TRAINING_STAGES = ("train", "preference")  # that can be compiled ahead of time (train.ahead)
 JUDGES = ("local", "llm")  # of evaluation (judges.registry)
 DECODINGS = ("parallel", "sequential", "skeleton")  # of a system that is evaluated
-PROVIDERS = ("openai", "gemini")  # protocols of model endpoints (utils.endpoint)
+PROVIDERS = (
+  "openai",
+  "gemini",
+  "batch",
+)  # ways to reach a model: two protocols, and by file (utils.endpoint)
+ORDERS = ("both", "one")  # in which a judge reads a pair (judges.judging)
+QUALITIES = ("preference", "grade", "ratio")  # of a sample of stage two (preference.quality)
 EXPORTS = ("merged", "peft")  # forms of exported weights (weights.export)
 # Settings of decoding that an adapter may carry (weights.adapter), with the values where neither it nor the user says.
 OWN_SETTINGS: Mapping[str, Any] = {"repetition_penalty": 1.1, "no_repeat": 16, "promise_bias": 1.5}
@@ -301,6 +307,8 @@ class Preference(Section):
   audit: int = setting(8, at_least(0), identity=NEVER)  # samples whose log p the trainer recomputes
   score: str = setting("delivered", one_of(SCORES))  # what speedup means (preference.score)
   cost: str = setting("", file=True)  # file of the step cost, for score=clock (evaluate.benchmark)
+  # preference: for the sample over Baseline-SFT's answer; grade: of all samples in one call; ratio: the paper's
+  quality: str = setting("preference", one_of(QUALITIES), late=True)
   guards: bool = True  # a defective answer cannot be the best one
   loss: str = setting("bonbon", one_of(LOSSES))
   alpha: float = setting(0.005, within("[0, 1]"))  # weight of the best answer's likelihood in BoNBoN's loss
@@ -337,9 +345,10 @@ class Preference(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Endpoint(Section):
-  """A language model behind HTTP (utils.endpoint)."""
+  """A language model behind HTTP, or one that answers files (utils.endpoint)."""
 
-  kind: str = setting("openai", one_of(PROVIDERS))  # openai: any OpenAI-compatible endpoint
+  # openai: any OpenAI-compatible endpoint; batch: by file, the run stops until answers lie beside the requests
+  kind: str = setting("openai", one_of(PROVIDERS))
   url: str = ""  # "": the provider's own; a local server: http://localhost:8000/v1; may have user:password@
   model: str = ""
   # environment variable that holds the key; "": OPENAI_API_KEY or GEMINI_API_KEY
@@ -356,6 +365,15 @@ class Judge(Endpoint):
 
   logprobs: bool = True  # ask for token probabilities; False for servers that refuse
   cache: str = setting("", path=True)  # file of paid calls, to share between runs; "": in the run's folder
+  orders: str = setting(
+    "both", one_of(ORDERS), identity=NEVER
+  )  # one: each pair once, places balanced over prompts
+  both: int = setting(0, at_least(0), identity=NEVER)  # prompts that are read in both orders all the same
+  repeats: int = setting(
+    0, at_least(0), identity=NEVER
+  )  # prompts that are read a second time, to measure noise
+  defects: bool = setting(False, identity=NEVER)  # one more call an answer, which names its defects
+  seed: int = setting(0, identity=NEVER)  # of places, and of the prompts that are read more than once
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Prompts of a benchmark: AlpacaEval, MT-Bench, or any file of JSON lines (or one JSON list, if named .json).
 
 A row has `prompt` (AlpacaEval: `instruction`), or `turns` (MT-Bench): the user's messages, in order. Optional
-are `id` (MT-Bench: `question_id`) and `category` (AlpacaEval: `dataset`). Null is the same as absent.
+are `id` (MT-Bench: `question_id`), `category` (AlpacaEval: `dataset`), and, for prompts of one turn, `response`
+(AlpacaEval: `output`). Null is the same as absent.
 """
 
 import collections
@@ -22,6 +23,7 @@ class PromptTurn:
   prompt: str  # the user's message of this turn
   category: str
   earlier: tuple["PromptTurn", ...] = ()  # the turns before it
+  response: str = ""  # the data set's own; "" if it has none
 
 
 def read_prompts(
@@ -74,9 +76,13 @@ def _turns(row: dict, number: int, path: str) -> list[PromptTurn]:
     raise DataError(f"{path}: row {number + 1} has half of a surrogate pair in its prompt: it is no text")
   name = str(row.get("id", row.get("question_id", number)))
   category = str(row.get("category", row.get("dataset", "")))
+  response = row.get("response", row.get("output", "")) if len(turns) == 1 else ""
+  if not isinstance(response, str) or not is_unicode(response):
+    raise DataError(f'{path}: row {number + 1} has a "response" that is no text')
   requests: list[PromptTurn] = []
   for n, text in enumerate(turns, 1):
-    requests.append(PromptTurn(f"{name}/{n}" if len(turns) > 1 else name, text, category, tuple(requests)))
+    whole = f"{name}/{n}" if len(turns) > 1 else name
+    requests.append(PromptTurn(whole, text, category, tuple(requests), response))
   return requests
 
 

@@ -66,7 +66,7 @@ def _evaluate(
   answer(config, workdir, names, requests)
   if timed:
     time_systems(config, workdir, names, timed)
-  judge_run(workdir, names, config.eval.baseline, requests, judges)
+  judge_run(workdir, names, config.eval.baseline, requests, judges, config.judge)
   return write_report(workdir)
 
 

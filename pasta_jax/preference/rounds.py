@@ -27,16 +27,20 @@ from pasta_jax.data.pairs import PreferencePair
 from pasta_jax.data.prompts import PromptTurn, read_prompts
 from pasta_jax.decode.generator import adapter_path, source_of, with_speed
 from pasta_jax.decode.record import SCHEMA
+from pasta_jax.evaluate.judges.judge import Reader
+from pasta_jax.evaluate.judges.questions import GRADES_PROMPT
 from pasta_jax.evaluate.judges.registry import judges_of
 from pasta_jax.evaluate.run import evaluate
 from pasta_jax.lang import forms
 from pasta_jax.preference import audit, pareto_front, rollout, selection
 from pasta_jax.preference.policies import Policy, policies
+from pasta_jax.preference.quality import Qualities, check_quality, judge_samples
 from pasta_jax.preference.report import show
 from pasta_jax.preference.score import StepCost
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.preference import train_on_pairs
 from pasta_jax.train.trainer import training_mesh
+from pasta_jax.utils.batch import Waiting
 from pasta_jax.utils.files import write_atomic, write_json_atomic
 from pasta_jax.utils.json_io import read_json
 from pasta_jax.utils.locks import LOCK, locked
@@ -76,6 +80,8 @@ class _Job:
     self.requests: list[PromptTurn] = [
       r for r in read_prompts(c.prompts, limit=c.limit, part="preference") if not r.earlier
     ]
+    self.references = {r.id: r.response for r in self.requests}
+    check_quality(c.quality, self.judge, self.references)
     if "eval" in self.stages:
       training = {r.prompt for r in self.requests}
       held_out = read_prompts(e.prompts, limit=e.limit, categories=e.categories)
@@ -129,7 +135,13 @@ class _Job:
       "prompts' digest": hashlib.sha256("\0".join(r.prompt for r in self.requests).encode()).hexdigest()[:16],
       "cost": dataclasses.asdict(self.cost) if self.cost else None,
     }
-    out |= {f"judge.{k}": v for k, v in self.judge.settings.items()}
+    judge = self.judge.settings
+    if self.config.preference.quality == "grade" and isinstance(self.judge, Reader):
+      judge = self.judge.settings_of(GRADES_PROMPT)
+    out |= {f"judge.{k}": v for k, v in judge.items()}
+    if self.config.preference.quality != "preference":
+      own = "\0".join(self.references.values())
+      out["responses' digest"] = hashlib.sha256(own.encode()).hexdigest()[:16]
     return out | {f"preference.{k}": v for k, v in identity(self.config.preference).items()}
 
 
@@ -151,9 +163,15 @@ def _lock_name(share: str) -> str:
 def _rounds(job: _Job) -> None:
   config = job.config
   for number in range(1, config.preference.rounds + 1):
+    waiting = []
     for policy in job.policies:
       if job.is_done(policy, number - 1):
-        _round(job, policy, number)
+        try:
+          _round(job, policy, number)
+        except Waiting as stop:  # the others can go on
+          waiting.append(str(stop))
+    if waiting:
+      raise Waiting("; ".join(dict.fromkeys(waiting)))
     untrained = [p.name for p in job.policies if not job.is_done(p, number)]
     if untrained:
       print(f"round {number} of {', '.join(untrained)} is not trained yet (--config.preference.stages=train)")
@@ -191,8 +209,15 @@ def _round(job: _Job, policy: Policy, number: int) -> None:
         job, samples_folder / "audit.json", before, number, [s for rows in samples.values() for s in rows]
       )
     if set(job.stages) & {"judge", "train"}:
-      judgements = samples_folder / "judgements" / job.judge.name
-      quality = selection.judge_samples(job.judge, samples, baseline, judgements)
+      quality = judge_samples(
+        job.judge,
+        samples,
+        baseline,
+        job.references,
+        samples_folder / "judgements" / job.judge.name,
+        quality=c.quality,
+        how=config.judge,
+      )
       judged.append(_Judged(weight, samples, quality))
   if "train" in job.stages:
     _train(job, policy, number, baseline, judged)
@@ -203,7 +228,7 @@ class _Judged(NamedTuple):
 
   weight: float
   samples: dict[str, list[dict]]  # by prompt
-  quality: dict[str, float]  # by sample
+  quality: Qualities
 
 
 def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], judged: list[_Judged]) -> None:
@@ -222,14 +247,15 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], ju
     message = lambda prompt, speed=speed: with_speed({"role": "user", "content": prompt}, speed)
     prompts = {r.id: vocabulary.tokenizer.chat_prompt([message(r.prompt)]) for r in job.requests}
     rows = selection.score_samples(
-      samples, baseline, quality, c.score, job.cost, prompts=prompts, length=c.length
+      samples, baseline, quality.by_sample, c.score, job.cost, prompts=prompts, length=c.length
     )
     chosen, reasons = selection.choose_pairs(rows, weight, guards=c.guards)
     selection.write_pairs(
       folder / (f"pairs_{weight:g}.jsonl" if policy.conditioned else "pairs.jsonl"), chosen, weight
     )
     drawn = sum(map(len, samples.values()))
-    report["by weight"][f"{weight:g}"] = selection.figures(rows, chosen, reasons, drawn)
+    figures = selection.figures(rows, chosen, reasons, drawn)
+    report["by weight"][f"{weight:g}"] = figures | ({"judge": quality.figures} if quality.figures else {})
     training_pairs += selection.lay_out_pairs(chosen, vocabulary, form, prompts)
     chosen_samples += chosen
   if not training_pairs:
@@ -241,7 +267,9 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], ju
   notes = {"weights": ", ".join(f"{w:g}" for w in policy.weights), "round": str(number)}
   if policy.conditioned:
     notes["speeds"] = json.dumps(sorted(policy.speed(w) for w in policy.weights))
-  notes |= {k: v for k, v in metadata.items() if k == "decode"}  # settings that the start decodes with
+  # What the start decodes with, and who annotated the rows that it learned from; who chose its pairs.
+  notes |= {k: v for k, v in metadata.items() if k in ("decode", "annotator")}
+  notes["teacher"] = job.judge.name
   train_on_pairs(
     config,
     folder / "train",

@@ -1,6 +1,6 @@
 """What a sampled answer is worth, which defects it has, and which two of a prompt's samples make a pair.
 
-Samples are rows of `rollout.sample_row`; `selection.score_samples` adds a judge's `quality` in [0, 1], the
+Samples are rows of `rollout.sample_row`; `selection.score_samples` adds a judge's `quality` (`quality.py`), the
 `speedup` and the `defects`. Pure functions, no model.
 """
 
@@ -126,7 +126,8 @@ def choose(samples: Sequence[dict], weight: float, *, guards: bool = True) -> Ch
 
   With `guards`, answers with defects rank below all others: the best has none, and the worst is one with
   defects if there is any, so that training works against defects even where they are fast. There is no pair
-  if all samples are the same, all have defects, or best and worst score the same.
+  if all samples are the same, all have defects, or best and worst score the same: a tie of quality that only speed
+  breaks is no pair where quality alone counts.
   """
   if len(samples) < 2:
     return Choice(reason="not judged, or too long")
@@ -136,6 +137,6 @@ def choose(samples: Sequence[dict], weight: float, *, guards: bool = True) -> Ch
   best, worst = (choice(range(len(samples)), key=keys.__getitem__) for choice in (max, min))
   if not keys[best][0]:
     return Choice(reason="all have defects")
-  if keys[best] == keys[worst]:
+  if keys[best][:2] == keys[worst][:2]:
     return Choice(reason="no difference")
   return Choice(best, worst)

@@ -1,4 +1,4 @@
-"""From samples to pairs: judging, scoring, choosing, counting, and laying out for training."""
+"""From judged samples to pairs: scoring, choosing, counting, and laying out for training."""
 
 import collections
 import math
@@ -9,33 +9,13 @@ import numpy as np
 
 from pasta_jax.data.pairs import PreferencePair
 from pasta_jax.decode.trace import from_json
-from pasta_jax.evaluate.judges.judge import Answer, Judge, Pair
-from pasta_jax.evaluate.judges.judging import judge_pairs
 from pasta_jax.evaluate.metrics.measures import geometric_mean, tag_overhead
 from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.layout import Layout, layout
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.preference.quality import Samples
 from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, defects
 from pasta_jax.utils.jsonl import write_jsonl
-
-Samples = Mapping[str, Sequence[dict]]  # samples of each prompt, by the prompt's id
-
-
-def judge_samples(
-  judge: Judge, samples: Samples, baseline: Mapping[str, dict], folder: Path
-) -> dict[str, float]:
-  """Quality of each sample, by its id: the judge's preference for it over the baseline's answer.
-
-  Judgements are kept in `folder`; a sample that cannot be judged is left out.
-  """
-  pairs = [
-    Pair(s["id"], _answer(s), _answer(baseline[of]), "samples") for of, rows in samples.items() for s in rows
-  ]
-  return {i: row["preference"] for i, row in judge_pairs(judge, pairs, folder / "samples.jsonl").items()}
-
-
-def _answer(row: dict) -> Answer:
-  return Answer([{"role": "user", "content": row["prompt"]}], row["text"], row["finish_reason"] == "stop")
 
 
 def score_samples(

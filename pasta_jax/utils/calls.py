@@ -1,5 +1,5 @@
-"""Calls to an `endpoint`, many at a time, with retries, limits of time and size; each answer is stored before it
-is used, so a restarted run repeats no paid call.
+"""Calls to an `endpoint` over HTTP, many at a time, with retries, limits of time and size; each answer is stored
+before it is used (`answers`), so a restarted run repeats no paid call.
 
 `Caller.map` is an ordinary function that runs an event loop: interrupts and limits of time cancel calls, whatever
 they wait for. This module loads the HTTP client, so it is imported where calls are made.
@@ -23,10 +23,10 @@ import httpx2
 import tenacity
 
 from pasta_jax.utils import protocols
+from pasta_jax.utils.answers import Answers
 from pasta_jax.utils.endpoint import Endpoint, EndpointError
 from pasta_jax.utils.json_io import to_json
-from pasta_jax.utils.protocols import Fault, Malformed, Messages
-from pasta_jax.utils.records import Records
+from pasta_jax.utils.protocols import Call, Fault, Malformed
 from pasta_jax.utils.text import one_line, printable
 
 MAX_ANSWER = 16 << 20  # bytes, unpacked
@@ -37,7 +37,7 @@ TOLERATED = 8  # refusals in a row, before any answer: the settings are wrong, n
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _OF_THE_REQUEST = (400, 413, 422)  # statuses that may concern one request only
 
-Todo = tuple[str, Messages, list[int]]  # identity of a call, and the indices of those who ask for it
+Todo = tuple[str, Call, list[int]]  # identity of a call, and the indices of those who ask for it
 
 
 class _Passing(Exception):
@@ -60,11 +60,9 @@ class Caller:
   """Makes calls concurrently. Each answer is stored in `path` before it is used; it is requested once."""
 
   def __init__(self, endpoint: Endpoint, path: Path):
-    self._endpoint, self._records = endpoint, Records(path, {})
-    found = ((key, protocols.stored_answer(row)) for key, row in self._records.rows.items())
-    self._answers = {key: answer for key, answer in found if answer is not None}
+    self._endpoint, self._answers = endpoint, Answers(path)
     self.paid = 0  # calls answered, as opposed to read from the file
-    self._works = any("refused" not in answer for answer in self._answers.values())
+    self._works = any("refused" not in answer for answer in self._answers.by_key.values())
     self._refusals: list[str] = []  # those before the first answer
     if host := endpoint.open_to_others():
       host = printable(host)
@@ -72,7 +70,7 @@ class Caller:
         f"warning: the key of {endpoint.part} goes to {host} unencrypted, over plain http", file=sys.stderr
       )
 
-  def map(self, calls: Sequence[Messages], on_answer: Callable[[int, dict], None]) -> None:
+  def map(self, calls: Sequence[Call], on_answer: Callable[[int, dict], None]) -> None:
     """Calls `on_answer(i, answer)` for each call: stored answers first, the others in order of completion.
 
     An answer is that of `protocols.read_answer`. After an error, calls in progress finish (and are stored) before
@@ -86,12 +84,12 @@ class Caller:
         all requests refused).
     """
     todo: dict[str, Todo] = {}
-    for i, messages in enumerate(calls):
-      key = self._endpoint.identity(messages)
-      if key in self._answers:
-        on_answer(i, self._answers[key])
+    for i, call in enumerate(calls):
+      key = self._endpoint.identity(call)
+      if key in self._answers.by_key:
+        on_answer(i, self._answers.by_key[key])
       else:
-        todo.setdefault(key, (key, messages, []))[2].append(i)
+        todo.setdefault(key, (key, call, []))[2].append(i)
     if todo:
       self._endpoint.require_key()
       _run(lambda: self._make(list(todo.values()), on_answer))
@@ -121,11 +119,10 @@ class Caller:
     self, client: "_Client", queue: Iterator[Todo], on_answer: Callable[[int, dict], None]
   ) -> None:
     """Makes one call after the other until none is left, or the client has ended."""
-    for key, messages, asking in queue:
+    for key, call, asking in queue:
       try:
-        answer = self._endpoint.redacted(await client.call(messages))
-        self._records.add({"id": key, **answer})
-        self._answers[key] = answer
+        answer = self._endpoint.redacted(await client.call(call))
+        self._answers.add(key, answer)
         self.paid += 1
         self._works = self._works or "refused" not in answer
       except _Refused as refused:
@@ -189,7 +186,7 @@ class _Client:
     finally:
       self._resting.discard(task)
 
-  async def call(self, messages: Messages) -> dict:
+  async def call(self, call: Call) -> dict:
     """The answer (`protocols.read_answer`).
 
     Retries rate limits, server errors, malformed responses and timeouts, with growing delays. Raises EndpointError,
@@ -208,7 +205,7 @@ class _Client:
       reraise=True,
     )
     try:
-      return await retrying(self._attempt, messages)
+      return await retrying(self._attempt, call)
     except _Unreadable as fault:
       raise _Refused(str(fault)) from None
     except _Passing as fault:
@@ -216,12 +213,12 @@ class _Client:
         f"{self._endpoint.address} gave no answer in {attempts} attempts; the last one: {fault}"
       ) from None
 
-  async def _attempt(self, messages: Messages) -> dict:
+  async def _attempt(self, call: Call) -> dict:
     """One attempt; one more for each field that the model turns out to refuse."""
     without = frozenset(self._without)
     try:
       async with asyncio.timeout(self._endpoint.timeout):
-        status, headers, text = await self._post(self._endpoint.body(messages, without))
+        status, headers, text = await self._post(self._endpoint.body(call, without))
     except TimeoutError:
       raise _Passing(f"no whole answer in {self._endpoint.timeout:g} seconds") from None
     except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
@@ -240,7 +237,7 @@ class _Client:
     for field in (protocols.LIMIT, protocols.TEMPERATURE):
       if field not in without and fault.refuses(field):
         self._without.add(field)
-        return await self._attempt(messages)
+        return await self._attempt(call)
     return self._refused(fault, _asked_wait(headers))
 
   def _refused(self, fault: Fault, wait: float | None) -> dict:

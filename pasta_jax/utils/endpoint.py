@@ -1,8 +1,9 @@
 """Language models over HTTP: any OpenAI-compatible endpoint (OpenAI, vLLM, a llama.cpp server, …) or Google's
-Gemini API.
+Gemini API; and models, or people, that answer a file.
 
 `Endpoint` is the address of a model, its key, and the limits of calls to it. `protocols` has the bodies of
-requests and reads the responses, `calls` makes the calls and stores the answers.
+requests and reads the responses, `calls` makes calls over HTTP, `batch` by file (`callers` chooses),
+and `answers` stores what came back.
 """
 
 import base64
@@ -16,9 +17,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from pasta_jax.config.sections import without_login
-from pasta_jax.utils.protocols import Messages, request_body
+from pasta_jax.utils.protocols import Call, request_body
 
 SHORTEST_SECRET = 6  # characters; shorter keys are stand-ins ("EMPTY"), which are words of texts too
+BATCH = "batch"  # the kind of an endpoint that is a file
 _URLS = {"openai": "https://api.openai.com/v1", "gemini": "https://generativelanguage.googleapis.com/v1beta"}
 _OWN_NAMES = (".localhost", ".local", ".internal", ".lan", ".home.arpa")  # of machines of one's own network
 
@@ -32,7 +34,7 @@ class Endpoint:
   """The address of a model, and the limits and retries of calls to it."""
 
   model: str
-  kind: str = "openai"  # or "gemini"
+  kind: str = "openai"  # or "gemini", or BATCH: no address and no key
   url: str = dataclasses.field(default="", repr=False)  # "": the provider's; may have a login, user:password@
   key_env: str = ""  # environment variable with the key; "": OPENAI_API_KEY or GEMINI_API_KEY
   max_tokens: int = 1
@@ -44,15 +46,18 @@ class Endpoint:
   part: str = "judge"  # section of the config, for messages
 
   def __post_init__(self):
-    if self.kind not in _URLS:
-      raise EndpointError(f"{self.part}.kind must be {' or '.join(_URLS)}, not {self.kind!r}")
+    if self.kind not in (*_URLS, BATCH):
+      raise EndpointError(f"{self.part}.kind must be {', '.join(_URLS)} or {BATCH}, not {self.kind!r}")
     if not self.model:
       raise EndpointError(f"name a model: --config.{self.part}.model=…")
+    if self.kind == BATCH and self.url:
+      raise EndpointError(f"{self.part}.kind={BATCH} has no address: leave --config.{self.part}.url empty")
     if self.concurrency < 1 or self.retries < 0 or not self.timeout > 0 or self.per_minute < 0:
       raise EndpointError(
         f"{self.part}: concurrency must be 1 or more, retries and per_minute 0 or more, timeout above 0"
       )
-    self._parts()
+    if self.kind != BATCH:
+      self._parts()
 
   @classmethod
   def from_config(cls, section, part: str, **fixed) -> "Endpoint":
@@ -86,6 +91,8 @@ class Endpoint:
   def require_key(self) -> None:
     """Raises EndpointError if the key is not set, or is none. With a `url`, a server of one's own, it is
     optional."""
+    if self.kind == BATCH:
+      return
     if not self._key() and not self.url:
       name = self.key_env or f"{self.kind.upper()}_API_KEY"
       raise EndpointError(f"{self.part}: the key is read from ${name}, which is not set")
@@ -101,22 +108,29 @@ class Endpoint:
   @property
   def address(self) -> str:
     """Where calls go, without the login."""
+    if self.kind == BATCH:
+      return BATCH
     base = without_login(self.url.strip() or _URLS[self.kind]).rstrip("/")
     return (
       f"{base}/chat/completions" if self.kind == "openai" else f"{base}/models/{self.model}:generateContent"
     )
 
-  def body(self, messages: Messages, without: Iterable[str] = ()) -> dict:
+  def body(self, call: Call, without: Iterable[str] = ()) -> dict:
     """The body of a call, without the fields that the model refuses (`protocols.request_body`)."""
     return request_body(
-      self.kind, self.model, messages, self.max_tokens, logprobs=self.logprobs, without=without
+      self.kind,
+      self.model,
+      call.messages,
+      call.max_tokens or self.max_tokens,
+      logprobs=self.logprobs and call.letter,
+      without=without,
     )
 
-  def identity(self, messages: Messages) -> str:
+  def identity(self, call: Call) -> str:
     """A hash of address and body: the same call has the same one, whatever the key, and whatever fields the
     model turns out to refuse."""
-    whole = json.dumps([self.address, self.body(messages)], sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+    parts = [self.address, self.body(call), *([call.repeat] if call.repeat else [])]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
   def redacted(self, value: Any) -> Any:
     """Text, or a value with texts in it, with the key and the login removed."""

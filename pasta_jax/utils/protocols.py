@@ -10,11 +10,22 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pasta_jax.utils.json_io import parse_json, to_json
 
 Messages = Sequence[Mapping[str, str]]
+
+
+class Call(NamedTuple):
+  """What a model is asked."""
+
+  messages: Messages
+  max_tokens: int = 0  # of the answer; 0: the endpoint's
+  letter: bool = True  # whether the answer's first token decides: its probabilities are of use
+  repeat: int = 0  # number of an independent repetition: the same call, answered anew
+
+
 MAX_COUNT = 10**9  # tokens of a call; more is no count
 LOWEST_LOG_P = -1e6  # servers write -9999 for "impossible"
 HIGHEST_LOG_P = 1e-2  # 0, and what rounding adds
@@ -78,7 +89,7 @@ def request_body(
   kind: str, model: str, messages: Messages, max_tokens: int, *, logprobs: bool, without: Iterable[str] = ()
 ) -> dict:
   """The body of a call. `without`: the fields that this model refuses."""
-  if kind == "openai":
+  if kind != "gemini":
     body: dict[str, Any] = {"model": model, "messages": [dict(m) for m in messages]}
     if TEMPERATURE not in without:
       body["temperature"] = 0
@@ -279,8 +290,15 @@ def stored_answer(row: dict) -> dict | None:
   return row | {"text": text, "log_p": {}}
 
 
+def no_answer() -> dict:
+  """The answer to a request of a batch that came back without one."""
+  return {"text": "", "log_p": {}, "tokens": [], "missing": True}
+
+
 def cause_of(answer: dict, otherwise: str) -> str:
-  """Why an answer could not be used: "refused", "cut off", "no text", or `otherwise`."""
+  """Why an answer could not be used: "no answer", "refused", "cut off", "no text", or `otherwise`."""
+  if answer.get("missing"):
+    return "no answer"
   if "refused" in answer:
     return "refused"
   return "cut off" if answer.get("cut") else otherwise if answer["text"].strip() else "no text"

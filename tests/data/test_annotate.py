@@ -22,6 +22,7 @@ from pasta_jax.lang.layout import layout
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Promise, reading_order
 from pasta_jax.lang.visibility import is_visible
+from pasta_jax.utils.batch import Waiting
 from pasta_jax.utils.endpoint import EndpointError
 from pasta_jax.utils.jsonl import DataError, read_jsonl
 
@@ -301,6 +302,37 @@ def test_plans_become_rows(server, tmp_path: Path, kind: str):
   assert (
     len(server.calls) == calls and again["calls"]["paid now"] == 0 and again["figures"] == report["figures"]
   )
+
+
+def test_plans_and_checks_by_file_are_those_of_a_server(server, tmp_path: Path):
+  """A stop for the plans, one for those to be mended, one for each check; the last run writes the rows."""
+  rows = ROWS[20:30]
+  server.stubborn, server.refuses = (rows[3]["id"],), ("the",)
+  of_server = annotate(config_for(server, tmp_path, rows, tries=2), tmp_path / "http")
+  config = config_for(server, tmp_path, rows, kind="batch", url="", tries=2)
+  stops = []
+  while True:
+    try:
+      report = annotate(config, tmp_path / "file")
+      break
+    except Waiting:
+      requests = read_jsonl(tmp_path / "file" / "requests.jsonl")
+      stops.append(len(requests))
+      assert not (tmp_path / "file" / "annotated.jsonl").exists() and len(stops) < 9
+      done = [
+        {"custom_id": r["custom_id"], "response": {"status_code": 200, "body": server.answer(r["body"], "")}}
+        for r in requests
+      ]
+      append_rows(tmp_path / "file" / "answers.jsonl", done)
+  assert stops[:2] == [10, 1] and len(stops) == 5
+  for name in ("annotated.jsonl", "rejected.jsonl"):
+    assert read_jsonl(tmp_path / "file" / name) == read_jsonl(tmp_path / "http" / name)
+  assert report["figures"] == of_server["figures"] and report["check"] == of_server["check"]
+
+
+def append_rows(path: Path, rows) -> None:
+  with path.open("a") as file:
+    file.write("".join(json.dumps(r) + "\n" for r in rows))
 
 
 def test_a_faulty_server_loses_no_row(server, tmp_path: Path):

@@ -13,7 +13,7 @@ from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.agreement import measure
 from pasta_jax.evaluate.judges.files import FileJudge
 from pasta_jax.evaluate.judges.judge import Answer, Pair
-from pasta_jax.evaluate.judges.llm import LlmJudge, confidence_in_a, messages
+from pasta_jax.evaluate.judges.llm import LlmJudge
 from pasta_jax.evaluate.judges.local import (
   LocalJudge,
   _key,
@@ -22,6 +22,7 @@ from pasta_jax.evaluate.judges.local import (
   preference,
   repetition,
 )
+from pasta_jax.evaluate.judges.questions import ask_pair, preference_for_first, read_defects, read_grades
 from pasta_jax.utils.endpoint import Endpoint, EndpointError
 from pasta_jax.utils.records import Records
 
@@ -93,7 +94,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("kind", ["openai", "gemini"])
-@pytest.mark.parametrize("bias", [0.0, 1.0, -3.0])
+@pytest.mark.parametrize("bias", [0.01, 1.0, -3.0])
 def test_both_orders_and_confidence(server, tmp_path, kind, bias):
   """A liking for the first place cancels where the pair is even, and confidence is the probability of the
   letter."""
@@ -101,9 +102,14 @@ def test_both_orders_and_confidence(server, tmp_path, kind, bias):
   rows = judged(LlmJudge(Endpoint("m", kind=kind, url=server.url)), PAIRS, tmp_path)
   p = lambda x: 1 / (1 + math.exp(-x))
   for i, lean in enumerate((math.log(4), -math.log(4), 0)):
-    want = (p(lean + bias) + 1 - p(-lean + bias)) / 2
-    assert rows[i]["preference"] == pytest.approx(want, abs=1e-6)
-  assert rows[2]["preference"] == pytest.approx(0.5)
+    orders = [p(lean + bias), 1 - p(-lean + bias)]
+    assert rows[i]["orders"] == pytest.approx(orders, abs=1e-6)
+    # Both orders are one observation: read differently in both, it is half a win, however sure either reading is.
+    contradict = (orders[0] > 0.5) != (orders[1] > 0.5)
+    assert rows[i]["preference"] == pytest.approx(0.5 if contradict else sum(orders) / 2, abs=1e-6)
+    assert contradict == (abs(bias) > abs(lean)), (
+      "a liking for a place that outweighs the answers is found out"
+    )
   assert rows[3]["preference"] == 0.5 and len(server.calls) == 6  # equal texts cost nothing
   assert all(KEY in str(h) for h in server.headers)
   assert KEY not in "".join(p.read_text() for p in tmp_path.glob("*"))
@@ -114,13 +120,13 @@ def test_without_token_probabilities_the_letter_counts(server, tmp_path):
   rows = judged(LlmJudge(Endpoint("m", url=server.url)), PAIRS[:2], tmp_path)
   assert [rows[i]["preference"] for i in (0, 1)] == [1.0, 0.0]
   for said in ("Neither.", "Answer", "Both", ""):
-    assert confidence_in_a({"log_p": {}, "text": said}) is None
-  for said, confidence in (("**A**", 1.0), ("(B)", 0.0)):
-    assert confidence_in_a({"log_p": {}, "text": said}) == confidence
-  assert confidence_in_a({"log_p": {"The": -0.02, "A": -7.0}, "text": "A"}) is None
-  assert confidence_in_a({"log_p": {"**A": math.log(0.3), "b": math.log(0.1)}, "text": ""}) == pytest.approx(
-    0.75
-  )
+    assert preference_for_first({"log_p": {}, "text": said}) is None
+  for said, confidence in (("**A**", 1.0), ("(B)", 0.0), ("T", 0.5), ("B, since it is shorter", 0.0)):
+    assert preference_for_first({"log_p": {}, "text": said}) == confidence
+  assert preference_for_first({"log_p": {"The": -0.02, "A": -7.0}, "text": "A"}) is None
+  assert preference_for_first(
+    {"log_p": {"**A": math.log(0.3), "b": math.log(0.1)}, "text": ""}
+  ) == pytest.approx(0.75)
 
 
 def test_no_call_is_paid_twice(server, tmp_path):
@@ -188,9 +194,7 @@ def test_pairs_without_a_judgement_are_counted_and_said(server, tmp_path, capsys
     pairs = [*PAIRS[:3], pair(4, "same", "same")]
     assert set(judged(judge, pairs, tmp_path)) == {3} and len(server.calls) == calls
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(
-      "m: 3 of 4 pairs got no judgement (neither letter 1, cut off 1, refused 1); cut off: "
-    )
+    assert line.startswith("m: 3 of 4 pairs got no judgement (no letter 1, cut off 1, refused 1); cut off: ")
     assert "config.judge.max_tokens" in line and line.endswith("status 400: your prompt is too long")
 
 
@@ -229,6 +233,30 @@ def test_keys_come_from_the_environment_alone(monkeypatch, tmp_path):
       Endpoint(**(dict(model="m") | changes))
 
 
+@pytest.mark.parametrize(
+  "said, names",
+  [
+    ("0", []), ("None.", []), ("2", ["said twice"]), ("4, 1", ["parts do not fit", "mixed markers"]),
+    ("[3,3]", ["cut off"]),
+    ("8", None), ("two", None), ("", None), ("1 and 2", None), ("12", None),
+  ],
+)  # fmt: skip
+def test_lists_of_defects_are_read_strictly(said, names):
+  assert read_defects(said) == names
+
+
+@pytest.mark.parametrize(
+  "said, grades",
+  [
+    ('{"1": 1, "2": 10}', [0, 1]), ('Here:\n```json\n{"2": 10.0, "1": 5.5}\n```', [0.5, 1]), ("1: 10\n2: 1", [1, 0]),
+    ('{"1": 1}', None), ('{"1": 1, "2": 11}', None), ('{"1": true, "2": 3}', None), ("1: 3", None), ("", None),
+    ('{"1": "7", "2": 3}', None), ("{1: 7, 2: 4}", [2 / 3, 1 / 3]), ('{"1": NaN, "2": 3}', None),
+  ],
+)  # fmt: skip
+def test_grades_are_read_strictly(said, grades):
+  assert read_grades(said, 2) == (grades and pytest.approx(grades))
+
+
 def test_what_the_judge_reads():
   said = [
     {"role": "user", "content": "One?"},
@@ -240,7 +268,9 @@ def test_what_the_judge_reads():
     Answer(said, "mine"),
     Answer(said[:1] + [{"role": "assistant", "content": "no"}] + said[2:], "theirs"),
   )
-  first, second = (messages(p, system_first=f)[-1]["content"] for f in (True, False))
+  first, second = (
+    ask_pair(*pair).messages[-1]["content"] for pair in ((p.system, p.baseline), (p.baseline, p.system))
+  )
   assert first.index("mine") < first.index("theirs") and second.index("theirs") < second.index("mine")
   assert (
     "(turn 1) One?" in first

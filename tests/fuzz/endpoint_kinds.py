@@ -20,7 +20,7 @@ import httpx2
 
 from fuzz.harness import Kind
 from pasta_jax.data.annotate import plan, prompts
-from pasta_jax.evaluate.judges.llm import confidence_in_a
+from pasta_jax.evaluate.judges import questions
 from pasta_jax.utils import calls, protocols
 from pasta_jax.utils.endpoint import Endpoint, EndpointError
 from pasta_jax.utils.json_io import parse_json, to_json
@@ -106,7 +106,7 @@ def damaged(valid: dict, rng: random.Random) -> bytes:
 def used(answer: dict) -> str:
   """Stores an answer and uses it as the judge and the annotator do; returns what it is."""
   assert protocols.stored_answer(parse_json(to_json(answer))) == answer
-  confidence = confidence_in_a(answer)
+  confidence = questions.preference_for_first(answer)
   assert confidence is None or 0 <= confidence <= 1
   verdict = prompts.says_yes(answer["text"])
   try:
@@ -135,7 +135,7 @@ async def outcome(kind: str, raw: bytes, status: int) -> str:
     return status, httpx2.Headers(), raw.decode("utf-8", "replace")
 
   client._post = post  # type: ignore[method-assign]
-  return used(await client.call([{"role": "user", "content": "x"}]))
+  return used(await client.call(protocols.Call([{"role": "user", "content": "x"}])))
 
 
 async def outcomes(count: int, seed: int) -> collections.Counter[str]:

@@ -304,7 +304,7 @@ def test_the_best_and_the_worst():
   assert pick(4.0) == (2, 0, "")
   assert pick(math.inf) == (2, 1, "")
   tie = [row(text="a", speedup=1.0, quality=0.7), row(text="b", speedup=2.0, quality=0.7)]
-  assert pick(math.inf, tie) == (1, 0, "")  # speed breaks ties
+  assert pick(math.inf, tie) == (-1, -1, "no difference")  # ties make no pair
   assert score(2.0, 0.5, 4.0) > score(3.0, 0.2, 4.0)
   broken = [slow, fast | {"defects": ["loops"]}, good]
   assert pick(0.0, broken) == (2, 1, "")  # below all that are whole, fast as it is

@@ -20,6 +20,7 @@ from helpers.loopback import KEY
 from pasta_jax.utils import calls
 from pasta_jax.utils.calls import Caller
 from pasta_jax.utils.endpoint import Endpoint, EndpointError
+from pasta_jax.utils.protocols import Call
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +60,7 @@ def paused(monkeypatch):
 
 
 def said(*texts) -> list:
-  return [[{"role": "user", "content": str(t)}] for t in texts]
+  return [Call([{"role": "user", "content": str(t)}]) for t in texts]
 
 
 def asked(server, path: Path, texts, **settings) -> dict[int, dict]:
@@ -129,7 +130,7 @@ def test_an_interrupt_ends_a_run_within_seconds(server, tmp_path):
     "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
     f"caller = Caller(Endpoint('m', url={server.url!r}, concurrency=2), Path({str(tmp_path / 'calls.jsonl')!r}))\n"
     "texts = ['wait 1', 'wait 60', 'c', 'd']\n"
-    "caller.map([[{'role': 'user', 'content': t}] for t in texts], lambda i, answer: print(i))"
+    "caller.map([Call([{'role': 'user', 'content': t}]) for t in texts], lambda i, answer: print(i))"
   )
   run = subprocess.Popen(
     [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -6,6 +6,7 @@ import pytest
 
 from pasta_jax.config import Config, sections, with_changes
 from pasta_jax.utils.endpoint import Endpoint, EndpointError
+from pasta_jax.utils.protocols import Call
 
 
 def test_every_field_of_a_section_arrives():
@@ -26,7 +27,7 @@ def test_every_field_of_a_section_arrives():
 
 def test_the_identity_of_a_call_is_that_of_released_versions():
   """Files of paid calls stay useful."""
-  messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "é"}]
+  messages = Call([{"role": "system", "content": "s"}, {"role": "user", "content": "é"}])
   assert Endpoint("m", url="http://h/v1/").identity(messages) == "30cedc60aafa2821389afe248077ee2e"
   assert Endpoint("m", kind="gemini", logprobs=False).identity(messages) == "987299dd0440b138aa4dc19ed5e7b1d4"
 

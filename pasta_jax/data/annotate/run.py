@@ -4,6 +4,7 @@ workdir/annotated.jsonl   rows to train on (`data.examples`)
 workdir/rejected.jsonl    rows that could not be read or got no valid plan, each with the cause
 workdir/report.json       figures, causes, calls and their price
 workdir/calls.jsonl       every response of the model, so a restarted run repeats no paid call
+workdir/requests.jsonl    with annotate.kind=batch: the calls of a stage, which wait for answers.jsonl (`utils.batch`)
 """
 
 import collections
@@ -23,23 +24,25 @@ from pasta_jax.data.prompts import read_prompts
 from pasta_jax.data.sources import Source, decontaminate, read_instructions
 from pasta_jax.lang import forms
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.utils.callers import caller_of
 from pasta_jax.utils.endpoint import Endpoint
 from pasta_jax.utils.files import write_json_atomic
 from pasta_jax.utils.jsonl import DataError, write_jsonl
 from pasta_jax.utils.locks import LOCK, locked
 from pasta_jax.utils.progress import progress_bar
-from pasta_jax.utils.protocols import cause_of
+from pasta_jax.utils.protocols import Call, cause_of
 from pasta_jax.utils.records import agree
 from pasta_jax.utils.terminal import as_text
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 DEMONSTRATIONS = 7  # PASTA's number
-LOST = ("refused", "cut off", "no text")  # causes (`protocols.cause_of`)
+LOST = ("no answer", "refused", "cut off", "no text")  # causes (`protocols.cause_of`)
 
 
 def annotate(config, workdir: Path) -> dict:
   """Runs `config.annotate` in `workdir`, which it locks; returns the report. Raises ValueError, one line, for
-  unusable settings or files, if another run writes there, and if the endpoint fails."""
+  unusable settings or files, if another run writes there, and if the endpoint fails; Waiting (`utils.batch`) where
+  it asks by file: for plans, for those to be mended, and for each check."""
   c = config.annotate
   if not c.data:
     raise DataError("name a file of instructions and responses: --config.annotate.data=FILE")
@@ -115,9 +118,7 @@ class _ByModel:
 
   def __call__(self, rows: Sequence[dict]) -> tuple[list[dict], list[dict]]:
     """(annotated rows, rejected rows)."""
-    from pasta_jax.utils.calls import Caller  # here: it loads the HTTP client
-
-    self._caller = Caller(self._endpoint, self._path)
+    self._caller = caller_of(self._endpoint, self._path)
     self._tokens, self._dropped, self._needy, self._synced = [0, 0], 0, 0, 0
     self._mended: collections.Counter[str] = collections.Counter()
     self._no_verdict: collections.Counter[str] = collections.Counter()
@@ -152,7 +153,7 @@ class _ByModel:
       bar.update(task, advance=1, note=f"{self._caller.paid} calls paid, {sum(self._tokens):,} tokens")
 
     with bar:
-      self._caller.map(calls, done)
+      self._caller.map([Call(messages) for messages in calls], done)
 
   def _plans(self, rows: Sequence[dict]) -> tuple[dict[str, dict], list[dict]]:
     """(annotated rows by id, rows without a valid plan after `tries` answers)."""

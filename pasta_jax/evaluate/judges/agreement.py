@@ -2,10 +2,11 @@
 
     python -m pasta_jax.evaluate.judges.agreement --data=a.jsonl,b.jsonl --workdir=…
 
-Rows have `prompt`, `chosen` and `rejected`, and may have a `category`. The chosen answer takes the system's
-place: the judge agrees where its preference is above one half, and counts half where it is exactly one half.
-Two figures put that into perspective: how often the chosen answer is the longer one, and the agreement on
-pairs whose chosen answer is the shorter one.
+`--limit=N` takes N pairs of each file, spread over it. Rows have `prompt`, `chosen` and `rejected`, and may have a
+`category`. The chosen answer takes the system's place: the judge agrees where its preference is above one half, and
+counts half where it is exactly one half. Three figures put that into perspective: how often the chosen answer is the
+longer one, the agreement on pairs whose chosen answer is the shorter one, and how often a verdict changes with the
+order in which the answers are shown.
 """
 
 import math
@@ -21,8 +22,9 @@ from ml_collections import config_flags
 from pasta_jax.config import from_flags
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.judge import Answer, Pair
-from pasta_jax.evaluate.judges.judging import judge_pairs
+from pasta_jax.evaluate.judges.judging import judge_pairs, with_places
 from pasta_jax.evaluate.judges.registry import judges_of
+from pasta_jax.utils.batch import WAITING, Waiting
 from pasta_jax.utils.files import write_json_atomic
 from pasta_jax.utils.jsonl import present, read_jsonl
 from pasta_jax.utils.terminal import as_text
@@ -36,10 +38,14 @@ class _Label(Parsed):
   rejected: str
 
 
-def pairs_of_labels(path: str) -> tuple[list[Pair], list[str]]:
-  """(pairs with the chosen answer in the system's place, their categories) of a file of labels."""
+def pairs_of_labels(path: str, limit: int = 0) -> tuple[list[Pair], list[str]]:
+  """(pairs with the chosen answer in the system's place, their categories) of a file of labels; `limit` of them,
+  spread over the file, or all."""
   pairs, categories = [], []
-  for number, row in enumerate(read_jsonl(path)):
+  numbered = [*enumerate(read_jsonl(path))]
+  if limit and limit < len(numbered):
+    numbered = [numbered[i * len(numbered) // limit] for i in range(limit)]
+  for number, row in numbered:
     try:
       label = checked(_Label, row, f"{path}, row {number + 1}")
     except ValueError as error:
@@ -59,40 +65,46 @@ def agreement(preferences: list[float]) -> tuple[float, float]:
   return 100 * float(agree.mean()), 100 * error
 
 
-def measure(config, workdir: Path, files: list[str]) -> list[dict]:
-  """Agreement by judge of `config.eval.judges`, file and category; judgements are kept in `workdir`."""
+def measure(config, workdir: Path, files: list[str], limit: int = 0) -> list[dict]:
+  """Agreement by judge of `config.eval.judges`, file and category, of `limit` pairs of each file (0: all).
+
+  Judgements are kept in `workdir`. A row's `changed` is the share of pairs read in both orders whose verdict changed
+  with the order; it is left out where none was.
+  """
+  labels = {path: pairs_of_labels(path, limit) for path in files}
   rows = []
   for judge in judges_of(config):
-    for path in files:
-      pairs, categories = pairs_of_labels(path)
-      judgements = judge_pairs(
-        judge, pairs, workdir / "judgements" / judge.name / f"labels-{Path(path).stem}.jsonl"
-      )
-      judged = [
-        (p, c, judgements[p.id]["preference"]) for p, c in zip(pairs, categories) if p.id in judgements
-      ]
-      groups = {"all": judged} | (
-        {c: [j for j in judged if j[1] == c] for c in sorted(set(categories))}
-        if len(set(categories)) > 1
-        else {}
-      )
-      for group, members in groups.items():
-        longer = [len(p.system.text) > len(p.baseline.text) for p, *_ in members]
-        shorter = [v for p, _, v in members if len(p.system.text) < len(p.baseline.text)]
-        share, error = agreement([v for *_, v in members])
-        rows.append(
-          {
-            "judge": judge.name,
-            "labels": Path(path).stem,
-            "category": group,
-            "pairs": len(members),
-            "agreement": share,
-            "error": error,
-            "longer": 100 * float(np.mean(longer)),
-            "on_shorter": agreement(shorter)[0] if shorter else math.nan,
-          }
-        )
+    folder = workdir / "judgements" / judge.name
+    groups = {
+      folder / f"labels-{Path(path).stem}.jsonl": with_places(pairs, config.judge)
+      for path, (pairs, _) in labels.items()
+    }
+    for (path, (pairs, categories)), judgements in zip(labels.items(), judge_pairs(judge, groups, folder)):
+      judged = [(p, c, judgements[p.id]) for p, c in zip(pairs, categories) if p.id in judgements]
+      names = sorted(set(categories))
+      by_category = {c: [j for j in judged if j[1] == c] for c in names} if len(names) > 1 else {}
+      for group, members in ({"all": judged} | by_category).items():
+        if members:
+          about = {"judge": judge.name, "labels": Path(path).stem, "category": group}
+          rows.append(about | _figures([p for p, *_ in members], [row for *_, row in members]))
   return rows
+
+
+def _figures(pairs: list[Pair], judgements: list[dict]) -> dict[str, float]:
+  values = [row["preference"] for row in judgements]
+  shorter = [v for p, v in zip(pairs, values) if len(p.system.text) < len(p.baseline.text)]
+  in_both = [o for row in judgements if len(o := row.get("orders", [])) == 2 and None not in o]
+  share, error = agreement(values)
+  out = {
+    "pairs": len(pairs),
+    "agreement": share,
+    "error": error,
+    "longer": 100 * float(np.mean([len(p.system.text) > len(p.baseline.text) for p in pairs])),
+    "on_shorter": agreement(shorter)[0] if shorter else math.nan,
+  }
+  if in_both:
+    out["changed"] = 100 * float(np.mean([(a - 0.5) * (b - 0.5) < 0 for a, b in in_both]))
+  return out
 
 
 def main(argv: list[str]) -> None:
@@ -100,7 +112,10 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   files = [f for f in values.data.split(",") if f]
   try:
-    rows = measure(from_flags(values.config), Path(values.workdir), files)
+    rows = measure(from_flags(values.config), Path(values.workdir), files, values.limit)
+  except Waiting as waiting:
+    print(waiting)
+    sys.exit(WAITING)
   except (ValueError, OSError) as error:
     sys.exit(f"error: {one_line(str(error))}")
   write_json_atomic(Path(values.workdir) / "agreement.json", rows)
@@ -113,6 +128,7 @@ def main(argv: list[str]) -> None:
     "agreement",
     "the longer one",
     "where the shorter was chosen",
+    "changed with the order",
   ):
     table.add_column(name, justify="left" if name in ("judge", "labels", "category") else "right")
   for r in rows:
@@ -122,6 +138,7 @@ def main(argv: list[str]) -> None:
       f"{r['agreement']:.1f} ± {r['error']:.1f}",
       f"{r['longer']:.1f}",
       f"{r['on_shorter']:.1f}",
+      f"{r['changed']:.1f}" if "changed" in r else "–",
     )
   rich.console.Console().print(table)
 
@@ -129,5 +146,6 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
   config_flags.DEFINE_config_file("config", "configs/smollm2_135m.py", "experiment", lock_config=True)
   flags.DEFINE_string("data", None, "files of labelled pairs, comma-separated", required=True)
+  flags.DEFINE_integer("limit", 0, "pairs of each file, spread over it; 0: all", lower_bound=0)
   flags.DEFINE_string("workdir", None, "folder for the judgements", required=True)
   app.run(main)

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from pasta_jax.evaluate.systems.system import Conversation
 from pasta_jax.utils.text import one_line
@@ -29,17 +29,30 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-  """Two answers to one request."""
+  """Two answers to one request, and how often a judge that reads is to read them."""
 
   id: str
   system: Answer
   baseline: Answer
   name: str = ""  # of the system
+  orders: tuple[bool, ...] = (True, False)  # whether the system's answer is the first one, of each reading
+  repeated: bool = False  # whether the first reading is made twice
+
+  @property
+  def readings(self) -> int:
+    return len(self.orders) + self.repeated
 
   def digest(self) -> str:
     """Changes when one of the texts does."""
     whole = json.dumps([self.system.text, self.baseline.text])
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerList:
+  """Several answers to one request, in the order in which they are shown."""
+
+  answers: tuple[Answer, ...]
 
 
 class Judge(Protocol):
@@ -56,12 +69,39 @@ class Judge(Protocol):
     """
 
 
-def say_lost(name: str, pairs: int, causes: Iterable[str], more: str = "") -> None:
-  """A line on stderr: how many of a judge's pairs got no judgement, by cause; none if all got one."""
+@runtime_checkable
+class Reader(Judge, Protocol):
+  """A judge that reads: it also names the defects of single answers, and grades lists."""
+
+  names_defects: bool  # whether it is asked to, in an evaluation
+
+  def settings_of(self, prompt: str) -> dict[str, Any]:
+    """What its replies to another question than that of pairs depend on."""
+
+  def read(
+    self,
+    pairs: Sequence[Pair],
+    answers: Sequence[Answer],
+    folder: Path,
+    on_judged: Callable[[int, dict], None],
+    on_named: Callable[[int, list[str]], None],
+  ) -> None:
+    """`compare`, and `on_named(i, names)` with the defects of each answer."""
+
+  def grade(
+    self, lists: Sequence[AnswerList], folder: Path, on_graded: Callable[[int, list[float]], None]
+  ) -> None:
+    """Calls `on_graded(i, grades)` for each list that could be graded: grades in [0, 1], in its order."""
+
+
+def say_lost(
+  name: str, total: int, causes: Iterable[str], more: str = "", *, what: str = "pairs got no judgement"
+) -> None:
+  """A line on stderr: how many of what a judge was given it could not judge, by cause; none if all was."""
   counts = collections.Counter(causes)
   if counts:
     listed = ", ".join(f"{cause} {n:,}" for cause, n in counts.items())
-    line = f"{name}: {counts.total():,} of {pairs:,} pairs got no judgement ({listed}){more}"
+    line = f"{name}: {counts.total():,} of {total:,} {what} ({listed}){more}"
     print(one_line(line), file=sys.stderr)
 
 

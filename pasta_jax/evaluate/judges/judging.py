@@ -1,55 +1,140 @@
-"""Has a run's responses judged: every system against the baseline, each pair once."""
+"""Has answers judged: a run's systems against the baseline, pairs of labels, samples; each pair once.
 
-from collections.abc import Sequence
+A judge gets all pairs of all systems at once, so that a batch of requests has them all, mixed.
+"""
+
+import dataclasses
+import hashlib
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from pasta_jax.data.prompts import PromptTurn, conversation
-from pasta_jax.evaluate.judges.judge import Answer, Judge, Pair
+from pasta_jax.evaluate.judges import questions
+from pasta_jax.evaluate.judges.judge import Answer, Judge, Pair, Reader
+from pasta_jax.utils.batch import Waiting
 from pasta_jax.utils.records import Records, read_records
 
 
-def pairs_of(workdir: Path, name: str, baseline: str, requests: list[PromptTurn]) -> list[Pair]:
-  """The answers of a system and of the baseline, each after its own answers to earlier turns."""
-  rows = {
-    n: {r["id"]: r for r in read_records(workdir / "responses" / f"{n}.jsonl")} for n in (name, baseline)
-  }
+def shuffled(ids: Collection[str], seed: int) -> list[str]:
+  """The ids in an order that depends on the seed and on nothing else."""
+  return sorted(ids, key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).hexdigest())
 
-  def answer(n: str, request: PromptTurn) -> Answer:
-    row = rows[n][request.id]
-    return Answer(
-      conversation(request, {i: r["text"] for i, r in rows[n].items()} if request.earlier else {}),
-      row["text"],
-      row["finish_reason"] == "stop",
-    )
 
-  return [
-    Pair(r.id, answer(name, r), answer(baseline, r), name)
-    for r in requests
-    if r.id in rows[name] and r.id in rows[baseline]
-  ]
+def with_places(pairs: Sequence[Pair], judge) -> list[Pair]:
+  """The pairs with the orders in which `config.judge` has them read.
+
+  With `judge.orders=one`, the system's answer is the first one of every second prompt, and which ones differs from
+  system to system. Prompts that are read in both orders or twice are the same for all systems.
+  """
+  rank = {i: n for n, i in enumerate(shuffled({p.id for p in pairs}, judge.seed))}
+
+  def placed(p: Pair) -> Pair:
+    first = bool((rank[p.id] + zlib.crc32(p.name.encode())) % 2)
+    both = judge.orders == "both" or rank[p.id] < judge.both
+    orders = (first, not first) if both else (first,)
+    return dataclasses.replace(p, orders=orders, repeated=rank[p.id] < judge.repeats)
+
+  return [placed(p) for p in pairs]
 
 
 def judge_run(
-  workdir: Path, names: Sequence[str], baseline: str, requests: list[PromptTurn], judges: Sequence[Judge]
+  workdir: Path,
+  names: Sequence[str],
+  baseline: str,
+  requests: list[PromptTurn],
+  judges: Sequence[Judge],
+  how,
 ) -> None:
-  """Judges the pairs that have no judgement yet, into `judgements/JUDGE/SYSTEM-against-BASELINE.jsonl`."""
-  for judge in judges:
-    for name in names:
-      if name != baseline:
-        path = workdir / "judgements" / judge.name / f"{name}-against-{baseline}.jsonl"
-        judge_pairs(judge, pairs_of(workdir, name, baseline, requests), path)
+  """Judges the pairs that have no judgement yet, into `judgements/JUDGE/SYSTEM-against-BASELINE.jsonl`, and names
+  defects into `judgements/JUDGE/defects/SYSTEM.jsonl` if the judge does.
 
-
-def judge_pairs(judge: Judge, pairs: Sequence[Pair], path: Path) -> dict[str, dict]:
-  """Judgements by id, of the pairs that could be judged.
-
-  They are kept in `path`; a pair is judged again only where one of its texts has changed.
+  `how` is `config.judge`. Raises Waiting, after the other judges have judged, for one that waits for answers.
   """
-  records = Records(path, judge.settings)
-  is_judged = lambda p: records.rows.get(p.id, {}).get("texts") == p.digest()
-  todo = [p for p in pairs if not is_judged(p)]
-  if todo:
-    judge.compare(
-      todo, path.parent, lambda i, row: records.add({"id": todo[i].id, "texts": todo[i].digest(), **row})
-    )
-  return {p.id: records.rows[p.id] for p in pairs if is_judged(p)}
+  answers = {n: _answers(workdir, n, requests) for n in dict.fromkeys([*names, baseline])}
+  systems = [n for n in names if n != baseline]
+  pairs = [
+    Pair(i, a, answers[baseline][i], n)
+    for n in systems
+    for i, a in answers[n].items()
+    if i in answers[baseline]
+  ]
+  waiting = []
+  for judge in judges:
+    folder = workdir / "judgements" / judge.name
+    groups = {folder / f"{n}-against-{baseline}.jsonl": [] for n in systems}  # type: ignore[var-annotated]
+    for p in with_places(pairs, how):
+      groups[folder / f"{p.name}-against-{baseline}.jsonl"].append(p)
+    named = {}
+    if isinstance(judge, Reader) and judge.names_defects:
+      named = {folder / "defects" / f"{n}.jsonl": of for n, of in answers.items()}
+    try:
+      judge_pairs(judge, groups, folder, named)
+    except Waiting as stop:
+      waiting.append(str(stop))
+  if waiting:
+    raise Waiting("; ".join(waiting))
+
+
+def _answers(workdir: Path, name: str, requests: Sequence[PromptTurn]) -> dict[str, Answer]:
+  """The answers of a system by id, each after its own answers to earlier turns."""
+  rows = {r["id"]: r for r in read_records(workdir / "responses" / f"{name}.jsonl")}
+  texts = {i: r["text"] for i, r in rows.items()}
+  return {
+    r.id: Answer(conversation(r, texts), rows[r.id]["text"], rows[r.id]["finish_reason"] == "stop")
+    for r in requests
+    if r.id in rows
+  }
+
+
+def judge_pairs(
+  judge: Judge,
+  groups: Mapping[Path, Sequence[Pair]],
+  folder: Path,
+  answers: Mapping[Path, Mapping[str, Answer]] | None = None,
+) -> list[dict[str, dict]]:
+  """Judgements by id of each group, of the pairs that could be judged.
+
+  Each group's are kept in its file; a pair is judged again only where one of its texts has changed, or more
+  readings are wanted than were made. `answers`, by file and id, get the names of their defects. What the judge
+  must keep lies in `folder`.
+  """
+  records = {path: Records(path, judge.settings) for path in groups}
+
+  def is_judged(path: Path, p: Pair) -> bool:
+    row = records[path].rows.get(p.id, {})
+    return row.get("texts") == p.digest() and row.get("readings", p.readings) >= p.readings
+
+  todo = [(path, p) for path, pairs in groups.items() for p in pairs if not is_judged(path, p)]
+
+  def on_judged(i: int, row: dict) -> None:
+    path, p = todo[i]
+    records[path].add({"id": p.id, "texts": p.digest(), **row})
+
+  pairs = [p for _, p in todo]
+  if answers and isinstance(judge, Reader):
+    _read_all(judge, pairs, answers, folder, on_judged)
+  elif pairs:
+    judge.compare(pairs, folder, on_judged)
+  return [{p.id: records[path].rows[p.id] for p in of if is_judged(path, p)} for path, of in groups.items()]
+
+
+def _read_all(
+  judge: Reader, pairs: Sequence[Pair], answers: Mapping[Path, Mapping[str, Answer]], folder: Path, on_judged
+) -> None:
+  """Has pairs compared, and the defects named of the answers whose file has none yet."""
+  records = {path: Records(path, judge.settings_of(questions.DEFECTS_PROMPT)) for path in answers}
+  digest = lambda a: hashlib.sha256(a.text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
+  todo = [
+    (path, i, a)
+    for path, by_id in answers.items()
+    for i, a in by_id.items()
+    if records[path].rows.get(i, {}).get("text") != digest(a)
+  ]
+
+  def on_named(k: int, names: list[str]) -> None:
+    path, i, a = todo[k]
+    records[path].add({"id": i, "text": digest(a), "defects": names})
+
+  if pairs or todo:
+    judge.read(pairs, [a for *_, a in todo], folder, on_judged, on_named)

@@ -1,133 +1,176 @@
-"""A language model as judge: both orders of a pair, confidence from token probabilities.
+"""A language model as judge, over HTTP or by file: it compares pairs, names defects and grades lists.
 
-The judge replies with one letter. Its confidence is that letter's probability relative to the other one's,
-from the probabilities of the first token (1 if the endpoint returns no probabilities but the reply is a
-letter). Each pair is judged in both orders, and its preference is the mean, which cancels a bias for the
-first or the second place (docs/language.md section 6: "confidence-weighted win rate").
+Of a pair it replies with one letter. Its confidence is that letter's probability relative to the others', from
+the probabilities of the first token (1 if there are none but the reply is a letter). The two orders of a pair are
+one observation: the mean of both confidences, or one half where the verdict changed with the order
+(docs/language.md section 6: "confidence-weighted win rate").
 """
 
-import math
-import re
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from pasta_jax.evaluate.judges.judge import Answer, Pair, say_lost
+from pasta_jax.evaluate.judges import questions
+from pasta_jax.evaluate.judges.judge import Answer, AnswerList, Pair, say_lost
+from pasta_jax.utils.callers import caller_of
 from pasta_jax.utils.endpoint import Endpoint
 from pasta_jax.utils.locks import locked
 from pasta_jax.utils.progress import progress_bar
-from pasta_jax.utils.protocols import cause_of
+from pasta_jax.utils.protocols import Call, cause_of
 
-SYSTEM = """\
-You compare two answers to the same request. The better one is more correct, more helpful and easier to read, \
-follows what was asked, hangs together as one text, and is neither padded nor cut short. Do not prefer an answer for \
-its length or its place."""
-QUESTION = """\
-The request:
-<request>
-{request}
-</request>
-
-Answer A:
-<answer>
-{a}
-</answer>
-
-Answer B:
-<answer>
-{b}
-</answer>
-
-Which answer is better? Reply with one letter, A or B, and nothing else."""
+OnReply = Callable[[dict], str]  # takes a reply; returns why it could not be used, "" if it could
 
 
-def messages(pair: Pair, *, system_first: bool) -> list[dict[str, str]]:
-  """The judge's prompt. The system's answer is A, or B if `system_first` is False."""
-  a, b = (pair.system, pair.baseline) if system_first else (pair.baseline, pair.system)
-  return [
-    {"role": "system", "content": SYSTEM},
-    {"role": "user", "content": QUESTION.format(request=_request(a), a=_answer(a), b=_answer(b))},
-  ]
-
-
-def _request(answer: Answer) -> str:
-  """The user's message, or all of them where there are several turns."""
-  turns = [m["content"] for m in answer.conversation if m["role"] == "user"]
-  return turns[0] if len(turns) == 1 else "\n\n".join(f"(turn {n}) {t}" for n, t in enumerate(turns, 1))
-
-
-def _answer(answer: Answer) -> str:
-  turns = [*(m["content"] for m in answer.conversation if m["role"] == "assistant"), answer.text]
-  return turns[0] if len(turns) == 1 else "\n\n".join(f"(turn {n}) {t}" for n, t in enumerate(turns, 1))
-
-
-def confidence_in_a(answer: dict) -> float | None:
-  """P(A) relative to P(A) + P(B); None if both together have a tenth or less, or the reply is neither."""
-  mass = {"A": 0.0, "B": 0.0}
-  for token, log_p in answer["log_p"].items():
-    letter = token.strip().strip("*\"'().").upper()
-    if letter in mass:
-      mass[letter] += math.exp(log_p)
-  if sum(mass.values()) > 0.1:
-    return mass["A"] / sum(mass.values())
-  letter_said = None if answer["log_p"] else re.match(r"\W*([AB])\b", answer["text"])
-  return {"A": 1.0, "B": 0.0}[letter_said[1]] if letter_said else None
+def combined(orders: Sequence[float]) -> float:
+  """The preference of a pair from its reading in one order or both: the mean, one half if they contradict each
+  other."""
+  if len(orders) == 2 and (orders[0] - 0.5) * (orders[1] - 0.5) < 0:
+    return 0.5
+  return sum(orders) / len(orders)
 
 
 class LlmJudge:
-  """Asks an endpoint. Calls are cached in the folder of judgements, or in `cache` for several runs."""
+  """Asks a model. Calls are cached in the folder of judgements, or in `cache` for several runs."""
 
-  def __init__(self, endpoint: Endpoint, *, cache: str = ""):
+  def __init__(self, endpoint: Endpoint, *, cache: str = "", names_defects: bool = False):
     self.name = endpoint.model.replace("/", "-")
-    self.settings = {"kind": endpoint.kind, "model": endpoint.model, "prompt": SYSTEM + QUESTION}
+    self.settings = {"kind": endpoint.kind, "model": endpoint.model, "prompt": questions.PAIR_PROMPT}
+    self.names_defects = names_defects
     self._endpoint, self._cache = endpoint, cache
 
   @classmethod
   def from_config(cls, config) -> Self:
-    endpoint = Endpoint.from_config(config.judge, part="judge")
+    c = config.judge
+    endpoint = Endpoint.from_config(c, part="judge")
     endpoint.require_key()  # before the answers are made that it is to judge
-    return cls(endpoint, cache=config.judge.cache)
+    return cls(endpoint, cache=c.cache, names_defects=c.defects)
+
+  def settings_of(self, prompt: str) -> dict[str, Any]:
+    """What replies to another question than that of pairs depend on."""
+    return self.settings | {"prompt": prompt}
 
   def compare(self, pairs: Sequence[Pair], folder: Path, on_judged: Callable[[int, dict], None]) -> None:
-    """Equal texts count as even without a call; a pair whose reply is neither letter gets no row, and is counted
-    in a line on stderr."""
+    self.read(pairs, [], folder, on_judged, lambda *_: None)
+
+  def read(
+    self,
+    pairs: Sequence[Pair],
+    answers: Sequence[Answer],
+    folder: Path,
+    on_judged: Callable[[int, dict], None],
+    on_named: Callable[[int, list[str]], None],
+  ) -> None:
+    """Compares pairs (`on_judged(i, row)`) and names the defects of answers (`on_named(i, names)`), all at once.
+
+    A row has `preference`, `orders` (the preference with the system's answer first, and second; None where it was
+    not asked), `repeated` (the first reading once more) and `readings`, their number. Equal texts count as even
+    without a call. A pair or an answer whose reply cannot be used gets no row, and is counted in a line on stderr.
+    """
+    work: list[tuple[Call, OnReply]] = []
+    lost_pairs: dict[int, str] = {}
+    lost_answers: dict[int, str] = {}
+    for i, pair in enumerate(pairs):
+      if pair.system.text.strip() == pair.baseline.text.strip():
+        on_judged(i, {"preference": 0.5, "orders": [], "readings": pair.readings})
+        continue
+      work += _Readings(i, pair, on_judged, lost_pairs).work()
+    for i, answer in enumerate(answers):
+
+      def named(reply: dict, i=i) -> str:
+        names = questions.read_defects(reply["text"])
+        if names is None:
+          lost_answers[i] = cause_of(reply, "no list of numbers")
+          return lost_answers[i]
+        on_named(i, names)
+        return ""
+
+      work.append((questions.ask_defects(answer, self._endpoint.max_tokens), named))
+    words = self._ask(work, folder)
+    say_lost(self.name, len(pairs), lost_pairs.values(), words)
+    say_lost(self.name, len(answers), lost_answers.values(), words, what="answers got no list of defects")
+
+  def grade(
+    self, lists: Sequence[AnswerList], folder: Path, on_graded: Callable[[int, list[float]], None]
+  ) -> None:
+    """Calls `on_graded(i, grades)` for each list whose reply has a grade in [0, 1] for each of its answers."""
+    lost: dict[int, str] = {}
+    work: list[tuple[Call, OnReply]] = []
+    for i, listed in enumerate(lists):
+
+      def graded(reply: dict, i=i, listed=listed) -> str:
+        grades = questions.read_grades(reply["text"], len(listed.answers))
+        if grades is None:
+          lost[i] = cause_of(reply, "not a grade for each answer")
+          return lost[i]
+        on_graded(i, grades)
+        return ""
+
+      work.append((questions.ask_grades(listed.answers, self._endpoint.max_tokens), graded))
+    words = self._ask(work, folder)
+    say_lost(self.name, len(lists), lost.values(), words, what="lists got no grades")
+
+  def _ask(self, work: Sequence[tuple[Call, OnReply]], folder: Path) -> str:
+    """Has all calls answered and the replies read; returns what the line on lost ones adds."""
     if not self._cache:  # in the folder of the run, which the run has locked
-      self._compare(pairs, folder / "calls.jsonl", on_judged)
-      return
+      return self._ask_into(work, folder / "calls.jsonl")
     with locked(Path(self._cache + ".lock")):
-      self._compare(pairs, Path(self._cache), on_judged)
+      return self._ask_into(work, Path(self._cache))
 
-  def _compare(self, pairs: Sequence[Pair], calls: Path, on_judged: Callable[[int, dict], None]) -> None:
-    from pasta_jax.utils.calls import Caller  # here: it loads the HTTP client
-
-    caller = Caller(self._endpoint, calls)
-    asked: list[tuple[int, bool]] = []
-    for i, p in enumerate(pairs):
-      if p.system.text.strip() == p.baseline.text.strip():
-        on_judged(i, {"preference": 0.5, "orders": []})
-      else:
-        asked += [(i, True), (i, False)]
-    replies: dict[int, dict[bool, float | None]] = {}
-    lost: dict[int, str] = {}  # why a pair has no judgement
+  def _ask_into(self, work: Sequence[tuple[Call, OnReply]], path: Path) -> str:
+    caller = caller_of(self._endpoint, path)
+    causes: set[str] = set()
     words = ""  # of the server, of the last refusal
-    bar, task = progress_bar(self.name, len(asked))
+    bar, task = progress_bar(self.name, len(work))
 
-    def on_answer(k: int, answer: dict) -> None:
+    def on_answer(k: int, reply: dict) -> None:
       nonlocal words
-      i, system_first = asked[k]
-      confidence = confidence_in_a(answer)
-      orders = replies.setdefault(i, {})
-      orders[system_first] = confidence if system_first or confidence is None else 1 - confidence
-      if confidence is None:
-        lost[i] = cause_of(answer, "neither letter")
-        words = answer.get("refused", words)
+      if cause := work[k][1](reply):
+        causes.add(cause)
+        words = reply.get("refused", words)
       bar.update(task, advance=1, note=f"{caller.paid} calls paid")
-      if len(orders) == 2 and None not in orders.values():
-        both = [orders[True], orders[False]]
-        on_judged(i, {"preference": sum(both) / 2, "orders": both})  # type: ignore[arg-type]
 
     with bar:
-      caller.map([messages(pairs[i], system_first=first) for i, first in asked], on_answer)
-    more = "; cut off: give more --config.judge.max_tokens" if "cut off" in lost.values() else ""
-    more += f"; the last refusal: {words}" if words else ""
-    say_lost(self.name, len(pairs), lost.values(), more)
+      caller.map([call for call, _ in work], on_answer)
+    more = "; cut off: give more --config.judge.max_tokens" if "cut off" in causes else ""
+    return more + (f"; the last refusal: {words}" if words else "")
+
+
+class _Readings:
+  """The readings of one pair, until all of them have come."""
+
+  def __init__(self, number: int, pair: Pair, on_judged: Callable[[int, dict], None], lost: dict[int, str]):
+    self._number, self._pair, self._on_judged, self._lost = number, pair, on_judged, lost
+    self._open = pair.readings
+    self._orders: list[float | None] = [None, None]  # with the system's answer first, second
+    self._repeated: float | None = None
+
+  def work(self) -> list[tuple[Call, OnReply]]:
+    """The calls, each with what reads its reply."""
+    asked = [(first, 0) for first in self._pair.orders]
+    asked += [(self._pair.orders[0], 1)] if self._pair.repeated else []
+    return [(self._call(*a), functools.partial(self._read, *a)) for a in asked]
+
+  def _call(self, system_first: bool, repeat: int) -> Call:
+    system, baseline = self._pair.system, self._pair.baseline
+    return questions.ask_pair(*((system, baseline) if system_first else (baseline, system)), repeat=repeat)
+
+  def _read(self, system_first: bool, repeat: int, reply: dict) -> str:
+    cause = ""
+    preference = questions.preference_for_first(reply)
+    if preference is None:
+      cause = cause_of(reply, "no letter")
+      if not repeat:
+        self._lost[self._number] = cause
+    else:
+      preference = preference if system_first else 1 - preference
+      if repeat:
+        self._repeated = preference
+      else:
+        self._orders[not system_first] = preference
+    self._open -= 1
+    if not self._open and self._number not in self._lost:
+      known = [p for p in self._orders if p is not None]
+      row = {"preference": combined(known), "orders": self._orders, "readings": self._pair.readings}
+      self._on_judged(self._number, row | ({"repeated": self._repeated} if self._pair.repeated else {}))
+    return cause
