@@ -320,7 +320,9 @@ def test_one_policy_for_all_weights(start, whole, tmp_path, monkeypatch):
     shutil.copy(whole / name, tmp_path)
   shutil.copytree(whole / "start", tmp_path / "start")
   [judged] = (tmp_path / "start" / "judgements").glob("*/samples.jsonl")
-  rows = rows_of(judged)  # answers of random weights are nearly all the same to the judge, and ties make no pair
+  rows = rows_of(
+    judged
+  )  # answers of random weights are nearly all the same to the judge, and ties make no pair
   judged.write_text("".join(json.dumps(r | {"preference": n / len(rows)}) + "\n" for n, r in enumerate(rows)))
   optimise(config, tmp_path)
   folder = tmp_path / "conditioned" / "round1"
