@@ -25,7 +25,7 @@ def show(workdir: Path) -> None:
   table = rich.table.Table(title="rounds", box=rich.box.SIMPLE_HEAD, pad_edge=False)
   for heading in ("policy", "samples", "speedup", "quality", "pairs", "defects", "margin", "accuracy"):
     table.add_column(heading, justify="left" if heading in ("policy", "samples") else "right", no_wrap=True)
-  defects, learned = [], []
+  defects, learned, judged = [], [], []
   for report in rounds:
     for weight, figures in report["by weight"].items():
       name = [report["policy"], f"round {report['round']}"]
@@ -44,11 +44,16 @@ def show(workdir: Path) -> None:
       shares = figures["defects of samples, share"].items()
       listed = ", ".join(f"{defect} {100 * share:.0f} %" for defect, share in shares)
       defects.append(f"{', '.join(name)}: {listed or 'none'}")
+      if said := figures.get("judge"):
+        listed = ", ".join(f"{what} {value:.3g}" for what, value in said.items())
+        judged.append(f"{', '.join(name)}: {listed}")
     if gains := report.get("learned"):
       learned.append(f"{report['policy']}, round {report['round']}: {', '.join(_gains(gains))}")
   console = rich.console.Console(highlight=False)
   console.print(table)
   console.print("Defects, each as a share of all samples:", *map(as_text, defects), sep="\n")
+  if judged:
+    console.print("What the judge said of the samples:", *map(as_text, judged), sep="\n")
   if learned:
     console.print("Gain of log p in best / worst answers, nats per token:", *map(as_text, learned), sep="\n")
 
