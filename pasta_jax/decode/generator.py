@@ -189,7 +189,9 @@ class Model:
         limits = dataclasses.replace(limits, branch_widths=(self._narrowest,), max_threads=1)
       # Without promises every form is ordinary decoding: one program, and records that name no form.
       form = self.forms if parallel else Forms()
-      features = dataclasses.replace(self._features, promises=parallel, visibility=form.visibility)
+      features = dataclasses.replace(
+        self._features, rule=form.positions, promises=parallel, visibility=form.visibility
+      )
       self._interpreters[key] = Interpreter(self.model, self.vocabulary, limits, features)
     return self._interpreters[key]
 

@@ -56,6 +56,12 @@ class Interpreter:
       raise DecodeError(
         f"the model has {rows} vocabulary rows and no tags: load a PASTA adapter, or decode without promises"
       )
+    if self.features.promises and self.features.rule.needs_lengths:
+      raise DecodeError(
+        f"positions of the strategy {self.features.rule.strategy!r} need true lengths, which nobody has while "
+        "decoding: compare by validation loss (--config.train.validation=FILE), or decode with "
+        "--config.decode.parallel=False"
+      )
     spoken = (self.vocabulary.promise, self.vocabulary.number)
     if self.features.promises and (self.features.promise, self.features.number) != spoken:
       raise DecodeError(f"the promises of this vocabulary are of the form {'/'.join(spoken)}")

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pasta_jax.config.sections import STRATEGIES
+from pasta_jax.config.sections import ORACLES, STRATEGIES
 from pasta_jax.lang.automaton import MAX_DECLARED
 from pasta_jax.lang.thread import Thread
 
@@ -15,10 +15,13 @@ class PositionRule:
   pred_10x   length, rounded up to tens    the number, rounded up to tens     unchanged
   pred_1x    length                        the number                         unchanged
   fixed      none                          `fixed`                            unchanged
-  oracle     none (teacher forcing only)   the true length                    unchanged
+  oracle     none                          the true length                    unchanged
+  oracle_10x length, rounded up to tens    the true length                    unchanged
+  oracle_1x  length                        the true length                    unchanged
   max        length, rounded up to tens    none                               after the furthest joined position
   sum        length, rounded up to tens    none                               plus the number of joined tokens
 
+  The three oracles are for teacher forcing: who decodes does not know true lengths (`needs_lengths`).
   Under `pred_10x` and `pred_1x` a promise without a number reserves `fixed` positions. A length above
   `automaton.MAX_DECLARED` is written as the largest number that fits, and the chunk outgrows its gap.
   """
@@ -36,9 +39,14 @@ class PositionRule:
     return self.strategy not in ("fixed", "oracle")
 
   @property
+  def needs_lengths(self) -> bool:
+    """Whether gaps are true lengths, so that no interpreter can follow the rule."""
+    return self.strategy in ORACLES
+
+  @property
   def in_tens(self) -> bool:
     """Whether these numbers are tens."""
-    return self.numbered and self.strategy != "pred_1x"
+    return self.numbered and self.strategy not in ("pred_1x", "oracle_1x")
 
   def written(self, length: int, most: int = MAX_DECLARED) -> int | None:
     """The number to write in the promise of a chunk that spans `length` positions, `most` at most."""
@@ -49,11 +57,11 @@ class PositionRule:
   def gap(self, declared, true_length=None):
     """Positions reserved for a chunk; `declared` is the promise's number, negative where it has none.
 
-    Works on integers and on arrays of them. Only `oracle` reads `true_length`.
+    Works on integers and on arrays of them. Only the oracles read `true_length`.
     """
-    if self.strategy == "oracle":
+    if self.needs_lengths:
       if true_length is None:
-        raise ValueError("position strategy 'oracle' needs true lengths: it is for teacher forcing only")
+        raise ValueError(f"position strategy {self.strategy!r} needs true lengths: it is for teacher forcing only")
       return true_length
     if self.strategy in ("max", "sum"):
       return declared * 0

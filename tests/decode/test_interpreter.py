@@ -15,6 +15,7 @@ from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.scheduler import decode
 from pasta_jax.decode.settings import DecodeError, Limits, SamplingConfig, StepFeatures
 from pasta_jax.decode.trace import Trace
+from pasta_jax.lang.positions import ORACLES, PositionRule
 from pasta_jax.lang.thread import Thread, read
 
 VOCABULARY = tiny.VOCABULARY
@@ -278,6 +279,15 @@ def test_promises_need_rows_for_their_tags():
   config = dataclasses.replace(tiny.CONFIG, vocab_size=VOCABULARY.base_size)
   with pytest.raises(DecodeError, match="no tags"):
     Interpreter(tiny.model(config), VOCABULARY)
+
+
+@pytest.mark.parametrize("strategy", ORACLES)
+def test_positions_of_true_lengths_are_for_teacher_forcing(strategy: str):
+  """Without promises there is nothing that they would be needed for."""
+  features = StepFeatures(rule=PositionRule(strategy))
+  with pytest.raises(DecodeError, match=f"strategy '{strategy}' need true lengths.*train.validation=FILE"):
+    Interpreter(tiny.model(), VOCABULARY, features=features)
+  Interpreter(tiny.model(), VOCABULARY, features=dataclasses.replace(features, promises=False))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from test_language import BYTES, programs
 
 from pasta_jax.lang.cost import clocks, cost
 from pasta_jax.lang.layout import NO_TARGET, Layout, layout
-from pasta_jax.lang.positions import STRATEGIES, PositionRule, span
+from pasta_jax.lang.positions import ORACLES, STRATEGIES, PositionRule, span
 from pasta_jax.lang.program import Text, reading_order
 from pasta_jax.lang.syntax import parse
 from pasta_jax.lang.thread import Fork, Thread, serialise, walk
@@ -307,7 +307,7 @@ def positions_of(tree: Tree, strategy: str, fixed: int) -> np.ndarray:
     declared = tree.parent[n][1].declared
     if strategy in ("max", "sum"):
       return 0
-    if strategy == "oracle":
+    if strategy.startswith("oracle"):
       return length(n)
     if strategy == "fixed" or declared is None:
       return fixed
@@ -343,14 +343,14 @@ def test_positions(main: Thread, strategy: str, fixed: int):
 
 
 @RELAXED
-@given(program=programs(heads=False), strategy=st.sampled_from(["pred_10x", "pred_1x", "oracle"]))
+@given(program=programs(heads=False), strategy=st.sampled_from(["pred_10x", "pred_1x", *ORACLES]))
 def test_positions_of_different_threads_do_not_meet_where_lengths_are_declared(program, strategy: str):
-  """Encoded programs declare true lengths, so no two tokens share a position; `oracle` leaves no gap."""
+  """Encoded programs declare true lengths, so no two tokens share a position; the oracles leave no gap."""
   rule = PositionRule(strategy)
   main = BYTES.encode(program, rule)
   laid = layout(main, rule, BYTES.table, PROMPT)
   assert len(set(laid.positions)) == len(laid)
-  if strategy == "oracle":
+  if strategy in ORACLES:
     np.testing.assert_array_equal(laid.positions, np.arange(len(laid)))
     assert span(main, rule) == len(laid) - len(PROMPT)
 
@@ -358,7 +358,7 @@ def test_positions_of_different_threads_do_not_meet_where_lengths_are_declared(p
 @given(
   declared=st.lists(st.integers(-1, 999), min_size=1, max_size=8),
   fixed=st.integers(0, 100),
-  strategy=st.sampled_from([s for s in STRATEGIES if s != "oracle"]),
+  strategy=st.sampled_from([s for s in STRATEGIES if s not in ORACLES]),
 )
 def test_gaps_of_arrays_are_those_of_integers(declared: list[int], fixed: int, strategy: str):
   rule = PositionRule(strategy, fixed)
@@ -370,7 +370,7 @@ def test_gaps_of_arrays_are_those_of_integers(declared: list[int], fixed: int, s
 @pytest.mark.parametrize(
     ("strategy", "written", "gap_of_23", "gap_without_number"),
     [("pred_10x", 30, 30, 45), ("pred_1x", 21, 23, 45), ("fixed", None, 45, 45), ("oracle", None, 21, 21),
-     ("max", 30, 0, 0), ("sum", 30, 0, 0)],
+     ("oracle_10x", 30, 21, 21), ("oracle_1x", 21, 21, 21), ("max", 30, 0, 0), ("sum", 30, 0, 0)],
 )  # fmt: skip
 def test_rules(strategy: str, written: int | None, gap_of_23: int, gap_without_number: int):
   rule = PositionRule(strategy, fixed=45)
@@ -385,8 +385,10 @@ def test_rules(strategy: str, written: int | None, gap_of_23: int, gap_without_n
 def test_unusable_rules():
   with pytest.raises(ValueError, match="position strategy 'pred' is none of pred_10x"):
     PositionRule("pred")
-  with pytest.raises(ValueError, match="needs true lengths"):
-    PositionRule("oracle").gap(10)
+  for strategy in ORACLES:
+    with pytest.raises(ValueError, match=f"'{strategy}' needs true lengths"):
+      PositionRule(strategy).gap(10)
+  assert {s for s in STRATEGIES if PositionRule(s).needs_lengths} == set(ORACLES)
 
 
 # Cost.

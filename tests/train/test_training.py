@@ -21,6 +21,7 @@ from pasta_jax.config import Config, with_changes
 from pasta_jax.data.examples import examples, program_of
 from pasta_jax.data.packing import PackedBatches, concatenate, pack_row
 from pasta_jax.decode.generator import Model
+from pasta_jax.decode.settings import DecodeError
 from pasta_jax.lang.layout import NO_TARGET, layout
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Promise
@@ -562,6 +563,20 @@ def test_checkpoints_of_an_earlier_version_are_refused(whole_run, tiny, tmp_path
     (step / "state").rename(step / "default")
   with pytest.raises(ValueError, match="is of an earlier version of this program"):
     sft.train(settings(tiny), tmp_path / "old")
+
+
+@pytest.mark.parametrize("strategy", ["oracle", "oracle_10x", "oracle_1x"])
+def test_an_oracle_is_compared_by_its_validation_loss(tiny, tmp_path: Path, strategy: str):
+  """Its adapter answers without promises, and refuses to decode with them before any work."""
+  config = settings(tiny, steps=2, validation=str(tiny / "data.jsonl"))
+  config = with_changes(config, {"positions.strategy": strategy})
+  sft.train(config, tmp_path)
+  assert metric_lines(tmp_path)[-1]["validation_loss"] > 0
+  adapter = {"model.adapter": str(tmp_path / "adapter.safetensors"), "decode.max_new_tokens": 4}
+  model = Model(with_changes(config, adapter))
+  with pytest.raises(DecodeError, match=f"positions of the strategy '{strategy}' need true lengths"):
+    model.generate("Why?")
+  assert 1 <= len(model.generate("Why?", parallel=False).trace.threads[0].tokens) <= 5
 
 
 @pytest.mark.parametrize("kind", ["low-rank", "full", "baseline"])
