@@ -191,6 +191,9 @@ def test_one_rule_for_every_path(monkeypatch):
     ({"preference.weights": "nan"}, "preference.weights must be weights of quality"),
     ({"preference.share": "4/3", "preference.stages": "sample"}, 'preference.share must be like "2/3"'),
     ({"preference.share": "2/3"}, "preference.share='2/3' is for samples"),
+    ({"preference.keep": "0.1,1"}, "preference.keep must be shares of the steps between 0 and 1"),
+    ({"preference.keep": "0.1,0.1"}, "preference.keep must be shares of the steps between 0 and 1, each once"),
+    ({"annotate.rules": "all"}, "annotate.rules must be one of independent, paper, not 'all'"),
     ({"preference.samples": 1}, "preference.samples must be 2 or more"),
     ({"preference.beta": -0.1}, "preference.beta must be 0 or more"),
     ({"judge.kind": "structure"}, "judge.kind must be one of openai, gemini, batch"),
@@ -266,7 +269,8 @@ def test_what_a_runs_identity_is():
   assert identity(config.positions) == {"strategy": "pred_10x", "fixed": 60}
   assert identity(config.skeleton) == {"max_points": 10, "outline_tokens": 160, "point_tokens": 128}
   assert set(config.to_dict()["preference"]) - set(identity(config.preference)) == {
-    "stages", "audit", "decode_batch_size", "branch_width", "rounds", "weights", "share", "checkpoint_every", "quality",
+    "stages", "audit", "decode_batch_size", "branch_width", "rounds", "weights", "share", "checkpoint_every", "keep",
+    "quality",  # late: while it has its default
   }  # fmt: skip
   assert set(identity(config.train)) == set(config.to_dict()["train"])
   files = {"train.data": "a/b.jsonl*2,c/d.jsonl", "preference.prompts": "x/y.jsonl"}

@@ -25,8 +25,13 @@ VISIBILITIES = ("promise", "live")  # who sees whom (lang.forms)
 PROMISE_FORMS = ("topic", "head")  # what says what a promise is about (lang.forms)
 NUMBER_FORMS = ("digits", "token")  # how a promise says its length (lang.forms)
 LENGTH_CHOICES = ("likeliest", "median", "apart")  # of lengths that are tokens (decode.sampling)
-ORACLES = ("oracle", "oracle_10x", "oracle_1x")  # positions from true lengths, which only teacher forcing knows
+ORACLES = (
+  "oracle",
+  "oracle_10x",
+  "oracle_1x",
+)  # positions from true lengths, which only teacher forcing knows
 STRATEGIES = ("pred_10x", "pred_1x", "fixed", *ORACLES, "max", "sum")  # of positions (lang.positions)
+ANNOTATION_RULES = ("independent", "paper")  # which parts are chunks (data.annotate.prompts)
 ANNOTATIONS = ("plan", "structure", "none")  # of responses (data.examples)
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "attention", "products")  # rematerialisation policies (model.transformer)
@@ -34,6 +39,7 @@ ATTENTION = ("auto", "chunked", "tpu", "gpu", "interpret", "dense")  # programs 
 DECODE_ATTENTION = ("auto", "xla")  # of decode steps and prefill (decode.attention)
 PRODUCTS = ("xla",)  # matrix products of decoding (model.products)
 LOSSES = ("bonbon", "ipo", "dpo")  # of preference optimisation (train.losses)
+QUALITIES = ("preference", "grade", "ratio")  # of a sample, by a judge (preference.selection)
 SCORES = ("delivered", "theoretical", "parallelism", "arithmetic", "harmonic", "clock")  # preference.score
 STAGES = ("sample", "judge", "train", "eval")  # of preference optimisation (preference.rounds)
 TRAINING_STAGES = ("train", "preference")  # that can be compiled ahead of time (train.ahead)
@@ -54,6 +60,16 @@ OWN_SETTINGS: Mapping[str, Any] = {"repetition_penalty": 1.1, "no_repeat": 16, "
 def _weights(weights: tuple[float, ...]) -> str:
   good = bool(weights) and all(w >= 0 for w in weights) and len(set(weights)) == len(weights)
   return "" if good else f"must be weights of quality, 0 or more, each once, not {to_text(weights)!r}"
+
+
+def _shares(shares: tuple[float, ...]) -> str:
+  good = all(0 < s < 1 for s in shares) and len({kept_folder(s) for s in shares}) == len(shares)
+  return "" if good else f"must be shares of the steps between 0 and 1, each once, not {to_text(shares)!r}"
+
+
+def kept_folder(share: float) -> str:
+  """The folder, in that of a training, of the adapter after a share of its steps (`preference.keep`)."""
+  return f"kept_{100 * share:g}"
 
 
 def _judges(names: tuple[str, ...]) -> str:
@@ -333,6 +349,8 @@ class Preference(Section):
   loss_chunk: int = setting(1024, at_least(1))  # tokens whose logits are computed at once
   seed: int = 0
   checkpoint_every: int = setting(10, at_least(1), identity=NEVER)  # steps
+  # shares of a round's steps after which the adapter is kept as it is then (`kept_folder`)
+  keep: tuple[float, ...] = setting((), _shares, identity=NEVER)
 
   def __post_init__(self):
     super().__post_init__()
@@ -366,13 +384,11 @@ class Judge(Endpoint):
 
   logprobs: bool = True  # ask for token probabilities; False for servers that refuse
   cache: str = setting("", path=True)  # file of paid calls, to share between runs; "": in the run's folder
-  orders: str = setting(
-    "both", one_of(ORDERS), identity=NEVER
-  )  # one: each pair once, places balanced over prompts
+  # one: each pair once, places balanced over prompts
+  orders: str = setting("both", one_of(ORDERS), identity=NEVER)
   both: int = setting(0, at_least(0), identity=NEVER)  # prompts that are read in both orders all the same
-  repeats: int = setting(
-    0, at_least(0), identity=NEVER
-  )  # prompts that are read a second time, to measure noise
+  # prompts that are read a second time, to measure noise
+  repeats: int = setting(0, at_least(0), identity=NEVER)
   defects: bool = setting(False, identity=NEVER)  # one more call an answer, which names its defects
   seed: int = setting(0, identity=NEVER)  # of places, and of the prompts that are read more than once
 
@@ -391,11 +407,18 @@ class Annotate(Endpoint):
   avoid: str = setting("", path=True)
   per_minute: int = setting(0, at_least(0))  # maximal rate of calls; 0: no limit
   tries: int = setting(3, at_least(1))  # answers asked for until one can be used
+  # which parts are chunks; paper: by the paper's rules, without the check
+  rules: str = setting("independent", one_of(ANNOTATION_RULES), late=True)
   check: bool = True  # ask of each chunk whether its writer had the information to write it
   demonstrations: str = setting("data/seed.jsonl", path=True)
   against: str = setting("", path=True)  # file with other annotations of the same responses, to compare with
   price_read: float = 0.0  # of a million tokens
   price_written: float = 0.0  # of a million tokens
+
+  @property
+  def checks(self) -> bool:
+    """Whether plans are checked: the paper's rules have no check of independence."""
+    return self.check and self.rules == "independent"
 
 
 @dataclasses.dataclass(frozen=True)

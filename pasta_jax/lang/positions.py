@@ -61,7 +61,9 @@ class PositionRule:
     """
     if self.needs_lengths:
       if true_length is None:
-        raise ValueError(f"position strategy {self.strategy!r} needs true lengths: it is for teacher forcing only")
+        raise ValueError(
+          f"position strategy {self.strategy!r} needs true lengths: it is for teacher forcing only"
+        )
       return true_length
     if self.strategy in ("max", "sum"):
       return declared * 0

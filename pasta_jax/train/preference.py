@@ -99,6 +99,10 @@ class Preference(Task):
   def fingerprint(self) -> str:
     return fingerprint([e for p in self._pairs for e in (p.chosen, p.rejected)])
 
+  @property
+  def kept(self) -> tuple[float, ...]:
+    return self.settings.keep
+
   def header(self) -> dict[str, str]:
     return {
       "preference": json.dumps(identity(self.settings)),

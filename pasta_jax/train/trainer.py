@@ -22,6 +22,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pasta_jax.config.sections import kept_folder
 from pasta_jax.data.pipeline import Batch, DataIterator
 from pasta_jax.lang.forms import Forms
 from pasta_jax.model.transformer import Transformer
@@ -110,6 +111,11 @@ class Task(abc.ABC):
   def scalars(self, trainer: "Trainer", metrics: dict[str, float], seconds: float) -> dict[str, float]:
     """More scalars for `metrics.jsonl`, after a step that took `seconds`."""
     return {}
+
+  @property
+  def kept(self) -> tuple[float, ...]:
+    """Shares of all steps after which the trainer also exports the result so far."""
+    return ()
 
   def validate(self, trainer: "Trainer", state: TrainState, step: int) -> dict[str, float]:
     """Scalars of a validation after update number `step`; none if no validation is due."""
@@ -240,13 +246,23 @@ class Trainer:
   def fit(self, workdir: Path, config, checkpoint: Checkpoint) -> None:
     """Runs the task's steps, from the newest checkpoint in `workdir` if there is one, and exports the result.
 
-    `checkpoint` is what the model was made from. Leaves `adapter.safetensors` (`export`) and the files of
+    `checkpoint` is what the model was made from. Leaves `adapter.safetensors` (`export`), the same in a folder for
+    each share of `task.kept` (`sections.kept_folder`), and the files of
     `loop.run_steps`, whose exceptions this raises. All processes take part; the first one writes.
     """
     task, c = self.task, self.task.settings
     header = task.header()
     model = nnx.merge(self.graph, self.trainable, self.frozen)
     rows = local_rows(self.mesh, c.batch_size)
+    export_to = partial(self._export, tokenizer=checkpoint.tokenizer, metadata=header)
+
+    def one_step(number: int, state: TrainState, batches: Batch) -> tuple[TrainState, dict[str, float]]:
+      state, scalars = self._step(rows, number, state, batches)
+      for share in task.kept:
+        if number + 1 == math.ceil(share * self.steps):
+          export_to(workdir / kept_folder(share), state)
+      return state, scalars
+
     with jax.set_mesh(self.mesh):
       feed = DataIterator(
         lambda number: task.batch(number, rows),
@@ -259,15 +275,22 @@ class Trainer:
         workdir,
         self.init_state(),
         self.steps,
-        partial(self._step, rows),
+        one_step,
         feed,
         checkpoint_every=c.checkpoint_every,
         checkpoint_metadata=checkpoint_metadata(checkpoint, model, header),
       )
-      trainable, frozen = distributed.to_host((state.trainable, self.frozen), self.mesh)
+      export_to(workdir, state)
+
+  def _export(
+    self, folder: Path, state: TrainState, *, tokenizer: Tokenizer, metadata: dict[str, str]
+  ) -> None:
+    """`export` of a state, by the first process; all take part."""
+    trainable, frozen = distributed.to_host((state.trainable, self.frozen), self.mesh)
     if distributed.is_first():
+      folder.mkdir(exist_ok=True)
       model = compute_model(self.graph, trainable, frozen, jnp.float32)
-      export(workdir, model, checkpoint.tokenizer, full=self.full, metadata=header)
+      export(folder, model, tokenizer, full=self.full, metadata=metadata)
 
   def _step(
     self, rows: Sequence[int], number: int, state: TrainState, batches: Batch

@@ -170,6 +170,8 @@ def test_the_default_beta_is_that_of_order_statistics():
     gap = (n - 1) * (np.log(u.max(1)) - np.log(u.min(1))).mean()
     assert 1 / default_beta("bonbon", n) == pytest.approx(gap, rel=0.02)
     assert 1 / (2 * default_beta("ipo", n)) == pytest.approx(gap, rel=0.02)
+  # The targets of BoNBoN's own release, for 8 and 10 samples: 7 H(7) and 9 H(9).
+  assert [round(1 / default_beta("bonbon", n), 2) for n in (8, 10)] == [18.15, 25.46]
 
 
 def test_batches_hold_whole_pairs_and_every_pair_once_an_epoch(some_pairs):

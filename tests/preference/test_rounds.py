@@ -21,7 +21,7 @@ from pasta_jax.preference import audit, pareto_front, rollout
 from pasta_jax.preference.policies import policies
 from pasta_jax.preference.rounds import optimise
 from pasta_jax.preference.score import StepCost
-from pasta_jax.weights.adapter import AdapterError, read_metadata
+from pasta_jax.weights.adapter import AdapterError, Merged, read_adapter, read_metadata
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 OWN = '{"no_repeat": 7}'  # settings of decoding that the start carries
@@ -131,6 +131,34 @@ def test_two_rounds_leave_what_they_promise(whole, start):
   summary = json.loads((whole / "eval" / "summary.json").read_text())
   assert {"start", "baseline", "weight_2_round1", "weight_2_round2"} <= summary["systems"].keys()
   assert summary["systems"]["weight_2_round2"]["quality"]["local"]["judged"] == 2
+
+
+def test_adapters_are_kept_part_way_through_a_round(whole, start, tmp_path):
+  """The one after two of three steps is what a training that stops there would have, and the last one is as ever."""
+  for name in ("baseline.jsonl", "baseline.settings.json"):
+    shutil.copy(whole / name, tmp_path)
+  shutil.copytree(whole / "start", tmp_path / "start")
+  optimise(changed(start, rounds=1, stages="train", keep="0.1,0.6"), tmp_path)
+  train = tmp_path / "weight_2" / "round1" / "train"
+  assert_same_adapter(
+    train / "adapter.safetensors", whole / "weight_2" / "round1" / "train" / "adapter.safetensors"
+  )
+  first, second, last = (
+    load_file(train / name / "adapter.safetensors") for name in ("kept_10", "kept_60", ".")
+  )
+  assert read_metadata(train / "kept_60" / "adapter.safetensors") == read_metadata(
+    train / "adapter.safetensors"
+  )
+  apart = lambda a, b: max(np.abs(a[k].astype(np.float32) - b[k].astype(np.float32)).max() for k in a)
+  assert 0 < apart(first, second) and 0 < apart(second, last)
+  shutil.rmtree(train / "checkpoints" / "3")  # the run as it was after two steps
+  of_run = load_checkpoint(train).params
+  base = load_checkpoint(start.model.source)
+  of_kept = Merged(
+    base.config, base.params, read_adapter(train / "kept_60" / "adapter.safetensors", base.config)
+  )
+  for name in of_kept:
+    np.testing.assert_allclose(of_kept[name], of_run[name], rtol=2**-7, atol=2**-8, err_msg=name)
 
 
 def test_stages_by_themselves_and_after_a_kill(whole, start, tmp_path):
