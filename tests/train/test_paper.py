@@ -1,6 +1,7 @@
 """The paper's configs: Gemma 7B is read as published, and both stages' steps lower for TPU at full size. And
 the adapters that configs name."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from safetensors import safe_open
 
-from configs import gemma3_270m, llama32_1b, qwen25_05b
+from configs import gemma3_270m, llama32_1b, qwen25_05b, smollm2_135m
 from configs import tiny as tiny_config
 from configs.paper import gemma_7b
-from pasta_jax.config import from_flags
+from configs.paper.recipe import RECIPE
+from pasta_jax.config import from_flags, with_changes
 from pasta_jax.decode.generator import EMBEDDED, adapter_path
+from pasta_jax.lang import forms
 from pasta_jax.preference.rounds import policies
 from pasta_jax.train import ahead
+from pasta_jax.train.preference import Preference
 from pasta_jax.train.sharding import AXES
 from pasta_jax.weights.adapter import read_metadata
 from pasta_jax.weights.checkpoint import load_checkpoint
@@ -53,13 +57,15 @@ def test_step_lowers_for_tpu_at_full_size(stage: str):
 def test_other_models_have_no_adapter_of_smollm2(make):
   """An adapter fits one model: a config names adapters made for its model, or files that its own commands
   write; a flag changes the values that follow from it."""
+  name = make.__module__.rpartition(".")[2]
+  made = lambda folder: {f"runs/{folder}/{n}/adapter.safetensors" for n in ("pasta", "baseline", "apar")}
+  named = lambda config: {config.model.adapter, *(s.adapter for s in config.systems.values())} - {""}
+  by_paper = ("", "baseline") if make is gemma_7b.get_config else ("paper", "paper_baseline", "paper_apar")
   for arg in ("", "baseline"):
-    config = make(arg)
-    named = {config.model.adapter, *(s.adapter for s in config.systems.values())} - {""}
-    name = make.__module__.rpartition(".")[2]
-    assert named <= {f"runs/{name}/{n}/adapter.safetensors" for n in ("pasta", "baseline", "apar")} | {
-      n for n in EMBEDDED if n.startswith(f"{name}_")
-    }
+    allowed = made(f"{name}/paper") if arg in by_paper else made(name)
+    assert named(make(arg)) <= allowed | {n for n in EMBEDDED if n.startswith(f"{name}_")}
+  for arg in by_paper:
+    assert named(make(arg)) == made(f"{name}/paper")
   config = make()
   config.model.adapter = "mine.safetensors"
   assert config.systems.pasta.adapter == "mine.safetensors" != config.systems.baseline.adapter
@@ -89,8 +95,30 @@ def test_stage_two_is_the_papers():
   config = from_flags(gemma_7b.get_config())
   assert [p.name for p in policies(config)] == ["weight_1", "weight_2", "weight_4", "weight_8", "weight_inf"]
   assert (config.preference.rounds, config.preference.samples, config.preference.loss) == (2, 10, "bonbon")
-  assert config.systems["pasta"].adapter == config.model.adapter == "runs/gemma_7b/pasta/adapter.safetensors"
+  adapter = "runs/gemma_7b/paper/pasta/adapter.safetensors"
+  assert config.systems["pasta"].adapter == config.model.adapter == adapter
   assert config.preference.score == "theoretical" and config.preference.lora_rank == 0
   assert not config.preference.per_token
-  with pytest.raises(ValueError, match="unknown argument 'apar'"):
-    gemma_7b.get_config("apar")
+  with pytest.raises(ValueError, match="unknown argument 'paper_sot'"):
+    gemma_7b.get_config("sot")
+
+
+@pytest.mark.parametrize("make", [m.get_config for m in (smollm2_135m, gemma3_270m, llama32_1b, qwen25_05b)])
+def test_the_recipe_is_one_switch(make):
+  """Every setting of it, for each model alike; the three adapters of SFT differ in their tags alone."""
+  pasta, baseline, apar = (from_flags(make(a)) for a in ("paper", "paper_baseline", "paper_apar"))
+  assert with_changes(pasta, RECIPE) == pasta != from_flags(make())
+  assert with_changes(baseline, RECIPE) == baseline and with_changes(apar, RECIPE) == apar
+  assert [c.train.annotation for c in (pasta, baseline, apar)] == ["plan", "none", "structure"]
+  for c, system in ((pasta, "pasta"), (baseline, "baseline"), (apar, "apar")):
+    assert c.model.adapter == c.systems[system].adapter and f"/paper/{system}/" in c.model.adapter
+    assert c.systems["sequential"].adapter == pasta.model.adapter
+    assert dataclasses.replace(c.train, annotation="plan") == pasta.train and c.preference == pasta.preference
+  task = Preference(pasta.preference)
+  assert 1 / task.beta == pytest.approx(25.46, abs=0.01) and not pasta.annotate.checks
+  assert forms.to_metadata(forms.from_config(pasta)).keys() == {"positions"}  # the paper's form
+
+
+def test_gemma_has_the_recipe_but_for_the_rows_of_its_mesh():
+  config = from_flags(gemma_7b.get_config())
+  assert with_changes(config, RECIPE | {"preference.batch_size": 8}) == config
