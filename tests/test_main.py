@@ -11,11 +11,13 @@ from absl import flags
 from helpers.folders import trained_config, with_fields
 from ml_collections import config_flags
 
-from configs.ablations import forms, positions, preference
+from configs.ablations import forms, positions, preference, stages
 from pasta_jax.config import from_flags
+from pasta_jax.config.sections import kept_folder
 from pasta_jax.decode import command
 from pasta_jax.decode.generator import DecodeError, Model
-from pasta_jax.lang.positions import STRATEGIES
+from pasta_jax.lang.positions import ORACLES, STRATEGIES
+from pasta_jax.preference.policies import policies
 from pasta_jax.utils.batch import Waiting
 from pasta_jax.utils.jsonl import DataError
 from pasta_jax.weights.adapter import AdapterError
@@ -116,13 +118,70 @@ def test_every_step_of_the_ablation_is_a_command_that_parses(monkeypatch):
   commands = [shlex.split(c) for c in steps]
   trained = [c for c in commands if "--mode=train" in c]
   assert [positions.get_config(s).positions.strategy for s in STRATEGIES] == list(STRATEGIES)
-  assert len(trained) == len(STRATEGIES) == len(commands) - len(trained) + 1  # the oracle is not decoded
+  assert (
+    len(trained) == len(STRATEGIES) == len(commands) - len(trained) + len(ORACLES)
+  )  # those are not decoded
   for words in commands:
     values = parsed(words[1:], monkeypatch)
     assert values.config.train.steps == 3 and values.workdir.startswith("a folder/runs/")
     if values.mode == "eval":
       strategy = values.config.positions.strategy
       assert values.config.systems.pasta.adapter == f"a folder/runs/{strategy}/train/adapter.safetensors"
+
+
+def test_figure_6_is_the_papers_six_by_its_recipe(monkeypatch):
+  """Baseline-SFT is trained on the same rows first, and is what the others are compared with."""
+  steps = positions.sweep("runs", "data.jsonl", "p.jsonl", "--paper", "--config.train.seed=3")
+  found = [parsed(shlex.split(c)[1:], monkeypatch) for c in steps]
+  configs = [from_flags(f.config) for f in found]
+  assert all(c.train.seed == 3 and c.train.lora_rank == 0 and c.train.learning_rate == 1e-5 for c in configs)
+  trained = [c for c, f in zip(configs, found) if f.mode == "train"]
+  assert [c.train.annotation for c in trained] == ["none"] + 6 * ["plan"]
+  assert [c.positions.strategy for c in trained[1:]] == [
+    *("pred_10x", "pred_1x", "oracle", "oracle_10x", "oracle_1x", "fixed"),
+  ]  # fmt: skip
+  assert trained[-1].positions.fixed == 40 and found[0].workdir == "runs/baseline/train"
+  evaluated = [c for c, f in zip(configs, found) if f.mode == "eval"]
+  assert [c.positions.strategy for c in evaluated] == ["pred_10x", "pred_1x", "fixed"]
+  for c in evaluated:
+    assert c.systems["pasta"].adapter == f"runs/{c.positions.strategy}/train/adapter.safetensors"
+    assert c.systems["baseline"].adapter == "runs/baseline/train/adapter.safetensors"
+  with pytest.raises(ValueError, match="'max' is none of pred_10x, pred_1x, oracle"):
+    positions.get_config("paper_max")
+
+
+def test_figure_8_is_four_scores_by_the_papers_recipe(monkeypatch):
+  steps = preference.sweep("runs", "t.jsonl", "h.jsonl", "--paper", "--config.preference.seed=3")
+  found = [parsed(shlex.split(c)[1:], monkeypatch) for c in steps if c.startswith("python ")]
+  configs = [from_flags(f.config).preference for f in found]
+  scores = ["theoretical", "harmonic", "arithmetic", "parallelism"]
+  assert [c.score for c in configs] == scores and [f.workdir for f in found] == [f"runs/{s}" for s in scores]
+  for c in configs:
+    assert (c.weights, c.rounds, c.samples, c.seed) == ((1, 2, 4, 8), 1, 10, 3)
+    assert (c.quality, c.per_token, c.learning_rate) == ("ratio", False, 5e-7)
+  with pytest.raises(ValueError, match="'delivered' is none of theoretical, harmonic"):
+    preference.get_config("paper_delivered")
+
+
+def test_figure_5_evaluates_every_stage_of_what_it_trains(monkeypatch):
+  """Each system's adapter is one that the training leaves: in a round's folder, or in one that `keep` names."""
+  steps = stages.sweep("a folder/runs", "t.jsonl", "h.jsonl", "--config.preference.limit=3")
+  trained, evaluated = (parsed(shlex.split(c)[1:], monkeypatch) for c in steps)
+  assert (trained.mode, evaluated.mode) == ("preference", "eval")
+  c, e = from_flags(trained.config), from_flags(evaluated.config)
+  assert c.preference.limit == e.preference.limit == 3 and c.preference.stages == ("sample", "judge", "train")
+  assert c.preference.rounds == 2 and c.eval.prompts == e.eval.prompts == "h.jsonl"
+  left = {
+    f"{trained.workdir}/{policy.name}/round{n}/train/{folder}adapter.safetensors"
+    for policy in policies(c)
+    for n in (1, 2)
+    for folder in ("", *(f"{kept_folder(s)}/" for s in c.preference.keep))
+  }
+  start, *systems = e.eval.systems
+  named = [e.systems[s].adapter for s in systems]
+  assert start == "pasta" and len(named) == len(set(named)) == 4 * 5 and set(named) <= left
+  at = "a folder/runs/preference/weight_4/round2/train/kept_60/adapter.safetensors"
+  assert e.systems["weight_4_round2_at60"].adapter == at
 
 
 def test_every_step_of_the_ablation_of_forms_parses(monkeypatch):

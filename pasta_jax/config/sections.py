@@ -39,7 +39,6 @@ ATTENTION = ("auto", "chunked", "tpu", "gpu", "interpret", "dense")  # programs 
 DECODE_ATTENTION = ("auto", "xla")  # of decode steps and prefill (decode.attention)
 PRODUCTS = ("xla",)  # matrix products of decoding (model.products)
 LOSSES = ("bonbon", "ipo", "dpo")  # of preference optimisation (train.losses)
-QUALITIES = ("preference", "grade", "ratio")  # of a sample, by a judge (preference.selection)
 SCORES = ("delivered", "theoretical", "parallelism", "arithmetic", "harmonic", "clock")  # preference.score
 STAGES = ("sample", "judge", "train", "eval")  # of preference optimisation (preference.rounds)
 TRAINING_STAGES = ("train", "preference")  # that can be compiled ahead of time (train.ahead)
