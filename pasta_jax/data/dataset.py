@@ -8,6 +8,7 @@ names. So `read` takes nothing from the folder but records, whose features are a
 """
 
 import contextlib
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import pydantic
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
+from pasta_jax.data.examples import annotators
 from pasta_jax.utils.json_io import parse_json, read_json
 from pasta_jax.utils.jsonl import DataError, unpacked_limit
 from pasta_jax.utils.text import one_line
@@ -30,13 +32,15 @@ _TEXT = Features.Text()
 _CHUNK = {"start": np.int32, "end": np.int32, "topic": _TEXT}
 
 
-def _features(of_chunk: Mapping[str, Any]) -> tfds.features.FeaturesDict:
-  chunks, syncs = Features.Sequence(dict(of_chunk)), Features.Sequence(np.int32)
-  return Features.FeaturesDict({**dict.fromkeys(_KEPT, _TEXT), "chunks": chunks, "syncs": syncs})
+def _features(*, needs: bool, annotator: bool) -> tfds.features.FeaturesDict:
+  texts = (*_KEPT, "annotator") if annotator else _KEPT
+  chunks = Features.Sequence({**_CHUNK, "needs": _TEXT} if needs else dict(_CHUNK))
+  syncs = Features.Sequence(np.int32)
+  return Features.FeaturesDict({**dict.fromkeys(texts, _TEXT), "chunks": chunks, "syncs": syncs})
 
 
-# Of rows, and of rows some of whose chunks need their siblings ("" for those that do not).
-_FEATURES, _WITH_NEEDS = _features(_CHUNK), _features(_CHUNK | {"needs": _TEXT})
+# Of rows, by (whether some chunks need their siblings, whether some rows name their annotator); "" where others do not.
+_FEATURES = {(n, a): _features(needs=n, annotator=a) for n, a in itertools.product((False, True), repeat=2)}
 _SLICE = 1024  # records that are read at a time
 
 
@@ -48,8 +52,9 @@ class Responses(tfds.core.GeneratorBasedBuilder):
 
   def __init__(self, splits: Mapping[str, Sequence[dict]], figures: Mapping[str, Any], **more):
     self._splits, self._figures = splits, figures
-    needs = any(c.get("needs") for rows in splits.values() for row in rows for c in row["chunks"])
-    self._row_features = _WITH_NEEDS if needs else _FEATURES
+    rows = [row for of_split in splits.values() for row in of_split]
+    needs = any(c.get("needs") for row in rows for c in row["chunks"])
+    self._row_features = _FEATURES[needs, bool(annotators(rows))]
     super().__init__(file_format="array_record", **more)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -68,7 +73,9 @@ class Responses(tfds.core.GeneratorBasedBuilder):
     for row in rows:
       keys = self._row_features["chunks"].feature
       chunks = [{key: c.get(key) or "" if key == "needs" else c[key] for key in keys} for c in row["chunks"]]
-      kept = {key: _storable(row.get(key, "")) for key in _KEPT}
+      kept = {
+        key: _storable(row.get(key, "")) for key in self._row_features if key not in ("chunks", "syncs")
+      }
       yield kept["id"], {**kept, "chunks": chunks, "syncs": list(row["syncs"])}
 
 
@@ -140,7 +147,7 @@ def _info(folder: Path) -> tuple[_Info, tfds.features.FeaturesDict]:
       found[name] = read_json(folder / name)
     except ValueError as error:
       raise DataError(str(error)) from None
-  known = (f for f in (_FEATURES, _WITH_NEEDS) if found["features.json"] == parse_json(_features_json(f)))
+  known = (f for f in _FEATURES.values() if found["features.json"] == parse_json(_features_json(f)))
   if (features := next(known, None)) is None:
     raise DataError(f"{folder} is not a data set of --mode=build: features.json names other features")
   try:
@@ -189,6 +196,7 @@ def _row(example: Mapping[str, Any]) -> dict:
   needs = chunks.get("needs", [b""] * len(chunks["start"]))
   return {
     **{key: example[key].decode() for key in _KEPT},
+    **({"annotator": name.decode()} if (name := example.get("annotator")) else {}),
     "chunks": [
       {"start": int(a), "end": int(b), "topic": topic.decode()} | ({"needs": need.decode()} if need else {})
       for a, b, topic, need in zip(chunks["start"], chunks["end"], chunks["topic"], needs)

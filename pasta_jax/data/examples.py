@@ -3,14 +3,15 @@
 A row has `prompt`, `response`, `chunks` (`start`, `end`, `topic`: character spans in order, possibly nested)
 and `syncs` (character offsets; the join precedes that character). Null chunks or syncs are none. A chunk with
 `"needs": "siblings"` can be written only by a thread that reads the chunks before it: it is a chunk under the
-visibility `live` alone. `where`, which readers add, names file and row in messages.
+visibility `live` alone. `annotator` names who marked the chunks, if it is known. `where`, which readers add, names
+file and row in messages.
 """
 
 import collections
 import dataclasses
 import enum
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -83,6 +84,11 @@ def _fields(row: dict) -> tuple[str, list[_Chunk], list[int]]:
     if not 0 <= s <= len(response):
       raise DataError(f"{name}: sync {s} is not inside the response")
   return response, chunks, syncs
+
+
+def annotators(rows: Iterable[dict]) -> str:
+  """Who annotated the rows, by name, each once, in alphabetical order; "" if no row says so."""
+  return ", ".join(sorted({name for row in rows if isinstance(name := row.get("annotator"), str) and name}))
 
 
 def prompt_of(row: dict) -> str:

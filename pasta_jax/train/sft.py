@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pasta_jax.config import identity
-from pasta_jax.data.examples import mix, of_training
+from pasta_jax.data.examples import annotators, mix, of_training
 from pasta_jax.data.packing import PackedBatches, single_batches
 from pasta_jax.data.pipeline import Batch, fingerprint
 from pasta_jax.lang import forms
@@ -154,7 +154,10 @@ def _lay_out(config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vo
   )
   if not data:
     raise ValueError(f"no example of train.data={','.join(c.data)!r} is left to train on ({left_out})")
-  task = SFT(c, data, held_out, form, settings_entry(config.decode))
+  notes = settings_entry(config.decode)
+  if c.annotation == "plan" and (names := annotators(rows[i] for i in selection.rows)):
+    notes["annotator"] = names
+  task = SFT(c, data, held_out, form, notes)
   print(
     f"{len(data)} examples ({left_out}), {len(held_out)} held out; {task.total_steps} steps, "
     f"{task.steps_per_epoch:.0f} an epoch"

@@ -40,8 +40,20 @@ def test_rows_and_splits(built: Path):
   assert len(rows) == 13 and len(dataset.read(built, "validation")) == 2
   by_id = {r["id"]: r for r in rows}
   assert by_id["x\\ud83d"]["source"] == "page \\ud83d"  # half a surrogate pair, escaped
+  assert "annotator" not in (built / "features.json").read_text()
   for row in ROWS:
     assert by_id[row["id"]] == row | {"source": ""}
+
+
+def test_rows_keep_the_name_of_their_annotator(tmp_path: Path):
+  """Where any has one; data sets without stay as they were."""
+  one = {**ROWS[1], "annotator": "é model"}
+  needy = {**ROWS[3], "annotator": "b", "chunks": [{**ROWS[3]["chunks"][0], "needs": "siblings"}]}
+  for number, rows in enumerate(([ROWS[0], one], [ROWS[0], one, needy])):
+    folder = tmp_path / str(number)
+    dataset.write(dataset.Responses({"train": rows}, {}, data_dir=str(folder)))
+    found = dataset.read(folder / "responses" / "1.0.0")
+    assert sorted(found, key=lambda r: r["id"]) == [r | {"source": ""} for r in rows]
 
 
 def test_no_module_that_a_folder_names_is_imported(folder: Path, tmp_path: Path, monkeypatch):

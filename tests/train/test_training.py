@@ -38,7 +38,14 @@ from pasta_jax.train.losses import sft_loss, token_log_likelihood
 from pasta_jax.train.state import TrainState, compute_model, make_model
 from pasta_jax.utils.jsonl import DataError, read_jsonl
 from pasta_jax.weights import build
-from pasta_jax.weights.adapter import Merged, load_adapter, read_adapter, save_adapter, weights_of
+from pasta_jax.weights.adapter import (
+  Merged,
+  load_adapter,
+  read_adapter,
+  read_metadata,
+  save_adapter,
+  weights_of,
+)
 from pasta_jax.weights.arrays import WeightsError
 from pasta_jax.weights.checkpoint import load_checkpoint
 
@@ -456,6 +463,22 @@ def test_a_run_leaves_what_it_promises(whole_run: Path, tiny: Path, checkpoint):
   assert json.loads(metadata["positions"])["strategy"] == "pred_10x"
   assert json.loads(metadata["train"])["lora_rank"] == 2
   assert np.abs(model.layers[1].mlp.down.lora_b[...]).max() > 0  # trained
+
+
+def test_an_adapter_names_the_annotators_of_its_rows(tiny, tmp_path: Path):
+  """Of the rows that it was trained on, and only where their chunks are what it learned."""
+  rows = read_jsonl(tiny / "data.jsonl")
+  named = [r | {"annotator": name} for r, name in zip(rows, ["b", "a, c", "b"])]
+  unused = named[0] | {"id": "long", "prompt": "word " * LENGTH, "annotator": "d"}
+  for name, data, annotation, expected in (
+    ("named", [*named, *rows[3:], unused], "plan", "a, c, b"),
+    ("odd", [rows[0] | {"annotator": 3}, rows[1] | {"annotator": None}, *rows[2:]], "plan", None),
+    ("baseline", named, "none", None),
+  ):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in data))
+    sft.train(settings(tiny, data=str(path), steps=1, annotation=annotation), tmp_path / name)
+    assert read_metadata(tmp_path / name / "adapter.safetensors").get("annotator") == expected
 
 
 def test_killed_and_resumed_equals_never_killed(whole_run, tiny, tmp_path, monkeypatch, capsys):
