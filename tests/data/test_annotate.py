@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_language import BYTES
 
 from pasta_jax.config import Config
+from pasta_jax.config.sections import ANNOTATION_RULES
 from pasta_jax.data.annotate import check, measure, plan, prompts, units
 from pasta_jax.data.annotate.contexts import contexts
 from pasta_jax.data.annotate.run import _spread, annotate
@@ -109,6 +110,33 @@ def test_plans_are_read_strictly(answer, cause: str):
   with pytest.raises(plan.PlanError) as error:
     plan.read(answer if isinstance(answer, str) else json.dumps(answer), TEXT)
   assert error.value.cause == cause and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "chunks, cause, message",
+  [
+    (
+      [chunk(2, 4, "going by slow train")],
+      "an unfit topic",
+      'topic "going by slow train" has more than 3 words',
+    ),
+    ([chunk(3, 3, "speed")], "a short chunk", 'chunk "speed" has 3 words: at least 5 are needed'),
+    ([chunk(2, 6, "both"), chunk(5, 6, "plane")], "a chunk inside another", '"plane" lies inside "both"'),
+  ],
+)
+def test_the_papers_rules_allow_less(chunks, cause: str, message: str):
+  answer = json.dumps({"chunks": chunks, "syncs": []})
+  assert len(plan.read(answer, TEXT)[0]) == len(chunks)
+  with pytest.raises(plan.PlanError, match=message) as error:
+    plan.read(answer, TEXT, "paper")
+  assert error.value.cause == cause
+
+
+def test_plans_by_the_papers_rules_are_read_as_others():
+  answer = json.dumps({"chunks": [chunk(2, 4, "the slow train"), chunk(5, 6, "plane")], "syncs": [7]})
+  assert plan.read(answer, TEXT, "paper") == plan.read(answer, TEXT)
+  assert plan.read('{"chunks": [], "syncs": []}', TEXT, "paper") == ([], [])
+  assert set(prompts.INSTRUCTIONS) == set(ANNOTATION_RULES)
 
 
 def test_plans_that_lie_deep_in_each_other_are_refused():
@@ -283,7 +311,7 @@ def test_plans_become_rows(server, tmp_path: Path, kind: str):
     config_for(server, tmp_path, rows, kind=kind, against=str(SEED), price_read=1.0), tmp_path / "run"
   )
   done = read_jsonl(tmp_path / "run" / "annotated.jsonl")
-  assert [r["id"] for r in done] == [r["id"] for r in rows]
+  assert [r["id"] for r in done] == [r["id"] for r in rows] and {r["annotator"] for r in done} == {"m"}
   for row, made in zip(rows, done):
     assert program_of(made) == program_of(row | {"syncs": plan.useful_syncs(row["chunks"], row["syncs"])})
   calls = len(server.calls)
@@ -333,6 +361,33 @@ def test_plans_and_checks_by_file_are_those_of_a_server(server, tmp_path: Path):
 def append_rows(path: Path, rows) -> None:
   with path.open("a") as file:
     file.write("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_the_papers_rules_ask_for_plans_alone(server, tmp_path: Path):
+  """Another instruction, demonstrations that follow it, and no check; a plan against the rules is asked for again."""
+  rows = [r for r in ROWS[20:60] if plan.fault_by_paper(r["response"], r["chunks"]) is None][:8]
+  broken = next(r for r in ROWS if plan.fault_by_paper(r["response"], r["chunks"]))
+  config = config_for(server, tmp_path, [*rows, broken], rules="paper")
+  report = annotate(config, tmp_path / "run")
+  done = read_jsonl(tmp_path / "run" / "annotated.jsonl")
+  assert [r["id"] for r in done] == [r["id"] for r in rows] and report["check"] == {}
+  assert sum(report["asked again because"].values()) == 2 and sum(report["rejected"].values()) == 1
+  assert len(server.calls) == len(rows) + 3  # tries of the last one
+  system, *shown = server.calls[0]["messages"]
+  assert system["content"] == prompts.PAPER != prompts.SYSTEM and len(shown) == 15
+  for asked, answered in zip(shown[::2], shown[1::2]):
+    row = next(r for r in ROWS if asked["content"] == prompts.question(r["prompt"], r["response"]))
+    assert plan.read(answered["content"], row["response"], "paper")[0] or not row["chunks"]
+  made = json.loads((tmp_path / "run" / "settings.json").read_text())
+  assert made["rules"] == "paper" and made["check"] is False
+  with pytest.raises(DataError, match="was made with"):
+    annotate(config_for(server, tmp_path, [*rows, broken]), tmp_path / "run")
+
+
+def test_settings_of_older_runs_say_nothing_of_rules(server, tmp_path: Path):
+  annotate(config_for(server, tmp_path, ROWS[20:21]), tmp_path / "run")
+  made = json.loads((tmp_path / "run" / "settings.json").read_text())
+  assert set(made) == {"annotator", "check", "rows", "rows' digest"} and made["check"] is True
 
 
 def test_a_faulty_server_loses_no_row(server, tmp_path: Path):
@@ -445,6 +500,7 @@ def test_the_check_removes_chunks_and_adds_syncs(server, tmp_path: Path):
 def test_form_alone_needs_no_server(tmp_path: Path):
   config = with_fields(Config(), "annotate", data=str(SEED), kind="structure", against=str(SEED))
   report = annotate(config, tmp_path / "run")
+  assert {r["annotator"] for r in read_jsonl(tmp_path / "run" / "annotated.jsonl")} == {"structure"}
   assert report["figures"]["rows"] == 270 and report["figures"]["with_syncs"] == 0
   assert 0.2 < report["agreement"]["precision"] < 0.9 and 0.2 < report["agreement"]["recall"] < 0.9
   config = with_fields(config, "annotate", limit=30)

@@ -2,8 +2,12 @@
 
 A plan is `{"chunks": [{"from": 2, "to": 4, "topic": "cost"}, …], "syncs": [6]}`: a chunk is units `from` to
 `to`, a sync precedes a unit. The result has the form of annotated rows (`data.examples`).
+
+The paper's rules (`annotate.rules=paper`) allow less: no chunk inside another, at least FEWEST_WORDS words in a chunk,
+and at most MOST_TOPIC_WORDS in a topic. What else they ask for, `prompts` alone can say.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 
@@ -14,6 +18,7 @@ from pasta_jax.utils.json_io import parse_json, to_json
 
 MAX_TOPIC = 60  # characters
 MAX_NESTING = 20  # chunks inside each other
+FEWEST_WORDS, MOST_TOPIC_WORDS = 5, 3  # by the paper's rules; words have blanks between them
 
 
 class PlanError(ValueError):
@@ -24,8 +29,9 @@ class PlanError(ValueError):
     self.cause = cause
 
 
-def read(answer: str, response: str) -> tuple[list[dict], list[int]]:
-  """Chunks (`start`, `end`, `topic`; outer ones first) and syncs (offsets) of a plan. Raises PlanError."""
+def read(answer: str, response: str, rules: str = "independent") -> tuple[list[dict], list[int]]:
+  """Chunks (`start`, `end`, `topic`; outer ones first) and syncs (offsets) of a plan, by `rules`
+  (`sections.ANNOTATION_RULES`). Raises PlanError."""
   try:
     plan = parse_json(_unfenced(answer))
   except ValueError as error:
@@ -58,11 +64,30 @@ def read(answer: str, response: str) -> tuple[list[dict], list[int]]:
     )
   syncs = sorted({_unit(s, "a sync", len(spans)) for s in plan["syncs"]})
   offsets = [{"start": spans[a - 1][0], "end": spans[b - 1][1], "topic": topic} for a, b, topic in chunks]
+  if rules == "paper" and (wrong := fault_by_paper(response, offsets)):
+    raise wrong
   useful = useful_syncs(offsets, [spans[s - 1][0] for s in syncs])
   for s in syncs:
     if spans[s - 1][0] not in useful:
       raise PlanError("a sync of nothing", f"the sync before unit {s} joins no chunk")
   return offsets, useful
+
+
+def fault_by_paper(response: str, chunks: Sequence[dict]) -> PlanError | None:
+  """What the paper's rules do not allow of the chunks of a response; None if they allow all."""
+  ordered = sorted(chunks, key=lambda c: (c["start"], -c["end"]))
+  for chunk, after in itertools.zip_longest(ordered, ordered[1:]):
+    about = to_json(chunk["topic"])
+    if after and after["start"] < chunk["end"]:
+      inner = to_json(after["topic"])
+      return PlanError(
+        "a chunk inside another", f"chunk {inner} lies inside {about}: chunks follow each other"
+      )
+    if len(chunk["topic"].split()) > MOST_TOPIC_WORDS:
+      return PlanError("an unfit topic", f"the topic {about} has more than {MOST_TOPIC_WORDS} words")
+    if (n := len(response[chunk["start"] : chunk["end"]].split())) < FEWEST_WORDS:
+      return PlanError("a short chunk", f"chunk {about} has {n} words: at least {FEWEST_WORDS} are needed")
+  return None
 
 
 def _unfenced(answer: str) -> str:

@@ -1,5 +1,5 @@
 """The prompts of the annotating model: instructions, demonstrations, one response; and the question
-of the check."""
+of the check. The instructions are those of `annotate.rules`."""
 
 from collections.abc import Sequence
 
@@ -33,6 +33,29 @@ Reply with JSON and nothing else:
 {"chunks": [{"from": first unit, "to": last unit, "topic": "one to four words"}], "syncs": [unit, …]}
 If nothing is independent, reply {"chunks": [], "syncs": []}."""
 
+# The rules that the paper gives its annotator, in our words, for plans in numbers of units (docs/language.md section
+# 6.1).
+PAPER = """\
+You prepare finished answers for a program that writes parts of an answer in parallel. The answer is given in numbered \
+units, "[1]", "[2]" and so on. You never change its text: you reply with the numbers of units.
+
+First decide whether the answer can be written in parallel at all. If it cannot, mark nothing.
+If it can, mark chunks: runs of units that are written at the same time as the text after them.
+
+- Mark a chunk only if the rest of the answer after it can be written without it.
+- A chunk has at least five words.
+- A chunk has a topic of at most three words, from which it can be written.
+- Chunks do not overlap, and none lies inside another.
+
+Where later text does need the chunks before it, put a sync before the first unit that does: the program waits there \
+for all of them. Waiting costs time: place few syncs, and none that you can do without.
+
+Reply with JSON and nothing else:
+{"chunks": [{"from": first unit, "to": last unit, "topic": "at most three words"}], "syncs": [unit, …]}
+If the answer cannot be written in parallel, reply {"chunks": [], "syncs": []}."""
+
+INSTRUCTIONS = {"independent": SYSTEM, "paper": PAPER}  # by `annotate.rules`
+
 CHECK = """\
 An answer to a request is written by several writers at the same time. You are told what one of them can see, and \
 what they wrote. Places that others are writing are marked ⟦topic⟧: of those only the topic is known. Could this \
@@ -47,13 +70,14 @@ def question(prompt: str, response: str) -> str:
   )
 
 
-def demonstrations(rows: Sequence[dict]) -> Messages:
-  """Annotated rows as turns of a conversation. Raises DataError if spans of a row do not fit its units."""
+def demonstrations(rows: Sequence[dict], rules: str = "independent") -> Messages:
+  """Annotated rows as turns of a conversation. Raises DataError if spans of a row do not fit its units, or its plan
+  not the rules."""
   messages: Messages = []
   for row in rows:
     try:
       answer = plan.write(row["response"], row["chunks"], row["syncs"])
-      plan.read(answer, row["response"])
+      plan.read(answer, row["response"], rules)
     except (plan.PlanError, KeyError) as error:
       raise DataError(f"row {row.get('id')} is no demonstration: {error}") from None
     messages += [
@@ -63,10 +87,10 @@ def demonstrations(rows: Sequence[dict]) -> Messages:
   return messages
 
 
-def ask(row: dict, shown: Messages) -> Messages:
+def ask(row: dict, shown: Messages, rules: str = "independent") -> Messages:
   """The messages that ask for the plan of a row."""
   return [
-    {"role": "system", "content": SYSTEM},
+    {"role": "system", "content": INSTRUCTIONS[rules]},
     *shown,
     {"role": "user", "content": question(row["prompt"], row["response"])},
   ]

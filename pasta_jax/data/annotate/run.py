@@ -77,7 +77,8 @@ def _annotate(
     workdir / "settings.json",
     {
       "annotator": c.kind if by_model is None else c.model,
-      "check": c.check,
+      "check": c.checks,
+      **({"rules": c.rules} if c.rules != "independent" else {}),
       "rows": len(rows),
       "rows' digest": digest,
     },
@@ -88,10 +89,12 @@ def _annotate(
   else:
     done, refused = by_model(rows)
     rejected += refused
+  annotator = c.kind if by_model is None else c.model
+  done = [r | {"annotator": annotator} for r in done]
   form = forms.from_config(config)
   figures = lambda annotated: data_report.figures(data_report.facts(annotated, vocabulary, form))
   report: dict = {
-    "annotator": c.kind if by_model is None else c.model,
+    "annotator": annotator,
     "figures": figures(done),
     "rejected": dict(collections.Counter(r["cause"] for r in rejected)),
     **(by_model.report if by_model else {}),
@@ -112,7 +115,10 @@ class _ByModel:
   def __init__(self, c, workdir: Path):
     endpoint = Endpoint.from_config(c, part="annotate", logprobs=False)
     endpoint.require_key()
-    self._shown = prompts.demonstrations(_spread(read_annotated(c.demonstrations)))
+    shown = read_annotated(c.demonstrations)
+    if c.rules == "paper":
+      shown = [r for r in shown if plan.fault_by_paper(r["response"], r["chunks"]) is None]
+    self._shown = prompts.demonstrations(_spread(shown, nested=c.rules != "paper"), c.rules)
     self._config, self._endpoint, self._path = c, endpoint, workdir / "calls.jsonl"
     self.report: dict = {}
 
@@ -123,12 +129,12 @@ class _ByModel:
     self._mended: collections.Counter[str] = collections.Counter()
     self._no_verdict: collections.Counter[str] = collections.Counter()
     plans, rejected = self._plans(rows)
-    if self._config.check:
+    if self._config.checks:
       self._check_chunks(plans)
       self._check_texts(plans)
     c = self._config
     price = (self._tokens[0] * c.price_read + self._tokens[1] * c.price_written) / 1e6
-    checked = {"chunks given up": self._dropped, "syncs placed": self._synced} if c.check else {}
+    checked = {"chunks given up": self._dropped, "syncs placed": self._synced} if c.checks else {}
     self.report = {
       "asked again because": dict(self._mended),
       "check": checked | ({"chunks that need their siblings": self._needy} if self._needy else {}),
@@ -159,7 +165,7 @@ class _ByModel:
     """(annotated rows by id, rows without a valid plan after `tries` answers)."""
     plans: dict[str, dict] = {}
     rejected: list[dict] = []
-    todo = [(r, prompts.ask(r, self._shown)) for r in rows]
+    todo = [(r, prompts.ask(r, self._shown, self._config.rules)) for r in rows]
     for attempt in range(self._config.tries):
       again: list[tuple[dict, prompts.Messages]] = []
 
@@ -168,7 +174,7 @@ class _ByModel:
       ) -> None:
         row, messages = todo[i]
         try:
-          chunks, syncs = plan.read(answer["text"], row["response"])
+          chunks, syncs = plan.read(answer["text"], row["response"], self._config.rules)
           plans[row["id"]] = row | {"chunks": chunks, "syncs": syncs}
         except plan.PlanError as error:
           cause = cause_of(answer, error.cause)
@@ -227,18 +233,18 @@ class _ByModel:
       self._synced += len(plans[name]["syncs"]) - before
 
 
-def _spread(rows: Sequence[dict]) -> list[dict]:
+def _spread(rows: Sequence[dict], *, nested: bool = True) -> list[dict]:
   """Demonstrations from annotated rows: some of each kind (nested, with a sync, flat, sequential), spread by
-  length."""
+  length. `nested`: whether there is to be a nested one, else another flat one."""
   if len(rows) <= DEMONSTRATIONS:
     return list(rows)
   ordered = lambda r: sorted(r["chunks"], key=lambda c: (c["start"], -c["end"]))
-  nested = lambda r: any(d["start"] < c["end"] for c, d in itertools.pairwise(ordered(r)))
+  is_nested = lambda r: any(d["start"] < c["end"] for c, d in itertools.pairwise(ordered(r)))
   kind = lambda r: (
-    "nested" if nested(r) else "synced" if r["syncs"] else "flat" if r["chunks"] else "sequential"
+    "nested" if is_nested(r) else "synced" if r["syncs"] else "flat" if r["chunks"] else "sequential"
   )
   chosen: list[dict] = []
-  for name, count in (("flat", 2), ("synced", 2), ("sequential", 2), ("nested", 1)):
+  for name, count in (("flat", 3 - nested), ("synced", 2), ("sequential", 2), ("nested", int(nested))):
     of_kind = sorted((r for r in rows if kind(r) == name), key=lambda r: (len(r["response"]), r["id"]))
     chosen += [of_kind[(2 * i + 1) * len(of_kind) // (2 * count)] for i in range(min(count, len(of_kind)))]
   return chosen
