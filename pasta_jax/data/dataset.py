@@ -20,7 +20,6 @@ import pydantic
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
-from pasta_jax.data.examples import annotators
 from pasta_jax.utils.json_io import parse_json, read_json
 from pasta_jax.utils.jsonl import DataError, unpacked_limit
 from pasta_jax.utils.text import one_line
@@ -54,7 +53,7 @@ class Responses(tfds.core.GeneratorBasedBuilder):
     self._splits, self._figures = splits, figures
     rows = [row for of_split in splits.values() for row in of_split]
     needs = any(c.get("needs") for row in rows for c in row["chunks"])
-    self._row_features = _FEATURES[needs, bool(annotators(rows))]
+    self._row_features = _FEATURES[needs, any(row.get("annotator") for row in rows)]
     super().__init__(file_format="array_record", **more)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -74,7 +73,7 @@ class Responses(tfds.core.GeneratorBasedBuilder):
       keys = self._row_features["chunks"].feature
       chunks = [{key: c.get(key) or "" if key == "needs" else c[key] for key in keys} for c in row["chunks"]]
       kept = {
-        key: _storable(row.get(key, "")) for key in self._row_features if key not in ("chunks", "syncs")
+        key: _storable(row.get(key) or "") for key in self._row_features if key not in ("chunks", "syncs")
       }
       yield kept["id"], {**kept, "chunks": chunks, "syncs": list(row["syncs"])}
 
