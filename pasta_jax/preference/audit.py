@@ -70,7 +70,7 @@ def gains(
   If text becomes less likely in best and worst answers alike and tags more likely, the policy has learned
   length and nothing about the answers.
   """
-  classes = before[0].vocabulary.table.classes
+  classes = before[0].speaking(form_of(before[1])).vocabulary.table.classes
   answers = [answer for pair in pairs for answer in pair]
   old, new = (token_log_likelihoods(config, *policy, answers) for policy in (before, after))
 
