@@ -85,12 +85,16 @@ def adapter_digest(name: str) -> str | None:
   return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else None
 
 
+def metadata_with(config, adapter: str) -> dict[str, str]:
+  """The metadata of an adapter and of the weights that it belongs to. Raises as `source_of` and `metadata_of`."""
+  path = adapter_path(adapter)
+  return metadata_of(source_of(config, adapter)) | (read_metadata(path) if path else {})
+
+
 def decode_settings(config, adapter: str, *, parallel: bool) -> dict:
   """The settings of decoding that a response of an adapter depends on, with promises (`parallel`) or without: the
   fields of `config.decode`, with the adapter's own where none is given. Raises as `source_of` and `metadata_of`."""
-  path = adapter_path(adapter)
-  metadata = metadata_of(source_of(config, adapter)) | (read_metadata(path) if path else {})
-  decode = config.decode.resolved(own_settings(metadata))
+  decode = config.decode.resolved(own_settings(metadata_with(config, adapter)))
   return {f"decode.{k}": v for k, v in identity(decode, promises=parallel).items()}
 
 

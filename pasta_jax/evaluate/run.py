@@ -24,6 +24,7 @@ from pasta_jax.evaluate.identity import settings_of
 from pasta_jax.evaluate.judges.judge import Judge
 from pasta_jax.evaluate.judges.judging import judge_run
 from pasta_jax.evaluate.judges.registry import judges_of
+from pasta_jax.evaluate.provenance import provenance
 from pasta_jax.evaluate.report.run_record import read_run
 from pasta_jax.evaluate.report.summary import thresholds
 from pasta_jax.evaluate.report.write import write_report
@@ -62,7 +63,7 @@ def _evaluate(
       path = workdir / folder / f"{name}.jsonl"
       Records(path, settings_of(config, name, timed=with_clock)).missing(requests)
   write_atomic(workdir / "config.json", config.to_json(indent=2))
-  _write_run(workdir / "run.json", requests, judges)
+  _write_run(workdir / "run.json", requests, judges, {n: provenance(config, n) for n in names})
   answer(config, workdir, names, requests)
   if timed:
     time_systems(config, workdir, names, timed)
@@ -92,15 +93,20 @@ def select_requests(e) -> tuple[list[PromptTurn], list[PromptTurn]]:
   return requests, to_time if e.timed < 0 else to_time[: e.timed]
 
 
-def _write_run(path: Path, requests: Sequence[PromptTurn], judges: Sequence[Judge]) -> None:
-  """Writes what the report is about: this call's requests and judges, all machines and versions so far."""
+def _write_run(
+  path: Path, requests: Sequence[PromptTurn], judges: Sequence[Judge], systems: dict[str, dict[str, str]]
+) -> None:
+  """Writes what the report is about: this call's requests and judges, all systems (`provenance`), machines and
+  versions so far."""
   found = read_json(path) if path.exists() else {}
+  known = checked(dict[str, dict[str, str]], found.get("systems", {}), str(path))
   before = checked(dict[str, list[str]], {k: found.get(k, []) for k in ("machines", "versions")}, str(path))
   now = {
     "requests": [r.id for r in requests],
     "judges": [j.name for j in judges],
     "machines": list(dict.fromkeys([*before["machines"], machine()])),
     "versions": list(dict.fromkeys([*before["versions"], version()])),
+    "systems": known | systems,
   }
   write_json_atomic(path, now)
 
@@ -188,7 +194,7 @@ def pilot(config, workdir: Path) -> bool:
     )
   if not e.min_quality and not e.min_speedup:
     raise EvalError(
-      "say what the pilot must reach: --config.eval.min_quality=45 (win rate, %) and "
+      "say what the pilot must reach: --config.eval.min_quality=45 (what the first judge prefers, %) and "
       "--config.eval.min_speedup=1.2 (realised speedup)"
     )
   if e.min_speedup and not e.timed:

@@ -216,8 +216,19 @@ def test_the_summary_says_what_the_records_say(finished):
   ratios = [clock[0][i]["seconds"] / clock[1][i]["seconds"] for i in ("a", "b")]
   assert pasta["timed"]["realised_speedup"] == pytest.approx(float(np.sqrt(np.prod(ratios))))
   assert summary["systems"]["baseline"]["quality"] == {}
-  for heading in ("realised speedup", "win rate (local)", "theoretical speedup", "theoretical parallelism"):
+  for heading in (
+    "realised speedup",
+    "check of form (likelihood)",
+    "theoretical speedup",
+    "theoretical parallelism",
+  ):
     assert heading in (workdir / "report.md").read_text()
+  assert "win rate" not in (workdir / "report.md").read_text().replace("It is no win rate.", "")
+  about = json.loads((workdir / "run.json").read_text())["systems"]
+  assert (
+    about["pasta"]["forms"] == "live, head, token, pred_10x"
+  )  # of config.language, in which it was trained
+  assert "forms" not in about["baseline"]
 
 
 def test_alpaca_evals_own_form(finished):

@@ -134,6 +134,82 @@ def test_joins_of_older_rows_are_counted_from_their_traces(workdir: Path, smollm
   assert line == "| joins without a separator | – | – | 50.0 % |"
 
 
+def judged_run(workdir: Path) -> None:
+  """Adds a reader whose judgements have every key, defects, and where the systems come from."""
+  ids = [
+    json.loads(line)["id"] for line in (workdir / "responses" / "baseline.jsonl").read_text().splitlines()
+  ]
+  (workdir / "judgements" / "reader" / "defects").mkdir(parents=True)
+  for system, readings in ((SYSTEMS[0], [0.9, 0.2]), (SYSTEMS[1], [0.9, 0.9])):
+    for k, i in enumerate(ids):
+      preference = 0.5 if readings[1] < 0.5 else 0.9
+      row = {"id": i, "texts": "", "preference": preference, "orders": readings, "readings": 2}
+      if k < 3:
+        row |= {"first": 0, "repeated": 0.8, "readings": 3}
+      append_row(workdir / "judgements" / "reader" / f"{system}-against-baseline.jsonl", row)
+      named = ["said twice", "cut off"] if k == 0 and system == SYSTEMS[0] else []
+      append_row(
+        workdir / "judgements" / "reader" / "defects" / f"{system}.jsonl",
+        {"id": i, "text": "", "defects": named},
+      )
+  equal = {"id": ids[0], "texts": "", "preference": 0.5, "orders": [], "readings": 2}
+  append_row(workdir / "judgements" / "reader" / f"{SYSTEMS[1]}-against-baseline.jsonl", equal)
+  about = json.loads((workdir / "run.json").read_text())
+  systems = {
+    SYSTEMS[1]: {"annotator": "who|ever", "teacher": "someone", "forms": "live, head, token, pred_10x"}
+  }
+  (workdir / "run.json").write_text(json.dumps(about | {"judges": ["reader", JUDGE], "systems": systems}))
+
+
+def test_what_readers_say_is_reported(workdir: Path, capsys):
+  judged_run(workdir)
+  path = workdir / "responses" / f"{SYSTEMS[1]}.jsonl"
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  rows[1]["finish_reason"], rows[0]["text_tokens"] = "length", 1000
+  path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  summary = write_report(workdir)
+  json.dumps(summary, allow_nan=False)
+  n = len(TEXTS)
+  even, better = (summary["systems"][s]["quality"]["reader"] for s in SYSTEMS[:2])
+  assert (even["win_rate"], even["wins"], even["ties"], even["losses"]) == (50, 0, n, 0)
+  assert (better["wins"], better["ties"]) == (n - 1, 1) and better["win_rate"] == pytest.approx(90 - 40 / n)
+  assert better["win_rate_low"] < better["win_rate"] < better["win_rate_high"]
+  assert better["judged_both_finished"] == n - 1 == even["judged_both_finished"] - 1
+  assert summary["systems"][SYSTEMS[1]]["responses"]["median_text_tokens"] == 20
+  reader = summary["judges"]["reader"]
+  [difference] = reader["differences"]
+  assert difference["points"] == pytest.approx(50 - better["win_rate"]) and difference["prompts"] == n
+  assert (
+    reader["position"]["changed"]["found"] == n and reader["repeats"]["found"] == reader["repeats"]["n"] == 5
+  )
+  assert reader["defects"][SYSTEMS[1]] == {"any": reader["defects"][SYSTEMS[1]]["any"]}
+  text = (workdir / "report.md").read_text()
+  rows_of_table = [
+    [c.strip() for c in re.split(r"(?<!\\)\|", x)[1:-1]] for x in text.splitlines() if x[:1] == "|"
+  ]
+  by_heading = {r[0]: r[1:] for r in rows_of_table}
+  assert [*summary["systems"]] == ["baseline", *SYSTEMS[:2]]
+  assert by_heading["annotator"] == ["–", "–", "who\\|ever"]
+  assert by_heading["teacher"] == ["–", "–", "someone"]
+  assert by_heading["form of the language"][2] == "live, head, token, pred_10x"
+  assert by_heading["read by"][1:] == [f"reader, {tables._escaped(JUDGE)}"] * 2
+  assert by_heading["wins, ties, losses (reader)"] == ["–", f"0, {n}, 0", f"{n - 1}, 1, 0"]
+  assert by_heading["said twice"] == [f"1 of {n} (0 to 27)", f"0 of {n} (0 to 19)"]
+  html, printed = (workdir / "report.html").read_text(), " ".join(capsys.readouterr().out.split())
+  for words in ("Differences in win rate (reader)", "Asked again, it gave the same verdict in 5 of 5"):
+    assert words in html and words in printed and words in text
+
+
+def test_a_judge_that_decides_by_the_place_is_called_that(workdir: Path):
+  path = workdir / "judgements" / JUDGE / f"{SYSTEMS[0]}-against-baseline.jsonl"
+  rows = [json.loads(line) | {"orders": [0.8, 0.2]} for line in path.read_text().splitlines()]
+  path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  write_report(workdir)
+  assert (
+    "DECIDES BY THE PLACE OF AN ANSWER: it takes the one shown first" in (workdir / "report.md").read_text()
+  )
+
+
 def test_a_figure_of_thousands_of_groups_can_be_drawn():
   figures = {"a": {f"group {i}": 1.0 for i in range(5000)}}
   assert plots.groups(figures, speed="x", palette=plots.colours(["a"])).get_figheight() < 30
@@ -155,6 +231,9 @@ def test_labels_have_no_mathematics():
     ("timed/baseline.jsonl", lambda v: v.update(seconds=None, lengths=3), "baseline.jsonl, row 0 .*lengths must be"),
     (f"judgements/{JUDGE}/baseline-against-baseline.jsonl", lambda v: v.update(preference=float("nan")),
      "row 0 .*preference must be a valid number"),
+    (f"judgements/{JUDGE}/baseline-against-baseline.jsonl", lambda v: v.update(orders=[0.5, 2]),
+     "row 0 .*orders.1 must be less than or equal to 1"),
+    ("run.json", lambda v: v.update(systems={"a": {"teacher": 3}}), "systems.a.teacher must be a valid string"),
   ],
 )  # fmt: skip
 def test_a_run_that_cannot_be_reported_is_one_line(workdir: Path, name: str, edit, message: str):

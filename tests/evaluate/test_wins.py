@@ -78,7 +78,7 @@ def test_a_judge_that_always_takes_one_place_is_found_out(orders, place):
   rows = [row(p, 1 - p) if orders == "both" else row(p) if k % 2 else row(None, 1 - p) for k in range(20)]
   found = wins.position(rows)
   assert found.lean == place and found.decides
-  assert found.changed.count == (20 if orders == "both" else 0)
+  assert found.changed.found == (20 if orders == "both" else 0)
 
 
 def test_neither_a_biased_reader_nor_a_coin_decides_by_the_place():

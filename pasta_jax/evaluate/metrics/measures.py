@@ -73,6 +73,7 @@ def summarise(rows: Sequence[dict], baseline: Sequence[dict] | None = None) -> d
     "loop_share": share(lambda r: r["loops"]),
     "cut_share": share(lambda r: r["finish_reason"] != "stop"),
     "text_tokens": sum(r["text_tokens"] for r in rows) / n,
+    "median_text_tokens": float(np.median([r["text_tokens"] for r in rows])) if rows else math.nan,
     "tag_overhead": tag_overhead(rows),
     "length_error": float(np.median([abs(d - t) / t for d, t in lengths])) if lengths else math.nan,
     "outgrown_share": sum(t > d for d, t in lengths) / max(len(lengths), 1),

@@ -26,9 +26,9 @@ class Mean(NamedTuple):
 
 
 class Share(NamedTuple):
-  """`count` of `n`, and the exact 95 % interval of the share; NaN for n = 0."""
+  """`found` of `n`, and the exact 95 % interval of the share; NaN for n = 0."""
 
-  count: int
+  found: int
   n: int
   share: float
   low: float
@@ -110,6 +110,12 @@ class Position(NamedTuple):
     return bool(self.lean) and max(readings, 1 - readings) >= LEANS
 
 
+def _orders(row: Mapping) -> tuple[float | None, float | None]:
+  """Preferences for the system's answer, shown first and shown second; None where it was not asked."""
+  shown_first, shown_second = (*(row.get("orders") or ()), None, None)[:2]
+  return shown_first, shown_second
+
+
 def position(rows: Iterable[Mapping]) -> Position:
   """Position bias in rows of judgements; rows without `orders` do not count.
 
@@ -120,13 +126,13 @@ def position(rows: Iterable[Mapping]) -> Position:
   told: list[bool] = []  # True: for the answer shown first
   for_first: list[float] = []  # preferences for the answer shown first, of every reading
   for row in rows:
-    asked_first, asked_second = row.get("orders") or (None, None)
-    readings = [p for p in (asked_first, None if asked_second is None else 1 - asked_second) if p is not None]
+    shown_first, shown_second = _orders(row)
+    readings = [p for p in (shown_first, None if shown_second is None else 1 - shown_second) if p is not None]
     for_first += readings
-    verdicts = {verdict(p) for p in readings}
-    if len(readings) == 2:
+    verdicts = {verdict(p) for p in readings}  # for the answer shown first
+    if shown_first is not None and shown_second is not None:
       both += 1
-      changed += verdict(asked_first) != verdict(asked_second)
+      changed += verdict(shown_first) != verdict(shown_second)
     if len(verdicts) == 1 and 0 not in verdicts:
       told.append(verdicts == {1})
   winners = [p for p in for_first if p != 0.5]
@@ -144,10 +150,10 @@ def repeats(rows: Iterable[Mapping]) -> Share:
   """
   same = n = 0
   for row in rows:
-    repeated, orders = row.get("repeated"), row.get("orders") or (None, None)
+    repeated, orders = row.get("repeated"), _orders(row)
+    if row.get("first") is not None:
+      orders = (orders[row["first"]], None)
     verdicts = {verdict(p) for p in orders if p is not None}
-    if row.get("first") is not None and orders[row["first"]] is not None:
-      verdicts = {verdict(orders[row["first"]])}
     if repeated is not None and len(verdicts) == 1:
       n += 1
       same += verdict(repeated) in verdicts
@@ -161,5 +167,5 @@ def defects(found: Sequence[Sequence[str]]) -> dict[str, Share]:
   """
   names = {name for of_one in found for name in of_one}
   counted = {name: share(sum(name in of_one for of_one in found), len(found)) for name in names}
-  ordered = sorted(counted.items(), key=lambda item: (-item[1].count, item[0]))
+  ordered = sorted(counted.items(), key=lambda item: (-item[1].found, item[0]))
   return {"any": share(sum(map(bool, found)), len(found)), **dict(ordered)}

@@ -15,10 +15,12 @@ from pasta_jax.decode.trace import from_json
 from pasta_jax.decode.views.pieces import drawable
 from pasta_jax.decode.views.seen import SCRIPT
 from pasta_jax.decode.views.timeline import timeline_style, timeline_svg
+from pasta_jax.evaluate.report import judged
 from pasta_jax.evaluate.report.figures import speed_name
+from pasta_jax.evaluate.report.readings import FORM_CHECK, reads
 from pasta_jax.evaluate.report.run_record import Run
 from pasta_jax.evaluate.report.summary import Threshold
-from pasta_jax.evaluate.report.tables import about, group_tables, judge_note, table
+from pasta_jax.evaluate.report.tables import about, group_tables, table
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.utils.files import write_atomic
 from pasta_jax.utils.json_io import to_json
@@ -56,7 +58,8 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
   )
 
 
-def _facts(row: dict, preference: float | None = None) -> str:
+def _facts(row: dict, judge: str = "", preference: float | None = None) -> str:
+  """In words; with `judge`, its preference for this answer over the baseline's."""
   record = ResponseRecord.from_json(row)
   parts = [
     f"{record.text_tokens} tokens",
@@ -70,7 +73,8 @@ def _facts(row: dict, preference: float | None = None) -> str:
   if record.finish_reason != "stop":
     parts.append("cut off")
   if preference is not None:
-    parts.append(f"preferred over the baseline with {100 * preference:.0f} %")
+    over = "preferred over the baseline's" if reads(judge) else f"{FORM_CHECK} against the baseline's"
+    parts.append(f"{over}: {100 * preference:.0f} %" + (f" ({judge})" if reads(judge) else ""))
   return " · ".join(parts)
 
 
@@ -132,23 +136,23 @@ def _wall_clock(seconds: float | None, baseline: float | None) -> str:
 
 def _data(run: Run) -> dict:
   """What the page's script shows: prompts, and by system each answer's text, facts and parallelism."""
-  judge = next(iter(run.judgements), None)
+  judge = next(iter(run.judgements), "")
   prompts: dict[str, dict] = {}
   answers: dict[str, dict[str, dict]] = {}
   for name, rows in run.responses.items():
     seconds = {r["id"]: r["seconds"] for r in run.timed.get(name, [])}
     baseline_rows = run.timed.get(run.baseline, []) if name != run.baseline else []
     baseline = {r["id"]: r["seconds"] for r in baseline_rows}
-    judged = run.judgements[judge].get(name, {}) if judge else {}
+    preferences = run.judgements[judge].get(name, {}) if judge else {}
     for r in rows:
       prompts.setdefault(
         r["id"],
         {"id": r["id"], "prompt": drawable(r["prompt"]), "category": drawable(r.get("category") or "")},
       )
-      preference = judged[r["id"]]["preference"] if r["id"] in judged else None
+      preference = preferences[r["id"]]["preference"] if r["id"] in preferences else None
       answers.setdefault(name, {})[r["id"]] = {
         "text": drawable(r["text"]),
-        "facts": _facts(r, preference) + _wall_clock(seconds.get(r["id"]), baseline.get(r["id"])),
+        "facts": _facts(r, judge, preference) + _wall_clock(seconds.get(r["id"]), baseline.get(r["id"])),
         "speed": round(r["theoretical_parallelism"], 3),
       }
   order = [*(n for n in answers if n != run.baseline), *([run.baseline] if run.baseline in answers else [])]
@@ -189,11 +193,11 @@ def write_page(
     if n in run.responses and n != run.baseline and any(r["promises"] for r, _ in rows)
   )
   options = "".join(f'<option value="{escape(n)}">{_html(n)}</option>' for n in data["systems"])
-  groups = "".join(
-    f'<div class="card"><h3>{_html(heading)}</h3>{_table(rows)}</div>'
-    for heading, rows in group_tables(summary).items()
+  cards = lambda found: "".join(
+    f'<div class="card"><h3>{_html(heading)}</h3>{_table(rows)}</div>' for heading, rows in found.items()
   )
-  note = judge_note(summary)
+  judgements, groups = cards(judged.tables(summary)), cards(group_tables(summary))
+  notes = "".join(f'<p class="note">{_html(note)}</p>' for note in judged.notes(summary))
   write_atomic(
     path,
     f"""<!DOCTYPE html>
@@ -211,7 +215,8 @@ def write_page(
 {f'<div class="row">{met}</div>' if met else ""}
 <h2>Figures</h2>
 <div class="card">{_table(table(summary))}</div>
-{f'<p class="note">{_html(note)}</p>' if note else ""}
+{notes}
+{f'<h2>Judgements</h2><div class="row">{judgements}</div>' if judgements else ""}
 <h2>By category and length</h2>
 <div class="row">{groups}</div>
 <h2>Plots</h2>

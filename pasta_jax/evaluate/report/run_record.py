@@ -41,9 +41,36 @@ class _Row(Parsed):
   seconds: float | None = None
 
 
+_Reading = Annotated[float, pydantic.Field(ge=0, le=1)]  # a preference for the system's answer
+
+
 class _Judgement(Parsed):
+  """What the report needs of each judgement; judges that do not read have no more than the preference."""
+
   id: str
-  preference: Annotated[float, pydantic.Field(ge=0, le=1)]
+  preference: _Reading
+  orders: Annotated[list[_Reading | None], pydantic.Field(max_length=2)] = []  # the system's first, second
+  first: Annotated[int, pydantic.Field(ge=0, le=1)] | None = None  # index of the one that was read first
+  repeated: _Reading | None = None
+
+
+class _Defects(Parsed):
+  """What a reader found in one answer."""
+
+  id: str
+  defects: list[str]
+
+
+class SystemAbout(Parsed):
+  """What is known of a system beside its settings (`evaluate.provenance`); older runs know nothing."""
+
+  annotator: str | None = None  # of the rows that its adapter was trained on
+  teacher: str | None = None  # what chose the pairs of stage two
+  forms: str | None = (
+    None  # of the language: visibility, promise, number, positions; None: it has no promises
+  )
+  varied: str | None = None  # the system that this is one setting of (`eval.vary`)
+  value: str | None = None  # and the value of that setting
 
 
 class _About(Parsed):
@@ -53,6 +80,7 @@ class _About(Parsed):
   judges: list[str] | None = None
   machines: list[str]
   versions: list[str]
+  systems: dict[str, SystemAbout] = {}
 
 
 class _Evaluation(Parsed):
@@ -82,9 +110,11 @@ class Run:
   responses: dict[str, list[dict]]  # by system
   timed: dict[str, list[dict]]
   judgements: dict[str, dict[str, dict[str, dict]]]  # judge, system, id -> row with `preference`
+  defects: dict[str, dict[str, dict[str, list[str]]]]  # reader, system, id -> names of defects
   baseline: str
   machines: list[str]
   versions: list[str]
+  about: dict[str, SystemAbout]  # by system
 
   @property
   def systems(self) -> list[str]:
@@ -97,7 +127,10 @@ class Run:
 
 
 def read_run(workdir: Path) -> Run:
-  """Reads a folder that `--mode=eval` made. Raises EvalError, one line, if it has no responses."""
+  """Reads a folder that `--mode=eval` made. Raises EvalError, one line, if it has no responses.
+
+  Judgements are in judgements/JUDGE/SYSTEM-against-BASELINE.jsonl, defects in judgements/JUDGE/defects/SYSTEM.jsonl.
+  """
   if not (workdir / "config.json").is_file():
     raise EvalError(f"{workdir} has no evaluation: run --mode=eval --workdir={workdir} first")
   config, about = _read(workdir / "config.json"), _read(workdir / "run.json")
@@ -115,11 +148,17 @@ def read_run(workdir: Path) -> Run:
     name = path.stem.removesuffix(f"-against-{baseline}")
     if rows := _rows(path, requests, _Judgement):
       judgements.setdefault(path.parent.name, {})[name] = {r["id"]: r for r in rows}
+  defects: dict[str, dict[str, dict[str, list[str]]]] = {}
+  for path in sorted((workdir / "judgements").glob("*/defects/*.jsonl")):
+    if rows := _rows(path, requests, _Defects):
+      defects.setdefault(path.parent.parent.name, {})[path.stem] = {r["id"]: r["defects"] for r in rows}
   order = _judges_of_old_run(config, [*judgements]) if record.judges is None else record.judges
   # The judges of the last call first, in their order: the first one decides.
   place = lambda judge: order.index(judge) if judge in order else len(order)
   judgements = {j: judgements[j] for j in sorted(judgements, key=place)}
-  return Run(config, responses, timed, judgements, baseline, record.machines, record.versions)
+  return Run(
+    config, responses, timed, judgements, defects, baseline, record.machines, record.versions, record.systems
+  )
 
 
 def _read(path: Path) -> Any:

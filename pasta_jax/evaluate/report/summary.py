@@ -1,14 +1,11 @@
 """All figures of a run (`summary.json`), and whether they reach what a pilot asks for."""
 
-import math
 from typing import NamedTuple
 
-import numpy as np
-
 from pasta_jax.decode.record import SCHEMA
-from pasta_jax.evaluate.errors import EvalError
-from pasta_jax.evaluate.metrics.length_control import length_controlled, read_difficulty
+from pasta_jax.evaluate.metrics.length_control import read_difficulty
 from pasta_jax.evaluate.metrics.measures import grouped, length_class, summarise
+from pasta_jax.evaluate.report.readings import of_judge, quality, rate_name
 from pasta_jax.evaluate.report.run_record import Run
 
 
@@ -31,6 +28,7 @@ def summarise_run(run: Run) -> dict:
       for judge, judged in run.judgements.items()
       if name in judged
     }
+    entry["about"] = run.about[name].model_dump(exclude_none=True) if name in run.about else {}
     systems[name] = entry
   return {
     "schema": SCHEMA,
@@ -42,34 +40,8 @@ def summarise_run(run: Run) -> dict:
     "version": ", ".join(run.versions),
     "machine": " and ".join(run.machines),
     "systems": systems,
+    "judges": {judge: of_judge(run, judge) for judge in {**run.judgements, **run.defects}},
   }
-
-
-def quality(run: Run, judge: str, system: str, difficulty: dict[str, float] | None) -> dict[str, float]:
-  """Win rate against the baseline in per cent, plain and length-controlled, with standard errors.
-
-  `difficulty` is each prompt's, by id, for the length-controlled rate; None: without. Raises EvalError if it
-  lacks a prompt.
-  """
-  rows = run.judgements[judge][system]
-  texts = [{r["id"]: r["text"] for r in run.responses[n]} for n in (system, run.baseline)]
-  ids = [i for i in rows if all(i in t for t in texts)]
-  preference = np.array([rows[i]["preference"] for i in ids])
-  lengths = [np.array([float(len(t[i])) for i in ids]) for t in texts]
-  out = {"judged": len(ids), "win_rate": 100 * float(preference.mean()) if len(ids) else math.nan}
-  if len(ids) >= 3:
-    if difficulty is not None and (lacking := [i for i in ids if i not in difficulty]):
-      raise EvalError(
-        f"eval.difficulty has no entry for prompt {lacking[0]!r} and {len(lacking) - 1} other prompts"
-      )
-    gamma = None if difficulty is None else np.array([difficulty[i] for i in ids])
-    fit = length_controlled(preference, lengths[1], lengths[0], gamma, resamples=200)
-    out |= {
-      "win_rate_error": fit.win_rate_error,
-      "length_controlled": fit.length_controlled,
-      "length_controlled_error": fit.length_controlled_error,
-    }
-  return out
 
 
 class Threshold(NamedTuple):
@@ -95,7 +67,7 @@ def thresholds(run: Run, summary: dict) -> list[Threshold]:
   win_rate = entry.get("quality", {}).get(judge, {}).get("win_rate")
   speedup = entry.get("timed", {}).get("realised_speedup")
   demands = (
-    Threshold(f"win rate of {names[0]}, % ({judge})", win_rate, e["min_quality"]),
+    Threshold(f"{rate_name(judge)} of {names[0]}, %", win_rate, e["min_quality"]),
     Threshold(f"realised speedup of {names[0]}", speedup, e["min_speedup"]),
   )
   return [t for t in demands if t.wanted]

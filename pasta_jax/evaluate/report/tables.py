@@ -6,13 +6,13 @@ import rich.console
 import rich.table
 
 from pasta_jax.evaluate.metrics.measures import natural
+from pasta_jax.evaluate.report import judged
 from pasta_jax.utils.terminal import as_text
 from pasta_jax.utils.text import one_line
 
-Rows = list[list[str]]
+Rows = judged.Rows
 
 _SHARE = lambda v: f"{100 * v:.0f} %"
-_PER_CENT = lambda v: f"{v:.1f} %"
 _TIMES = lambda v: f"{v:.2f}"
 _NUMBER = lambda v: f"{v:.0f}"
 FIGURES = (  # (heading, part of a system's entry, key, format)
@@ -35,6 +35,7 @@ FIGURES = (  # (heading, part of a system's entry, key, format)
   ("answers that loop", "responses", "loop_share", _SHARE),
   ("answers cut off", "responses", "cut_share", _SHARE),
   ("text tokens per answer", "responses", "text_tokens", _NUMBER),
+  ("text tokens per answer, median", "responses", "median_text_tokens", _NUMBER),
   ("prompts timed", "timed", "prompts", _NUMBER),
   ("realised speedup", "timed", "realised_speedup", _TIMES),
   ("95 % interval", "timed", "interval", str),
@@ -43,19 +44,16 @@ FIGURES = (  # (heading, part of a system's entry, key, format)
   ("prompts slower than the baseline", "timed", "slower_share", _SHARE),
   ("tokens per second", "timed", "tokens_a_second", lambda v: f"{v:.1f}"),
 )
-NOTHING = "–"
-
-_LOCAL_JUDGE = (
-  "The local judge compares how likely each answer is under the baseline model, and counts plain defects "
-  "(loops, answers that are cut off, lengths that the prompt forbids). It sees whether a text is coherent; it "
-  "does not see whether it is true or useful, and it favours the baseline's own answers."
-)
+NOTHING = judged.NOTHING
 
 
 def table(summary: dict) -> Rows:
-  """The heading, then a row for each figure that any system has, and a column for each system."""
+  """The heading, then a row for each figure that any system has, and a column for each system.
+
+  The first rows say where the systems come from and who read their answers.
+  """
   systems = summary["systems"]
-  rows = [["", *systems]]
+  rows = [["", *systems], *judged.provenance(summary)]
   for heading, part, key, form in FIGURES:
     row = [heading]
     for entry in systems.values():
@@ -65,25 +63,11 @@ def table(summary: dict) -> Rows:
       row.append(form(figures[key]) if key in figures else NOTHING)
     if any(cell != NOTHING for cell in row[1:]):
       rows.append(row)
-  for judge in dict.fromkeys(j for entry in systems.values() for j in entry["quality"]):
-    rates = [entry["quality"].get(judge, {}) for entry in systems.values()]
-    rows += [
-      [f"answers judged ({judge})", *(str(r["judged"]) if "judged" in r else NOTHING for r in rates)],
-      [f"win rate ({judge})", *(_win_rate(r, "win_rate") for r in rates)],
-      [f"length-controlled win rate ({judge})", *(_win_rate(r, "length_controlled") for r in rates)],
-    ]
-  return rows
+  return [*rows, *judged.rates(summary)]
 
 
 def _interval(figures: dict) -> str:
   return f"{figures['realised_speedup_low']:.2f} to {figures['realised_speedup_high']:.2f}"
-
-
-def _win_rate(rates: dict, key: str) -> str:
-  if key not in rates:
-    return NOTHING
-  error = f" ± {rates[key + '_error']:.1f}" if key + "_error" in rates else ""
-  return _PER_CENT(rates[key]) + error
 
 
 def group_tables(summary: dict) -> dict[str, Rows]:
@@ -114,11 +98,6 @@ def group_tables(summary: dict) -> dict[str, Rows]:
   return tables
 
 
-def judge_note(summary: dict) -> str:
-  """What a reader must know of the judges' figures; "" if nothing."""
-  return _LOCAL_JUDGE if any("local" in e["quality"] for e in summary["systems"].values()) else ""
-
-
 def about(summary: dict) -> tuple[str, str]:
   """(model, prompts and baseline, machine and version) in words."""
   timed = f"; {summary['timed']} of them timed ({summary['dtype']})" if summary["timed"] else ""
@@ -130,17 +109,16 @@ def about(summary: dict) -> tuple[str, str]:
 
 def markdown(summary: dict) -> str:
   """All tables, with model, machine and version."""
-  note = judge_note(summary)
   return "\n".join(
     [
       _escaped("; ".join(about(summary))),
       "",
       *_markdown_table(table(summary)),
-      *(("", note) if note else ()),
+      *(line for note in judged.notes(summary) for line in ("", _escaped(note))),
       *(
         line
-        for heading, rows in group_tables(summary).items()
-        for line in ("", heading, "", *_markdown_table(rows))
+        for heading, rows in {**judged.tables(summary), **group_tables(summary)}.items()
+        for line in ("", _escaped(heading), "", *_markdown_table(rows))
       ),
       "",
     ]
@@ -163,15 +141,16 @@ def _escaped(text: str) -> str:
 
 
 def show(summary: dict) -> None:
-  """Prints the table in the terminal."""
-  rows = table(summary)
+  """Prints the table, and what judges say, in the terminal."""
   timed = f", {summary['timed']} timed" if summary["timed"] else ""
-  printed = rich.table.Table(title=f"{summary['prompts']} prompts{timed}")
-  for k, name in enumerate(rows[0]):
-    printed.add_column(as_text(name), justify="right" if k else "left")
-  for row in rows[1:]:
-    printed.add_row(*map(as_text, row))
-  console = rich.console.Console()
-  console.print(printed)
-  if note := judge_note(summary):
-    console.print(note)
+  console = rich.console.Console(highlight=False)
+  shown = {f"{summary['prompts']} prompts{timed}": table(summary), **judged.tables(summary)}
+  for title, rows in shown.items():
+    printed = rich.table.Table(title=as_text(title))
+    for k, name in enumerate(rows[0]):
+      printed.add_column(as_text(name), justify="right" if k else "left")
+    for row in rows[1:]:
+      printed.add_row(*map(as_text, row))
+    console.print(printed)
+  for note in judged.notes(summary):
+    console.print(as_text(note))
