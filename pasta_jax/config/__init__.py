@@ -86,6 +86,11 @@ class Config:
         if name not in systems:
           raise ValueError(f"eval.{field}: unknown system {name!r}; config.systems has {', '.join(systems)}")
 
+  def of_system(self, name: str) -> "Config":
+    """The settings that a system is decoded with: its own one of decoding, and these for the others."""
+    own = sections.own_setting(self.systems[name].own)
+    return dataclasses.replace(self, decode=dataclasses.replace(self.decode, **own)) if own else self
+
   @classmethod
   def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> "Config":
     """The settings of a config.json, which may have old names; what it lacks has its default.

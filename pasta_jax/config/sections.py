@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pasta_jax.config.fields import (
@@ -246,6 +247,54 @@ class Decode(Section):
     return dataclasses.replace(self, **{n: v for n, v in values.items() if getattr(self, n) is None})
 
 
+def own_setting(text: str) -> dict[str, Any]:
+  """A setting of decoding that results depend on, such as "promise_bias=1.5", by its name; {} for "".
+
+  Raises ValueError, one line, for a field or a value that does not exist.
+  """
+  if not text:
+    return {}
+  name, equals, value = text.partition("=")
+  fields = {f.name: f for f in dataclasses.fields(Decode)}
+  # Batches have eval.dtype; a speed is a part of the prompt, which results depend on too.
+  known = {n for n, f in fields.items() if f.metadata.get("identity") != NEVER and n != "dtype"} | {"speed"}
+  if not equals or name not in known:
+    raise ValueError(f"takes FIELD=VALUE of decode, with one of {', '.join(sorted(known))}, not {text!r}")
+  kind = fields[name].type
+  kind = kind.__args__[0] if isinstance(kind, types.UnionType) else kind
+  try:
+    parsed: Any = {"True": True, "False": False}[value] if kind is bool else kind(value)  # type: ignore[operator]
+    return {name: getattr(dataclasses.replace(Decode(), **{name: parsed}), name)}
+  except (KeyError, TypeError, ValueError) as error:
+    raise ValueError(f"gives decode.{name} no usable value in {text!r} ({error})") from None
+
+
+def vary_of(text: str) -> tuple[str, ...]:
+  """`eval.vary`, such as "decode.promise_bias=0,1.5", as the settings promise_bias=0 and promise_bias=1.5.
+
+  Raises ValueError, one line, as `own_setting`.
+  """
+  name, _, values = text.removeprefix("decode.").partition("=")
+  settings = tuple(f"{name}={value.strip()}" for value in values.split(",")) if text else ()
+  found = [own_setting(s) for s in settings]
+  if any(one in found[:k] for k, one in enumerate(found)):
+    raise ValueError(f"has a value twice: {text!r}")
+  return settings
+
+
+def _readable(read: Callable[[str], Any]) -> Callable[[str], str]:
+  """The rule that `read` takes the text."""
+
+  def rule(text: str) -> str:
+    try:
+      read(text)
+    except ValueError as error:
+      return str(error)
+    return ""
+
+  return rule
+
+
 @dataclasses.dataclass(frozen=True)
 class System:
   """What can be evaluated and compared: an adapter and a way of decoding."""
@@ -254,10 +303,12 @@ class System:
   decode: str = setting("parallel", one_of(DECODINGS))
   speed: int | None = None  # None: decode.speed, where the adapter was trained with speeds
   follows_model: bool = False  # `adapter` is always model.adapter
+  own: str = setting("", _readable(own_setting))  # a setting of decode for this system: "promise_bias=1.5"
 
   def to_dict(self) -> dict[str, Any]:
-    out = {"adapter": self.adapter, "decode": self.decode}
-    return out if self.speed is None else out | {"speed": self.speed}
+    out: dict[str, Any] = {"adapter": self.adapter, "decode": self.decode}
+    out |= {} if self.speed is None else {"speed": self.speed}
+    return out | ({"own": self.own} if self.own else {})
 
 
 SYSTEMS: Mapping[str, System] = {
@@ -290,6 +341,8 @@ class Eval(Section):
   categories: tuple[str, ...] = ()  # of prompts; none: all
   systems: tuple[str, ...] = ("pasta", "baseline")  # of `Config.systems`
   baseline: str = "baseline"  # the system that the others are compared with
+  # values of a field of decode, such as decode.promise_bias=0,1.5: every other system becomes one for each
+  vary: str = setting("", _readable(vary_of))
   batch_size: int = setting(48, between(1, 4096))  # prompts decoded at once
   branch_width: int = setting(2, between(1, 4096))  # branches of each prompt in a step
   dtype: str = setting("float32", one_of(DTYPES))  # batched; float32: the same at every batch size

@@ -1,5 +1,6 @@
 """From the text of a prompt to a response: `Model` holds weights, adapter, vocabulary and interpreters."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -7,11 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pasta_jax.config import Config, identity, with_changes
+from pasta_jax.config.sections import Decode
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import EVERY, Scheduler, decode
@@ -132,12 +135,27 @@ class Model:
     self.vocabulary = checkpoint.vocabulary
     if d.visibility:
       self.forms = dataclasses.replace(self.forms, visibility=d.visibility)
-    d = d.resolved(own_settings(metadata))
+    self._metadata = metadata
     # The speeds that the adapter was trained for.
     self.speeds: tuple[int, ...] = tuple(json.loads(metadata.get("speeds", "[]")))
     self.model = build.for_decoding(
       checkpoint.config, checkpoint.params, merge, jnp.dtype(d.dtype), product=d.product
     )
+    self._decode_as(d)
+
+  def with_settings(self, decode: Decode) -> "Model":
+    """This model with other settings of decoding: it shares the weights, whose `dtype` and `product` stay."""
+    other = copy.copy(self)
+    if decode.visibility:
+      other.forms = dataclasses.replace(self.forms, visibility=decode.visibility)
+    other._decode_as(dataclasses.replace(decode, dtype=str(jnp.dtype(self.model.dtype))))
+    if (other.limits, other._features, other.forms) == (self.limits, self._features, self.forms):
+      other._interpreters = self._interpreters  # numbers of sampling are arguments of the same programs
+    return other
+
+  def _decode_as(self, d: Any) -> None:
+    """Takes the settings of decoding over, with the adapter's own where none is given."""
+    d = d.resolved(own_settings(self._metadata))
     # XLA's CPU backend multiplies one bfloat16 row more slowly than two: a step has at least two branches
     # there.
     self._narrowest = 2 if d.dtype == "bfloat16" and jax.default_backend() == "cpu" else 1

@@ -8,6 +8,7 @@ from pasta_jax.utils.environment import machine
 
 def settings_of(config, name: str, *, timed: bool) -> dict:
   """What the responses of system `name` depend on; `timed`: of its timed responses."""
+  config = config.of_system(name)
   entry, e = config.systems[name], config.eval
   system = SYSTEMS[entry.decode]
   out = {

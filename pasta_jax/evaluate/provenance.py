@@ -13,6 +13,7 @@ def provenance(config, name: str) -> dict[str, str]:
 
   Raises ValueError, one line, for an adapter that cannot be read.
   """
+  config = config.of_system(name)
   entry = config.systems[name]
   metadata = metadata_with(config, entry.adapter)
   about: dict[str, str] = {key: metadata[key] for key in ("annotator", "teacher") if key in metadata}

@@ -9,7 +9,7 @@ Every file of rows has its settings beside it. A run that was stopped continues 
 that is added later joins the earlier ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -30,6 +30,7 @@ from pasta_jax.evaluate.report.summary import thresholds
 from pasta_jax.evaluate.report.write import write_report
 from pasta_jax.evaluate.systems.registry import load_system
 from pasta_jax.evaluate.systems.system import System
+from pasta_jax.evaluate.vary import varied
 from pasta_jax.utils.environment import machine, version
 from pasta_jax.utils.files import write_atomic, write_json_atomic
 from pasta_jax.utils.json_io import read_json
@@ -42,12 +43,13 @@ from pasta_jax.utils.typed import checked
 def evaluate(config, workdir: Path) -> dict:
   """Runs `config.eval` in `workdir`, which it locks, and returns the summary that it writes there
   (`report.summary`)."""
+  config, variants = varied(config)
   e = config.eval
   names = list(dict.fromkeys([*e.systems, e.baseline]))
   requests, timed = select_requests(e)
   judges = judges_of(config)
   with locked(workdir / LOCK):
-    return _evaluate(config, workdir, names, requests, timed, judges)
+    return _evaluate(config, workdir, names, requests, timed, judges, variants)
 
 
 def _evaluate(
@@ -57,13 +59,15 @@ def _evaluate(
   requests: list[PromptTurn],
   timed: list[PromptTurn],
   judges: Sequence[Judge],
+  variants: Mapping[str, dict[str, str]],
 ) -> dict:
   for folder, with_clock in (("responses", False), *([("timed", True)] if timed else [])):
     for name in names:  # finds rows that do not fit before any work
       path = workdir / folder / f"{name}.jsonl"
       Records(path, settings_of(config, name, timed=with_clock)).missing(requests)
+  about = {n: provenance(config, n) | variants.get(n, {}) for n in names}
   write_atomic(workdir / "config.json", config.to_json(indent=2))
-  _write_run(workdir / "run.json", requests, judges, {n: provenance(config, n) for n in names})
+  _write_run(workdir / "run.json", requests, judges, about)
   answer(config, workdir, names, requests)
   if timed:
     time_systems(config, workdir, names, timed)

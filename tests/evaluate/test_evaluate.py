@@ -411,6 +411,55 @@ def test_pilot_says_whether_thresholds_are_met(trained, finished, tmp_path, caps
     pilot(copy_of(config, systems="baseline", min_speedup=1.0), workdir)
 
 
+def test_one_system_for_each_value_of_a_setting(trained, tmp_path):
+  """Each is answered with its value, which its rows' settings have; a system that it does not change stays one."""
+  config, _ = trained
+  systems = copy_of(config, systems="pasta,sequential,baseline", judges="", limit=2)
+  config = with_fields(systems, "eval", vary="decode.promise_bias=-20,5")
+  summary = evaluate(config, tmp_path)
+  names = ["pasta_promise_bias_-20", "pasta_promise_bias_5"]
+  assert set(summary["systems"]) == {*names, "sequential", "baseline"}
+  promised = []
+  for name, bias in zip(names, (-20.0, 5.0)):
+    settings = json.loads((tmp_path / "responses" / f"{name}.settings.json").read_text())
+    assert settings["decode.promise_bias"] == bias
+    own = Model(with_fields(config, "decode", promise_bias=bias), dtype="float32")
+    rows = rows_of(tmp_path / "responses" / f"{name}.jsonl")
+    assert {i: r["text"] for i, r in rows.items()} == {
+      i: own.generate(conversation(r, {})).text
+      for i in rows
+      for r in read_prompts(config.eval.prompts)
+      if r.id == i
+    }
+    promised.append(summary["systems"][name]["responses"]["promise_share"])
+  assert promised[0] < promised[1]
+  about = json.loads((tmp_path / "run.json").read_text())["systems"]
+  assert (about[names[0]]["varied"], about[names[0]]["value"]) == ("pasta", "-20")
+  before = (tmp_path / "responses" / f"{names[0]}.jsonl").read_text()
+  evaluate(with_fields(config, "eval", vary="decode.promise_bias=-20,5,1"), tmp_path)  # one more value
+  assert (tmp_path / "responses" / f"{names[0]}.jsonl").read_text() == before
+  assert (tmp_path / "responses" / "pasta_promise_bias_1.jsonl").is_file()
+  with pytest.raises(EvalError, match="changes none of eval.systems=sequential"):
+    evaluate(with_fields(config, "eval", systems="sequential,baseline"), tmp_path)
+
+
+@pytest.mark.parametrize(
+  "vary, words",
+  [
+    ("promise_bias=1,x", "eval.vary gives decode.promise_bias no usable value"),
+    ("decode.promise_bias", "eval.vary gives decode.promise_bias no usable value"),
+    ("decode.live=True,False", "eval.vary takes FIELD=VALUE of decode, with one of .*promise_bias"),
+    ("decode.temperature=-1", "no usable value .*temperature must be 0 or more"),
+    ("decode.guard=yes", "gives decode.guard no usable value"),
+    ("decode.promise_bias=1,1.0", "has a value twice"),
+  ],
+)
+def test_what_cannot_be_varied_is_one_line(vary, words):
+  with pytest.raises(ValueError, match=words) as error:
+    with_fields(Config(), "eval", vary=vary)
+  assert "\n" not in str(error.value)
+
+
 def test_pilots_exit_code(trained, finished, tmp_path):
   """As a shell sees it: 0 met, 3 not met."""
   config, folder = trained

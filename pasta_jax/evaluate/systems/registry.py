@@ -22,4 +22,6 @@ def load_system(config, name: str, models: dict[tuple[str, str], Model], *, time
   key = (entry.adapter, config.decode.dtype if timed else config.eval.dtype)
   if key not in models:
     models[key] = Model(config, adapter=entry.adapter, dtype=key[1])
-  return SYSTEMS[entry.decode].from_config(config, entry, models[key], timed=timed)
+  config, model = config.of_system(name), models[key]
+  model = model.with_settings(config.decode) if entry.own else model
+  return SYSTEMS[entry.decode].from_config(config, entry, model, timed=timed)
