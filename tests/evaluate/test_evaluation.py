@@ -10,7 +10,7 @@ from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.record import loops, to_record
 from pasta_jax.decode.scheduler import decode
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
-from pasta_jax.evaluate.metrics.measures import bootstrap_interval, geometric_mean, summarise
+from pasta_jax.evaluate.metrics.measures import bootstrap_interval, cut_by_text, geometric_mean, summarise
 
 
 def test_loops():
@@ -104,3 +104,14 @@ def test_a_record_says_what_the_trace_says():
     assert row["topic_twice"] == (len(set(topics)) < len(topics))
     promised += row["promises"]
   assert promised > 0
+
+
+def test_a_limit_in_tokens_of_text_by_hand():
+  """The largest one for which every answer tells: that of the shortest answer that was cut off."""
+  row = lambda text, reason="stop": {"text_tokens": text, "finish_reason": reason}
+  rows = {
+    "pasta": [row(300), row(410, "length"), row(450, "length"), row(405)],
+    "baseline": [row(512, "length"), row(411), row(410), row(20)],
+  }
+  assert cut_by_text(rows) == (410, {"pasta": 0.5, "baseline": 0.5})
+  assert cut_by_text({"baseline": [row(900)]}) == (0, {})

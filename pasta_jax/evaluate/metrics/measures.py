@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -107,6 +107,19 @@ def _realised(pairs: Sequence[tuple[dict, dict]]) -> dict[str, float]:
     "efficiency": geometric_mean(s / _parallelism(r) for s, (r, _) in zip(same_text, pairs)),
     "slower_share": sum(s < 1 for s in speedups) / len(speedups),
   }
+
+
+def cut_by_text(rows: Mapping[str, Sequence[dict]]) -> tuple[int, dict[str, float]]:
+  """(a limit in tokens of text, the share of each system's answers that it would cut off).
+
+  Decoding limits all tokens, and tags count: systems with tags are cut off at less text. Here the limit is the text
+  of the shortest answer that was cut off, the largest limit for which every answer tells whether it passes it. (0, {})
+  if no answer was cut off.
+  """
+  was_cut = lambda r: r["finish_reason"] != "stop"
+  limit = min((r["text_tokens"] for of in rows.values() for r in of if was_cut(r)), default=0)
+  passes = lambda r: r["text_tokens"] > limit or was_cut(r)
+  return limit, {n: sum(map(passes, of)) / max(len(of), 1) for n, of in rows.items()} if limit else {}
 
 
 LENGTHS = (100, 200, 350)  # bounds between classes of answers, in text tokens

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from pasta_jax.decode.record import SCHEMA
 from pasta_jax.evaluate.metrics.length_control import read_difficulty
-from pasta_jax.evaluate.metrics.measures import grouped, length_class, summarise
+from pasta_jax.evaluate.metrics.measures import cut_by_text, grouped, length_class, summarise
 from pasta_jax.evaluate.report.readings import of_judge, quality, rate_name
 from pasta_jax.evaluate.report.run_record import Run
 
@@ -13,6 +13,7 @@ def summarise_run(run: Run) -> dict:
   """The figures of every system, ready for JSON."""
   path = run.config["eval"].get("difficulty")
   difficulty = read_difficulty(path) if path else None
+  text_limit, cut_shares = cut_by_text(run.responses)
   systems = {}
   for name in run.systems:
     entry: dict = {}
@@ -23,6 +24,8 @@ def summarise_run(run: Run) -> dict:
       entry[kind] = summarise(rows[name], baseline)
       entry[f"{kind}_by_category"] = grouped(rows[name], baseline, lambda r: r.get("category") or "all")
       entry[f"{kind}_by_length"] = grouped(rows[name], baseline, length_class)
+    if name in cut_shares:
+      entry["responses"]["cut_by_text_share"] = cut_shares[name]
     entry["quality"] = {
       judge: quality(run, judge, name, difficulty)
       for judge, judged in run.judgements.items()
@@ -36,6 +39,7 @@ def summarise_run(run: Run) -> dict:
     "model": run.config["model"]["source"],
     "dtype": run.config["decode"]["dtype"],
     "prompts": len(run.responses.get(run.baseline, next(iter(run.responses.values())))),
+    "text_limit": text_limit,
     "timed": max(map(len, run.timed.values()), default=0),
     "version": ", ".join(run.versions),
     "machine": " and ".join(run.machines),

@@ -34,6 +34,7 @@ FIGURES = (  # (heading, part of a system's entry, key, format)
   ("answers that promise a topic twice", "responses", "topic_twice_share", _SHARE),
   ("answers that loop", "responses", "loop_share", _SHARE),
   ("answers cut off", "responses", "cut_share", _SHARE),
+  ("answers that a limit of {text_limit} tokens of text cuts", "responses", "cut_by_text_share", _SHARE),
   ("text tokens per answer", "responses", "text_tokens", _NUMBER),
   ("text tokens per answer, median", "responses", "median_text_tokens", _NUMBER),
   ("prompts timed", "timed", "prompts", _NUMBER),
@@ -55,7 +56,7 @@ def table(summary: dict) -> Rows:
   systems = summary["systems"]
   rows = [["", *systems], *judged.provenance(summary)]
   for heading, part, key, form in FIGURES:
-    row = [heading]
+    row = [heading.format(text_limit=summary.get("text_limit"))]
     for entry in systems.values():
       figures = dict(entry.get(part, {}))
       if "realised_speedup_low" in figures:
