@@ -17,6 +17,7 @@ import matplotlib.figure
 
 from pasta_jax.decode.record import current
 from pasta_jax.evaluate.report.plots import COLOURS
+from pasta_jax.evaluate.report.readings import rate_name
 from pasta_jax.utils.json_io import or_nan, read_json
 from pasta_jax.utils.typed import Parsed, checked
 
@@ -44,8 +45,9 @@ class Point(NamedTuple):
   policy: str
   number: int
   speed: tuple[float, ...]  # in the order of `MEASURES`
-  quality: float  # win rate, %
+  quality: float  # what the first judge prefers, %
   error: float  # its standard error
+  rate: str = "win rate"  # what `quality` is called (readings.rate_name)
 
 
 def points(folders: Iterable[Path]) -> list[Point]:
@@ -62,14 +64,14 @@ def points(folders: Iterable[Path]) -> list[Point]:
       raise ValueError(f"{folder} has no finished evaluation ({error})") from None
     for name, entry in summary.systems.items():
       match = _ROUND.fullmatch(name)
-      judged = next(iter(entry.quality.values()), {})
+      judge, judged = next(iter(entry.quality.items()), ("", {}))
       if (win_rate := judged.get("win_rate")) is None or not (match or name == "start"):
         continue
       figures = current(entry.responses)
       speed = tuple(or_nan(figures.get(key)) for key in MEASURES)
       policy, number = (match["policy"], int(match["number"])) if match else ("start", 0)
       standard_error = judged.get("win_rate_error") or 0.0  # few answers have none
-      by_name[name] = Point(policy, number, speed, win_rate, standard_error)
+      by_name[name] = Point(policy, number, speed, win_rate, standard_error, rate_name(judge))
   return list(by_name.values()) if any(p.number for p in by_name.values()) else []
 
 
@@ -115,7 +117,7 @@ def draw(judged: list[Point]) -> matplotlib.figure.Figure:
       axes.set_xlabel(f"{label} (times)")
       axes.spines[["top", "right"]].set_visible(False)
       axes.margins(0.12)
-    figure.axes[0].set_ylabel("win rate against the baseline, %")
+    figure.axes[0].set_ylabel(f"{judged[0].rate} against the baseline, %")
     figure.legend(
       *figure.axes[1].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8
     )

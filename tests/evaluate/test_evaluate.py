@@ -225,9 +225,7 @@ def test_the_summary_says_what_the_records_say(finished):
     assert heading in (workdir / "report.md").read_text()
   assert "win rate" not in (workdir / "report.md").read_text().replace("It is no win rate.", "")
   about = json.loads((workdir / "run.json").read_text())["systems"]
-  assert (
-    about["pasta"]["forms"] == "live, head, token, pred_10x"
-  )  # of config.language, in which it was trained
+  assert about["pasta"]["forms"] == "promise, topic, digits, pred_10x"
   assert "forms" not in about["baseline"]
 
 
@@ -272,7 +270,12 @@ def test_the_page_holds_everything_itself(finished):
   assert not page.open and page.count["svg"] >= 4 and page.count["table"] == 3
   assert page.outside == []
   assert "Why <b>?" not in text.replace("Why &lt;b&gt;?", "")
-  for name in ("speed_quality_local", "speedups", "speedups_by_category", "speedups_by_length"):
+  for name in (
+    "speed_quality_local",
+    "speedups",
+    "speedups_by_category",
+    "speedups_by_length",
+  ):
     assert (workdir / "figures" / f"{name}.svg").read_text().startswith("<?xml")
     assert (workdir / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -14,11 +14,12 @@ from pasta_jax.config import Config
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.files import FileJudge
 from pasta_jax.evaluate.metrics.length_control import read_difficulty, read_preferences
-from pasta_jax.evaluate.report import page, plots, separators, tables
+from pasta_jax.evaluate.report import page, paper, plots, separators, speed_quality, tables
 from pasta_jax.evaluate.report.write import write_report
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Promise, Text
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.preference import pareto_front
 from pasta_jax.preference.pareto_front import points
 from pasta_jax.train.metrics import MetricWriter, last_scalars
 from pasta_jax.utils.jsonl import append_row
@@ -208,6 +209,58 @@ def test_a_judge_that_decides_by_the_place_is_called_that(workdir: Path):
   assert (
     "DECIDES BY THE PLACE OF AN ANSWER: it takes the one shown first" in (workdir / "report.md").read_text()
   )
+
+
+def test_speed_and_quality_have_a_panel_for_each_measure():
+  """One for each speed that any system has; the paper's points and a front are drawn, and no two labels overlap."""
+  speeds = {"theoretical_parallelism": 1.5, "speedup_over_baseline": 1.8}
+  point = lambda k, rate, speeds: speed_quality.Point(
+    {m: s + 0.2 * k for m, s in speeds.items()}, {}, rate, (rate - 5, rate + 5)
+  )
+  points = {f"a_{k}": point(k, 48 - 2 * k, speeds) for k in range(3)} | {"other": point(0, 47, speeds)}
+  palette = plots.colours([*points, "baseline"])
+  draw = lambda points, **more: speed_quality.draw(
+    points, rate="win rate (r)", palette=palette, baseline="baseline",
+    **{"fronts": [{f"a_{k}": f"a {k}" for k in range(3)}], "with_paper": True, **more},
+  )  # fmt: skip
+  figure = draw(points)
+  assert [ax.get_xlabel() for ax in figure.axes] == [
+    "theoretical speedup (times)",
+    "theoretical parallelism (times)",
+  ]
+  assert figure.axes[0].get_ylabel() == "win rate (r) against baseline, %"
+  for ax, measure in zip(figure.axes, ("speedup_over_baseline", "theoretical_parallelism")):
+    texts = {t.get_text(): t for t in ax.texts}
+    assert texts.keys() == {"a 0", "a 1", "a 2", "other", "baseline", *(p.label for p in paper.POINTS)}
+    front = [line for line in ax.lines if len(line.get_xdata()) == 3]
+    assert [list(line.get_xdata()) for line in front] == [
+      [points[f"a_{k}"].speeds[measure] for k in range(3)]
+    ]
+    boxes = [t.get_window_extent() for t in texts.values()]
+    overlaps = sum(one.overlaps(other) for k, one in enumerate(boxes) for other in boxes[:k])
+    assert overlaps <= 1
+  timed = points | {"other": point(0, 47, speeds | {"realised_speedup": 1.1})}
+  assert len(draw(timed).axes) == 3
+  alone = draw(points, with_paper=False, fronts=[])
+  assert {t.get_text() for t in alone.axes[0].texts} == {*points, "baseline"} and not alone.axes[0].get_title(
+    loc="left"
+  )
+
+
+def test_calibration_shows_medians_by_declared_length():
+  lengths = {"a": [(10, 8), (10, 12), (10, 30), (40, 20)], "b": [(20, 20)]}
+  figure = plots.calibration(lengths, palette=plots.colours(["a", "b"]))
+  medians = [list(line.get_ydata()) for line in figure.axes[0].lines[:2]]
+  assert medians == [[12, 20], [20]]
+  assert [t.get_text().strip() for t in figure.axes[0].get_legend().get_texts()] == ["a", "b"]
+
+
+def test_the_local_judge_has_no_win_rate_on_the_front_of_stage_two(tmp_path: Path):
+  for judge, name in (("local", "check of form (likelihood)"), ("gpt", "win rate (gpt)")):
+    system = {"responses": {"theoretical_parallelism": 1.5}, "quality": {judge: {"win_rate": 40.0}}}
+    (tmp_path / "summary.json").write_text(json.dumps({"systems": {"start": system, "a_round1": system}}))
+    figure = pareto_front.draw(points([tmp_path]))
+    assert figure.axes[0].get_ylabel() == f"{name} against the baseline, %"
 
 
 def test_a_figure_of_thousands_of_groups_can_be_drawn():

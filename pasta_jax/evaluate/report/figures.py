@@ -1,8 +1,11 @@
 """Which plots a run gets, and with which figures."""
 
 from pasta_jax.evaluate.metrics.measures import geometric_mean, length_class, natural
-from pasta_jax.evaluate.report import plots
+from pasta_jax.evaluate.report import plots, speed_quality
+from pasta_jax.evaluate.report.readings import rate_name, reads
 from pasta_jax.evaluate.report.run_record import Run
+
+TIMED = ("realised_speedup", "realised_speedup_low", "realised_speedup_high")
 
 
 def speed_name(run: Run) -> str:
@@ -20,20 +23,25 @@ def speeds(run: Run, name: str) -> list[tuple[dict, float]]:
 
 def draw(run: Run, summary: dict) -> dict[str, plots.Figure]:
   """The run's plots by name."""
-  palette = plots.colours(run.systems)
+  palette, fronts = plots.colours(run.systems), _fronts(run)
   speed = speed_name(run)
   by_system = {n: pairs for n in run.systems if n != run.baseline and (pairs := speeds(run, n))}
   figures = {}
   for judge in run.judgements:
     if points := _speed_and_quality(run, summary, judge):
-      figures[f"speed_quality_{judge}"] = plots.pareto(
+      figures[f"speed_quality_{judge}"] = speed_quality.draw(
         points,
-        speed="realised speedup" if run.is_timed else "theoretical speedup",
-        judge=judge,
-        palette=palette,
+        rate=rate_name(judge),
+        palette=_of_fronts(palette, fronts),
+        fronts=[{n: label for n, label in front.items() if n in points} for front in fronts],
         baseline=run.baseline,
-        paper=run.is_timed,
+        with_paper=reads(
+          judge
+        ),  # the form that a likelihood checks is no quality to compare with the paper's
       )
+  lengths = {n: [p for r in rows for p in r["lengths"]] for n, rows in run.responses.items()}
+  if lengths := {n: pairs for n, pairs in lengths.items() if pairs}:
+    figures["calibration"] = plots.calibration(lengths, palette=palette)
   if by_system:
     figures["speedups"] = plots.distribution(
       {n: [s for _, s in pairs] for n, pairs in by_system.items()}, speed=speed, palette=palette
@@ -49,18 +57,30 @@ def draw(run: Run, summary: dict) -> dict[str, plots.Figure]:
   return figures
 
 
-def _speed_and_quality(
-  run: Run, summary: dict, judge: str
-) -> dict[str, tuple[float, float, tuple[float, float] | None]]:
-  """(speedup over the baseline, win rate, 95 % interval of the speedup) by system; {} if none has both.
+def _fronts(run: Run) -> list[dict[str, str]]:
+  """The systems that are settings of one system (`eval.vary`), in their order, each with its label."""
+  fronts: dict[str, dict[str, str]] = {}
+  for name in run.systems:
+    if (about := run.about.get(name)) and about.varied:
+      fronts.setdefault(about.varied, {})[name] = f"{about.varied} {about.value}"
+  return [*fronts.values()]
 
-  Realised speedups if there are timings, else theoretical ones: both count a shorter answer as faster.
-  """
-  part, key = ("timed", "realised_speedup") if run.is_timed else ("responses", "speedup_over_baseline")
+
+def _of_fronts(palette: dict[str, str], fronts: list[dict[str, str]]) -> dict[str, str]:
+  """The palette with one colour for all systems of a front."""
+  return palette | {name: palette[next(iter(front))] for front in fronts for name in front}
+
+
+def _speed_and_quality(run: Run, summary: dict, judge: str) -> dict[str, speed_quality.Point]:
+  """The point of each system that the judge compared with the baseline, and that has any speed."""
   points = {}
   for name, entry in summary["systems"].items():
-    figures, rates = entry.get(part, {}), entry["quality"].get(judge, {})
-    if key in figures and "win_rate" in rates:
-      interval = (figures[f"{key}_low"], figures[f"{key}_high"]) if f"{key}_low" in figures else None
-      points[name] = (figures[key], rates["win_rate"], interval)
-  return points | {run.baseline: (1.0, 50.0, None)} if points else {}
+    figures = entry.get("responses", {}) | {k: v for k, v in entry.get("timed", {}).items() if k in TIMED}
+    rates = entry["quality"].get(judge, {})
+    speeds = {m: figures[m] for m in speed_quality.MEASURES if m in figures}
+    if name == run.baseline or not speeds or not rates.get("judged"):
+      continue
+    between = lambda of, key: (of[f"{key}_low"], of[f"{key}_high"]) if f"{key}_low" in of else None
+    intervals = {m: interval for m in speeds if (interval := between(figures, m))}
+    points[name] = speed_quality.Point(speeds, intervals, rates["win_rate"], between(rates, "win_rate"))
+  return points

@@ -141,7 +141,7 @@ def _position(found: Mapping | None) -> list[str]:
     out.append(f"The other order changed the verdict of {_share(changed)} pairs read in both.")
   place = f"The answer shown first has a mean preference of {_percent(found['first_preference'])}"
   if first := found["first"]:
-    place += f", and wins {_share(first)} of the readings that tell"
+    place += f", and wins {_share(first)} of the pairs that tell"
   out.append(f"{place}.")
   if found["decides"]:
     out.append(

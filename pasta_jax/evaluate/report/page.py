@@ -17,7 +17,7 @@ from pasta_jax.decode.views.seen import SCRIPT
 from pasta_jax.decode.views.timeline import timeline_style, timeline_svg
 from pasta_jax.evaluate.report import judged
 from pasta_jax.evaluate.report.figures import speed_name
-from pasta_jax.evaluate.report.readings import FORM_CHECK, reads
+from pasta_jax.evaluate.report.readings import FORM_CHECK, rate_name, reads
 from pasta_jax.evaluate.report.run_record import Run
 from pasta_jax.evaluate.report.summary import Threshold
 from pasta_jax.evaluate.report.tables import about, group_tables, table
@@ -29,10 +29,15 @@ from pasta_jax.weights.checkpoint import load_checkpoint
 
 SHOWN = 3  # fastest prompts, and as many slowest ones, side by side with the baseline
 PLOT_TITLES = {
+  "calibration": "Declared and true lengths of chunks",
   "speedups": "How many prompts reach which speed",
   "speedups_by_category": "By category",
   "speedups_by_length": "By length of the answer",
 }
+
+
+def _plot_title(name: str) -> str:
+  return PLOT_TITLES.get(name) or f"Speed against quality: {rate_name(name.removeprefix('speed_quality_'))}"
 
 
 def _file(name: str) -> str:
@@ -184,7 +189,7 @@ def write_page(
   timelines = _timelines(run)
   met = "".join(map(_threshold_card, thresholds))
   plots = "".join(
-    f'<div class="card"><h3>{_html(PLOT_TITLES.get(n, "Speed against quality"))}</h3>{svg}</div>'
+    f'<div class="card{"" if n in PLOT_TITLES else " wide"}"><h3>{_html(_plot_title(n))}</h3>{svg}</div>'
     for n, svg in svgs.items()
   )
   extremes = "".join(
