@@ -119,7 +119,10 @@ def test_some_prompts_are_read_in_both_orders_and_twice(workdir):
   assert both["pasta"] | {"p0"} == both["fast"] | {"p0"} and len(both["pasta"]) == 10
   assert again["pasta"] | {"p0"} == again["fast"] | {"p0"} and len(again["pasta"]) == 5
   assert all(
-    r["repeated"] == r["preference"] for rows in found.values() for r in rows.values() if "repeated" in r
+    r["repeated"] == r["preference"] == r["orders"][r["first"]]
+    for rows in found.values()
+    for r in rows.values()
+    if "repeated" in r
   )
   assert judge(workdir, both=10, repeats=5) == found
   with pytest.raises(Waiting):

@@ -64,8 +64,8 @@ class LlmJudge:
     """Compares pairs (`on_judged(i, row)`) and names the defects of answers (`on_named(i, names)`), all at once.
 
     A row has `preference`, `orders` (the preference with the system's answer first, and second; None where it was
-    not asked), `repeated` (the first reading once more) and `readings`, their number. Equal texts count as even
-    without a call. A pair or an answer whose reply cannot be used gets no row, and is counted in a line on stderr.
+    not asked), `readings`, their number, and, where one was made once more, `repeated` and its place in `orders`,
+    `first`. Equal texts count as even without a call. A pair or an answer whose reply cannot be used gets no row, and is counted in a line on stderr.
     """
     work: list[tuple[Call, OnReply]] = []
     lost_pairs: dict[int, str] = {}
@@ -172,5 +172,7 @@ class _Readings:
     if not self._open and self._number not in self._lost:
       known = [p for p in self._orders if p is not None]
       row = {"preference": combined(known), "orders": self._orders, "readings": self._pair.readings}
-      self._on_judged(self._number, row | ({"repeated": self._repeated} if self._pair.repeated else {}))
+      if self._pair.repeated:
+        row |= {"repeated": self._repeated, "first": int(not self._pair.orders[0])}
+      self._on_judged(self._number, row)
     return cause
