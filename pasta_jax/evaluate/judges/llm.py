@@ -65,7 +65,8 @@ class LlmJudge:
 
     A row has `preference`, `orders` (the preference with the system's answer first, and second; None where it was
     not asked), `readings`, their number, and, where one was made once more, `repeated` and its place in `orders`,
-    `first`. Equal texts count as even without a call. A pair or an answer whose reply cannot be used gets no row, and is counted in a line on stderr.
+    `first`. Equal texts count as even without a call. A pair or an answer whose reply cannot be used gets no row, and
+    is counted in a line on stderr.
     """
     work: list[tuple[Call, OnReply]] = []
     lost_pairs: dict[int, str] = {}
