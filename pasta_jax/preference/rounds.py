@@ -194,6 +194,7 @@ def _round(job: _Job, policy: Policy, number: int) -> None:
   agree(folder, folder / "settings.json", job.settings(policy, number), shared=bool(c.share))
   baseline = rollout.baseline_answers(config, job.requests, job.workdir / "baseline.jsonl")
   judged: list[_Judged] = []
+  waiting = []
   for weight in policy.weights:
     samples_folder, speed = job.samples(policy, number, weight)
     samples = rollout.draw_samples(
@@ -209,16 +210,22 @@ def _round(job: _Job, policy: Policy, number: int) -> None:
         job, samples_folder / "audit.json", before, number, [s for rows in samples.values() for s in rows]
       )
     if set(job.stages) & {"judge", "train"}:
-      quality = judge_samples(
-        job.judge,
-        samples,
-        baseline,
-        job.references,
-        samples_folder / "judgements" / job.judge.name,
-        quality=c.quality,
-        how=config.judge,
-      )
-      judged.append(_Judged(weight, samples, quality))
+      folder_of_judge = samples_folder / "judgements" / job.judge.name
+      try:
+        quality = judge_samples(
+          job.judge,
+          samples,
+          baseline,
+          job.references,
+          folder_of_judge,
+          quality=c.quality,
+          how=config.judge,
+        )
+        judged.append(_Judged(weight, samples, quality))
+      except Waiting as stop:  # the samples of other speeds can be drawn
+        waiting.append(str(stop))
+  if waiting:
+    raise Waiting("; ".join(dict.fromkeys(waiting)))
   if "train" in job.stages:
     _train(job, policy, number, baseline, judged)
 

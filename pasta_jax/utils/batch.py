@@ -6,8 +6,8 @@
     FOLDER/calls.jsonl        the answers that were read (`answers`)
     FOLDER/unanswered.jsonl   requests of a batch that came back without a readable answer
 
-A batch that came back in part is not waited for: the run goes on without the rest, and says so. Answers that are
-added to answers.jsonl later are used by the next run.
+A batch that came back in part is not waited for: what has no readable answer is given up for good, unless its answer
+is added to answers.jsonl later. A call is asked in one batch, and what waits stays in requests.jsonl.
 """
 
 import collections
@@ -42,8 +42,7 @@ class BatchCaller:
   def map(self, calls: Sequence[Call], on_answer: Callable[[int, dict], None]) -> None:
     """Calls `on_answer(i, answer)` for each call; `protocols.no_answer()` if its batch came back without one.
 
-    Raises Waiting if there are calls that no answered batch contained: they, and those that an earlier batch left
-    unanswered, have been written to requests.jsonl.
+    Raises Waiting if there are calls that no batch contained that came back: they are in requests.jsonl.
     """
     todo: dict[str, Call] = {}
     asking: dict[str, list[int]] = {}
@@ -53,57 +52,58 @@ class BatchCaller:
       if key not in self._answers.by_key:
         todo[key] = call
     if todo:
-      batch = _keys(self._folder / REQUESTS)
-      self._read(batch | todo.keys())
-      todo = {key: call for key, call in todo.items() if key not in self._answers.by_key}
-      came_back = any(key in self._answers.by_key for key in batch)
-      if not came_back or any(key not in batch for key in todo):
-        self._ask(todo)
-      self._give_up(todo)
+      todo = self._read(todo)
+    if todo:
+      count = sum(len(asking[key]) for key in todo)
+      line = (
+        f"{count:,} calls have no readable answer and are given up: they are in {self._folder / UNANSWERED}; add "
+        f"their answers to {ANSWERS} and run the same command again to use them"
+      )
+      print(one_line(line, len(line)), file=sys.stderr)
     for key, indices in asking.items():
       for i in indices:
         on_answer(i, self._answers.by_key.get(key) or protocols.no_answer())
 
-  def _ask(self, todo: dict[str, Call]) -> None:
-    if not todo:
-      return
-    path = self._folder / REQUESTS
-    write_atomic(path, self._lines(todo))
-    raise Waiting(
-      f"{len(todo):,} requests to {self._endpoint.model} wait in {path}: have them answered, put the answers into "
-      f"{path.with_name(ANSWERS)}, and run the same command again"
-    )
+  def _read(self, todo: dict[str, Call]) -> dict[str, Call]:
+    """Reads what came back; returns the calls that are given up. Raises Waiting for those that were not asked yet."""
+    batch, given_up = _rows(self._folder / REQUESTS), _rows(self._folder / UNANSWERED)
+    failed = self._read_answers({*todo, *batch, *given_up})
+    if any(key in self._answers.by_key or key in failed for key in batch):  # it came back
+      given_up, batch = given_up | batch, {}
+    given_up = {key: row for key, row in given_up.items() if key not in self._answers.by_key}
+    _write(self._folder / UNANSWERED, given_up)
+    todo = {key: call for key, call in todo.items() if key not in self._answers.by_key}
+    if new := {key: self._request(key, call) for key, call in todo.items() if key not in given_up}:
+      path = self._folder / REQUESTS
+      _write(path, batch | new)
+      raise Waiting(
+        f"{len(batch | new):,} requests to {self._endpoint.model} wait in {path}: have them answered, put the answers "
+        f"into {path.with_name(ANSWERS)}, and run the same command again"
+      )
+    return todo
 
-  def _give_up(self, lost: dict[str, Call]) -> None:
-    path = self._folder / UNANSWERED
-    if not lost:
-      path.unlink(missing_ok=True)
-      return
-    write_atomic(path, self._lines(lost))
-    line = (
-      f"{len(lost):,} requests came back without a readable answer and are given up: they are in {path}; add their "
-      f"answers to {ANSWERS} and run the same command again to use them"
-    )
-    print(one_line(line, len(line)), file=sys.stderr)
+  def _request(self, key: str, call: Call) -> dict:
+    return {
+      "custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": self._endpoint.body(call),
+    }  # fmt: skip
 
-  def _lines(self, calls: dict[str, Call]) -> str:
-    """Requests in the order of their keys, which are hashes."""
-    rows = (
-      {"custom_id": k, "method": "POST", "url": "/v1/chat/completions", "body": self._endpoint.body(calls[k])}
-      for k in sorted(calls)
-    )
-    return "".join(to_json(row) + "\n" for row in rows)
-
-  def _read(self, expected: set[str]) -> None:
-    """Stores the answers of answers.jsonl to the requests `expected`; says on stderr what could not be read."""
+  def _read_answers(self, expected: set[str]) -> set[str]:
+    """Stores the answers of answers.jsonl to the requests `expected`; says on stderr what could not be read, and
+    returns the requests that came back without an answer."""
     path = self._folder / ANSWERS
     faults: collections.Counter[str] = collections.Counter()
     seen: set[str] = set()
+    failed: set[str] = set()
+    words = ""  # of the first error
     for line in _lines_of(path):
       try:
         key, answer = read_line(line)
-      except Malformed as fault:
+      except Unreadable as fault:
+        if fault.key in self._answers.by_key:
+          continue
         faults[str(fault)] += 1
+        failed.add(fault.key)
+        words = words or fault.words
         continue
       if key in seen:
         faults["a second answer to the same request"] += 1
@@ -117,18 +117,30 @@ class BatchCaller:
       seen.add(key)
     if faults:
       listed = ", ".join(f"{fault} {n:,}" for fault, n in faults.items())
+      listed += f"; the first error: {one_line(words)}" if words else ""
       print(one_line(f"{path}: lines that are not used: {listed}", 1000), file=sys.stderr)
+    return failed
 
 
-def _keys(path: Path) -> set[str]:
-  """The custom_id of each request in a file; none if there is no file."""
-  found = set()
+def _rows(path: Path) -> dict[str, dict]:
+  """The requests of a file by custom_id, without lines that somebody damaged; none if there is no file."""
+  found = {}
   for line in _lines_of(path):
     try:
-      found.add(_key_of(parse_json(line)))
-    except ValueError:  # a line that somebody changed
+      row = parse_json(line)
+    except ValueError:
       continue
+    if key := _key_of(row):
+      found[key] = row
   return found
+
+
+def _write(path: Path, rows: dict[str, dict]) -> None:
+  """Writes requests in the order of their keys, which are hashes; no file for none."""
+  if rows:
+    write_atomic(path, "".join(to_json(rows[key]) + "\n" for key in sorted(rows)))
+  else:
+    path.unlink(missing_ok=True)
 
 
 def _lines_of(path: Path) -> list[str]:
@@ -138,13 +150,22 @@ def _lines_of(path: Path) -> list[str]:
   return [line for line in text.split("\n") if line.strip()]
 
 
+class Unreadable(Malformed):
+  """A line without an answer: the message is one of a few causes, to be counted."""
+
+  def __init__(self, cause: str, key: str = "", words: str = ""):
+    super().__init__(cause)
+    self.key, self.words = key, words  # "" if unknown; the words of an error
+
+
 def read_line(line: str) -> tuple[str, dict]:
-  """(custom_id, answer) of a line of answers. Raises Malformed with one of a few causes, to be counted."""
+  """(custom_id, answer) of a line of answers. Raises Unreadable."""
   try:
     row = parse_json(line)
   except ValueError:
-    raise Malformed("no JSON") from None
-  key = _key_of(row)
+    raise Unreadable("no JSON") from None
+  if not (key := _key_of(row)):
+    raise Unreadable("no custom_id")
   if isinstance(row.get("text"), str):
     return key, {"text": protocols.without_thoughts(row["text"]), "log_p": {}, "tokens": []}
   response = row.get("response")
@@ -157,16 +178,14 @@ def read_line(line: str) -> tuple[str, dict]:
   if fault := protocols.fault_in(body, status):
     if fault.is_of_content:
       return key, protocols.refusal(one_line(str(fault), 300))
-    raise Malformed("an error")
+    raise Unreadable("an error", key, str(fault))
   try:
     return key, protocols.read_answer("openai" if "choices" in body else "gemini", body)
   except Malformed:
-    raise Malformed("no answer in it") from None
+    raise Unreadable("no answer in it", key) from None
 
 
 def _key_of(row: Any) -> str:
-  """The identity of a request or an answer; Gemini calls it key. Raises Malformed."""
+  """The identity of a request or an answer; Gemini calls it key. "" if it has none."""
   key = row.get("custom_id", row.get("key")) if isinstance(row, dict) else None
-  if not isinstance(key, str):
-    raise Malformed("no custom_id")
-  return key
+  return key if isinstance(key, str) else ""

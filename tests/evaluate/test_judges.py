@@ -250,7 +250,9 @@ def test_lists_of_defects_are_read_strictly(said, names):
   [
     ('{"1": 1, "2": 10}', [0, 1]), ('Here:\n```json\n{"2": 10.0, "1": 5.5}\n```', [0.5, 1]), ("1: 10\n2: 1", [1, 0]),
     ('{"1": 1}', None), ('{"1": 1, "2": 11}', None), ('{"1": true, "2": 3}', None), ("1: 3", None), ("", None),
-    ('{"1": "7", "2": 3}', None), ("{1: 7, 2: 4}", [2 / 3, 1 / 3]), ('{"1": NaN, "2": 3}', None),
+    ('{"1": "7", "2": 4}', [2 / 3, 1 / 3]),
+    ("1: 07, 2: 4", [2 / 3, 1 / 3]), ("I read it at 10:05", None),
+    ("{1: 7, 2: 4}", [2 / 3, 1 / 3]), ('{"1": NaN, "2": 3}', None),
   ],
 )  # fmt: skip
 def test_grades_are_read_strictly(said, grades):

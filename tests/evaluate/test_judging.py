@@ -157,7 +157,7 @@ def test_what_could_not_be_read_is_counted_and_the_rest_goes_on(workdir, capsys)
   lost = sum(shown(r)[0] == 2 for r in rows[:70])
   assert sum(map(len, found.values())) == 80 - 9 - lost and lost < unread + 1
   said = capsys.readouterr().err
-  assert "9 requests came back without a readable answer" in said
+  assert "9 calls have no readable answer" in said
   assert f"a-reader: {lost + 9} of 79 pairs got no judgement (" in said
   assert f"no letter {lost}" in said and "no answer 9" in said
 
@@ -183,3 +183,37 @@ def test_a_run_that_is_killed_while_it_judges_goes_on(workdir, at, monkeypatch):
   found = judge(workdir)
   assert all(len(rows) == 40 for rows in found.values())
   assert sum(r["preference"] for r in found["pasta"].values()) == 14
+
+
+def test_readings_that_are_added_later_are_made_and_none_is_lost(workdir):
+  """Which ones a pair has counts, not how many."""
+  for changes, sizes in (
+    ({"orders": "one", "repeats": 6}, (79 + 11, 79 + 12)),  # one of two pairs of a prompt may need no reader
+    ({"orders": "both"}, (79,)),
+    ({"orders": "one", "repeats": 12}, (11, 12)),
+  ):
+    with pytest.raises(Waiting):
+      judge(workdir, **changes)
+    assert len(reply(workdir)) in sizes, changes
+    found = judge(workdir, **changes)
+  rows = [r for of in found.values() for r in of.values() if r["orders"]]
+  assert all(None not in r["orders"] for r in rows) and sum("repeated" in r for r in rows) in (23, 24)
+
+
+def test_a_repeated_reading_that_comes_late_is_used(workdir):
+  with pytest.raises(Waiting):
+    judge(workdir, repeats=6)
+  folder = workdir / "judgements" / "a-reader"
+  reply(workdir)
+  every = (folder / "answers.jsonl").read_text().splitlines()
+  bodies = collections.Counter(json.dumps(r["body"]) for r in lines(folder / "requests.jsonl"))
+  twice = [n for n, r in enumerate(lines(folder / "requests.jsonl")) if bodies[json.dumps(r["body"])] == 2]
+  assert len(twice) in (22, 24)
+  (folder / "answers.jsonl").write_text(
+    "\n".join(line for n, line in enumerate(every) if n not in twice[1::2])
+  )
+  first = judge(workdir, repeats=6)
+  (folder / "answers.jsonl").write_text("\n".join(every))
+  found = judge(workdir, repeats=6)
+  have = lambda of: sum(r.get("repeated") is not None for rows in of.values() for r in rows.values())
+  assert have(first) < have(found) == len(twice) // 2

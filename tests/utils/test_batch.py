@@ -113,7 +113,8 @@ def test_a_provider_that_drops_repeats_and_garbles(tmp_path, capsys):
   said = capsys.readouterr().err
   for part in ("an error 2", "no JSON 2", "no custom_id 2", "no answer in it 1",
                "a second answer to the same request 1", "an answer to another request 1",
-               "7 requests came back without a readable answer"):  # fmt: skip
+               "the first error: status 500: busy",
+               "7 calls have no readable answer and are given up"):  # fmt: skip
     assert part in said, part
   rows = [json.loads(line) for line in (tmp_path / "unanswered.jsonl").read_text().splitlines()]
   assert {r["custom_id"] for r in rows} == {key_of[str(i)] for i in lost}
@@ -125,17 +126,64 @@ def test_a_provider_that_drops_repeats_and_garbles(tmp_path, capsys):
   assert not (tmp_path / "unanswered.jsonl").exists()
 
 
-def test_new_calls_make_a_new_batch_with_what_is_left_of_the_old_one(tmp_path):
+def test_what_was_given_up_is_not_waited_for_again(tmp_path):
+  """New calls make a batch of their own; while it waits, nothing is taken out of it; late answers are used."""
   with pytest.raises(Waiting):
     answered(tmp_path, range(4))
-  keys = requests(tmp_path)
-  write(tmp_path, [plain(key, text) for key, text in keys.items() if text != "2"])
+  write(tmp_path, [plain(key, text) for key, text in requests(tmp_path).items() if text != "2"])
+  assert answered(tmp_path, range(4))[2]["missing"]
+  for _ in range(3):
+    assert answered(tmp_path, range(4))[2]["missing"], "while another stage waits"
+    with pytest.raises(Waiting, match="2 requests"):
+      answered(tmp_path, [*range(4), 8, 9])
+    asked = requests(tmp_path)
+    assert sorted(asked.values()) == ["8", "9"]
+  [lost] = [json.loads(line) for line in (tmp_path / "unanswered.jsonl").read_text().splitlines()]
+  write(tmp_path, [plain(lost["custom_id"], "late")])
   with pytest.raises(Waiting, match="2 requests"):
-    answered(tmp_path, [*range(4), 9])
-  asked = requests(tmp_path)
-  assert sorted(asked.values()) == ["2", "9"]
+    answered(tmp_path, [*range(4), 8, 9])
   write(tmp_path, [plain(key, text) for key, text in asked.items()])
-  assert {i: a["text"] for i, a in answered(tmp_path, [*range(4), 9]).items()} == dict(enumerate("01239"))
+  found = answered(tmp_path, [*range(4), 8, 9])
+  assert [found[i]["text"] for i in range(6)] == ["0", "1", "late", "3", "8", "9"]
+
+
+@pytest.mark.parametrize("never", [[], ["b1"], ["a0", "a1", "b0", "c1"]])
+def test_stages_reach_their_end_whatever_is_lost(tmp_path, never):
+  """As annotation has them: each run makes the calls of every stage again, and stops at the first that waits."""
+  stages = [["a0", "a1", "a2"], ["b0", "b1"], ["c0", "c1"]]
+  waits = 0
+  while waits < 9:
+    try:
+      found = [answered(tmp_path, stage) for stage in stages]
+      break
+    except Waiting:
+      waits += 1
+      asked = requests(tmp_path)
+      rows = [
+        openai(k, t) if t not in never else {"custom_id": k, "error": {"message": "busy"}}
+        for k, t in asked.items()
+      ]
+      write(tmp_path, rows)
+  assert waits == 3
+  texts = [a.get("text") for of in found for _, a in sorted(of.items())]
+  assert texts == ["" if t in never else t for stage in stages for t in stage]
+
+
+def test_a_batch_whose_every_request_failed_is_not_asked_for_ever(tmp_path):
+  with pytest.raises(Waiting):
+    answered(tmp_path, "a")
+  write(tmp_path, [{"custom_id": key, "error": {"message": "no such model"}} for key in requests(tmp_path)])
+  assert answered(tmp_path, "a")[0]["missing"]
+
+
+def test_runs_that_share_a_folder_wait_side_by_side(tmp_path):
+  for text in "ab":
+    with pytest.raises(Waiting):
+      answered(tmp_path, text)
+  asked = requests(tmp_path)
+  assert sorted(asked.values()) == ["a", "b"]
+  write(tmp_path, [plain(key, text) for key, text in asked.items()])
+  assert answered(tmp_path, "ba")[0]["text"] == "b"
 
 
 def test_nothing_but_the_question_is_in_a_request(tmp_path):

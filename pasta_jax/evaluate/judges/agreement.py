@@ -24,6 +24,7 @@ from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.judge import Answer, Pair
 from pasta_jax.evaluate.judges.judging import judge_pairs, with_places
 from pasta_jax.evaluate.judges.registry import judges_of
+from pasta_jax.evaluate.metrics.wins import verdict
 from pasta_jax.utils.batch import WAITING, Waiting
 from pasta_jax.utils.files import write_json_atomic
 from pasta_jax.utils.jsonl import present, read_jsonl
@@ -103,7 +104,7 @@ def _figures(pairs: list[Pair], judgements: list[dict]) -> dict[str, float]:
     "on_shorter": agreement(shorter)[0] if shorter else math.nan,
   }
   if in_both:
-    out["changed"] = 100 * float(np.mean([(a - 0.5) * (b - 0.5) < 0 for a, b in in_both]))
+    out["changed"] = 100 * float(np.mean([verdict(a) != verdict(b) for a, b in in_both]))
   return out
 
 

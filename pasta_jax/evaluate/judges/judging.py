@@ -95,28 +95,47 @@ def judge_pairs(
 ) -> list[dict[str, dict]]:
   """Judgements by id of each group, of the pairs that could be judged.
 
-  Each group's are kept in its file; a pair is judged again only where one of its texts has changed, or more
-  readings are wanted than were made. `answers`, by file and id, get the names of their defects. What the judge
-  must keep lies in `folder`.
+  Each group's are kept in its file; a pair is judged again only where one of its texts has changed, or a reading is
+  wanted that was not made; those that were made are kept. `answers`, by file and id, get the names of their defects.
+  What the judge must keep lies in `folder`.
   """
   records = {path: Records(path, judge.settings) for path in groups}
 
-  def is_judged(path: Path, p: Pair) -> bool:
-    row = records[path].rows.get(p.id, {})
-    return row.get("texts") == p.digest() and row.get("readings", p.readings) >= p.readings
+  def row_of(path: Path, p: Pair) -> dict | None:
+    row = records[path].rows.get(p.id)
+    return row if row and row.get("texts") == p.digest() else None
 
-  todo = [(path, p) for path, pairs in groups.items() for p in pairs if not is_judged(path, p)]
+  todo = []
+  for path, pairs in groups.items():
+    for p in pairs:
+      if (row := row_of(path, p)) is None:
+        todo.append((path, p))
+      elif row.get("orders") and not _has_readings(row, p):
+        todo.append((path, _with_readings(row, p)))
 
   def on_judged(i: int, row: dict) -> None:
     path, p = todo[i]
     records[path].add({"id": p.id, "texts": p.digest(), **row})
 
-  pairs = [p for _, p in todo]
+  wanted = [p for _, p in todo]
   if answers and isinstance(judge, Reader):
-    _read_all(judge, pairs, answers, folder, on_judged)
-  elif pairs:
-    judge.compare(pairs, folder, on_judged)
-  return [{p.id: records[path].rows[p.id] for p in of if is_judged(path, p)} for path, of in groups.items()]
+    _read_all(judge, wanted, answers, folder, on_judged)
+  elif wanted:
+    judge.compare(wanted, folder, on_judged)
+  found = [{p.id: row_of(path, p) for p in of} for path, of in groups.items()]
+  return [{i: row for i, row in rows.items() if row is not None} for rows in found]
+
+
+def _has_readings(row: dict, p: Pair) -> bool:
+  """Whether a judgement has all readings that are wanted of a pair."""
+  orders = all(row["orders"][not first] is not None for first in p.orders)
+  return orders and (not p.repeated or row.get("repeated") is not None)
+
+
+def _with_readings(row: dict, p: Pair) -> Pair:
+  """The pair with the readings of an earlier judgement too, which cost nothing again."""
+  more = tuple(f for f in (True, False) if f not in p.orders and row["orders"][not f] is not None)
+  return dataclasses.replace(p, orders=p.orders + more, repeated=p.repeated or "repeated" in row)
 
 
 def _read_all(

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from pasta_jax.evaluate.judges import questions
 from pasta_jax.evaluate.judges.judge import Answer, AnswerList, Pair, say_lost
+from pasta_jax.evaluate.metrics.wins import verdict
 from pasta_jax.utils.callers import caller_of
 from pasta_jax.utils.endpoint import Endpoint
 from pasta_jax.utils.locks import locked
@@ -23,9 +24,8 @@ OnReply = Callable[[dict], str]  # takes a reply; returns why it could not be us
 
 
 def combined(orders: Sequence[float]) -> float:
-  """The preference of a pair from its reading in one order or both: the mean, one half if they contradict each
-  other."""
-  if len(orders) == 2 and (orders[0] - 0.5) * (orders[1] - 0.5) < 0:
+  """The preference of a pair from its reading in one order or both: the mean, one half if the verdict changed."""
+  if len(set(map(verdict, orders))) > 1:
     return 0.5
   return sum(orders) / len(orders)
 
@@ -64,16 +64,16 @@ class LlmJudge:
     """Compares pairs (`on_judged(i, row)`) and names the defects of answers (`on_named(i, names)`), all at once.
 
     A row has `preference`, `orders` (the preference with the system's answer first, and second; None where it was
-    not asked), `readings`, their number, and, where one was made once more, `repeated` and its place in `orders`,
-    `first`. Equal texts count as even without a call. A pair or an answer whose reply cannot be used gets no row, and
-    is counted in a line on stderr.
+    not asked), and, where one reading was made once more, `repeated` and its place in `orders`, `first`. Equal texts
+    count as even without a call. A pair or an answer whose reply cannot be used gets no row, and is counted in a line
+    on stderr.
     """
     work: list[tuple[Call, OnReply]] = []
     lost_pairs: dict[int, str] = {}
     lost_answers: dict[int, str] = {}
     for i, pair in enumerate(pairs):
       if pair.system.text.strip() == pair.baseline.text.strip():
-        on_judged(i, {"preference": 0.5, "orders": [], "readings": pair.readings})
+        on_judged(i, {"preference": 0.5, "orders": []})
         continue
       work += _Readings(i, pair, on_judged, lost_pairs).work()
     for i, answer in enumerate(answers):
@@ -172,7 +172,7 @@ class _Readings:
     self._open -= 1
     if not self._open and self._number not in self._lost:
       known = [p for p in self._orders if p is not None]
-      row = {"preference": combined(known), "orders": self._orders, "readings": self._pair.readings}
+      row = {"preference": combined(known), "orders": self._orders}
       if self._pair.repeated:
         row |= {"repeated": self._repeated, "first": int(not self._pair.orders[0])}
       self._on_judged(self._number, row)

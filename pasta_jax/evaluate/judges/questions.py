@@ -4,10 +4,10 @@ which defects an answer has, which grade each of several answers deserves.
 Questions are blind: they have the request and the answers, and nothing about who wrote them.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from pasta_jax.evaluate.judges.judge import Answer
 from pasta_jax.utils.json_io import parse_json
@@ -98,15 +98,17 @@ def read_grades(text: str, count: int) -> list[float] | None:
   except ValueError:
     found = {}
   if not found:  # "1: 7" on lines of their own, or separated by commas
-    found = {
-      k: json.loads(v) for k, v in re.findall(r"(?<![\d.])(\d{1,3})\s*[:=]\s*(\d{1,2}(?:\.\d+)?)\b", text)
-    }
-  grades = [found.get(str(n)) for n in range(1, count + 1)]
-  if not all(
-    isinstance(g, int | float) and not isinstance(g, bool) and LOWEST <= g <= HIGHEST for g in grades
-  ):
-    return None
-  return [(g - LOWEST) / (HIGHEST - LOWEST) for g in grades]  # type: ignore[operator]
+    found = dict(re.findall(r"(?<![\d.])(\d{1,3})\s*[:=]\s*(\d{1,2}(?:\.\d+)?)\b", text))
+  grades = [_grade(found.get(str(n))) for n in range(1, count + 1)]
+  return None if any(map(math.isnan, grades)) else [(g - LOWEST) / (HIGHEST - LOWEST) for g in grades]
+
+
+def _grade(value: Any) -> float:
+  """A grade as a number, which a reply may have as text; NaN for what is none."""
+  if isinstance(value, str) and re.fullmatch(r"\d{1,2}(\.\d+)?", value):
+    value = float(value)
+  good = isinstance(value, int | float) and not isinstance(value, bool) and LOWEST <= value <= HIGHEST
+  return float(value) if good else math.nan
 
 
 def _messages(answers: Sequence[Answer], names: Sequence[str], question: str) -> list[dict[str, str]]:

@@ -113,13 +113,16 @@ def cut_by_text(rows: Mapping[str, Sequence[dict]]) -> tuple[int, dict[str, floa
   """(a limit in tokens of text, the share of each system's answers that it would cut off).
 
   Decoding limits all tokens, and tags count: systems with tags are cut off at less text. Here the limit is the text
-  of the shortest answer that was cut off, the largest limit for which every answer tells whether it passes it. (0, {})
-  if no answer was cut off.
+  of the shortest answer that was cut off, the largest limit for which every answer tells whether it passes it: one
+  that was cut off early, in tags without end, lowers it for all. (0, {}) if no answer was cut off.
   """
   was_cut = lambda r: r["finish_reason"] != "stop"
-  limit = min((r["text_tokens"] for of in rows.values() for r in of if was_cut(r)), default=0)
+  cut = [r["text_tokens"] for of in rows.values() for r in of if was_cut(r)]
+  if not cut:
+    return 0, {}
+  limit = min(cut)
   passes = lambda r: r["text_tokens"] > limit or was_cut(r)
-  return limit, {n: sum(map(passes, of)) / max(len(of), 1) for n, of in rows.items()} if limit else {}
+  return limit, {n: sum(map(passes, of)) / max(len(of), 1) for n, of in rows.items()}
 
 
 LENGTHS = (100, 200, 350)  # bounds between classes of answers, in text tokens

@@ -33,7 +33,7 @@ def draw(run: Run, summary: dict) -> dict[str, plots.Figure]:
         points,
         rate=rate_name(judge),
         palette=_of_fronts(palette, fronts),
-        fronts=[{n: label for n, label in front.items() if n in points} for front in fronts],
+        fronts=[f for front in fronts if (f := {n: label for n, label in front.items() if n in points})],
         baseline=run.baseline,
         with_paper=reads(
           judge
