@@ -12,8 +12,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from pasta_jax.config import ALIASES, Config, from_flags, user_path, with_changes
-from pasta_jax.utils.batch import WAITING, Waiting
 from pasta_jax.utils.text import one_line
+from pasta_jax.utils.waiting import WAITING, Waiting
 
 RESTART = 75  # exit code of a training that SIGTERM stopped: launchers start the same command again
 MISSED = 3  # exit code of a pilot that missed its thresholds

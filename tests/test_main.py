@@ -18,8 +18,8 @@ from pasta_jax.decode import command
 from pasta_jax.decode.generator import DecodeError, Model
 from pasta_jax.lang.positions import ORACLES, STRATEGIES
 from pasta_jax.preference.policies import policies
-from pasta_jax.utils.batch import Waiting
 from pasta_jax.utils.jsonl import DataError
+from pasta_jax.utils.waiting import Waiting
 from pasta_jax.weights.adapter import AdapterError
 
 ROOT = Path(__file__).parent.parent

@@ -9,17 +9,14 @@ ratio       the paper's: confidence of wins over confidence of losses (`win_loss
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from pasta_jax.evaluate.judges import questions
-from pasta_jax.evaluate.judges.judge import Answer, AnswerList, Judge, Pair, Reader
+from pasta_jax.evaluate.judges.judge import Answer, Judge, Pair, Reader, digest
 from pasta_jax.evaluate.judges.judging import judge_pairs, shuffled, with_places
 from pasta_jax.utils.records import Records
 
@@ -51,9 +48,8 @@ def judge_samples(
   Judgements are kept in `folder`. `baseline` are rows by prompt, `references` the data set's own responses, `how`
   is `config.judge`.
   """
-  check_quality(quality, judge, references)
   if quality == "grade":
-    assert isinstance(judge, Reader)
+    assert isinstance(judge, Reader), "check_quality"
     return _grades(judge, samples, baseline, references, folder, how.seed)
   pairs = [Pair(s["id"], _answer(s), _answer(baseline[of]), "samples") for of, s in _each(samples)]
   if quality == "preference":
@@ -121,10 +117,9 @@ def _grades(
   asked = [(of, 0) for of in texts] + [(of, 1) for of in twice]
   lists: dict[str, tuple[str, ...]] = {}  # by the list's id: its texts in the order shown, each once
   for of, again in asked:
-    lists[f"{of}#{again}"] = _shown_order([*dict.fromkeys(texts[of])], seed, of, again)
+    lists[f"{of}#{again}"] = tuple(shuffled({*texts[of]}, f"{seed}/{of}/{again}"))
   of_list = {f"{of}#{again}": of for of, again in asked}
   records = Records(folder / "grades.jsonl", judge.settings_of(questions.GRADES_PROMPT))
-  digest = lambda shown: hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
   is_graded = lambda i: records.rows.get(i, {}).get("texts") == digest(lists[i])
   todo = [i for i in lists if not is_graded(i)]
 
@@ -133,9 +128,7 @@ def _grades(
 
   said = lambda i: _conversation(samples[of_list[i]][0])
   if todo:
-    judge.grade(
-      [AnswerList(tuple(Answer(said(i), text) for text in lists[i])) for i in todo], folder, on_graded
-    )
+    judge.grade([[Answer(said(i), text) for text in lists[i]] for i in todo], folder, on_graded)
   graded: dict[str, list[dict[str, float]]] = {}  # by prompt: the grade of each text, of one list or two
   for i, shown in lists.items():
     if is_graded(i):
@@ -160,6 +153,8 @@ def noise(twice: Sequence[tuple[dict[str, float], dict[str, float]]]) -> dict[st
   """
   if not twice:
     return {}
+  from scipy import stats  # here: it takes most of a second to load
+
   difference, best, correlation = [], [], []
   for first, second in twice:
     a, b = np.array([*first.values()]), np.array([second[text] for text in first])
@@ -179,12 +174,6 @@ def _mean(values: Iterable[float]) -> float:
   """NaN of none."""
   found = [*values]
   return float(np.mean(found)) if found else math.nan
-
-
-def _shown_order(texts: Sequence[str], seed: int, of: str, again: int) -> tuple[str, ...]:
-  key = hashlib.sha256(f"{seed}/{of}/{again}".encode()).digest()
-  rng = np.random.default_rng(np.frombuffer(key, np.uint32))
-  return tuple(texts[k] for k in rng.permutation(len(texts)))
 
 
 def _each(samples: Samples) -> list[tuple[str, dict]]:

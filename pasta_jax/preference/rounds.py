@@ -40,12 +40,12 @@ from pasta_jax.preference.score import StepCost
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.preference import train_on_pairs
 from pasta_jax.train.trainer import training_mesh
-from pasta_jax.utils.batch import Waiting
 from pasta_jax.utils.files import write_atomic, write_json_atomic
 from pasta_jax.utils.json_io import read_json
 from pasta_jax.utils.locks import LOCK, locked
 from pasta_jax.utils.records import agree
 from pasta_jax.utils.typed import checked
+from pasta_jax.utils.waiting import Together
 from pasta_jax.weights.adapter import has_tags, read_metadata
 from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
 
@@ -163,15 +163,12 @@ def _lock_name(share: str) -> str:
 def _rounds(job: _Job) -> None:
   config = job.config
   for number in range(1, config.preference.rounds + 1):
-    waiting = []
+    together = Together()
     for policy in job.policies:
       if job.is_done(policy, number - 1):
-        try:
+        with together.part():
           _round(job, policy, number)
-        except Waiting as stop:  # the others can go on
-          waiting.append(str(stop))
-    if waiting:
-      raise Waiting("; ".join(dict.fromkeys(waiting)))
+    together.end()
     untrained = [p.name for p in job.policies if not job.is_done(p, number)]
     if untrained:
       print(f"round {number} of {', '.join(untrained)} is not trained yet (--config.preference.stages=train)")
@@ -194,7 +191,7 @@ def _round(job: _Job, policy: Policy, number: int) -> None:
   agree(folder, folder / "settings.json", job.settings(policy, number), shared=bool(c.share))
   baseline = rollout.baseline_answers(config, job.requests, job.workdir / "baseline.jsonl")
   judged: list[_Judged] = []
-  waiting = []
+  together = Together()
   for weight in policy.weights:
     samples_folder, speed = job.samples(policy, number, weight)
     samples = rollout.draw_samples(
@@ -210,22 +207,18 @@ def _round(job: _Job, policy: Policy, number: int) -> None:
         job, samples_folder / "audit.json", before, number, [s for rows in samples.values() for s in rows]
       )
     if set(job.stages) & {"judge", "train"}:
-      folder_of_judge = samples_folder / "judgements" / job.judge.name
-      try:
+      with together.part():  # the samples of other speeds can be drawn meanwhile
         quality = judge_samples(
           job.judge,
           samples,
           baseline,
           job.references,
-          folder_of_judge,
+          samples_folder / "judgements" / job.judge.name,
           quality=c.quality,
           how=config.judge,
         )
         judged.append(_Judged(weight, samples, quality))
-      except Waiting as stop:  # the samples of other speeds can be drawn
-        waiting.append(str(stop))
-  if waiting:
-    raise Waiting("; ".join(dict.fromkeys(waiting)))
+  together.end()
   if "train" in job.stages:
     _train(job, policy, number, baseline, judged)
 

@@ -23,13 +23,9 @@ from pasta_jax.utils.files import write_atomic
 from pasta_jax.utils.json_io import parse_json, to_json
 from pasta_jax.utils.protocols import Call, Malformed
 from pasta_jax.utils.text import one_line
+from pasta_jax.utils.waiting import Waiting
 
-WAITING = 4  # exit code of a run that waits for answers
 REQUESTS, ANSWERS, UNANSWERED = "requests.jsonl", "answers.jsonl", "unanswered.jsonl"
-
-
-class Waiting(Exception):
-  """Requests wait to be answered. The message, one line, says where they are and what to do."""
 
 
 class BatchCaller:

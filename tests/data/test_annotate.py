@@ -23,9 +23,9 @@ from pasta_jax.lang.layout import layout
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Promise, reading_order
 from pasta_jax.lang.visibility import is_visible
-from pasta_jax.utils.batch import Waiting
 from pasta_jax.utils.endpoint import EndpointError
 from pasta_jax.utils.jsonl import DataError, read_jsonl
+from pasta_jax.utils.waiting import Waiting
 
 SEED = Path(__file__).parents[2] / "data" / "seed.jsonl"
 ROWS = read_jsonl(SEED)

@@ -12,8 +12,8 @@ from pasta_jax.data.prompts import PromptTurn
 from pasta_jax.evaluate.judges.judging import judge_run
 from pasta_jax.evaluate.judges.llm import LlmJudge
 from pasta_jax.evaluate.judges.questions import DEFECTS
-from pasta_jax.utils.batch import Waiting
 from pasta_jax.utils.records import Records
+from pasta_jax.utils.waiting import Waiting
 
 REQUESTS = [PromptTurn(f"p{n}", f"Question {n}?", "") for n in range(40)]
 SYSTEMS = ("pasta", "fast", "baseline")
@@ -139,7 +139,7 @@ def test_defects_are_named_once_an_answer_in_the_same_batch(workdir):
   counts = {}
   for name in SYSTEMS:
     named = lines(workdir / "judgements" / "a-reader" / "defects" / f"{name}.jsonl")
-    assert [r["id"] for r in named].__len__() == 40
+    assert len(named) == 40
     counts[name] = collections.Counter(d for r in named for d in r["defects"])
   assert counts["baseline"] == {} and counts["fast"] == {"said twice": 39, "cut off": 39}
   assert counts["pasta"] == {"said twice": 26, "cut off": 26}
@@ -150,12 +150,11 @@ def test_what_could_not_be_read_is_counted_and_the_rest_goes_on(workdir, capsys)
     judge(workdir)
   folder = workdir / "judgements" / "a-reader"
   rows = reply(workdir, lambda row: "It depends." if shown(row)[0] == 2 else by_worth(row))
-  unread = sum(shown(r)[0] == 2 for r in rows)
   kept = (folder / "answers.jsonl").read_text().splitlines()[:70]
   (folder / "answers.jsonl").write_text("\n".join(kept))
   found = judge(workdir)
   lost = sum(shown(r)[0] == 2 for r in rows[:70])
-  assert sum(map(len, found.values())) == 80 - 9 - lost and lost < unread + 1
+  assert sum(map(len, found.values())) == 80 - 9 - lost
   said = capsys.readouterr().err
   assert "9 calls have no readable answer" in said
   assert f"a-reader: {lost + 9} of 79 pairs got no judgement (" in said

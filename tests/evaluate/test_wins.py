@@ -92,15 +92,16 @@ def test_neither_a_biased_reader_nor_a_coin_decides_by_the_place():
 
 def test_repeats():
   rows = [
-    row(0.9, repeated=0.6),
-    row(None, 0.2, repeated=0.9),
-    row(0.9, 0.8, repeated=0.7),
-    row(0.5, repeated=0.5),
+    row(0.9, repeated=0.6) | {"first": 0},
+    row(None, 0.2, repeated=0.9) | {"first": 1},
+    row(0.9, 0.8, repeated=0.7) | {"first": 1},
+    row(0.5, repeated=0.5) | {"first": 0},
     row(0.9),  # not repeated
-    row(0.9, 0.2, repeated=0.9),  # of which order?
+    row(0.9, repeated=None) | {"first": 0},  # nor read
+    row(0.9, 0.2, repeated=0.9) | {"first": 0},
     row(0.9, 0.2, repeated=0.9) | {"first": 1},
   ]
-  assert wins.repeats(rows)[:2] == (3, 5)
+  assert wins.repeats(rows)[:2] == (4, 6)
   assert wins.repeats([]).n == 0
 
 

@@ -12,8 +12,8 @@ from pasta_jax.evaluate.judges.llm import LlmJudge
 from pasta_jax.evaluate.judges.local import LocalJudge
 from pasta_jax.preference.quality import check_quality, judge_samples, noise, win_loss_ratio
 from pasta_jax.preference.score import choose
-from pasta_jax.utils.batch import Waiting
 from pasta_jax.utils.endpoint import BATCH, Endpoint
+from pasta_jax.utils.waiting import Waiting
 
 JUDGE = Config().judge
 
@@ -102,7 +102,7 @@ def test_grades_of_a_known_order_give_the_known_pairs(tmp_path):
 def test_lists_that_come_back_without_grades_are_left_out(tmp_path, capsys):
   with pytest.raises(Waiting):
     judged(tmp_path, "grade", 10)
-  replies = iter(["I cannot say.", '{"1": 3}', *["{}"] * 0])
+  replies = iter(["I cannot say.", '{"1": 3}'])
   answer_requests(
     tmp_path, lambda _, texts: next(replies, json.dumps({str(n): 5 for n in range(1, len(texts) + 1)}))
   )

@@ -8,11 +8,12 @@ import pytest
 from fuzz.endpoint_kinds import VALID, damaged
 
 from pasta_jax.utils import protocols
-from pasta_jax.utils.batch import Waiting, read_line
+from pasta_jax.utils.batch import read_line
 from pasta_jax.utils.callers import caller_of
 from pasta_jax.utils.endpoint import BATCH, Endpoint, EndpointError
 from pasta_jax.utils.json_io import parse_json, to_json
 from pasta_jax.utils.protocols import Call, Malformed
+from pasta_jax.utils.waiting import Waiting
 
 ENDPOINT = Endpoint("reader", kind=BATCH, max_tokens=8, logprobs=False)
 

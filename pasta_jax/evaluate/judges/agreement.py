@@ -24,13 +24,13 @@ from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.judges.judge import Answer, Pair
 from pasta_jax.evaluate.judges.judging import judge_pairs, with_places
 from pasta_jax.evaluate.judges.registry import judges_of
-from pasta_jax.evaluate.metrics.wins import verdict
-from pasta_jax.utils.batch import WAITING, Waiting
+from pasta_jax.evaluate.metrics.wins import position, verdict
 from pasta_jax.utils.files import write_json_atomic
 from pasta_jax.utils.jsonl import present, read_jsonl
 from pasta_jax.utils.terminal import as_text
 from pasta_jax.utils.text import one_line
 from pasta_jax.utils.typed import Parsed, checked
+from pasta_jax.utils.waiting import WAITING, Waiting
 
 
 class _Label(Parsed):
@@ -61,7 +61,7 @@ def pairs_of_labels(path: str, limit: int = 0) -> tuple[list[Pair], list[str]]:
 
 def agreement(preferences: list[float]) -> tuple[float, float]:
   """(agreement in per cent, its standard error) of preferences for the chosen answers."""
-  agree = np.array([(p > 0.5) + 0.5 * (p == 0.5) for p in preferences])
+  agree = np.array([(verdict(p) + 1) / 2 for p in preferences])
   error = float(agree.std(ddof=1)) / math.sqrt(len(agree)) if len(agree) > 1 else math.nan
   return 100 * float(agree.mean()), 100 * error
 
@@ -94,7 +94,6 @@ def measure(config, workdir: Path, files: list[str], limit: int = 0) -> list[dic
 def _figures(pairs: list[Pair], judgements: list[dict]) -> dict[str, float]:
   values = [row["preference"] for row in judgements]
   shorter = [v for p, v in zip(pairs, values) if len(p.system.text) < len(p.baseline.text)]
-  in_both = [o for row in judgements if len(o := row.get("orders", [])) == 2 and None not in o]
   share, error = agreement(values)
   out = {
     "pairs": len(pairs),
@@ -103,8 +102,8 @@ def _figures(pairs: list[Pair], judgements: list[dict]) -> dict[str, float]:
     "longer": 100 * float(np.mean([len(p.system.text) > len(p.baseline.text) for p in pairs])),
     "on_shorter": agreement(shorter)[0] if shorter else math.nan,
   }
-  if in_both:
-    out["changed"] = 100 * float(np.mean([verdict(a) != verdict(b) for a, b in in_both]))
+  if (changed := position(judgements).changed).n:
+    out["changed"] = 100 * changed.share
   return out
 
 

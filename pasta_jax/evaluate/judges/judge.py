@@ -13,6 +13,11 @@ from pasta_jax.evaluate.systems.system import Conversation
 from pasta_jax.utils.text import one_line
 
 
+def digest(texts: Sequence[str]) -> str:
+  """Of texts in their order: what judgements are about."""
+  return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
   """A system's last response, and the conversation before it, with its own earlier responses."""
@@ -44,15 +49,7 @@ class Pair:
 
   def digest(self) -> str:
     """Changes when one of the texts does."""
-    whole = json.dumps([self.system.text, self.baseline.text])
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
-
-
-@dataclasses.dataclass(frozen=True)
-class AnswerList:
-  """Several answers to one request, in the order in which they are shown."""
-
-  answers: tuple[Answer, ...]
+    return digest([self.system.text, self.baseline.text])
 
 
 class Judge(Protocol):
@@ -89,9 +86,10 @@ class Reader(Judge, Protocol):
     """`compare`, and `on_named(i, names)` with the defects of each answer."""
 
   def grade(
-    self, lists: Sequence[AnswerList], folder: Path, on_graded: Callable[[int, list[float]], None]
+    self, lists: Sequence[Sequence[Answer]], folder: Path, on_graded: Callable[[int, list[float]], None]
   ) -> None:
-    """Calls `on_graded(i, grades)` for each list that could be graded: grades in [0, 1], in its order."""
+    """Calls `on_graded(i, grades)` for each list of answers to one request that could be graded: grades in [0, 1], in
+    the list's order."""
 
 
 def say_lost(

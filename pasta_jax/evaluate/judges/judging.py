@@ -4,21 +4,20 @@ A judge gets all pairs of all systems at once, so that a batch of requests has t
 """
 
 import dataclasses
-import hashlib
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from pasta_jax.data.prompts import PromptTurn, conversation
 from pasta_jax.evaluate.judges import questions
-from pasta_jax.evaluate.judges.judge import Answer, Judge, Pair, Reader
-from pasta_jax.utils.batch import Waiting
+from pasta_jax.evaluate.judges.judge import Answer, Judge, Pair, Reader, digest
 from pasta_jax.utils.records import Records, read_records
+from pasta_jax.utils.waiting import Together
 
 
-def shuffled(ids: Collection[str], seed: int) -> list[str]:
-  """The ids in an order that depends on the seed and on nothing else."""
-  return sorted(ids, key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).hexdigest())
+def shuffled(names: Collection[str], seed: object) -> list[str]:
+  """Ids or texts in an order that depends on the seed and on nothing else."""
+  return sorted(names, key=lambda name: digest([str(seed), name]))
 
 
 def with_places(pairs: Sequence[Pair], judge) -> list[Pair]:
@@ -59,7 +58,7 @@ def judge_run(
     for i, a in answers[n].items()
     if i in answers[baseline]
   ]
-  waiting = []
+  together = Together()
   for judge in judges:
     folder = workdir / "judgements" / judge.name
     groups = {folder / f"{n}-against-{baseline}.jsonl": [] for n in systems}  # type: ignore[var-annotated]
@@ -68,12 +67,9 @@ def judge_run(
     named = {}
     if isinstance(judge, Reader) and judge.names_defects:
       named = {folder / "defects" / f"{n}.jsonl": of for n, of in answers.items()}
-    try:
+    with together.part():
       judge_pairs(judge, groups, folder, named)
-    except Waiting as stop:
-      waiting.append(str(stop))
-  if waiting:
-    raise Waiting("; ".join(waiting))
+  together.end()
 
 
 def _answers(workdir: Path, name: str, requests: Sequence[PromptTurn]) -> dict[str, Answer]:
@@ -143,17 +139,16 @@ def _read_all(
 ) -> None:
   """Has pairs compared, and the defects named of the answers whose file has none yet."""
   records = {path: Records(path, judge.settings_of(questions.DEFECTS_PROMPT)) for path in answers}
-  digest = lambda a: hashlib.sha256(a.text.encode("utf-8", "backslashreplace")).hexdigest()[:16]
   todo = [
     (path, i, a)
     for path, by_id in answers.items()
     for i, a in by_id.items()
-    if records[path].rows.get(i, {}).get("text") != digest(a)
+    if records[path].rows.get(i, {}).get("text") != digest([a.text])
   ]
 
   def on_named(k: int, names: list[str]) -> None:
     path, i, a = todo[k]
-    records[path].add({"id": i, "text": digest(a), "defects": names})
+    records[path].add({"id": i, "text": digest([a.text]), "defects": names})
 
   if pairs or todo:
     judge.read(pairs, [a for *_, a in todo], folder, on_judged, on_named)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pasta_jax.evaluate.judges import questions
-from pasta_jax.evaluate.judges.judge import Answer, AnswerList, Pair, say_lost
+from pasta_jax.evaluate.judges.judge import Answer, Pair, say_lost
 from pasta_jax.evaluate.metrics.wins import verdict
 from pasta_jax.utils.callers import caller_of
 from pasta_jax.utils.endpoint import Endpoint
@@ -92,7 +92,7 @@ class LlmJudge:
     say_lost(self.name, len(answers), lost_answers.values(), words, what="answers got no list of defects")
 
   def grade(
-    self, lists: Sequence[AnswerList], folder: Path, on_graded: Callable[[int, list[float]], None]
+    self, lists: Sequence[Sequence[Answer]], folder: Path, on_graded: Callable[[int, list[float]], None]
   ) -> None:
     """Calls `on_graded(i, grades)` for each list whose reply has a grade in [0, 1] for each of its answers."""
     lost: dict[int, str] = {}
@@ -100,14 +100,14 @@ class LlmJudge:
     for i, listed in enumerate(lists):
 
       def graded(reply: dict, i=i, listed=listed) -> str:
-        grades = questions.read_grades(reply["text"], len(listed.answers))
+        grades = questions.read_grades(reply["text"], len(listed))
         if grades is None:
           lost[i] = cause_of(reply, "not a grade for each answer")
           return lost[i]
         on_graded(i, grades)
         return ""
 
-      work.append((questions.ask_grades(listed.answers, self._endpoint.max_tokens), graded))
+      work.append((questions.ask_grades(listed, self._endpoint.max_tokens), graded))
     words = self._ask(work, folder)
     say_lost(self.name, len(lists), lost.values(), words, what="lists got no grades")
 

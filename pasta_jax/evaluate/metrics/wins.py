@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import binomtest
 
 RESAMPLES = 2000
 LEANS = 0.75  # a judge with this share of readings for one place decides by the place
@@ -68,6 +67,8 @@ def share(count: int, n: int) -> Share:
   """A share with its exact interval."""
   if not n:
     return Share(0, 0, np.nan, np.nan, np.nan)
+  from scipy.stats import binomtest  # here: it takes most of a second to load
+
   interval = binomtest(count, n).proportion_ci(0.95, method="exact")
   return Share(count, n, count / n, float(interval.low), float(interval.high))
 
@@ -143,21 +144,9 @@ def position(rows: Iterable[Mapping]) -> Position:
 
 
 def repeats(rows: Iterable[Mapping]) -> Share:
-  """Repeated readings with the verdict of the first reading, which was in the same order.
-
-  Where both orders were read with different verdicts, `first` (0 or 1, an index of `orders`) says which reading was
-  repeated; a row without it does not count.
-  """
-  same = n = 0
-  for row in rows:
-    repeated, orders = row.get("repeated"), _orders(row)
-    if row.get("first") is not None:
-      orders = (orders[row["first"]], None)
-    verdicts = {verdict(p) for p in orders if p is not None}
-    if repeated is not None and len(verdicts) == 1:
-      n += 1
-      same += verdict(repeated) in verdicts
-  return share(same, n)
+  """Repeated readings with the verdict of the reading that they repeat: `orders[first]`."""
+  again = [(r["repeated"], r["orders"][r["first"]]) for r in rows if r.get("repeated") is not None]
+  return share(sum(verdict(one) == verdict(other) for one, other in again), len(again))
 
 
 def defects(found: Sequence[Sequence[str]]) -> dict[str, Share]:
