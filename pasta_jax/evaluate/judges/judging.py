@@ -4,6 +4,7 @@ A judge gets all pairs of all systems at once, so that a batch of requests has t
 """
 
 import dataclasses
+import hashlib
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from pasta_jax.utils.waiting import Together
 
 def shuffled(names: Collection[str], seed: object) -> list[str]:
   """Ids or texts in an order that depends on the seed and on nothing else."""
-  return sorted(names, key=lambda name: digest([str(seed), name]))
+  key = lambda name: hashlib.sha256(f"{seed}/{name}".encode("utf-8", "backslashreplace")).digest()
+  return sorted(names, key=key)
 
 
 def with_places(pairs: Sequence[Pair], judge) -> list[Pair]:
