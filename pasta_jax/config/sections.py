@@ -32,7 +32,7 @@ ORACLES = (
   "oracle_1x",
 )  # positions from true lengths, which only teacher forcing knows
 STRATEGIES = ("pred_10x", "pred_1x", "fixed", *ORACLES, "max", "sum")  # of positions (lang.positions)
-ANNOTATION_RULES = ("independent", "paper")  # which parts are chunks (data.annotate.prompts)
+ANNOTATION_RULES = ("independent", "full", "paper")  # which parts are chunks (data.annotate.prompts)
 ANNOTATIONS = ("plan", "structure", "none")  # of responses (data.examples)
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "attention", "products")  # rematerialisation policies (model.transformer)
@@ -54,7 +54,12 @@ ORDERS = ("both", "one")  # in which a judge reads a pair (judges.judging)
 QUALITIES = ("preference", "grade", "ratio")  # of a sample of stage two (preference.quality)
 EXPORTS = ("merged", "peft")  # forms of exported weights (weights.export)
 # Settings of decoding that an adapter may carry (weights.adapter), with the values where neither it nor the user says.
-OWN_SETTINGS: Mapping[str, Any] = {"repetition_penalty": 1.1, "no_repeat": 16, "promise_bias": 1.5}
+OWN_SETTINGS: Mapping[str, Any] = {
+  "repetition_penalty": 1.1,
+  "no_repeat": 16,
+  "promise_bias": 1.5,
+  "max_threads": 24,
+}
 
 
 def _weights(weights: tuple[float, ...]) -> str:
@@ -166,6 +171,12 @@ class Train(Section):
   data: tuple[str, ...] = setting(("data/seed.jsonl",), file=True)  # files, data sets; FILE*2: twice
   validation: tuple[str, ...] = setting((), file=True)  # the same, held out
   min_speedup: float = 1.4  # annotated responses with a lower theoretical parallelism are left out
+  max_parts: int = setting(
+    0, at_least(0), late=True
+  )  # annotated responses with more chunks are left out; 0: no limit
+  min_part: float = setting(
+    0.0, at_least(0), late=True
+  )  # and those whose chunks have fewer tokens on average
   plain_share: float = 0.15  # maximal share of examples without chunks
   workers: int = setting(0, at_least(0))  # processes that lay out rows before training; 0: the main process
   length: int = setting(640, at_least(1))  # tokens of a packed row; longer examples are left out
@@ -180,6 +191,11 @@ class Train(Section):
   max_grad_norm: float = 1.0  # gradients are clipped to this global norm
   lora_rank: int = setting(16, at_least(0))  # 0: train every parameter
   lora_alpha: float = 32.0
+  start: str = setting(
+    "", path=True, late=True
+  )  # an adapter to go on from, as model.adapter; "": updates start at zero
+  # a length that is one token is learned with its neighbours: a Gaussian of this many tokens around it; 0: alone
+  length_spread: float = setting(0.0, at_least(0), late=True)
   dtype: str = setting("bfloat16", one_of(DTYPES))  # of matrix products
   remat: str = setting("full", one_of(REMAT))  # rematerialisation policy of a layer (model.transformer)
   attention: str = setting("auto", one_of(ATTENTION))  # auto: kernels on TPU, blocks of plain JAX elsewhere
@@ -207,7 +223,6 @@ class Decode(Section):
   max_new_tokens: int = setting(512, at_least(1))  # of all threads together
   max_branches: int = setting(8, between(1, 256), identity=NEVER)  # branches that a step decodes at once
   kv_capacity: int = setting(4096, between(1, 2**20))  # entries of the key-value pool, prompt included
-  max_threads: int = setting(24, between(1, 4096), identity=PROMISES)  # of a response, main thread included
   max_depth: int = setting(1, between(0, 8), identity=PROMISES)  # levels of chunks
   max_topic: int = setting(12, between(1, 256), identity=PROMISES)  # tokens of a topic, with `guard`
   guard: bool = setting(True, identity=PROMISES)  # allow only well-formed tags
@@ -215,12 +230,13 @@ class Decode(Section):
   top_k: int = setting(0, at_least(0))  # 0: off
   top_p: float = setting(1.0, within("(0, 1]"))
   min_p: float = setting(0.0, within("[0, 1)"))
-  # None, of the next three: the adapter's own, otherwise OWN_SETTINGS (`resolved`)
+  # None, of the next four: the adapter's own, otherwise OWN_SETTINGS (`resolved`)
   repetition_penalty: float | None = setting(None, at_least(1))  # 1: off
   no_repeat: int | None = setting(None, between(0, 1024))  # block topics and n-grams of this length; 0: off
   promise_bias: float | None = setting(
     None, identity=PROMISES
   )  # added to the logit of a promise's opening tag
+  max_threads: int | None = setting(None, between(1, 4096), identity=PROMISES)  # with the main thread
   speed: int = setting(-1, identity=NEVER)  # of adapters that have it; 0: best quality; -1: none
   seed: int = 0
   # form in which an adapter is decoded; "": its own, others are experiments
@@ -369,6 +385,7 @@ class Preference(Section):
   stages: tuple[str, ...] = setting(STAGES, each_of(STAGES), identity=NEVER)
   share: str = setting("", _share, identity=NEVER)  # stage sample: "2/3" for the second third of the prompts
   samples: int = setting(10, at_least(2))  # answers to a prompt; the best and the worst make a pair
+  plain: bool = setting(False, late=True)  # and one more that is drawn without promises
   temperature: float = setting(0.5, above(0))  # of samples; at 0.8 nearly all of a small model's answers lose
   sample_dtype: str = setting("float32", one_of(DTYPES))
   decode_batch_size: int = setting(48, between(1, 4096), identity=NEVER)  # prompts decoded at once
@@ -459,7 +476,7 @@ class Annotate(Endpoint):
   avoid: str = setting("", path=True)
   per_minute: int = setting(0, at_least(0))  # maximal rate of calls; 0: no limit
   tries: int = setting(3, at_least(1))  # answers asked for until one can be used
-  # which parts are chunks; paper: by the paper's rules, without the check
+  # which parts are chunks; full: few, full ones that read along; paper: by the paper's rules; both without the check
   rules: str = setting("independent", one_of(ANNOTATION_RULES), late=True)
   check: bool = True  # ask of each chunk whether its writer had the information to write it
   demonstrations: str = setting("data/seed.jsonl", path=True)
@@ -469,7 +486,8 @@ class Annotate(Endpoint):
 
   @property
   def checks(self) -> bool:
-    """Whether plans are checked: the paper's rules have no check of independence."""
+    """Whether plans are checked: the paper's rules have no check of independence, and chunks that read along need
+    not be independent."""
     return self.check and self.rules == "independent"
 
 

@@ -41,7 +41,7 @@ def write(config, out: Path) -> str:
   write_jsonl(out, ({k: v for k, v in rows[i].items() if k != "where"} for i in found.rows))
   return (
     f"{out}: {len(found.rows)} of {len(rows)} rows (left out: {found.too_long} too long, {found.too_slow} too slow, "
-    f"{found.too_plain} beyond the share of plain ones)"
+    f"{found.too_thin} with more or thinner chunks than wanted, {found.too_plain} beyond the share of plain ones)"
   )
 
 

@@ -162,6 +162,7 @@ class Selection:
   examples: list[Layout]
   too_long: int
   too_slow: int  # with chunks, but a theoretical parallelism below `min_speedup`
+  too_thin: int  # with more chunks than `max_parts`, or fewer than `min_part` tokens a chunk
   too_plain: int  # without chunks, beyond `plain_share`
   rows: list[int]  # the number of each example's row
 
@@ -171,6 +172,7 @@ class _Left(enum.Enum):
 
   TOO_LONG = 1
   TOO_SLOW = 2
+  TOO_THIN = 3
 
 
 def encoded(program: Program, vocabulary: Vocabulary, rule: PositionRule) -> Thread:
@@ -189,6 +191,8 @@ class _LayOut:
   annotation: str
   max_length: int
   min_speedup: float
+  max_parts: int
+  min_part: float
   visibility: str
 
   def __call__(self, row: dict) -> tuple[bool, Layout] | _Left | str:
@@ -207,11 +211,23 @@ class _LayOut:
     has_chunks = bool(thread.forks)
     if has_chunks and cost(thread, self.vocabulary.table).theoretical_parallelism < self.min_speedup:
       return _Left.TOO_SLOW
+    if has_chunks and not self._full(chunk_lengths(thread)):
+      return _Left.TOO_THIN
     if self.annotation == "structure":
       thread = encode(program_of({**row, "chunks": structure.annotate(row["response"]), "syncs": []}))
     if self.annotation == "none" or not fits(thread):
       thread = encode((Text(row["response"]),))
     return has_chunks, layout(thread, self.rule, self.vocabulary.table, prompt)
+
+  def _full(self, chunks: Sequence[int]) -> bool:
+    """Whether there are few chunks, and they are worth a thread of their own."""
+    few = not self.max_parts or len(chunks) <= self.max_parts
+    return few and sum(chunks) >= self.min_part * len(chunks)
+
+
+def chunk_lengths(thread: Thread) -> list[int]:
+  """Tokens of all chunks below a thread, each with those inside it, tags included."""
+  return [n for f in thread.forks for n in (f.child.total_tokens, *chunk_lengths(f.child))]
 
 
 def examples(
@@ -222,6 +238,8 @@ def examples(
   annotation: str,
   max_length: int,
   min_speedup: float = 0.0,
+  max_parts: int = 0,
+  min_part: float = 0.0,
   plain_share: float = 1.0,
   workers: int = 0,
   visibility: str = "promise",
@@ -233,6 +251,8 @@ def examples(
       `data.structure`), or none ("none").
     max_length: longest example, in tokens.
     min_speedup: smallest theoretical parallelism of a row with chunks.
+    max_parts: largest number of chunks; 0: no limit.
+    min_part: smallest mean number of tokens of a row's chunks.
     plain_share: largest share of rows without chunks; the last ones beyond it are left out.
     workers: processes that share the work, a few milliseconds a row; 0: this one.
     visibility: for which rows may have other chunks (`program_of`).
@@ -245,27 +265,34 @@ def examples(
     raise DataError(f"annotation must be one of {', '.join(ANNOTATIONS)}, not {annotation!r}")
   chunked: list[tuple[int, Layout]] = []
   plain: list[tuple[int, Layout]] = []
-  too_long = too_slow = 0
-  lay_out = _LayOut(vocabulary, rule, annotation, max_length, min_speedup, visibility)
+  left_out = collections.Counter[_Left]()
+  lay_out = _LayOut(vocabulary, rule, annotation, max_length, min_speedup, max_parts, min_part, visibility)
   for number, found in enumerate(parallel_map(lay_out, rows, workers)):
     if isinstance(found, str):
       raise DataError(found)
-    too_long += found is _Left.TOO_LONG
-    too_slow += found is _Left.TOO_SLOW
-    if isinstance(found, tuple):
+    if isinstance(found, _Left):
+      left_out[found] += 1
+    else:
       has_chunks, laid = found
       (chunked if has_chunks else plain).append((number, laid))
   room = len(plain) if plain_share >= 1 else int(len(chunked) * plain_share / (1 - plain_share))
   kept = chunked + plain[:room]
   too_plain = len(plain) + len(chunked) - len(kept)
-  return Selection([laid for _, laid in kept], too_long, too_slow, too_plain, [number for number, _ in kept])
+  return Selection(
+    [laid for _, laid in kept],
+    left_out[_Left.TOO_LONG],
+    left_out[_Left.TOO_SLOW],
+    left_out[_Left.TOO_THIN],
+    too_plain,
+    [number for number, _ in kept],
+  )
 
 
 def of_training(config, rows: Sequence[dict], vocabulary: Vocabulary, *, all_rows: bool = False) -> Selection:
   """`examples` of `config.train`, in the form that `config` teaches; with `all_rows` also those that it would leave
   out as slow or plain, as for validation."""
   c, form = config.train, from_config(config)
-  left_out = {} if all_rows else {"min_speedup": c.min_speedup, "plain_share": c.plain_share}
+  names = () if all_rows else ("min_speedup", "max_parts", "min_part", "plain_share")
   return examples(
     rows,
     vocabulary.speaking(form),
@@ -274,7 +301,7 @@ def of_training(config, rows: Sequence[dict], vocabulary: Vocabulary, *, all_row
     max_length=c.length,
     workers=c.workers,
     visibility=form.visibility,
-    **left_out,
+    **{name: getattr(c, name) for name in names},
   )
 
 

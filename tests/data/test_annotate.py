@@ -139,6 +139,20 @@ def test_plans_by_the_papers_rules_are_read_as_others():
   assert set(prompts.INSTRUCTIONS) == set(ANNOTATION_RULES)
 
 
+def test_rules_for_few_full_parts_allow_less():
+  full = "One two three four five six seven eight nine ten. " * 12
+  answer = lambda *chunks: json.dumps({"chunks": chunks, "syncs": []})
+  eight = answer(*(chunk(n, n) for n in range(2, 10)))
+  assert plan.read(eight, full, "full") == plan.read(eight, full)
+  with pytest.raises(plan.PlanError, match="9 chunks: at most 8") as error:
+    plan.read(answer(*(chunk(n, n) for n in range(2, 11))), full, "full")
+  assert error.value.cause == "too many chunks"
+  with pytest.raises(plan.PlanError, match="lies inside"):
+    plan.read(answer(chunk(2, 4), chunk(3, 3)), full, "full")
+  with pytest.raises(plan.PlanError, match="has 3 words: at least 10"):
+    plan.read(answer(chunk(3, 3)), TEXT, "full")
+
+
 def test_plans_that_lie_deep_in_each_other_are_refused():
   """Later code follows them by recursion."""
   text = "A b. " * 1000
@@ -365,8 +379,8 @@ def append_rows(path: Path, rows) -> None:
 
 def test_the_papers_rules_ask_for_plans_alone(server, tmp_path: Path):
   """Another instruction, demonstrations that follow it, and no check; a plan against the rules is asked for again."""
-  rows = [r for r in ROWS[20:60] if plan.fault_by_paper(r["response"], r["chunks"]) is None][:8]
-  broken = next(r for r in ROWS if plan.fault_by_paper(r["response"], r["chunks"]))
+  rows = [r for r in ROWS[20:60] if plan.fault(r["response"], r["chunks"], "paper") is None][:8]
+  broken = next(r for r in ROWS if plan.fault(r["response"], r["chunks"], "paper"))
   config = config_for(server, tmp_path, [*rows, broken], rules="paper")
   report = annotate(config, tmp_path / "run")
   done = read_jsonl(tmp_path / "run" / "annotated.jsonl")

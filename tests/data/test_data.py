@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_language import BYTES
 from test_layout import live_matrix, trees, visible_matrix
 
-from pasta_jax.data.examples import examples, mix, program_of
+from pasta_jax.data.examples import chunk_lengths, encoded, examples, mix, program_of
 from pasta_jax.data.packing import PackedBatch, PackedBatches, fill_rows, pack_row, single_batches
 from pasta_jax.lang.cost import cost
 from pasta_jax.lang.layout import NO_TARGET, Layout, layout
@@ -239,11 +239,28 @@ def chosen(selection) -> list[str]:
 def test_selection_and_its_reasons():
   kept = examples(ROWS, BYTES, RULE, annotation="plan", max_length=300, min_speedup=1.0)
   assert chosen(kept) == ["three", "plain", "plain too"]
-  assert (kept.too_long, kept.too_slow, kept.too_plain) == (1, 1, 0)
+  assert (kept.too_long, kept.too_slow, kept.too_thin, kept.too_plain) == (1, 1, 0, 0)
   kept = examples(ROWS, BYTES, RULE, annotation="plan", max_length=300, min_speedup=1.0, plain_share=0.5)
   assert chosen(kept) == ["three", "plain"] and kept.too_plain == 1
   kept = examples(ROWS, BYTES, RULE, annotation="plan", max_length=10_000, plain_share=0.0)
   assert chosen(kept) == ["three", "slow", "long"] and kept.too_plain == 2
+
+
+def test_rows_of_many_or_thin_chunks_are_left_out():
+  """Of 3, 1 and 1 chunks; those of "three" have the tags and 20 to 22 tokens of text."""
+  choose = lambda **how: examples(
+    ROWS, BYTES, RULE, annotation="plan", max_length=10_000, plain_share=0.0, **how
+  )
+  sizes = {name: chunk_lengths(encoded(program_of(r), BYTES, RULE)) for r in ROWS if (name := r["prompt"])}
+  assert sizes["slow"] == [3] and sizes["plain"] == [] and len(sizes["three"]) == 3
+  assert chosen(choose(max_parts=3)) == ["three", "slow", "long"]
+  few = choose(max_parts=2)
+  assert chosen(few) == ["slow", "long"] and few.too_thin == 1
+  mean = sum(sizes["three"]) / 3
+  assert chosen(choose(min_part=4)) == ["three", "long"]
+  assert chosen(choose(min_part=mean)) == ["three", "long"]
+  thin = choose(min_part=mean + 0.1)
+  assert chosen(thin) == ["long"] and thin.too_thin == 2
 
 
 @pytest.mark.parametrize("strategy", ["pred_10x", "fixed", "sum"])

@@ -4,7 +4,8 @@ A plan is `{"chunks": [{"from": 2, "to": 4, "topic": "cost"}, …], "syncs": [6]
 `to`, a sync precedes a unit. The result has the form of annotated rows (`data.examples`).
 
 The paper's rules (`annotate.rules=paper`) allow less: no chunk inside another, at least FEWEST_WORDS words in a chunk,
-and at most MOST_TOPIC_WORDS in a topic. What else they ask for, `prompts` alone can say.
+and at most MOST_TOPIC_WORDS in a topic. Rules for few, full parts (`annotate.rules=full`) allow no chunk inside
+another, at most MOST_PARTS, and none of fewer than FEWEST_FULL words. What else they ask for, `prompts` alone can say.
 """
 
 import itertools
@@ -19,6 +20,7 @@ from pasta_jax.utils.json_io import parse_json, to_json
 MAX_TOPIC = 60  # characters
 MAX_NESTING = 20  # chunks inside each other
 FEWEST_WORDS, MOST_TOPIC_WORDS = 5, 3  # by the paper's rules; words have blanks between them
+MOST_PARTS, FEWEST_FULL = 8, 10  # by the rules for few, full parts
 
 
 class PlanError(ValueError):
@@ -36,8 +38,8 @@ def read(answer: str, response: str, rules: str = "independent") -> tuple[list[d
     plan = parse_json(_unfenced(answer))
   except ValueError as error:
     at = error.__context__
-    fault = f"{at.msg} at character {at.pos}" if isinstance(at, json.JSONDecodeError) else str(error)
-    raise PlanError("not JSON", f"not JSON: {fault}") from None
+    told = f"{at.msg} at character {at.pos}" if isinstance(at, json.JSONDecodeError) else str(error)
+    raise PlanError("not JSON", f"not JSON: {told}") from None
   if (
     not isinstance(plan, dict)
     or plan.keys() != {"chunks", "syncs"}
@@ -64,7 +66,7 @@ def read(answer: str, response: str, rules: str = "independent") -> tuple[list[d
     )
   syncs = sorted({_unit(s, "a sync", len(spans)) for s in plan["syncs"]})
   offsets = [{"start": spans[a - 1][0], "end": spans[b - 1][1], "topic": topic} for a, b, topic in chunks]
-  if rules == "paper" and (wrong := fault_by_paper(response, offsets)):
+  if wrong := fault(response, offsets, rules):
     raise wrong
   useful = useful_syncs(offsets, [spans[s - 1][0] for s in syncs])
   for s in syncs:
@@ -73,8 +75,13 @@ def read(answer: str, response: str, rules: str = "independent") -> tuple[list[d
   return offsets, useful
 
 
-def fault_by_paper(response: str, chunks: Sequence[dict]) -> PlanError | None:
-  """What the paper's rules do not allow of the chunks of a response; None if they allow all."""
+def fault(response: str, chunks: Sequence[dict], rules: str) -> PlanError | None:
+  """What `rules` (`sections.ANNOTATION_RULES`) do not allow of the chunks of a response; None if they allow all."""
+  if rules == "independent":
+    return None
+  if rules == "full" and len(chunks) > MOST_PARTS:
+    return PlanError("too many chunks", f"{len(chunks)} chunks: at most {MOST_PARTS} are worth their writers")
+  fewest = FEWEST_WORDS if rules == "paper" else FEWEST_FULL
   ordered = sorted(chunks, key=lambda c: (c["start"], -c["end"]))
   for chunk, after in itertools.zip_longest(ordered, ordered[1:]):
     about = to_json(chunk["topic"])
@@ -83,10 +90,10 @@ def fault_by_paper(response: str, chunks: Sequence[dict]) -> PlanError | None:
       return PlanError(
         "a chunk inside another", f"chunk {inner} lies inside {about}: chunks follow each other"
       )
-    if len(chunk["topic"].split()) > MOST_TOPIC_WORDS:
+    if rules == "paper" and len(chunk["topic"].split()) > MOST_TOPIC_WORDS:
       return PlanError("an unfit topic", f"the topic {about} has more than {MOST_TOPIC_WORDS} words")
-    if (n := len(response[chunk["start"] : chunk["end"]].split())) < FEWEST_WORDS:
-      return PlanError("a short chunk", f"chunk {about} has {n} words: at least {FEWEST_WORDS} are needed")
+    if (n := len(response[chunk["start"] : chunk["end"]].split())) < fewest:
+      return PlanError("a short chunk", f"chunk {about} has {n} words: at least {fewest} are needed")
   return None
 
 

@@ -33,6 +33,31 @@ Reply with JSON and nothing else:
 {"chunks": [{"from": first unit, "to": last unit, "topic": "one to four words"}], "syncs": [unit, …]}
 If nothing is independent, reply {"chunks": [], "syncs": []}."""
 
+# Few, full parts, for threads that read along (docs/language.md sections 2.5 and 3.1).
+FULL = """\
+You mark which parts of a finished answer could have been written at the same time. The answer is given in numbered \
+units, "[1]", "[2]" and so on. You never change its text: you reply with the numbers of units.
+
+A chunk is a run of units that a writer of its own could have written, knowing the request, the text before the chunk \
+and the head under which it stands. Other writers write the other chunks at the same time. Each reads what stands \
+before its own part as it is written, so it keeps to the form of its neighbours, but it may not need how they end. \
+While chunks are written, the main writer goes on with the units behind them.
+
+A sync stands before a unit whose writer must have read the chunks before it whole: a conclusion that sums them up, a \
+comparison of them, a "therefore". Where the answer closes with such a sentence, a sync stands before it.
+
+Few, full parts: three to six chunks of about 20 words or more are best, and more than eight are none. A part that has \
+a list of its own, or several sentences, is one chunk with all of it. A part of a few words stays with the main writer.
+Good chunks: items of a list with a sentence or more each, sections, paragraphs about different aspects, sides of a \
+comparison, answers to several questions. Introductions, transitions and conclusions stay with the main writer.
+No chunks: steps that use the results of earlier ones, a story, a poem, a role play, a proof, a calculation, code, a \
+short or plainly factual answer, anything in which a part says "this", "also" or "as above" of another part. No chunk \
+lies inside another.
+
+Reply with JSON and nothing else:
+{"chunks": [{"from": first unit, "to": last unit, "topic": "one to four words"}], "syncs": [unit, …]}
+If nothing is independent, reply {"chunks": [], "syncs": []}."""
+
 # The rules that the paper gives its annotator, in our words, for plans in numbers of units (docs/language.md section
 # 6.1).
 PAPER = """\
@@ -54,7 +79,7 @@ Reply with JSON and nothing else:
 {"chunks": [{"from": first unit, "to": last unit, "topic": "at most three words"}], "syncs": [unit, …]}
 If the answer cannot be written in parallel, reply {"chunks": [], "syncs": []}."""
 
-INSTRUCTIONS = {"independent": SYSTEM, "paper": PAPER}  # by `annotate.rules`
+INSTRUCTIONS = {"independent": SYSTEM, "full": FULL, "paper": PAPER}  # by `annotate.rules`
 
 CHECK = """\
 An answer to a request is written by several writers at the same time. You are told what one of them can see, and \

@@ -116,9 +116,8 @@ class _ByModel:
     endpoint = Endpoint.from_config(c, part="annotate", logprobs=False)
     endpoint.require_key()
     shown = read_annotated(c.demonstrations)
-    if c.rules == "paper":
-      shown = [r for r in shown if plan.fault_by_paper(r["response"], r["chunks"]) is None]
-    self._shown = prompts.demonstrations(_spread(shown, nested=c.rules != "paper"), c.rules)
+    shown = [r for r in shown if plan.fault(r["response"], r["chunks"], c.rules) is None]
+    self._shown = prompts.demonstrations(_spread(shown, nested=c.rules == "independent"), c.rules)
     self._config, self._endpoint, self._path = c, endpoint, workdir / "calls.jsonl"
     self.report: dict = {}
 
