@@ -21,6 +21,13 @@ from pasta_jax.preference.score import chunk_facts
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import Records, agree, missing, read_records, settings_beside
 
+PLAIN = "plain"  # in place of a number: the sample that was drawn without promises
+
+
+def is_plain(sample: dict) -> bool:
+  """Whether a sample is the one without promises (`preference.plain`)."""
+  return sample["id"].rpartition("#")[2] == PLAIN
+
 
 def seed_of(seed: int, policy: str | None, speed: int, sample: str) -> int:
   """The seed of a sample with the id `sample`.
@@ -65,7 +72,8 @@ def _records(path: Path, settings: dict, share: tuple[int, int] | None) -> tuple
 def draw_samples(
   config, adapter: str, requests: Sequence[PromptTurn], path: Path, speed: int = -1, *, may_draw: bool = True
 ) -> dict[str, list[dict]]:
-  """`config.preference.samples` samples of each request from the policy `adapter`, by the request's id.
+  """`config.preference.samples` samples of each request from the policy `adapter`, by the request's id, and with
+  `preference.plain` one that is drawn without promises.
 
   Decoding follows `config.decode`, but with `preference.temperature`. Rows are appended to `path` as samples
   finish, or with `preference.share` to a file beside it, which has that share's requests only; rows that
@@ -85,7 +93,8 @@ def draw_samples(
   share = share_of(c.share)
   records, rows = _records(path, settings, share)
   requests = _requests_of_share(requests, share)
-  wanted = [dataclasses.replace(r, id=f"{r.id}#{k}") for r in requests for k in range(c.samples)]
+  names = [*map(str, range(c.samples)), *([PLAIN] if c.plain else [])]
+  wanted = [dataclasses.replace(r, id=f"{r.id}#{name}") for r in requests for name in names]
   todo = missing(path, rows, wanted)
   if todo and not may_draw:
     raise ValueError(
@@ -94,32 +103,41 @@ def draw_samples(
     )
   if todo:
     model = Model(config, adapter=adapter, dtype=c.sample_dtype)
-    scheduler = Scheduler(
-      model.interpreter(True), batch_size=c.decode_batch_size, branch_width=c.branch_width
-    )
     encoded = {prompt: model.encode(prompt, speed) for prompt in {r.prompt for r in todo}}
     sampling = dataclasses.replace(model.sampling, temperature=c.temperature)
     started, tokens = time.perf_counter(), 0
     bar, task = progress_bar(f"samples, {path.parent.name}", len(wanted), len(wanted) - len(todo))
 
-    def on_finish(i: int, trace: Trace) -> None:
+    def add(request: PromptTurn, trace: Trace) -> None:
       nonlocal tokens
       tokens += trace.cost.total_tokens
-      rows[todo[i].id] = {
-        "id": todo[i].id,
-        "of": todo[i].id.rpartition("#")[0],
-        "prompt": todo[i].prompt,
+      rows[request.id] = {
+        "id": request.id,
+        "of": request.id.rpartition("#")[0],
+        "prompt": request.prompt,
         **sample_row(trace, model.vocabulary),
       }
-      records.add(rows[todo[i].id])
+      records.add(rows[request.id])
       bar.update(task, advance=1, note=f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
 
-    seeds = [seed_of(c.seed, digest, speed, r.id) for r in todo]
     with bar:
-      scheduler.run([encoded[r.prompt] for r in todo], sampling, seeds=seeds, on_finish=on_finish)
+      for parallel in (True, False):
+        some = [r for r in todo if parallel != is_plain({"id": r.id})]
+        if some:
+          scheduler = Scheduler(
+            model.interpreter(parallel),
+            batch_size=c.decode_batch_size,
+            branch_width=c.branch_width if parallel else 1,
+          )
+          scheduler.run(
+            [encoded[r.prompt] for r in some],
+            sampling,
+            seeds=[seed_of(c.seed, digest, speed, r.id) for r in some],
+            on_finish=lambda i, trace, some=some: add(some[i], trace),
+          )
     seconds = time.perf_counter() - started
     print(f"{len(todo)} samples of {tokens} tokens in {seconds:.0f} s: {tokens / seconds:.0f} tokens/s")
-  return {r.id: [rows[f"{r.id}#{k}"] for k in range(c.samples)] for r in requests}
+  return {r.id: [rows[f"{r.id}#{name}"] for name in names] for r in requests}
 
 
 def baseline_answers(config, requests: Sequence[PromptTurn], path: Path) -> dict[str, dict]:

@@ -14,6 +14,7 @@ from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.layout import Layout, layout
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.preference.quality import Samples
+from pasta_jax.preference.rollout import is_plain
 from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, defects
 from pasta_jax.utils.jsonl import write_jsonl
 
@@ -95,6 +96,7 @@ def figures(
   rows = [s for of in samples.values() for s in of]
   counts = collections.Counter(d for s in rows for d in s["defects"])
   n = max(len(rows), 1)
+  any_plain = any(map(is_plain, rows))
 
   def side(chosen: Sequence[dict]) -> dict[str, float]:
     if not chosen:
@@ -117,6 +119,11 @@ def figures(
     "worst": side([w for _, w in pairs]),
     "pairs": len(pairs),
     "without a pair": dict(reasons),
+    **(
+      {"best without promises": float(np.mean([is_plain(b) for b, _ in pairs]))}
+      if any_plain and pairs
+      else {}
+    ),
     "defects of samples, share": {name: count / n for name, count in sorted(counts.items())},
     "share with defects": sum(bool(s["defects"]) for s in rows) / n,
   }

@@ -215,6 +215,34 @@ def test_samples_drawn_in_shares_are_those_of_one_call(whole, start, tmp_path):
     optimise(changed(once, stages="sample", share="4/3"), tmp_path)
 
 
+def test_a_sample_without_promises_is_one_more(start, whole, tmp_path):
+  """Drawn from the policy; the others, and the loss's target, stay what they are without it."""
+  once = changed(start, rounds=1, plain=True, stages="sample,judge,train")
+  optimise(once, tmp_path)
+  drawn = {r["id"]: r for r in rows_of(tmp_path / "start" / "samples.jsonl")}
+  others = {r["id"]: r["text"] for r in rows_of(whole / "start" / "samples.jsonl")}
+  assert {i: r["text"] for i, r in drawn.items() if i in others} == others
+  plain = {i: r for i, r in drawn.items() if i not in others}
+  assert set(plain) == {f"{p['id']}#plain" for p in PROMPTS}
+  assert all(r["promises"] == 0 and rollout.is_plain(r) for r in plain.values())
+  assert not any(rollout.is_plain(drawn[i]) for i in others)
+  found = audit.compare(
+    start, load_checkpoint(start.model.source), Path(start.model.adapter), [*plain.values()]
+  )
+  assert found["worst"] < 1e-4
+  report = json.loads((tmp_path / "weight_2" / "round1" / "round.json").read_text())
+  pairs = rows_of(tmp_path / "weight_2" / "round1" / "pairs.jsonl")
+  share = report["by weight"]["2"]["best without promises"]
+  assert share == np.mean([p["best"]["id"].endswith("#plain") for p in pairs])
+  assert (
+    "best without promises"
+    not in json.loads((whole / "weight_2/round1/round.json").read_text())["by weight"]["2"]
+  )
+  with pytest.raises(ValueError, match="lacks 4 of 16 samples"):
+    copy = shutil.copytree(whole, tmp_path / "copy", ignore=shutil.ignore_patterns("weight_2"))
+    optimise(changed(start, rounds=1, plain=True, stages="judge"), copy)
+
+
 @pytest.mark.parametrize("steps", [2, 3])
 def test_a_training_that_was_killed_goes_on(whole, start, tmp_path, steps, capsys):
   """Checkpoints of some steps, and neither adapter nor report: the adapter and the report of a run never
