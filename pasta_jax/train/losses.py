@@ -19,8 +19,11 @@ the mean of both,
 which does not change when all tokens shift alike, and equals the sum when both answers have the same length.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pasta_jax.config.sections import LOSSES
 from pasta_jax.lang.layout import NO_TARGET
@@ -29,6 +32,27 @@ from pasta_jax.train.attention import DeviceBatch, make_attend
 from pasta_jax.train.sharding import constrain_rows
 
 _DPO_BETA = 0.1
+
+
+class LengthTargets(NamedTuple):
+  """What is learned where the target is a length that is one token (`length_targets`)."""
+
+  first: int  # id of the shortest length; the others follow it
+  weights: np.ndarray  # [n, n], rows sum to 1: of each length, where the row's is the target
+
+
+def length_targets(lengths: np.ndarray, spread: float) -> LengthTargets | None:
+  """A Gaussian over neighbouring lengths, `spread` tokens wide: 50 is nearly right where 40 was written, and a loss
+  over each length alone does not say so. None if `spread` is 0 or there are no such tokens.
+
+  `lengths` are the ids of `syntax.LENGTHS`, ten tokens apart, which follow each other.
+  """
+  if not spread or not len(lengths):
+    return None
+  assert (np.diff(lengths) == 1).all(), "lengths have consecutive rows"
+  step = 10 * np.arange(len(lengths))
+  weights = np.exp(-((step[:, None] - step[None]) ** 2) / (2 * spread**2))
+  return LengthTargets(int(lengths[0]), weights / weights.sum(1, keepdims=True))
 
 
 def hidden_states(
@@ -48,8 +72,10 @@ def token_log_likelihood(
   remat: str = "none",
   attention: str = "auto",
   visibility: str = "promise",
+  lengths: LengthTargets | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """(log p of each target [B, T], whether the target is the argmax [B, T]); zero and False without a target.
+  With `lengths`, log p of a length is the mean over its neighbours, less their entropy: zero is the best still.
 
   `remat` is one of `transformer.REMAT`, `attention` one of `config.sections.ATTENTION`. Logits are computed for about
   `chunk` tokens at a time, the same columns of every row, and recomputed in the backward pass: their memory
@@ -68,6 +94,16 @@ def token_log_likelihood(
     logits = constrain_rows(model.logits(constrain_rows(hidden)), None, "tensor")
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     log_p = chosen - jax.nn.logsumexp(logits, axis=-1)
+    if lengths is not None:
+      n = len(lengths.weights)
+      number = targets - lengths.first
+      is_length = (number >= 0) & (number < n)
+      weights = jnp.asarray(lengths.weights, jnp.float32)[jnp.clip(number, 0, n - 1)]
+      of_lengths = logits[..., lengths.first : lengths.first + n] - jax.nn.logsumexp(
+        logits, -1, keepdims=True
+      )
+      spread = (weights * of_lengths).sum(-1) + jax.scipy.special.entr(weights).sum(-1)
+      log_p = jnp.where(is_length, spread, log_p)
     learned = targets != NO_TARGET
     return jnp.where(learned, log_p, 0.0), learned & (chosen >= jnp.max(logits, axis=-1))
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from pasta_jax.config import identity
 from pasta_jax.data.examples import annotators, mix, of_training
 from pasta_jax.data.packing import PackedBatches, single_batches
 from pasta_jax.data.pipeline import Batch, fingerprint
+from pasta_jax.decode.generator import adapter_path
 from pasta_jax.lang import forms
 from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.layout import Layout
@@ -21,11 +23,11 @@ from pasta_jax.train import distributed
 from pasta_jax.train.attention import DeviceBatch
 from pasta_jax.train.flops import chip
 from pasta_jax.train.loop import checked_workdir
-from pasta_jax.train.losses import sft_loss
+from pasta_jax.train.losses import length_targets, sft_loss
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.state import TrainState, make_model
 from pasta_jax.train.trainer import Sums, Task, Trainer, training_mesh
-from pasta_jax.weights.adapter import settings_entry
+from pasta_jax.weights.adapter import form_of, has_tags, settings_entry
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 
@@ -41,10 +43,12 @@ class SFT(Task):
     held_out: Sequence[Layout] = (),
     form: Forms = Forms(),
     notes: Mapping[str, str] | None = None,
+    lengths: Sequence[int] = (),
   ):
     """`data` to train on and `held_out` to validate on, laid out in `form`; `notes` are further entries of the
-    adapter's header."""
+    adapter's header; `lengths` the ids of lengths that are one token."""
     super().__init__(settings, form)
+    self._lengths = length_targets(np.asarray(lengths), settings.length_spread)
     self._notes = notes or {}
     self._data = data
     levels = max((e.masked_intervals.shape[1] for e in (*data, *held_out)), default=1)
@@ -60,7 +64,7 @@ class SFT(Task):
   def loss(self, model: Transformer, batch: DeviceBatch) -> tuple[jax.Array, Sums]:
     c = self.settings
     how = dict(chunk=c.loss_chunk, remat=c.remat, attention=c.attention)
-    return sft_loss(model, batch, **how, visibility=self.form.visibility)
+    return sft_loss(model, batch, **how, visibility=self.form.visibility, lengths=self._lengths)
 
   def means(self, sums: Sums, count: jax.Array) -> Sums:
     return {"loss": sums["loss"] / count, "accuracy": sums["correct"] / count}
@@ -136,9 +140,27 @@ def _train(config, workdir: Path, mesh: Mesh) -> None:
   form = forms.from_config(config)
   rows, held_out_rows = mix(c.data), mix(c.validation)
   checkpoint = load_checkpoint(config.model.source).speaking(form)
+  start = _start(config, form)
   task = _lay_out(config, rows, held_out_rows, checkpoint.vocabulary)
-  model = make_model(checkpoint, checkpoint.vocabulary, c, tags=task.tags, mesh=mesh)
+  model = make_model(checkpoint, checkpoint.vocabulary, c, tags=task.tags, adapter=start, mesh=mesh)
   Trainer(task, model, mesh, steps=task.total_steps).fit(workdir, config, checkpoint)
+
+
+def _start(config, form: Forms) -> Path | None:
+  """The adapter of `train.start`. Raises ValueError, one line, if it cannot be read or speaks another form."""
+  path, tags = adapter_path(config.train.start), config.train.annotation != "none"
+  if path is None:
+    return None
+  if has_tags(path) != tags:
+    kind = "a PASTA adapter" if tags else "an adapter without tags"
+    raise ValueError(
+      f"train.start={config.train.start}: train.annotation={config.train.annotation} needs {kind}"
+    )
+  if tags and (own := form_of(path)) != form:
+    raise ValueError(
+      f"train.start={config.train.start} speaks another form of the language ({own}) than config.language ({form})"
+    )
+  return path
 
 
 def _lay_out(config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vocabulary) -> SFT:
@@ -150,14 +172,16 @@ def _lay_out(config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vo
   data, held_out = selection.examples, of_training(config, held_out_rows, vocabulary, all_rows=True).examples
   left_out = (
     f"left out: {selection.too_long} longer than {c.length} tokens, {selection.too_slow} with a "
-    f"speedup below {c.min_speedup}, {selection.too_plain} beyond the share of plain ones"
+    f"speedup below {c.min_speedup}, {selection.too_thin} with more or thinner chunks than wanted, "
+    f"{selection.too_plain} beyond the share of plain ones"
   )
   if not data:
     raise ValueError(f"no example of train.data={','.join(c.data)!r} is left to train on ({left_out})")
   notes = settings_entry(config.decode)
   if c.annotation == "plan" and (names := annotators(rows[i] for i in selection.rows)):
     notes["annotator"] = names
-  task = SFT(c, data, held_out, form, notes)
+  lengths = vocabulary.table.lengths if c.annotation != "none" else ()
+  task = SFT(c, data, held_out, form, notes, lengths)
   print(
     f"{len(data)} examples ({left_out}), {len(held_out)} held out; {task.total_steps} steps, "
     f"{task.steps_per_epoch:.0f} an epoch"

@@ -34,7 +34,7 @@ from pasta_jax.model.transformer import REMAT, stack, unstack
 from pasta_jax.train import loop, sft, trainer
 from pasta_jax.train.attention import attention_mask
 from pasta_jax.train.checkpoints import Checkpoints
-from pasta_jax.train.losses import sft_loss, token_log_likelihood
+from pasta_jax.train.losses import LengthTargets, length_targets, sft_loss, token_log_likelihood
 from pasta_jax.train.state import TrainState, compute_model, make_model
 from pasta_jax.utils.jsonl import DataError, read_jsonl
 from pasta_jax.weights import build
@@ -372,6 +372,35 @@ def test_packed_rows_equal_single_rows(laid_out, full):
     for i in group:
       np.testing.assert_allclose(packed[row, at : at + len(few[i])], alone[i, : len(few[i])], atol=2e-5)
       at += len(few[i])
+
+
+def test_a_length_is_learned_with_its_neighbours(laid_out, full):
+  """Cross-entropy with a Gaussian over neighbours, less its own entropy; other targets as before."""
+  lengths = length_targets(np.arange(40, 45), 10.0)
+  assert lengths.first == 40
+  np.testing.assert_allclose(lengths.weights.sum(1), 1)
+  np.testing.assert_allclose(lengths.weights[2, [1, 3, 0]] / lengths.weights[2, 2], np.exp([-0.5, -0.5, -2]))
+  assert length_targets(np.arange(40, 45), 0.0) is None and length_targets(np.arange(0), 10.0) is None
+  batch = as_batch(laid_out[:2])
+  of = lambda targets, **how: np.asarray(
+    token_log_likelihood(nnx.merge(*full), batch | {"targets": targets}, **how)[0], np.float64
+  )
+  # Every third target is one of the lengths; the other tokens in their range are made others.
+  targets = np.array(batch["targets"])
+  targets[(targets >= 40) & (targets < 45)] = 50
+  places = np.flatnonzero(targets.reshape(-1) != NO_TARGET)[::3]
+  targets.reshape(-1)[places] = 40 + np.arange(len(places)) % 5
+  each = np.stack([of(np.where(targets == NO_TARGET, NO_TARGET, n)) for n in range(40, 45)], -1)
+  found = of(targets, lengths=lengths)
+  is_length = (targets >= 40) & (targets < 45)
+  weights = lengths.weights[targets[is_length] - 40]
+  expected = (weights * (each[is_length] - np.log(weights))).sum(-1)
+  assert is_length.sum() > 20
+  np.testing.assert_allclose(found[is_length], expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(found[~is_length], of(targets)[~is_length])
+  assert (found[is_length] < 0).all()
+  alone = LengthTargets(40, np.eye(5))
+  np.testing.assert_allclose(of(targets, lengths=alone), of(targets), rtol=1e-6, atol=1e-6)
 
 
 # --- the update ---
@@ -762,6 +791,26 @@ def test_baseline_has_no_tags(tiny, tmp_path, checkpoint, vocabulary):
   model = build.from_params(checkpoint.config, checkpoint.params)
   load_adapter(tmp_path / "adapter.safetensors", model)
   assert len(model.embed.embedding[...]) == checkpoint.config.vocab_size
+
+
+def test_training_goes_on_from_an_adapter(whole_run, tiny, tmp_path):
+  """At rate 0 it is the adapter that it started from; what does not fit is refused before anything is written."""
+  adapter = whole_run / "adapter.safetensors"
+  sft.train(settings(tiny, start=str(adapter), learning_rate=0.0, steps=1), tmp_path / "same")
+  first, same = load_file(adapter), load_file(tmp_path / "same" / "adapter.safetensors")
+  assert first.keys() == same.keys()
+  assert all(np.array_equal(first[k].view(np.uint16), same[k].view(np.uint16)) for k in first)
+  sft.train(settings(tiny, annotation="none", steps=1), tmp_path / "baseline")
+  baseline = tmp_path / "baseline" / "adapter.safetensors"
+  head = {"language.promise": "head", "language.number": "token"}
+  for changes, message in (
+    ({"train.start": str(baseline)}, "train.annotation=plan needs a PASTA adapter"),
+    ({"train.start": str(adapter), "train.annotation": "none"}, "needs an adapter without tags"),
+    ({"train.start": str(adapter), **head}, "speaks another form of the language"),
+  ):
+    with pytest.raises(ValueError, match=message) as caught:
+      sft.train(with_changes(settings(tiny), changes), tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
 def test_an_adapter_is_merged_where_every_parameter_is_trained(tmp_path):
