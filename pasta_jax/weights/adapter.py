@@ -6,7 +6,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +24,13 @@ from pasta_jax.weights.arrays import WeightsError, aligned_empty, param_shapes, 
 from pasta_jax.weights.model_files import PLAIN_TYPES, faults_of_library, inside, open_tensors, save_tensors
 
 FORMAT = "pasta-jax-adapter-1"
-_MAX_SCALE = 1e6  # of updates; usual ones are below 100
+# How a file stores the low-rank factors; its header names any but the first. Tag rows are bfloat16 in both.
+# int8: each rank component (a column of lora_a, a row of lora_b) is integers from -127 to 127 times one float32 of
+# "NAME.lora_a.scale" or "NAME.lora_b.scale" [r]: training changes components by different amounts.
+Storage = Literal["bfloat16", "int8"]
+STORAGES = get_args(Storage)
+_FACTORS = (".lora_a", ".lora_b")  # [in, r] and [r, out]
+_MAX_SCALE = 1e6  # of updates and of rank components; usual ones are below 100
 
 
 class AdapterError(ValueError):
@@ -43,16 +49,41 @@ def signature(config: ModelConfig) -> dict[str, int]:
   }
 
 
-def write_adapter(path: Path, adapter: Adapter, config: ModelConfig) -> None:
-  """Writes an adapter as one safetensors file in bfloat16, atomically."""
-  arrays = {} if adapter.tags is None else {"embed.tags": adapter.tags}
-  arrays |= {} if adapter.head_tags is None else {"head.tags": adapter.head_tags}
-  for name, (a, b) in adapter.factors.items():
-    arrays[f"{name}.lora_a"], arrays[f"{name}.lora_b"] = a, b
+def write_adapter(
+  path: Path, adapter: Adapter, config: ModelConfig, *, storage: Storage = "bfloat16"
+) -> None:
+  """Writes an adapter of the model `config` as one safetensors file, atomically."""
   belongs = signature(config) | ({"tags": config.tag_ids} if adapter.tags is not None else {})
   header = {"format": FORMAT, "scale": repr(adapter.scale), "model": to_json(belongs), **adapter.metadata}
+  write_file(path, adapter._replace(metadata=header), storage)
+
+
+def write_file(path: Path, adapter: Adapter, storage: Storage) -> None:
+  """`write_adapter` for an adapter whose metadata are the whole header of a file, as those of `read_file`."""
+  rows = {"embed.tags": adapter.tags, "head.tags": adapter.head_tags}
+  arrays = {name: np.asarray(x).astype(ml_dtypes.bfloat16) for name, x in rows.items() if x is not None}
+  for name, pair in adapter.factors.items():
+    for end, factor in zip(_FACTORS, pair):
+      arrays |= _stored(name + end, np.asarray(factor), storage)
+  header = {name: value for name, value in adapter.metadata.items() if name != "storage"}
+  header |= {"storage": storage} if storage != STORAGES[0] else {}
   with atomic_path(path) as temporary:
-    save_tensors(temporary, {k: np.asarray(v).astype(ml_dtypes.bfloat16) for k, v in arrays.items()}, header)
+    save_tensors(temporary, arrays, header)
+
+
+def _stored(name: str, factor: np.ndarray, storage: Storage) -> dict[str, np.ndarray]:
+  """The arrays of a file for one factor, by name."""
+  if storage == "bfloat16":
+    return {name: factor.astype(ml_dtypes.bfloat16)}
+  factor, within = factor.astype(np.float32), _within(name)
+  scale = np.abs(factor).max(within) / 127  # [r]
+  scale = np.maximum(scale, np.finfo(np.float32).tiny)  # not 0 where a component is
+  return {name: np.rint(factor / np.expand_dims(scale, within)).astype(np.int8), f"{name}.scale": scale}
+
+
+def _within(name: str) -> int:
+  """The axis of a factor along which one rank component runs."""
+  return 0 if name.endswith(".lora_a") else 1
 
 
 def save_adapter(path: Path, model: Transformer, metadata: Mapping[str, str]) -> None:
@@ -162,45 +193,88 @@ def _open(path: Path) -> Any:
     raise AdapterError(f"{path} is not a readable safetensors file: {error.__cause__}") from None
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-  """The arrays of a file, in float32. Raises AdapterError for numbers that cannot be read, or are not
-  finite."""
+def _arrays(path: Path, storage: str) -> dict[str, np.ndarray]:
+  """The arrays of a file, in float32, factors without their scales. Raises AdapterError for numbers that cannot be
+  read, or are not finite."""
   file, arrays = _open(path), {}
   for name in file.keys():  # noqa: SIM118  (not a dict)
-    if (kind := file.get_slice(name).get_dtype()) not in PLAIN_TYPES:
-      raise AdapterError(f"{path}: {name} has type {kind}: only {', '.join(PLAIN_TYPES)} can be read")
+    types = ("I8",) if storage == "int8" and name.endswith(_FACTORS) else PLAIN_TYPES
+    if (kind := file.get_slice(name).get_dtype()) not in types:
+      raise AdapterError(f"{path}: {name} has type {kind}: only {', '.join(types)} can be read")
     try:
       with faults_of_library():
         arrays[name] = file.get_tensor(name).astype(np.float32)
     except ValueError as error:
       raise AdapterError(f"{path} is not a readable safetensors file: {error}") from None
+  if storage == "int8":
+    for name in [n for n in arrays if n.endswith(_FACTORS)]:
+      arrays[name] = _dequantised(path, name, arrays[name], arrays.pop(f"{name}.scale", None))
+  for name, array in arrays.items():
     # The sum is fast, and not finite if a number is not (or if it is too large itself).
-    if not np.isfinite(arrays[name].sum()) and not np.isfinite(arrays[name]).all():
+    if not np.isfinite(array.sum()) and not np.isfinite(array).all():
       raise AdapterError(f"{path}: {name} has numbers that are not finite")
   return arrays
 
 
-def read_adapter(path: Path, config: ModelConfig) -> Adapter:
-  """The adapter of a file, in float32. Raises AdapterError if it cannot be read or does not fit the model."""
+def _dequantised(path: Path, name: str, factor: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
+  """A factor of int8 numbers times the scales [r] of its rank components. Raises AdapterError for damaged scales."""
+  if scale is None:
+    raise AdapterError(f"{path}: {name}.scale is missing")
+  within = _within(name)
+  if factor.ndim != 2 or scale.shape != (factor.shape[1 - within],):
+    raise AdapterError(
+      f"{path}: {name} and its scale have shapes {factor.shape} and {scale.shape}: not one scale per rank component"
+    )
+  if not ((scale > 0) & (scale <= _MAX_SCALE)).all():  # NaN neither
+    raise AdapterError(f"{path}: {name}.scale has numbers that are not above 0 and at most {_MAX_SCALE:g}")
+  return factor * np.expand_dims(scale, within)
+
+
+def read_file(path: Path) -> tuple[Adapter, dict[str, int], tuple[int, ...]]:
+  """The adapter of a file, in float32; the `signature` of the model that it was made for, and the vocabulary rows of
+  its tags there, () for additional ones. Raises AdapterError if it cannot be read."""
   metadata = read_metadata(path)
   if metadata.get("format") != FORMAT:
     raise AdapterError(
       f"{path} is not a pasta-jax adapter (format {metadata.get('format')!r:.40}, not {FORMAT!r})"
     )
-  try:  # "model": the `signature` of the model, and the vocabulary rows of the tags
+  try:
     model = checked(dict[str, int | list[int]], parse_json(metadata["model"]), "model")
-    ids, scale = tuple(checked(list[int], model.get("tags", []), "tags")), float(metadata["scale"])
+    ids = tuple(checked(list[int], model.pop("tags", []), "tags"))
+    sizes, scale = checked(dict[str, int], model, "model"), float(metadata["scale"])
   except (KeyError, ValueError):
     raise AdapterError(f"{path}: the header has no model or no scale") from None
   if not abs(scale) <= _MAX_SCALE:  # NaN neither
     raise AdapterError(f"{path}: scale {scale} is not a usable number")
-  for key, value in signature(config).items():
-    if model.get(key) != value:
-      raise AdapterError(f"{path} was made for another model: {key} is {model.get(key)}, not {value}")
-  arrays = _arrays(path)
+  if (storage := metadata.get("storage", STORAGES[0])) not in STORAGES:
+    raise AdapterError(
+      f"{path}: storage {storage!r:.40} is none of {', '.join(STORAGES)}: it is of a newer version"
+    )
+  arrays = _arrays(path, storage)
+  tags, head_tags = arrays.pop("embed.tags", None), arrays.pop("head.tags", None)
+  factors = {}
+  for name in sorted({n[: -len(end)] for n in arrays for end in _FACTORS if n.endswith(end)}):
+    a, b = (arrays.pop(name + end, None) for end in _FACTORS)
+    if a is None or b is None:
+      raise AdapterError(f"{path} has only one factor of {name}")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+      raise AdapterError(
+        f"{path}: factors of {name} have shapes {a.shape} and {b.shape}, which have no product"
+      )
+    factors[name] = a, b
+  if arrays:
+    raise AdapterError(f"{path} has {min(arrays)}, which is no part of an adapter")
+  return Adapter(scale, factors, tags, head_tags, metadata), sizes, ids
 
-  tags = arrays.pop("embed.tags", None)
-  head_tags = None if config.tie_embeddings else arrays.pop("head.tags", None)
+
+def read_adapter(path: Path, config: ModelConfig) -> Adapter:
+  """The adapter of a file, in float32. Raises AdapterError if it cannot be read or does not fit the model."""
+  adapter, sizes, ids = read_file(path)
+  for key, value in signature(config).items():
+    if sizes.get(key) != value:
+      raise AdapterError(f"{path} was made for another model: {key} is {sizes.get(key)}, not {value}")
+
+  tags, head_tags = adapter.tags, adapter.head_tags
   if tags is not None and ids != config.tag_ids:
     there, here = (
       f"vocabulary rows {', '.join(map(str, i))}" if i else "additional vocabulary rows"
@@ -209,27 +283,22 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
     raise AdapterError(f"{path} has its tags in {there}, this model in {here}: train a new adapter")
   if tags is not None and tags.shape != (wanted := (len(ids) or len(TAG_TEXTS), config.d_model)):
     raise AdapterError(f"{path}: embed.tags has shape {tags.shape}, not {wanted}")
+  if config.tie_embeddings and head_tags is not None:
+    raise AdapterError(f"{path} has head.tags, which this model does not have")
   if not config.tie_embeddings and (None if tags is None else tags.shape[::-1]) != (
     None if head_tags is None else head_tags.shape
   ):
     raise AdapterError(f"{path}: embed.tags and head.tags do not match, or one is missing")
-  factors = {}
-  for kernel, (n_in, n_out) in (
-    (k, s) for k, s in param_shapes(config).items() if k.startswith("layers.") and k.endswith(".kernel")
-  ):
-    name = kernel.removesuffix(".kernel")
-    a, b = arrays.pop(f"{name}.lora_a", None), arrays.pop(f"{name}.lora_b", None)
-    if (a is None) != (b is None):
-      raise AdapterError(f"{path} has only one factor of {name}")
-    if a is not None and b is not None:
-      if a.ndim != 2 or a.shape[0] != n_in or b.shape != (a.shape[1], n_out):
-        raise AdapterError(
-          f"{path}: factors of {name} have shapes {a.shape} and {b.shape}, its kernel {n_in, n_out}"
-        )
-      factors[name] = a, b
-  if arrays:
-    raise AdapterError(f"{path} has {min(arrays)}, which this model does not have")
-  return Adapter(scale, factors, tags, head_tags, metadata)
+  kernels = param_shapes(config)
+  for name, (a, b) in adapter.factors.items():
+    kernel = kernels.get(f"{name}.kernel") if name.startswith("layers.") else None
+    if kernel is None:
+      raise AdapterError(f"{path} has {name}.lora_a, which this model does not have")
+    if (a.shape[0], b.shape[1]) != kernel:
+      raise AdapterError(
+        f"{path}: factors of {name} have shapes {a.shape} and {b.shape}, its kernel {kernel}"
+      )
+  return adapter
 
 
 class Merged(Mapping[str, np.ndarray]):

@@ -25,7 +25,7 @@ from pasta_jax.weights.model_files import read_json, save_tensors, write_json
 # What an exported folder was made of, in that folder: the same export again has nothing to do.
 _MADE_OF = "export.json"
 # Metadata of an adapter's file itself, not of its training.
-_FILE_METADATA = ("format", "scale", "model", "base", "base's sha256")
+_FILE_METADATA = ("format", "scale", "model", "storage", "base", "base's sha256")
 
 
 def export(folder: Path, checkpoint: Checkpoint, adapter: Path | None, *, form: str, dtype: str) -> str:

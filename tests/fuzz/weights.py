@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.lora import Adapter
 from pasta_jax.train.checkpoints import Checkpoints
 from pasta_jax.train.state import TrainState
-from pasta_jax.weights.adapter import read_adapter, weights_of, write_adapter
+from pasta_jax.weights.adapter import Storage, read_adapter, weights_of, write_adapter
 from pasta_jax.weights.arrays import param_shapes
 from pasta_jax.weights.checkpoint import load_checkpoint
 
@@ -100,13 +101,14 @@ def gguf(*, pieces: bool) -> Callable[[Path], None]:
   return make
 
 
-def adapter(path: Path) -> None:
+def adapter(path: Path, storage: Storage = "bfloat16") -> None:
   config, rng = _small(), np.random.default_rng(0)
   draw = lambda *shape: rng.normal(size=shape).astype("f")
   factors = {"layers.0.attn.q": (draw(8, 2), draw(2, 8)), "layers.1.mlp.up": (draw(8, 2), draw(2, 8))}
   metadata = {"positions": '{"strategy": "pred_10x", "fixed": 60}', "speeds": "[1, 2]", "base": "model"}
   (path / "model").mkdir()
-  write_adapter(path / "adapter.safetensors", Adapter(2.0, factors, draw(6, 8), None, metadata), config)
+  made = Adapter(2.0, factors, draw(6, 8), None, metadata)
+  write_adapter(path / "adapter.safetensors", made, config, storage=storage)
 
 
 def load_adapter(path: Path) -> None:
@@ -141,5 +143,6 @@ KINDS = {
   "index": Kind(in_parts, _in_folder, ["model/*.index.json"]),
   "template": Kind(with_template, _in_folder, ["model/*.jinja"]),
   "adapter": Kind(adapter, load_adapter, ["*.safetensors"]),
+  "adapter_int8": Kind(partial(adapter, storage="int8"), load_adapter, ["*.safetensors"]),
   "checkpoint": Kind(run, lambda path: load(path / "run"), ["run/checkpoints/1/**/*"], 0.3),
 }
