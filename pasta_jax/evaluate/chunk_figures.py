@@ -5,7 +5,6 @@
 Reads the answers of `--mode=eval` with the tokenizer of `--config`; promises are counted over all answers.
 """
 
-import collections
 import re
 import statistics
 import sys
@@ -20,6 +19,8 @@ from ml_collections import config_flags
 from pasta_jax.config import from_flags
 from pasta_jax.decode.record import ResponseRecord
 from pasta_jax.decode.trace import from_json
+from pasta_jax.evaluate.metrics import declared
+from pasta_jax.evaluate.report.lengths import cells
 from pasta_jax.lang.forms import from_config
 from pasta_jax.lang.program import Program, promises, reading_order
 from pasta_jax.utils.jsonl import read_jsonl
@@ -42,10 +43,8 @@ def figures(records: Sequence[ResponseRecord], programs: Sequence[Program]) -> d
     "text tokens, median": f"{statistics.median(record.text_tokens for record in records):.0f}",
   }
   if lengths:
-    [(commonest, n)] = collections.Counter(promised for promised, _ in lengths).most_common(1)
-    out["promises with the commonest length"] = f"{of(n, len(lengths))} ({commonest})"
     out["chunks longer than promised"] = of(sum(n > promised for promised, n in lengths), len(lengths))
-  return out
+  return out | cells(declared.summarise([record.lengths for record in records]))
 
 
 def show(by_system: Mapping[str, Mapping[str, str]]) -> None:

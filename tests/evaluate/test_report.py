@@ -252,7 +252,41 @@ def test_calibration_shows_medians_by_declared_length():
   figure = plots.calibration(lengths, palette=plots.colours(["a", "b"]))
   medians = [list(line.get_ydata()) for line in figure.axes[0].lines[:2]]
   assert medians == [[12, 20], [20]]
+  heights, edges, _ = figure.axes[1].patches[0].get_data()  # of "a": 2 and 20 before, 2 and 20 after
+  assert {edges[k]: h for k, h in enumerate(heights) if h} == dict.fromkeys((-29.5, -9.5, 0.5, 10.5), 25)
   assert [t.get_text().strip() for t in figure.axes[0].get_legend().get_texts()] == ["a", "b"]
+
+
+def test_a_chunk_far_from_its_number_is_in_the_outer_bars():
+  lengths = {"a": [(500, 20), (40, 900), (40, 40), (40, 41)]}
+  late = plots.calibration(lengths, palette=plots.colours(["a"])).axes[1].patches[0]
+  heights, edges, _ = late.get_data()
+  at = {edge: height for edge, height in zip(edges, heights) if height}
+  assert at == {edges[0]: 25, -9.5: 25, 0.5: 25, edges[-2]: 25}
+
+
+def test_declared_lengths_are_in_the_table_of_systems_that_promise(workdir: Path):
+  path = workdir / "responses" / "baseline.jsonl"
+  rows = [json.loads(line) | {"promises": 0, "lengths": []} for line in path.read_text().splitlines()]
+  path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  path = workdir / "responses" / f"{SYSTEMS[1]}.jsonl"
+  rows = [json.loads(line) | {"lengths": [[10, 5], [30, 60]]} for line in path.read_text().splitlines()]
+  path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+  of_systems = {n: entry["responses"] for n, entry in write_report(workdir)["systems"].items()}
+  assert of_systems[SYSTEMS[1]]["length_correlation_within"] == pytest.approx(1)
+  assert "length_correlation" not in of_systems[SYSTEMS[0]]  # one length everywhere
+  assert "ends_after_share" in of_systems[SYSTEMS[0]] and "ends_after_share" not in of_systems["baseline"]
+  lines = (workdir / "report.md").read_text().splitlines()
+  n = len(TEXTS)
+  for heading, cells in (
+    (
+      "declared lengths: rank correlation with true ones, within answers",
+      f"– | – | 1.00 (1.00 to 1.00), {n} answers",
+    ),
+    ("promises with the commonest length", "– | 100 % (100 to 100), 10 tokens | 50 % (50 to 50), 10 tokens"),
+    ("chunks that end 1 to 10 tokens after it", "– | 100 % (100 to 100) | 0 % (0 to 0)"),
+  ):
+    assert f"| {heading} | {cells} |" in lines
 
 
 def test_the_local_judge_has_no_win_rate_on_the_front_of_stage_two(tmp_path: Path):

@@ -35,7 +35,7 @@ class Share(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4)
-def _resamples(n: int, seed: int) -> np.ndarray:
+def resamples(n: int, seed: int = 0) -> np.ndarray:
   """How often each of `n` prompts is in each resample: [RESAMPLES, n]."""
   return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float32)
 
@@ -51,7 +51,7 @@ def mean(values: np.ndarray, seed: int = 0) -> Mean:
   value, n = float(values[known].mean()), int(known.sum())
   if n < 2:
     return Mean(value, np.nan, np.nan, n)
-  counts = _resamples(len(values), seed)[:, known]
+  counts = resamples(len(values), seed)[:, known]
   drawn = counts.sum(axis=1)
   means = (counts @ values[known])[drawn > 0] / drawn[drawn > 0]
   low, high = np.percentile(means, [2.5, 97.5])

@@ -34,6 +34,7 @@ PLOT_TITLES = {
   "speedups_by_category": "By category",
   "speedups_by_length": "By length of the answer",
 }
+WIDE = ("calibration", "speed_quality_")  # plots of panels side by side
 
 
 def _plot_title(name: str) -> str:
@@ -189,7 +190,7 @@ def write_page(
   timelines = _timelines(run)
   met = "".join(map(_threshold_card, thresholds))
   plots = "".join(
-    f'<div class="card{"" if n in PLOT_TITLES else " wide"}"><h3>{_html(_plot_title(n))}</h3>{svg}</div>'
+    f'<div class="card{" wide" if n.startswith(WIDE) else ""}"><h3>{_html(_plot_title(n))}</h3>{svg}</div>'
     for n, svg in svgs.items()
   )
   extremes = "".join(

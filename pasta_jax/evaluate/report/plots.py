@@ -1,4 +1,4 @@
-"""Plots for the page and for papers: speed by prompt, speed by group of prompts, lengths of chunks.
+"""Plots for the page and for papers: speed by prompt and by group of prompts, lengths of chunks.
 
 `speed_quality` draws speed against quality in the same style.
 """
@@ -15,6 +15,7 @@ import matplotlib.figure
 import matplotlib.ticker
 import numpy as np
 
+from pasta_jax.evaluate.metrics.declared import NEAR
 from pasta_jax.utils.text import one_line
 
 # Medium lightness: readable on light and on dark backgrounds.
@@ -95,13 +96,18 @@ def groups(figures: Mapping[str, Mapping[str, float]], *, speed: str, palette: M
     return figure
 
 
+LATE = 100  # tokens: chunks that end further from their number are in the outer bars of `calibration`
+
+
 def calibration(lengths: Mapping[str, Sequence[tuple[int, int]]], *, palette: Mapping[str, str]) -> Figure:
   """The tokens of chunks against those that their promises declare: `lengths[system]` are (declared, true).
 
-  For each declared length that a system gave to chunks, the median, and the middle half of them as a bar.
+  Left: for each declared length that a system gave to chunks, the median, and the middle half of them as a bar.
+  Right: true less declared tokens, in bars of `declared.NEAR` tokens, of which one ends at the declared length.
   """
   with matplotlib.rc_context(STYLE):
-    figure, ax = _new(6.4, 4.0)
+    figure = Figure(figsize=(10.4, 4.0), layout="constrained")
+    ax, late = figure.subplots(1, 2)
     for k, (system, pairs) in enumerate(lengths.items()):
       by_declared: dict[int, list[int]] = {}
       for declared, true in pairs:
@@ -121,6 +127,15 @@ def calibration(lengths: Mapping[str, Sequence[tuple[int, int]]], *, palette: Ma
     ax.set_xlabel("declared length of a chunk (tokens)")
     ax.set_ylabel("its length: median, middle half (tokens)")
     ax.legend(frameon=False, labelcolor="linecolor")
+    edges = np.arange(-LATE, LATE + 1, NEAR) + 0.5  # a bar has the lengths of one `declared.place`
+    for system, pairs in lengths.items():
+      tokens = np.clip([true - declared for declared, true in pairs], edges[0], edges[-1])
+      late.stairs(
+        100 * np.histogram(tokens, edges)[0] / len(tokens), edges, color=palette[system], linewidth=1.5
+      )
+    late.axvline(0.5, color=INK, linewidth=0.8, alpha=0.35, linestyle=(0, (3, 3)))
+    late.set_xlabel("its length less the declared one (tokens; outer bars: and all beyond)")
+    late.set_ylabel("share of chunks, %")
     return figure
 
 

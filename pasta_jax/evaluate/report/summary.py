@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from pasta_jax.decode.record import SCHEMA
+from pasta_jax.evaluate.metrics import declared
 from pasta_jax.evaluate.metrics.length_control import read_difficulty
 from pasta_jax.evaluate.metrics.measures import cut_by_text, grouped, length_class, summarise
 from pasta_jax.evaluate.report.readings import of_judge, quality, rate_name
@@ -24,6 +25,8 @@ def summarise_run(run: Run) -> dict:
       entry[kind] = summarise(rows[name], baseline)
       entry[f"{kind}_by_category"] = grouped(rows[name], baseline, lambda r: r.get("category") or "all")
       entry[f"{kind}_by_length"] = grouped(rows[name], baseline, length_class)
+    if name in run.responses:
+      entry["responses"] |= declared.summarise([r["lengths"] for r in run.responses[name]])
     if name in cut_shares:
       entry["responses"]["cut_by_text_share"] = cut_shares[name]
     entry["quality"] = {

@@ -6,7 +6,7 @@ import rich.console
 import rich.table
 
 from pasta_jax.evaluate.metrics.measures import natural
-from pasta_jax.evaluate.report import judged
+from pasta_jax.evaluate.report import judged, lengths
 from pasta_jax.utils.terminal import as_text
 from pasta_jax.utils.text import one_line
 
@@ -64,6 +64,10 @@ def table(summary: dict) -> Rows:
       row.append(form(figures[key]) if key in figures else NOTHING)
     if any(cell != NOTHING for cell in row[1:]):
       rows.append(row)
+  of_lengths = [lengths.cells(entry.get("responses", {})) for entry in systems.values()]
+  for heading in lengths.HEADINGS:
+    if any(heading in cells for cells in of_lengths):
+      rows.append([heading, *(cells.get(heading, NOTHING) for cells in of_lengths)])
   return [*rows, *judged.rates(summary)]
 
 
