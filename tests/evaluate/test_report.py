@@ -265,6 +265,39 @@ def test_a_chunk_far_from_its_number_is_in_the_outer_bars():
   assert at == {edges[0]: 25, -9.5: 25, 0.5: 25, edges[-2]: 25}
 
 
+def test_wins_are_reported_by_number_of_parts(workdir: Path, capsys):
+  """Planted: the more parts, the fewer wins; the local judge, and a system without parts, have no such table."""
+  promises = [0] * 4 + [1, 2] * 2 + [3, 4] * 2 + [5, 6] + [7, 40] * 2
+  preferences = [1.0] * 4 + [0.75] * 4 + [0.5] * 4 + [1.0, 0.0] + [0.0] * 4
+  for system, counts in ((SYSTEMS[0], promises), (SYSTEMS[1], [0] * len(promises))):
+    path = workdir / "responses" / f"{system}.jsonl"
+    rows = [json.loads(line) | {"promises": n} for line, n in zip(path.read_text().splitlines(), counts)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for judge in ("reader", "local"):
+      (workdir / "judgements" / judge).mkdir(exist_ok=True)
+      for r, p in [*zip(rows, preferences)][:-1]:  # the last one is not judged
+        judged = {"id": r["id"], "texts": "", "preference": p}
+        append_row(workdir / "judgements" / judge / f"{system}-against-baseline.jsonl", judged)
+  summary = write_report(workdir)
+  assert "parts" not in summary["judges"]["local"]
+  [(system, parts)] = summary["judges"]["reader"]["parts"].items()
+  assert system == SYSTEMS[0]
+  assert {name: (f["judged"], f["win_rate"], f["wins"], f["ties"], f["losses"]) for name, f in parts.items()} == {
+    "0": (4, 100, 4, 0, 0), "1–2": (4, 75, 4, 0, 0), "3–4": (4, 50, 0, 4, 0), "5–6": (2, 50, 1, 0, 1),
+    "7 or more": (3, 0, 0, 0, 3),
+  }  # fmt: skip
+  assert [*parts] == ["0", "1–2", "3–4", "5–6", "7 or more"]
+  assert (parts["5–6"]["win_rate_low"], parts["5–6"]["win_rate_high"]) == (0, 100)
+  heading = "Win rate (reader) by number of promises or points"
+  text, html = ((workdir / f"report.{form}").read_text() for form in ("md", "html"))
+  assert "| 5–6 | 50.0 % (0.0 to 100.0), 2 |" in text and "| 7 or more | 0.0 % (0.0 to 0.0), 3 |" in text
+  assert html.count(heading) == 2 and heading in " ".join(capsys.readouterr().out.split())  # table and figure
+  figures = {path.name for path in (workdir / "figures").iterdir()}
+  assert {"parts_reader.svg", "parts_reader.png"} <= figures and "parts_local.svg" not in figures
+  svg = (workdir / "figures" / "parts_reader.svg").read_text()
+  assert "1–2" in svg and SYSTEMS[1] not in svg
+
+
 def test_declared_lengths_are_in_the_table_of_systems_that_promise(workdir: Path):
   path = workdir / "responses" / "baseline.jsonl"
   rows = [json.loads(line) | {"promises": 0, "lengths": []} for line in path.read_text().splitlines()]

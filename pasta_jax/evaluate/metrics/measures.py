@@ -135,6 +135,18 @@ def length_class(row: dict) -> str:
   return f"{low} to {high - 1} tokens" if high else f"{low} tokens or more"
 
 
+PARTS = (1, 3, 5, 7)  # bounds between classes of answers, in promises or points
+
+
+def parts_class(row: dict) -> str:
+  """The class of an answer by the number of its parts: "0", "1–2", …, "7 or more"."""
+  low = max((b for b in PARTS if row["promises"] >= b), default=0)
+  high = min((b for b in PARTS if b > row["promises"]), default=0)
+  if not high:
+    return f"{low} or more"
+  return f"{low}–{high - 1}" if high - 1 > low else f"{low}"
+
+
 def natural(name: str) -> tuple[int, str]:
   """Sort key: the first number in a name, if any, then the name."""
   numbers = re.findall(r"\d+", name)

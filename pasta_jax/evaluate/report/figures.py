@@ -39,6 +39,10 @@ def draw(run: Run, summary: dict) -> dict[str, plots.Figure]:
           judge
         ),  # the form that a likelihood checks is no quality to compare with the paper's
       )
+    if by_parts := summary["judges"][judge].get("parts"):
+      figures[f"parts_{judge}"] = plots.parts(
+        by_parts, rate=rate_name(judge), palette=palette, baseline=run.baseline
+      )
   lengths = {n: [p for r in rows for p in r["lengths"]] for n, rows in run.responses.items()}
   if lengths := {n: pairs for n, pairs in lengths.items() if pairs}:
     figures["calibration"] = plots.calibration(lengths, palette=palette)

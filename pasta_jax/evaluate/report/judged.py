@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from pasta_jax.evaluate.metrics import wins
-from pasta_jax.evaluate.report.readings import FORM_CHECK, rate_name, reads
+from pasta_jax.evaluate.metrics.measures import natural
+from pasta_jax.evaluate.report.readings import FORM_CHECK, parts_name, rate_name, reads
 
 Rows = list[list[str]]
 NOTHING = "–"
@@ -80,14 +81,21 @@ def _both_finished(figures: Mapping) -> str:
 
 
 def tables(summary: Mapping) -> dict[str, Rows]:
-  """By heading, of each reader: differences between systems, and defects that it named."""
-  out = {}
+  """By heading, of each reader: differences between systems, wins by number of parts, and defects that it named."""
+  out: dict[str, Rows] = {}
   for judge, figures in summary["judges"].items():
     if not figures["reads"]:
       continue
     if differences := figures.get("differences"):
       head = ["", "points", "95 % interval", "prompts"]
       out[f"Differences in {rate_name(judge)}, paired by prompt"] = [head, *map(_difference, differences)]
+    if parts := figures.get("parts"):
+      classes = sorted({name for of_system in parts.values() for name in of_system}, key=natural)
+      rates_of = lambda name, of=parts: [_by_parts(of_system.get(name)) for of_system in of.values()]
+      out[f"{parts_name(judge)}: % (95 % interval), answers"] = [
+        ["", *parts],
+        *([name, *rates_of(name)] for name in classes),
+      ]
     if defects := figures.get("defects"):
       names = dict.fromkeys(d for of_system in defects.values() for d in of_system)
       cells = lambda d, of=defects: [_count(of_system.get(d), of_system["any"]) for of_system in of.values()]
@@ -106,6 +114,10 @@ def _difference(found: Mapping) -> list[str]:
     interval,
     str(found["prompts"]),
   ]
+
+
+def _by_parts(found: Mapping | None) -> str:
+  return f"{_with_interval(found, 'win_rate')}, {found['judged']}" if found else NOTHING
 
 
 def _count(share: Mapping | None, answers: Mapping) -> str:

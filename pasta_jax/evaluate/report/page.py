@@ -17,7 +17,7 @@ from pasta_jax.decode.views.seen import SCRIPT
 from pasta_jax.decode.views.timeline import timeline_style, timeline_svg
 from pasta_jax.evaluate.report import judged
 from pasta_jax.evaluate.report.figures import speed_name
-from pasta_jax.evaluate.report.readings import FORM_CHECK, rate_name, reads
+from pasta_jax.evaluate.report.readings import FORM_CHECK, parts_name, rate_name, reads
 from pasta_jax.evaluate.report.run_record import Run
 from pasta_jax.evaluate.report.summary import Threshold
 from pasta_jax.evaluate.report.tables import about, group_tables, table
@@ -38,6 +38,8 @@ WIDE = ("calibration", "speed_quality_")  # plots of panels side by side
 
 
 def _plot_title(name: str) -> str:
+  if name.startswith("parts_"):
+    return parts_name(name.removeprefix("parts_"))
   return PLOT_TITLES.get(name) or f"Speed against quality: {rate_name(name.removeprefix('speed_quality_'))}"
 
 

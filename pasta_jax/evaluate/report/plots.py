@@ -1,4 +1,4 @@
-"""Plots for the page and for papers: speed by prompt and by group of prompts, lengths of chunks.
+"""Plots for the page and for papers: speed by prompt and by group of prompts, lengths of chunks, wins by parts.
 
 `speed_quality` draws speed against quality in the same style.
 """
@@ -16,6 +16,7 @@ import matplotlib.ticker
 import numpy as np
 
 from pasta_jax.evaluate.metrics.declared import NEAR
+from pasta_jax.evaluate.metrics.measures import natural
 from pasta_jax.utils.text import one_line
 
 # Medium lightness: readable on light and on dark backgrounds.
@@ -136,6 +137,42 @@ def calibration(lengths: Mapping[str, Sequence[tuple[int, int]]], *, palette: Ma
     late.axvline(0.5, color=INK, linewidth=0.8, alpha=0.35, linestyle=(0, (3, 3)))
     late.set_xlabel("its length less the declared one (tokens; outer bars: and all beyond)")
     late.set_ylabel("share of chunks, %")
+    return figure
+
+
+def parts(
+  rates: Mapping[str, Mapping[str, Mapping[str, float]]],
+  *,
+  rate: str,
+  palette: Mapping[str, str],
+  baseline: str,
+) -> Figure:
+  """The win rate of answers by the number of their parts: `rates[system][class]` (`readings.parts`).
+
+  Points with 95 % intervals, systems side by side, and the number of answers above each.
+  """
+  classes = sorted({c for of_system in rates.values() for c in of_system}, key=natural)
+  with matplotlib.rc_context(STYLE):
+    names = 0.09 * max(len(label_of(system)) for system in rates)  # inches: the legend is beside the axes
+    figure, ax = _new(max(5.6, 1 + 0.35 * len(classes) * len(rates)) + names, 4.0)
+    ax.axhline(50, color=INK, linewidth=0.8, alpha=0.35, linestyle=(0, (3, 3)))
+    for k, (system, of_system) in enumerate(rates.items()):
+      beside = 0.7 * ((k + 0.5) / len(rates) - 0.5)
+      for n, (name, found) in enumerate(of_system.items()):
+        x, y = classes.index(name) + beside, found["win_rate"]
+        low, high = (found.get(f"win_rate_{end}", y) for end in ("low", "high"))
+        ax.plot((x, x), (low, high), color=palette[system], linewidth=1.5, alpha=0.5)
+        ax.plot([x], [y], "o", color=palette[system], markersize=5, label=None if n else label_of(system))
+        ax.annotate(
+          f"{found['judged']}", (x, high), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=7,
+          color=palette[system],
+        )  # fmt: skip
+    ax.set_xticks(range(len(classes)), classes)
+    ax.set_ylim(-4, 108)
+    ax.set_yticks(range(0, 101, 25))
+    ax.set_xlabel("promises or points of the answer (small: answers judged)")
+    ax.set_ylabel(f"{rate} against{label_of(baseline)}, %")
+    ax.legend(frameon=False, labelcolor="linecolor", loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.metrics import wins
 from pasta_jax.evaluate.metrics.length_control import length_controlled
+from pasta_jax.evaluate.metrics.measures import natural, parts_class
 from pasta_jax.evaluate.report.run_record import Run
 
 FORM_JUDGE = "local"
@@ -27,6 +28,11 @@ def reads(judge: str) -> bool:
 def rate_name(judge: str) -> str:
   """What the share of answers that a judge prefers is called, in tables, plots and thresholds."""
   return f"win rate ({judge})" if reads(judge) else FORM_CHECK
+
+
+def parts_name(judge: str) -> str:
+  """What the table and figure of `parts` are called."""
+  return f"{rate_name(judge)[:1].upper()}{rate_name(judge)[1:]} by number of promises or points"
 
 
 def quality(run: Run, judge: str, system: str, difficulty: dict[str, float] | None) -> dict[str, float]:
@@ -92,14 +98,38 @@ def differences(run: Run, judge: str) -> list[dict]:
   return out
 
 
+def parts(run: Run, judge: str) -> dict[str, dict[str, dict]]:
+  """By system and class of answers by their number of parts (`parts_class`): `judged`, `win_rate` in per cent with its
+  95 % interval, `wins`, `ties` and `losses`. Systems of which no answer has parts are left out."""
+  out = {}
+  for system in run.systems:
+    rows = run.judgements[judge].get(system, {})
+    by_class: dict[str, list[str]] = {}
+    for row in run.responses.get(system, []):
+      if row["id"] in rows:
+        by_class.setdefault(parts_class(row), []).append(row["id"])
+    found = {}
+    for name in sorted(by_class, key=natural):
+      preferences = _by_prompt(run, judge, system, only=by_class[name])
+      rate = wins.mean(100 * preferences)
+      if rate.n:
+        counts = wins.outcomes(preferences[~np.isnan(preferences)])._asdict()
+        found[name] = {"judged": rate.n, "win_rate": rate.value, **_interval("win_rate", rate), **counts}
+    if system != run.baseline and found.keys() - {parts_class({"promises": 0})}:
+      out[system] = found
+  return out
+
+
 def of_judge(run: Run, judge: str) -> dict:
   """What is known of one judge: `differences` between systems, `position` bias, agreement of `repeats` and `defects`
-  by system; what it did not measure is left out."""
+  by system, and of one that reads `parts`; what it did not measure is left out."""
   by_system = run.judgements.get(judge, {})
   rows = [row for of_system in by_system.values() for row in of_system.values()]
   out: dict = {"reads": reads(judge)}
   if found := differences(run, judge) if by_system else []:
     out["differences"] = found
+  if by_parts := parts(run, judge) if by_system and reads(judge) else {}:
+    out["parts"] = by_parts
   place, repeats = wins.position(rows), wins.repeats(rows)
   if place.readings_first.n:
     out["position"] = {
