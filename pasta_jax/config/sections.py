@@ -191,9 +191,8 @@ class Train(Section):
   max_grad_norm: float = 1.0  # gradients are clipped to this global norm
   lora_rank: int = setting(16, at_least(0))  # 0: train every parameter
   lora_alpha: float = 32.0
-  start: str = setting(
-    "", path=True, late=True
-  )  # an adapter to go on from, as model.adapter; "": updates start at zero
+  # an adapter to go on from, as model.adapter, with its rank and alpha; "": updates start at zero
+  start: str = setting("", file=True, late=True)
   # a length that is one token is learned with its neighbours: a Gaussian of this many tokens around it; 0: alone
   length_spread: float = setting(0.0, at_least(0), late=True)
   dtype: str = setting("bfloat16", one_of(DTYPES))  # of matrix products

@@ -120,21 +120,17 @@ def draw_samples(
       records.add(rows[request.id])
       bar.update(task, advance=1, note=f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
 
+    def draw(some: Sequence[PromptTurn], parallel: bool) -> None:
+      width = c.branch_width if parallel else 1
+      scheduler = Scheduler(model.interpreter(parallel), batch_size=c.decode_batch_size, branch_width=width)
+      seeds = [seed_of(c.seed, digest, speed, r.id) for r in some]
+      prompts = [encoded[r.prompt] for r in some]
+      scheduler.run(prompts, sampling, seeds=seeds, on_finish=lambda i, trace: add(some[i], trace))
+
     with bar:
       for parallel in (True, False):
-        some = [r for r in todo if parallel != is_plain({"id": r.id})]
-        if some:
-          scheduler = Scheduler(
-            model.interpreter(parallel),
-            batch_size=c.decode_batch_size,
-            branch_width=c.branch_width if parallel else 1,
-          )
-          scheduler.run(
-            [encoded[r.prompt] for r in some],
-            sampling,
-            seeds=[seed_of(c.seed, digest, speed, r.id) for r in some],
-            on_finish=lambda i, trace, some=some: add(some[i], trace),
-          )
+        if some := [r for r in todo if parallel != is_plain({"id": r.id})]:
+          draw(some, parallel)
     seconds = time.perf_counter() - started
     print(f"{len(todo)} samples of {tokens} tokens in {seconds:.0f} s: {tokens / seconds:.0f} tokens/s")
   return {r.id: [rows[f"{r.id}#{name}"] for name in names] for r in requests}

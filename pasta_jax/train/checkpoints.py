@@ -21,6 +21,7 @@ from pasta_jax.utils.typed import checked
 from pasta_jax.weights.checkpoint import Checkpoint
 
 _OVERHEAD = 2**18  # bytes of a checkpoint's descriptions
+START = "start's sha256"  # in an adapter's header: the file that its training went on from
 
 
 class ForeignCheckpoint(ValueError):
@@ -114,6 +115,7 @@ class Checkpoints:
           f"{self._path} belongs to a run with another model or configuration: {name} is "
           f"{there} there, {here} here; choose another --workdir, or the settings of that run"
         )
+    self._check_start(step)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
     saved = self._manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
@@ -121,6 +123,18 @@ class Checkpoints:
     data = checked(dict[str, Any], saved.data, "data")
     # By name: the leaves of a dict are sorted, those of the state are in the order of its fields.
     return jax.tree.unflatten(jax.tree.structure(like), [saved.state[name] for name in wanted]), data
+
+  def _check_start(self, step: int) -> None:
+    """Raises ForeignCheckpoint if the run went on from another adapter, whose scale is not in the state."""
+    stored: dict[str, Any] = {}
+    if (self._path / str(step) / "about").is_dir():
+      found = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+      stored = checked(dict[str, Any], found.get("metadata") or {}, "metadata")
+    if stored.get(START) != (self._metadata.get("metadata") or {}).get(START):
+      raise ForeignCheckpoint(
+        f"{self._path} belongs to a run that went on from another adapter: choose another --workdir, or the "
+        "train.start of that run, unchanged"
+      )
 
   def close(self) -> None:
     """Waits until the last save is on disk. Raises OSError if it cannot be written."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pasta_jax.config import current_names
+from pasta_jax.config.sections import OWN_SETTINGS
 from pasta_jax.data.pipeline import Batch, DataIterator
 from pasta_jax.train import distributed
 from pasta_jax.train.checkpoints import Checkpoints
@@ -125,7 +126,9 @@ def _write_config(path: Path, config, first: int) -> None:
     except ValueError:
       before = {}
     now = _flat(config.to_dict())
-    changed = [k for k in sorted(before.keys() & now.keys()) if before[k] != now[k]]
+    default = lambda k: OWN_SETTINGS.get(k.removeprefix("decode."))  # of a setting that is not given
+    value = lambda values, k: default(k) if values[k] is None else values[k]
+    changed = [k for k in sorted(before.keys() & now.keys()) if value(before, k) != value(now, k)]
     if changed:
       changes = ", ".join(f"{k} {before[k]} -> {now[k]}" for k in changed)
       print(f"resuming after step {first} with other settings than before: {changes}")

@@ -37,7 +37,7 @@ _DPO_BETA = 0.1
 class LengthTargets(NamedTuple):
   """What is learned where the target is a length that is one token (`length_targets`)."""
 
-  first: int  # id of the shortest length; the others follow it
+  ids: np.ndarray  # [n] of the lengths, shortest first
   weights: np.ndarray  # [n, n], rows sum to 1: of each length, where the row's is the target
 
 
@@ -45,14 +45,13 @@ def length_targets(lengths: np.ndarray, spread: float) -> LengthTargets | None:
   """A Gaussian over neighbouring lengths, `spread` tokens wide: 50 is nearly right where 40 was written, and a loss
   over each length alone does not say so. None if `spread` is 0 or there are no such tokens.
 
-  `lengths` are the ids of `syntax.LENGTHS`, ten tokens apart, which follow each other.
+  `lengths` are the ids of `automaton.LENGTHS`, ten tokens apart.
   """
   if not spread or not len(lengths):
     return None
-  assert (np.diff(lengths) == 1).all(), "lengths have consecutive rows"
   step = 10 * np.arange(len(lengths))
   weights = np.exp(-((step[:, None] - step[None]) ** 2) / (2 * spread**2))
-  return LengthTargets(int(lengths[0]), weights / weights.sum(1, keepdims=True))
+  return LengthTargets(np.asarray(lengths), weights / weights.sum(1, keepdims=True))
 
 
 def hidden_states(
@@ -95,13 +94,10 @@ def token_log_likelihood(
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     log_p = chosen - jax.nn.logsumexp(logits, axis=-1)
     if lengths is not None:
-      n = len(lengths.weights)
-      number = targets - lengths.first
-      is_length = (number >= 0) & (number < n)
-      weights = jnp.asarray(lengths.weights, jnp.float32)[jnp.clip(number, 0, n - 1)]
-      of_lengths = logits[..., lengths.first : lengths.first + n] - jax.nn.logsumexp(
-        logits, -1, keepdims=True
-      )
+      is_this = targets[..., None] == lengths.ids  # [..., n]
+      is_length = is_this.any(-1)
+      weights = is_this @ jnp.asarray(lengths.weights, jnp.float32)  # 0 where the target is no length
+      of_lengths = logits[..., lengths.ids] - jax.nn.logsumexp(logits, -1, keepdims=True)
       spread = (weights * of_lengths).sum(-1) + jax.scipy.special.entr(weights).sum(-1)
       log_p = jnp.where(is_length, spread, log_p)
     learned = targets != NO_TARGET

@@ -1,5 +1,6 @@
 """Supervised finetuning on annotated responses: PASTA, and Baseline-SFT on the same data without tags."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,13 +22,21 @@ from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import Transformer, set_matmul_precision
 from pasta_jax.train import distributed
 from pasta_jax.train.attention import DeviceBatch
+from pasta_jax.train.checkpoints import START
 from pasta_jax.train.flops import chip
 from pasta_jax.train.loop import checked_workdir
 from pasta_jax.train.losses import length_targets, sft_loss
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.state import TrainState, make_model
 from pasta_jax.train.trainer import Sums, Task, Trainer, training_mesh
-from pasta_jax.weights.adapter import form_of, has_tags, settings_entry
+from pasta_jax.weights.adapter import (
+  form_of,
+  has_tags,
+  read_file,
+  read_metadata,
+  settings_entry,
+  weights_of,
+)
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 
@@ -140,17 +149,23 @@ def _train(config, workdir: Path, mesh: Mesh) -> None:
   form = forms.from_config(config)
   rows, held_out_rows = mix(c.data), mix(c.validation)
   checkpoint = load_checkpoint(config.model.source).speaking(form)
-  start = _start(config, form)
-  task = _lay_out(config, rows, held_out_rows, checkpoint.vocabulary)
+  start = _start(config, form, workdir)
+  task = _lay_out(config, rows, held_out_rows, checkpoint.vocabulary, start)
   model = make_model(checkpoint, checkpoint.vocabulary, c, tags=task.tags, adapter=start, mesh=mesh)
   Trainer(task, model, mesh, steps=task.total_steps).fit(workdir, config, checkpoint)
 
 
-def _start(config, form: Forms) -> Path | None:
-  """The adapter of `train.start`. Raises ValueError, one line, if it cannot be read or speaks another form."""
+def _start(config, form: Forms, workdir: Path) -> Path | None:
+  """The adapter of `train.start`. Raises ValueError, one line, if it cannot be gone on from."""
   path, tags = adapter_path(config.train.start), config.train.annotation != "none"
   if path is None:
     return None
+  if path.resolve() == (workdir / "adapter.safetensors").resolve():
+    raise ValueError(f"train.start={config.train.start} is the result of this --workdir: choose another")
+  if weights_of(path) is not None:
+    raise ValueError(
+      f"train.start={config.train.start}: all weights were trained: name their folder as model.source instead"
+    )
   if has_tags(path) != tags:
     kind = "a PASTA adapter" if tags else "an adapter without tags"
     raise ValueError(
@@ -160,12 +175,19 @@ def _start(config, form: Forms) -> Path | None:
     raise ValueError(
       f"train.start={config.train.start} speaks another form of the language ({own}) than config.language ({form})"
     )
+  rank = next((a.shape[1] for a, _ in read_file(path)[0].factors.values()), 0)
+  if config.train.lora_rank not in (0, rank):
+    raise ValueError(
+      f"train.start={config.train.start} has rank {rank}, and keeps it: give --config.train.lora_rank={rank}"
+    )
   return path
 
 
-def _lay_out(config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vocabulary) -> SFT:
-  """The task over annotated rows. Prints how many examples are used; ValueError, one line, if none is
-  left."""
+def _lay_out(
+  config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vocabulary, start: Path | None
+) -> SFT:
+  """The task over annotated rows, of an adapter that goes on from `start`. Prints how many examples are used;
+  ValueError, one line, if none is left."""
   c = config.train
   form = forms.from_config(config)
   selection = of_training(config, rows, vocabulary)
@@ -177,10 +199,15 @@ def _lay_out(config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vo
   )
   if not data:
     raise ValueError(f"no example of train.data={','.join(c.data)!r} is left to train on ({left_out})")
-  notes = settings_entry(config.decode)
-  if c.annotation == "plan" and (names := annotators(rows[i] for i in selection.rows)):
+  before = {} if start is None else read_metadata(start)
+  notes = settings_entry(config.decode, before)
+  if start is not None:
+    notes[START] = hashlib.sha256(start.read_bytes()).hexdigest()
+  if c.annotation == "plan" and (names := annotators([*(rows[i] for i in selection.rows), before])):
     notes["annotator"] = names
-  lengths = vocabulary.table.lengths if c.annotation != "none" else ()
+  lengths = vocabulary.table.lengths.tolist() if c.annotation != "none" else []
+  if c.length_spread and c.annotation != "none" and not lengths:
+    raise ValueError("train.length_spread is for lengths that are tokens: --config.language.number=token")
   task = SFT(c, data, held_out, form, notes, lengths)
   print(
     f"{len(data)} examples ({left_out}), {len(held_out)} held out; {task.total_steps} steps, "

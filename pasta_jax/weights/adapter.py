@@ -126,9 +126,11 @@ def check_metadata(metadata: Any) -> None:
     raise ValueError(f"speeds: {error}") from error
 
 
-def settings_entry(decode: Decode) -> dict[str, str]:
-  """The entry of an adapter's header for those of its own settings of decoding that are given; {} for none."""
-  given = {name: value for name in OWN_SETTINGS if (value := getattr(decode, name)) is not None}
+def settings_entry(decode: Decode, before: Mapping[str, str] | None = None) -> dict[str, str]:
+  """The entry of an adapter's header for its own settings of decoding: those that are given, and the others of
+  `before`, the header of the adapter that training went on from; {} for none."""
+  given = own_settings(before or {})
+  given |= {name: value for name in OWN_SETTINGS if (value := getattr(decode, name)) is not None}
   return {"decode": to_json(given)} if given else {}
 
 

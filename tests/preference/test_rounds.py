@@ -17,7 +17,7 @@ from pasta_jax.decode import command
 from pasta_jax.decode.generator import DecodeError, Model
 from pasta_jax.decode.scheduler import Scheduler
 from pasta_jax.evaluate.benchmark import step_cost
-from pasta_jax.preference import audit, pareto_front, rollout
+from pasta_jax.preference import audit, pareto_front, rollout, selection
 from pasta_jax.preference.policies import policies
 from pasta_jax.preference.rounds import optimise
 from pasta_jax.preference.score import StepCost
@@ -234,6 +234,13 @@ def test_a_sample_without_promises_is_one_more(start, whole, tmp_path):
   pairs = rows_of(tmp_path / "weight_2" / "round1" / "pairs.jsonl")
   share = report["by weight"]["2"]["best without promises"]
   assert share == np.mean([p["best"]["id"].endswith("#plain") for p in pairs])
+  of = [r | {"speedup": 1.0, "quality": 0.5, "defects": []} for r in drawn.values() if r["of"] == "0"]
+  best = next(r for r in of if rollout.is_plain(r))
+  others_of = [
+    (best, of[0]),
+    (of[1], of[0]),
+  ]  # a planted one: the best of two pairs is drawn without promises
+  assert selection.figures({"0": of}, others_of, {}, len(of))["best without promises"] == 0.5
   assert (
     "best without promises"
     not in json.loads((whole / "weight_2/round1/round.json").read_text())["by weight"]["2"]

@@ -1,5 +1,6 @@
 """Training: the loss is the likelihood that the language defines; a killed run resumes as if never killed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from flax import nnx
 from helpers.folders import model_config, write_model
 from helpers.programs import NESTED
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from pasta_jax.config import Config, with_changes
 from pasta_jax.data.examples import examples, program_of
@@ -377,7 +378,7 @@ def test_packed_rows_equal_single_rows(laid_out, full):
 def test_a_length_is_learned_with_its_neighbours(laid_out, full):
   """Cross-entropy with a Gaussian over neighbours, less its own entropy; other targets as before."""
   lengths = length_targets(np.arange(40, 45), 10.0)
-  assert lengths.first == 40
+  np.testing.assert_array_equal(lengths.ids, np.arange(40, 45))
   np.testing.assert_allclose(lengths.weights.sum(1), 1)
   np.testing.assert_allclose(lengths.weights[2, [1, 3, 0]] / lengths.weights[2, 2], np.exp([-0.5, -0.5, -2]))
   assert length_targets(np.arange(40, 45), 0.0) is None and length_targets(np.arange(0), 10.0) is None
@@ -399,8 +400,10 @@ def test_a_length_is_learned_with_its_neighbours(laid_out, full):
   np.testing.assert_allclose(found[is_length], expected, rtol=1e-4, atol=1e-5)
   np.testing.assert_array_equal(found[~is_length], of(targets)[~is_length])
   assert (found[is_length] < 0).all()
-  alone = LengthTargets(40, np.eye(5))
+  alone = LengthTargets(lengths.ids, np.eye(5))
   np.testing.assert_allclose(of(targets, lengths=alone), of(targets), rtol=1e-6, atol=1e-6)
+  apart = LengthTargets(lengths.ids[::-1], lengths.weights[::-1, ::-1])  # ids in another order
+  np.testing.assert_allclose(of(targets, lengths=apart), found, rtol=1e-5, atol=1e-5)
 
 
 # --- the update ---
@@ -802,8 +805,13 @@ def test_training_goes_on_from_an_adapter(whole_run, tiny, tmp_path):
   assert all(np.array_equal(first[k].view(np.uint16), same[k].view(np.uint16)) for k in first)
   sft.train(settings(tiny, annotation="none", steps=1), tmp_path / "baseline")
   baseline = tmp_path / "baseline" / "adapter.safetensors"
+  full = settings(tiny, lora_rank=0, steps=1)
+  sft.train(full, tmp_path / "full")
   head = {"language.promise": "head", "language.number": "token"}
   for changes, message in (
+    ({"train.start": str(tmp_path / "full" / "adapter.safetensors")}, "all weights were trained"),
+    ({"train.start": str(adapter), "train.lora_rank": 8}, "has rank 2, and keeps it: give"),
+    ({"train.length_spread": 10.0}, "is for lengths that are tokens"),
     ({"train.start": str(baseline)}, "train.annotation=plan needs a PASTA adapter"),
     ({"train.start": str(adapter), "train.annotation": "none"}, "needs an adapter without tags"),
     ({"train.start": str(adapter), **head}, "speaks another form of the language"),
@@ -811,6 +819,32 @@ def test_training_goes_on_from_an_adapter(whole_run, tiny, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
       sft.train(with_changes(settings(tiny), changes), tmp_path / "run")
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_an_adapter_that_was_gone_on_from_leaves_its_settings(whole_run, tiny, tmp_path, monkeypatch):
+  """Its settings of decoding and annotators, its digest in place of its path; and a resumed run needs the same one."""
+  start = tmp_path / "start.safetensors"
+  header = read_metadata(whole_run / "adapter.safetensors")
+  header |= {"annotator": "z", "decode": '{"promise_bias": 3.0, "max_threads": 5}'}
+  save_file(load_file(whole_run / "adapter.safetensors"), start, header)
+  rows = tmp_path / "rows.jsonl"
+  rows.write_text("".join(json.dumps(r | {"annotator": "b"}) + "\n" for r in read_jsonl(tiny / "data.jsonl")))
+  config = settings(tiny, start=str(start), data=str(rows), steps=2, checkpoint_every=1)
+  config = with_changes(config, {"decode.promise_bias": 0.0})
+  sft.train(config, tmp_path / "run")
+  made = read_metadata(tmp_path / "run" / "adapter.safetensors")
+  assert json.loads(made["decode"]) == {"promise_bias": 0.0, "max_threads": 5}
+  assert made["annotator"] == "b, z" and json.loads(made["train"])["start"] == "start.safetensors"
+  assert made["start's sha256"] == hashlib.sha256(start.read_bytes()).hexdigest()
+  with pytest.raises(ValueError, match="is the result of this --workdir"):
+    sft.train(
+      with_changes(config, {"train.start": str(tmp_path / "run/adapter.safetensors")}), tmp_path / "run"
+    )
+  save_file(load_file(start), start, header | {"scale": "8.0"})
+  for changes in ({"train.steps": 3}, {"train.steps": 3, "train.start": ""}):
+    with pytest.raises(ValueError, match="went on from another adapter") as caught:
+      sft.train(with_changes(config, changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)
 
 
 def test_an_adapter_is_merged_where_every_parameter_is_trained(tmp_path):
