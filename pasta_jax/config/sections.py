@@ -171,12 +171,9 @@ class Train(Section):
   data: tuple[str, ...] = setting(("data/seed.jsonl",), file=True)  # files, data sets; FILE*2: twice
   validation: tuple[str, ...] = setting((), file=True)  # the same, held out
   min_speedup: float = 1.4  # annotated responses with a lower theoretical parallelism are left out
-  max_parts: int = setting(
-    0, at_least(0), late=True
-  )  # annotated responses with more chunks are left out; 0: no limit
-  min_part: float = setting(
-    0.0, at_least(0), late=True
-  )  # and those whose chunks have fewer tokens on average
+  # annotated responses with more chunks are left out, and those with fewer tokens a chunk on average; 0: no limit
+  max_parts: int = setting(0, at_least(0), late=True)
+  min_part: float = setting(0.0, at_least(0), late=True)
   plain_share: float = 0.15  # maximal share of examples without chunks
   workers: int = setting(0, at_least(0))  # processes that lay out rows before training; 0: the main process
   length: int = setting(640, at_least(1))  # tokens of a packed row; longer examples are left out

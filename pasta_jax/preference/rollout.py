@@ -24,9 +24,9 @@ from pasta_jax.utils.records import Records, agree, missing, read_records, setti
 PLAIN = "plain"  # in place of a number: the sample that was drawn without promises
 
 
-def is_plain(sample: dict) -> bool:
-  """Whether a sample is the one without promises (`preference.plain`)."""
-  return sample["id"].rpartition("#")[2] == PLAIN
+def is_plain(sample: str) -> bool:
+  """Whether the sample with the id `sample` is the one without promises (`preference.plain`)."""
+  return sample.rpartition("#")[2] == PLAIN
 
 
 def seed_of(seed: int, policy: str | None, speed: int, sample: str) -> int:
@@ -129,7 +129,7 @@ def draw_samples(
 
     with bar:
       for parallel in (True, False):
-        if some := [r for r in todo if parallel != is_plain({"id": r.id})]:
+        if some := [r for r in todo if parallel != is_plain(r.id)]:
           draw(some, parallel)
     seconds = time.perf_counter() - started
     print(f"{len(todo)} samples of {tokens} tokens in {seconds:.0f} s: {tokens / seconds:.0f} tokens/s")

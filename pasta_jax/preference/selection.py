@@ -96,7 +96,7 @@ def figures(
   rows = [s for of in samples.values() for s in of]
   counts = collections.Counter(d for s in rows for d in s["defects"])
   n = max(len(rows), 1)
-  any_plain = any(map(is_plain, rows))
+  any_plain = any(is_plain(s["id"]) for s in rows)
 
   def side(chosen: Sequence[dict]) -> dict[str, float]:
     if not chosen:
@@ -120,7 +120,7 @@ def figures(
     "pairs": len(pairs),
     "without a pair": dict(reasons),
     **(
-      {"best without promises": float(np.mean([is_plain(b) for b, _ in pairs]))}
+      {"best without promises": float(np.mean([is_plain(b["id"]) for b, _ in pairs]))}
       if any_plain and pairs
       else {}
     ),

@@ -1,6 +1,5 @@
 """Supervised finetuning on annotated responses: PASTA, and Baseline-SFT on the same data without tags."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pasta_jax.config import identity
 from pasta_jax.data.examples import annotators, mix, of_training
 from pasta_jax.data.packing import PackedBatches, single_batches
 from pasta_jax.data.pipeline import Batch, fingerprint
-from pasta_jax.decode.generator import adapter_path
+from pasta_jax.decode.generator import adapter_digest, adapter_path
 from pasta_jax.lang import forms
 from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.layout import Layout
@@ -201,12 +200,14 @@ def _lay_out(
     raise ValueError(f"no example of train.data={','.join(c.data)!r} is left to train on ({left_out})")
   before = {} if start is None else read_metadata(start)
   notes = settings_entry(config.decode, before)
-  if start is not None:
-    notes[START] = hashlib.sha256(start.read_bytes()).hexdigest()
+  if digest := adapter_digest(c.start):
+    notes[START] = digest
   if c.annotation == "plan" and (names := annotators([*(rows[i] for i in selection.rows), before])):
     notes["annotator"] = names
   lengths = vocabulary.table.lengths.tolist() if c.annotation != "none" else []
-  if c.length_spread and c.annotation != "none" and not lengths:
+  if (
+    c.length_spread and c.annotation != "none" and not lengths
+  ):  # Baseline-SFT has none, and takes the same flags
     raise ValueError("train.length_spread is for lengths that are tokens: --config.language.number=token")
   task = SFT(c, data, held_out, form, notes, lengths)
   print(

@@ -224,8 +224,8 @@ def test_a_sample_without_promises_is_one_more(start, whole, tmp_path):
   assert {i: r["text"] for i, r in drawn.items() if i in others} == others
   plain = {i: r for i, r in drawn.items() if i not in others}
   assert set(plain) == {f"{p['id']}#plain" for p in PROMPTS}
-  assert all(r["promises"] == 0 and rollout.is_plain(r) for r in plain.values())
-  assert not any(rollout.is_plain(drawn[i]) for i in others)
+  assert all(r["promises"] == 0 and rollout.is_plain(i) for i, r in plain.items())
+  assert not any(map(rollout.is_plain, others))
   found = audit.compare(
     start, load_checkpoint(start.model.source), Path(start.model.adapter), [*plain.values()]
   )
@@ -235,7 +235,7 @@ def test_a_sample_without_promises_is_one_more(start, whole, tmp_path):
   share = report["by weight"]["2"]["best without promises"]
   assert share == np.mean([p["best"]["id"].endswith("#plain") for p in pairs])
   of = [r | {"speedup": 1.0, "quality": 0.5, "defects": []} for r in drawn.values() if r["of"] == "0"]
-  best = next(r for r in of if rollout.is_plain(r))
+  best = next(r for r in of if rollout.is_plain(r["id"]))
   others_of = [
     (best, of[0]),
     (of[1], of[0]),

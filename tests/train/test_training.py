@@ -669,11 +669,16 @@ def test_a_run_is_a_source_of_weights(tiny, tmp_path: Path, kind: str):
 
 
 def test_resuming_with_other_settings_says_so(whole_run, tiny, tmp_path, capsys):
-  """Settings that do not change arrays: the run continues and prints which of them changed."""
+  """Settings that do not change arrays: the run continues and prints which of them changed. One that is not given has
+  its default, which older runs wrote."""
   shutil.copytree(whole_run, tmp_path / "copy")
+  older = json.loads((whole_run / "config.json").read_text())
+  older["decode"] |= {"max_threads": 24, "no_repeat": 3}
+  (tmp_path / "copy" / "config.json").write_text(json.dumps(older))
   sft.train(settings(tiny, seed=1, lora_alpha=5.0), tmp_path / "copy")
   out = capsys.readouterr().out
   assert "train.seed 0 -> 1" in out and "train.lora_alpha 4.0 -> 5.0" in out and "train.length" not in out
+  assert "decode.no_repeat 3 -> None" in out and "max_threads" not in out
   with pytest.raises(ValueError, match="at step 6 already, past the 5 steps"):
     sft.train(settings(tiny, steps=5), tmp_path / "copy")
 
