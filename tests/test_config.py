@@ -79,7 +79,9 @@ def test_flags_that_are_written_anywhere_exist(path: Path, monkeypatch):
       part = part[step]
     assert field in part, f"{path}: --config.{name}"
     if value and name != "preference.share":
-      given = parsed([f"--config.{name}={value}"], monkeypatch).to_dict()[section][field]
+      given = parsed([f"--config.{name}={value}"], monkeypatch).to_dict()
+      for step in (*section.split("."), field):
+        given = given[step]
       assert given == type(given)(value) if not isinstance(given, bool) else str(given) == value
 
 

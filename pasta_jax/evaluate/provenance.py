@@ -20,5 +20,5 @@ def provenance(config, name: str) -> dict[str, str]:
   if SYSTEMS[entry.decode].promises:
     form = forms.from_metadata(metadata, forms.from_config(config).positions)
     form = dataclasses.replace(form, visibility=config.decode.visibility or form.visibility)
-    about["forms"] = f"{form.visibility}, {form.promise}, {form.number}, {form.positions.strategy}"
+    about["forms"] = str(form)
   return about

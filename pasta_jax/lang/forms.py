@@ -44,6 +44,10 @@ class Forms:
         f"{self.positions.strategy!r}"
       )
 
+  def __str__(self) -> str:
+    """In reports and messages."""
+    return f"{self.visibility}, {self.promise}, {self.number}, {self.positions.strategy}"
+
 
 class _Positions(Parsed):
   strategy: str
