@@ -64,11 +64,8 @@ def to_metadata(forms: Forms) -> dict[str, str]:
   """The entries of an adapter's header: "positions", and "forms" where they are not the paper's."""
   rule = forms.positions
   positions = to_json({"strategy": rule.strategy, "fixed": rule.fixed})
-  others = {
-    f.name: getattr(forms, f.name)
-    for f in dataclasses.fields(Forms)
-    if f.name != "positions" and getattr(forms, f.name) != f.default
-  }
+  names = ("visibility", "promise", "number")
+  others = {n: value for n in names if (value := getattr(forms, n)) != getattr(Forms, n)}
   return {"positions": positions} | ({"forms": to_json(others)} if others else {})
 
 
