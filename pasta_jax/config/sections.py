@@ -192,6 +192,9 @@ class Train(Section):
   start: str = setting("", file=True, late=True)
   # a length that is one token is learned with its neighbours: a Gaussian of this many tokens around it; 0: alone
   length_spread: float = setting(0.0, at_least(0), late=True)
+  # an adapter without tags, usually Baseline-SFT, whose distribution of each token of text is learned; "": none
+  teacher: str = setting("", file=True, late=True)
+  teacher_weight: float = setting(1.0, within("[0, 1]"), late=True)  # its part of a token of text's loss
   dtype: str = setting("bfloat16", one_of(DTYPES))  # of matrix products
   remat: str = setting("full", one_of(REMAT))  # rematerialisation policy of a layer (model.transformer)
   attention: str = setting("auto", one_of(ATTENTION))  # auto: kernels on TPU, blocks of plain JAX elsewhere
@@ -414,6 +417,8 @@ class Preference(Section):
   loss_chunk: int = setting(1024, at_least(1))  # tokens whose logits are computed at once
   seed: int = 0
   checkpoint_every: int = setting(10, at_least(1), identity=NEVER)  # steps
+  # of each prompt's samples, the best ones that go into best.jsonl, for train.data; 0: none
+  best: int = setting(0, at_least(0), identity=NEVER)
   # shares of a round's steps after which the adapter is kept as it is then (`kept_folder`)
   keep: tuple[float, ...] = setting((), _shares, identity=NEVER)
 

@@ -133,15 +133,19 @@ class PackedBatches:
     """The number of batches; the last one, if incomplete, is filled with the first rows of the epoch."""
     return -(-len(self._rows[epoch]) // self.batch_size)
 
-  def __call__(self, step: int, share: Sequence[int] | None = None) -> PackedBatch:
-    """Batch `step`, counted over all epochs; only its rows `share`, if given."""
+  def rows(self, step: int, share: Sequence[int] | None = None) -> list[list[int]]:
+    """The examples of each row of batch `step`, counted over all epochs; only of its rows `share`, if given."""
     epoch, step = locate(step, self.steps_in_epoch)
     rows = self._rows[epoch]
     share = range(self.batch_size) if share is None else share
-    chosen = [rows[(step * self.batch_size + r) % len(rows)] for r in share]
-    return concatenate(
-      [pack_row([self.examples[i] for i in row], self.length, self.levels) for row in chosen]
+    return [rows[(step * self.batch_size + r) % len(rows)] for r in share]
+
+  def __call__(self, step: int, share: Sequence[int] | None = None) -> PackedBatch:
+    """Batch `step`, or its rows `share`."""
+    packed = (
+      pack_row([self.examples[i] for i in row], self.length, self.levels) for row in self.rows(step, share)
     )
+    return concatenate(list(packed))
 
 
 def single_batches(

@@ -4,6 +4,7 @@
     workdir/start/samples.jsonl, judgements/   samples of the start, for the first round of every policy
     workdir/POLICY/round1/settings.json        what the round depends on: other settings need another folder
     workdir/POLICY/round1/pairs.jsonl          best and worst samples of each prompt
+    workdir/POLICY/round1/best.jsonl           the best ones, whole, to train on (`preference.best`)
     workdir/POLICY/round1/round.json           figures of samples, defects, pairs and training
     workdir/POLICY/round1/train/               checkpoints, reference.jsonl, metrics.jsonl, the new adapter
     workdir/POLICY/round2/samples.jsonl, …     the same again, from the policy after round 1
@@ -42,6 +43,7 @@ from pasta_jax.train.preference import train_on_pairs
 from pasta_jax.train.trainer import training_mesh
 from pasta_jax.utils.files import write_atomic, write_json_atomic
 from pasta_jax.utils.json_io import read_json
+from pasta_jax.utils.jsonl import write_jsonl
 from pasta_jax.utils.locks import LOCK, locked
 from pasta_jax.utils.records import agree
 from pasta_jax.utils.typed import checked
@@ -253,6 +255,9 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], ju
     selection.write_pairs(
       folder / (f"pairs_{weight:g}.jsonl" if policy.conditioned else "pairs.jsonl"), chosen, weight
     )
+    if c.best:
+      name = f"best_{weight:g}.jsonl" if policy.conditioned else "best.jsonl"
+      write_jsonl(folder / name, selection.choose_best(rows, weight, c.best))
     drawn = sum(map(len, samples.values()))
     figures = selection.figures(rows, chosen, reasons, drawn)
     report["by weight"][f"{weight:g}"] = figures | ({"judge": quality.figures} if quality.figures else {})

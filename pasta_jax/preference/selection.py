@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from pasta_jax.data.pairs import PreferencePair
-from pasta_jax.decode.trace import from_json
 from pasta_jax.evaluate.metrics.measures import geometric_mean, tag_overhead
 from pasta_jax.lang.forms import Forms
-from pasta_jax.lang.layout import Layout, layout
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.preference.quality import Samples
 from pasta_jax.preference.rollout import is_plain
-from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, defects
+from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, defects, score
+from pasta_jax.train.samples import lay_out_sample
 from pasta_jax.utils.jsonl import write_jsonl
 
 
@@ -65,6 +64,18 @@ def choose_pairs(
   return pairs, dict(reasons)
 
 
+def choose_best(samples: Samples, weight: float, n: int) -> list[dict]:
+  """Up to `n` different answers to each prompt, those that score best among the ones without defects."""
+  best: list[dict] = []
+  worth = lambda s: score(s["speedup"], s["quality"], weight)
+  for rows in samples.values():
+    different: dict[str, dict] = {}
+    for s in sorted((s for s in rows if not s["defects"]), key=worth, reverse=True):
+      different.setdefault(s["text"], s)
+    best += list(different.values())[:n]
+  return best
+
+
 def lay_out_pairs(
   pairs: Sequence[tuple[dict, dict]],
   vocabulary: Vocabulary,
@@ -78,15 +89,6 @@ def lay_out_pairs(
   """
   lay = lambda s: lay_out_sample(s, vocabulary, form, prompts[s["of"]])
   return [PreferencePair(lay(best), lay(worst)) for best, worst in pairs]
-
-
-def lay_out_sample(
-  sample: dict, vocabulary: Vocabulary, form: Forms, prompt: Sequence[int] | None = None
-) -> Layout:
-  """The layout of a sample's answer after its own prompt, or after `prompt`."""
-  trace = from_json(sample["trace"], vocabulary, form.positions)
-  prompt = trace.prompt.tolist() if prompt is None else prompt
-  return layout(trace.main, form.positions, vocabulary.table, prompt)
 
 
 def figures(

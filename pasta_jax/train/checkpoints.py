@@ -22,6 +22,7 @@ from pasta_jax.weights.checkpoint import Checkpoint
 
 _OVERHEAD = 2**18  # bytes of a checkpoint's descriptions
 START = "start's sha256"  # in an adapter's header: the file that its training went on from
+TEACHER = "teacher's sha256"  # and the one whose text it learned
 
 
 class ForeignCheckpoint(ValueError):
@@ -125,16 +126,19 @@ class Checkpoints:
     return jax.tree.unflatten(jax.tree.structure(like), [saved.state[name] for name in wanted]), data
 
   def _check_start(self, step: int) -> None:
-    """Raises ForeignCheckpoint if the run went on from another adapter, whose scale is not in the state."""
+    """Raises ForeignCheckpoint if the run went on from another adapter, whose scale is not in the state, or had
+    another teacher."""
     stored: dict[str, Any] = {}
     if (self._path / str(step) / "about").is_dir():
       found = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
       stored = checked(dict[str, Any], found.get("metadata") or {}, "metadata")
-    if stored.get(START) != (self._metadata.get("metadata") or {}).get(START):
-      raise ForeignCheckpoint(
-        f"{self._path} belongs to a run that went on from another adapter: choose another --workdir, or the "
-        "train.start of that run, unchanged"
-      )
+    now = self._metadata.get("metadata") or {}
+    for key, did, setting in ((START, "went on from", "start"), (TEACHER, "learned from", "teacher")):
+      if stored.get(key) != now.get(key):
+        raise ForeignCheckpoint(
+          f"{self._path} belongs to a run that {did} another adapter: choose another --workdir, or the "
+          f"train.{setting} of that run, unchanged"
+        )
 
   def close(self) -> None:
     """Waits until the last save is on disk. Raises OSError if it cannot be written."""

@@ -19,6 +19,7 @@ the mean of both,
 which does not change when all tokens shift alike, and equals the sum when both answers have the same length.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -72,9 +73,12 @@ def token_log_likelihood(
   attention: str = "auto",
   visibility: str = "promise",
   lengths: LengthTargets | None = None,
+  teacher_weight: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
   """(log p of each target [B, T], whether the target is the argmax [B, T]); zero and False without a target.
   With `lengths`, log p of a length is the mean over its neighbours, less their entropy: zero is the best still.
+  With a `teacher_weight`, the batch has what `teacher.Teacher` adds, and log p of a token of text moves by that much
+  from log p(text) + log p(token | text) to log p(text) − KL(teacher ‖ student), both over the tokens of text.
 
   `remat` is one of `transformer.REMAT`, `attention` one of `config.sections.ATTENTION`. Logits are computed for about
   `chunk` tokens at a time, the same columns of every row, and recomputed in the backward pass: their memory
@@ -87,9 +91,15 @@ def token_log_likelihood(
   padding = -length % columns
   hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
   targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=NO_TARGET)
+  beside: tuple[jax.Array, ...] = ()
+  if teacher_weight:
+    beside = (
+      jnp.pad(batch["taught"], ((0, 0), (0, padding), (0, 0))),
+      jnp.pad(batch["reading_source"] != NO_TARGET, ((0, 0), (0, padding))),
+    )
 
   @jax.checkpoint
-  def score(hidden, targets):
+  def score(hidden, targets, *beside):
     logits = constrain_rows(model.logits(constrain_rows(hidden)), None, "tensor")
     chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
     log_p = chosen - jax.nn.logsumexp(logits, axis=-1)
@@ -100,15 +110,35 @@ def token_log_likelihood(
       of_lengths = logits[..., lengths.ids] - jax.nn.logsumexp(logits, -1, keepdims=True)
       spread = (weights * of_lengths).sum(-1) + jax.scipy.special.entr(weights).sum(-1)
       log_p = jnp.where(is_length, spread, log_p)
+    if beside:
+      taught, is_text = beside
+      theirs = model.logits(constrain_rows(taught))
+      followed = _log_p_text(logits, model.config.tag_ids) - _divergence(theirs, logits, model.config.tag_ids)
+      log_p = jnp.where(is_text, (1 - teacher_weight) * log_p + teacher_weight * followed, log_p)
     learned = targets != NO_TARGET
     return jnp.where(learned, log_p, 0.0), learned & (chosen >= jnp.max(logits, axis=-1))
 
   split = lambda x: x.reshape(rows, -1, columns, *x.shape[2:]).swapaxes(
     0, 1
   )  # [B, T, …] -> [n, B, columns, …]
-  found = jax.lax.map(lambda xs: score(*xs), (split(hidden), split(targets)))
+  found = jax.lax.map(lambda xs: score(*xs), (split(hidden), split(targets), *map(split, beside)))
   log_p, correct = (x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in found)
   return log_p, correct
+
+
+def _of_text(logits: jax.Array, tags: Sequence[int]) -> jax.Array:
+  return logits.at[..., jnp.asarray(tags, jnp.int32)].set(-1e9) if tags else logits
+
+
+def _log_p_text(logits: jax.Array, tags: Sequence[int]) -> jax.Array:
+  """[..., V] -> [...]: log p that the next token is no tag."""
+  return jax.nn.logsumexp(_of_text(logits, tags), -1) - jax.nn.logsumexp(logits, -1)
+
+
+def _divergence(theirs: jax.Array, ours: jax.Array, tags: Sequence[int]) -> jax.Array:
+  """[..., V] logits -> [...]: KL(theirs ‖ ours) over the tokens that are no tags."""
+  log_q, log_p = (jax.nn.log_softmax(_of_text(x, tags), -1) for x in (theirs, ours))
+  return (jnp.exp(log_q) * (log_q - log_p)).sum(-1)
 
 
 def sft_loss(model: Transformer, batch: DeviceBatch, **how) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -121,7 +151,11 @@ def sft_loss(model: Transformer, batch: DeviceBatch, **how) -> tuple[jax.Array, 
   log_p, correct = token_log_likelihood(model, batch, **how)
   total = -log_p.sum()
   tokens = (batch["targets"] != NO_TARGET).sum()
-  return total, {"loss": total, "tokens": tokens, "correct": correct.sum()}
+  sums = {"loss": total, "tokens": tokens, "correct": correct.sum()}
+  if how.get("teacher_weight"):
+    is_text = batch["reading_source"] != NO_TARGET
+    sums |= {"text_loss": -(log_p * is_text).sum(), "text_tokens": is_text.sum()}
+  return total, sums
 
 
 def default_beta(loss: str, samples: int) -> float:

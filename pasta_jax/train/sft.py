@@ -13,20 +13,24 @@ from pasta_jax.config import identity
 from pasta_jax.data.examples import annotators, mix, of_training
 from pasta_jax.data.packing import PackedBatches, single_batches
 from pasta_jax.data.pipeline import Batch, fingerprint
+from pasta_jax.data.reading import pack_readings, reading
 from pasta_jax.decode.generator import adapter_digest, adapter_path
 from pasta_jax.lang import forms
+from pasta_jax.lang.automaton import TokenTable
 from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.layout import Layout
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import Transformer, set_matmul_precision
 from pasta_jax.train import distributed
 from pasta_jax.train.attention import DeviceBatch
-from pasta_jax.train.checkpoints import START
+from pasta_jax.train.checkpoints import START, TEACHER
 from pasta_jax.train.flops import chip
 from pasta_jax.train.loop import checked_workdir
 from pasta_jax.train.losses import length_targets, sft_loss
 from pasta_jax.train.metrics import last_scalars
+from pasta_jax.train.samples import lay_out_sample
 from pasta_jax.train.state import TrainState, make_model
+from pasta_jax.train.teacher import Teacher
 from pasta_jax.train.trainer import Sums, Task, Trainer, training_mesh
 from pasta_jax.weights.adapter import (
   form_of,
@@ -56,6 +60,7 @@ class SFT(Task):
     """`data` to train on and `held_out` to validate on, laid out in `form`; `notes` are further entries of the
     adapter's header; `lengths` the ids of lengths that are one token."""
     super().__init__(settings, form)
+    self._teacher: Teacher | None = None
     self._lengths = length_targets(np.asarray(lengths), settings.length_spread)
     self._notes = notes or {}
     self._data = data
@@ -65,23 +70,37 @@ class SFT(Task):
       self._batches = PackedBatches(data, seed=settings.seed, **shape)
     self._validation = single_batches(held_out, **shape)
 
+  def follow(self, teacher: Teacher, table: TokenTable) -> None:
+    """Learns text from `teacher` from now on."""
+    self._teacher = teacher
+    self._readings = [reading(e, table) for e in self._data]
+
   @property
   def tags(self) -> bool:
     return self.settings.annotation != "none"
 
   def loss(self, model: Transformer, batch: DeviceBatch) -> tuple[jax.Array, Sums]:
     c = self.settings
-    how = dict(chunk=c.loss_chunk, remat=c.remat, attention=c.attention)
-    return sft_loss(model, batch, **how, visibility=self.form.visibility, lengths=self._lengths)
+    how = dict(chunk=c.loss_chunk, remat=c.remat, attention=c.attention, lengths=self._lengths)
+    weight = c.teacher_weight if "taught" in batch else 0.0  # a validation has no teacher
+    return sft_loss(model, batch, **how, visibility=self.form.visibility, teacher_weight=weight)
 
   def means(self, sums: Sums, count: jax.Array) -> Sums:
-    return {"loss": sums["loss"] / count, "accuracy": sums["correct"] / count}
+    of_text = {k: sums[k] / jnp.maximum(sums["text_tokens"], 1) for k in ("text_loss",) if k in sums}
+    return {"loss": sums["loss"] / count, "accuracy": sums["correct"] / count, **of_text}
 
   def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
     return row_shapes(self.settings.batch_size, self.settings.length)
 
   def batch(self, number: int, rows: Sequence[int]) -> Batch:
-    return self._batches(number, rows).as_dict()
+    packed = self._batches(number, rows).as_dict()
+    if self._teacher is not None:
+      of_rows = [[self._readings[i] for i in row] for row in self._batches.rows(number, rows)]
+      packed |= pack_readings(of_rows, self.settings.length)
+    return packed
+
+  def prepare(self, batches: DeviceBatch) -> DeviceBatch:
+    return batches if self._teacher is None else self._teacher(batches)
 
   @property
   def batches_per_epoch(self) -> int:
@@ -149,7 +168,10 @@ def _train(config, workdir: Path, mesh: Mesh) -> None:
   rows, held_out_rows = mix(c.data), mix(c.validation)
   checkpoint = load_checkpoint(config.model.source).speaking(form)
   start = _start(config, form, workdir)
+  teacher = _teacher(config)
   task = _lay_out(config, rows, held_out_rows, checkpoint.vocabulary, start)
+  if teacher is not None:
+    task.follow(Teacher(checkpoint, teacher, c, mesh), checkpoint.vocabulary.table)
   model = make_model(checkpoint, checkpoint.vocabulary, c, tags=task.tags, adapter=start, mesh=mesh)
   Trainer(task, model, mesh, steps=task.total_steps).fit(workdir, config, checkpoint)
 
@@ -182,6 +204,20 @@ def _start(config, form: Forms, workdir: Path) -> Path | None:
   return path
 
 
+def _teacher(config) -> Path | None:
+  """The adapter of `train.teacher`. Raises ValueError, one line, if it cannot be learned from."""
+  path, name = adapter_path(config.train.teacher), f"train.teacher={config.train.teacher}"
+  if path is None:
+    return None
+  if has_tags(path) or weights_of(path) is not None:
+    raise ValueError(
+      f"{name} has tags or all weights: name a low-rank adapter without tags, as `baseline` is"
+    )
+  if not config.train.lora_rank:
+    raise ValueError(f"{name} shares the frozen embeddings: give --config.train.lora_rank, 16 for example")
+  return path
+
+
 def _lay_out(
   config, rows: list[dict], held_out_rows: list[dict], vocabulary: Vocabulary, start: Path | None
 ) -> SFT:
@@ -189,6 +225,9 @@ def _lay_out(
   ValueError, one line, if none is left."""
   c = config.train
   form = forms.from_config(config)
+  written = [row for row in rows if "trace" in row]
+  rows = [row for row in rows if "trace" not in row]
+  own = _own_answers(config, written, vocabulary.speaking(form), form)
   selection = of_training(config, rows, vocabulary)
   data, held_out = selection.examples, of_training(config, held_out_rows, vocabulary, all_rows=True).examples
   left_out = (
@@ -196,12 +235,15 @@ def _lay_out(
     f"speedup below {c.min_speedup}, {selection.too_thin} with more or thinner chunks than wanted, "
     f"{selection.too_plain} beyond the share of plain ones"
   )
+  data = [*data, *own]
   if not data:
     raise ValueError(f"no example of train.data={','.join(c.data)!r} is left to train on ({left_out})")
   before = {} if start is None else read_metadata(start)
   notes = settings_entry(config.decode, before)
   if digest := adapter_digest(c.start):
     notes[START] = digest
+  if digest := adapter_digest(c.teacher):
+    notes[TEACHER] = digest
   if c.annotation == "plan" and (names := annotators([*(rows[i] for i in selection.rows), before])):
     notes["annotator"] = names
   lengths = vocabulary.table.lengths.tolist() if c.annotation != "none" else []
@@ -215,3 +257,30 @@ def _lay_out(
     f"{task.steps_per_epoch:.0f} an epoch"
   )
   return task
+
+
+def _own_answers(config, rows: Sequence[dict], vocabulary: Vocabulary, form: Forms) -> list[Layout]:
+  """The layouts of answers of the policy itself (rows with a `trace`), as it wrote them, that ended by themselves and
+  fit a row. Raises ValueError, one line, if they cannot be trained on."""
+  c = config.train
+  if rows and c.annotation != "plan":
+    raise ValueError(
+      f"{rows[0]['where']} is a policy's own answer, with its tags: train.annotation=plan learns it"
+    )
+  laid = []
+  for row in rows:
+    try:
+      trace = row["trace"]
+      theirs = tuple(
+        trace.get(*of) for of in (("visibility", "promise"), ("promise", "topic"), ("number", "digits"))
+      )
+      has_chunks = len(trace["threads"]) > 1  # without, all forms are the same
+      if not has_chunks or theirs == (form.visibility, form.promise, form.number):
+        laid.append((row["finish_reason"], lay_out_sample(row, vocabulary, form)))
+        continue
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      raise ValueError(f"{row['where']}: its trace cannot be read ({error!r})") from None
+    raise ValueError(
+      f"{row['where']} was written in another form of the language ({', '.join(theirs)}) than {form}"
+    )
+  return [x for reason, x in laid if reason == "stop" and len(x) <= c.length]

@@ -104,6 +104,10 @@ class Task(abc.ABC):
   def fingerprint(self) -> str:
     """Changes with the data (`data.pipeline.fingerprint`)."""
 
+  def prepare(self, batches: DeviceBatch) -> DeviceBatch:
+    """A step's batches on the devices, leaves [A, B, …], with what another model says of them."""
+    return batches
+
   def header(self) -> dict[str, str]:
     """Entries of the trained adapter's header."""
     return {}
@@ -299,7 +303,8 @@ class Trainer:
     task = self.task
     started = time.perf_counter()
     share = (rows, task.settings.batch_size)
-    state, metrics = self.update(state, self.frozen, shard_put_batch(self.mesh, batches, share))
+    prepared = task.prepare(shard_put_batch(self.mesh, batches, share))
+    state, metrics = self.update(state, self.frozen, prepared)
     scalars = {k: float(v) for k, v in metrics.items()}
     seconds = time.perf_counter() - started
     scalars |= {

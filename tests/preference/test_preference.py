@@ -20,6 +20,7 @@ from pasta_jax.decode.scheduler import Scheduler
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 from pasta_jax.lang.layout import NO_TARGET, Layout, layout
 from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, chunk_facts, defects, score
+from pasta_jax.preference.selection import choose_best
 from pasta_jax.train.losses import LOSSES, default_beta, preference_loss
 from pasta_jax.train.preference import Preference, answer_likelihoods
 from pasta_jax.train.sharding import AXES, make_mesh
@@ -315,6 +316,20 @@ def test_the_best_and_the_worst():
   assert pick(1.0, [good])[2] == "not judged, or too long"
   assert pick(1.0, [s | {"defects": ["empty"]} for s in samples])[2] == "all have defects"
   assert pick(1.0, [row(text="a"), row(text="b")])[2] == "no difference"
+
+
+def test_the_best_samples_to_train_on():
+  """Of each prompt, without defects, each text once at its fastest; where only quality counts, by quality."""
+  named = lambda *rows: [row(text=t, speedup=s, quality=q, defects=d) for t, s, q, d in rows]
+  samples = {
+    "p": named(("fast", 3.0, 0.3, []), ("good", 1.5, 0.9, []), ("good", 1.2, 0.9, []), ("broken", 9.0, 1.0, ["loops"])),
+    "q": named(("only", 1.0, 0.1, [])),
+    "r": named(("empty", 1.0, 0.1, ["empty"])),
+  }  # fmt: skip
+  texts = lambda *how: [(s["text"], s["speedup"]) for s in choose_best(samples, *how)]
+  assert texts(0.0, 1) == [("fast", 3.0), ("only", 1.0)]
+  assert texts(math.inf, 1) == [("good", 1.5), ("only", 1.0)]
+  assert texts(4.0, 3) == [("good", 1.5), ("fast", 3.0), ("only", 1.0)]
 
 
 @pytest.mark.parametrize("changes, name", [

@@ -217,7 +217,7 @@ def test_samples_drawn_in_shares_are_those_of_one_call(whole, start, tmp_path):
 
 def test_a_sample_without_promises_is_one_more(start, whole, tmp_path):
   """Drawn from the policy; the others, and the loss's target, stay what they are without it."""
-  once = changed(start, rounds=1, plain=True, stages="sample,judge,train")
+  once = changed(start, rounds=1, plain=True, best=2, stages="sample,judge,train")
   optimise(once, tmp_path)
   drawn = {r["id"]: r for r in rows_of(tmp_path / "start" / "samples.jsonl")}
   others = {r["id"]: r["text"] for r in rows_of(whole / "start" / "samples.jsonl")}
@@ -232,6 +232,8 @@ def test_a_sample_without_promises_is_one_more(start, whole, tmp_path):
   assert found["worst"] < 1e-4
   report = json.loads((tmp_path / "weight_2" / "round1" / "round.json").read_text())
   pairs = rows_of(tmp_path / "weight_2" / "round1" / "pairs.jsonl")
+  best = rows_of(tmp_path / "weight_2" / "round1" / "best.jsonl")
+  assert {p["best"]["id"] for p in pairs} <= {s["id"] for s in best} and all("trace" in s for s in best)
   share = report["by weight"]["2"]["best without promises"]
   assert share == np.mean([p["best"]["id"].endswith("#plain") for p in pairs])
   of = [r | {"speedup": 1.0, "quality": 0.5, "defects": []} for r in drawn.values() if r["of"] == "0"]
