@@ -1,7 +1,9 @@
 """How the tests compile, and fixtures that several files share."""
 
+import gc
 import os
 import tempfile
+from pathlib import Path
 
 # Most of the time here is XLA's. What it makes of tiny models need not be fast; and one program is compiled
 # once in all processes of these tests, which inherit these variables.
@@ -32,6 +34,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def smollm2_checkpoint() -> Checkpoint:
   """The default model, downloaded on the first run ever. Shared: tests must not change it."""
   return load_checkpoint(progress=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+  """After a file: forget compiled programs where they hold many memory maps. Linux lets a process have 65,530,
+  a program takes dozens, and XLA aborts when it gets no more."""
+  yield
+  maps = Path("/proc/self/maps")
+  if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
