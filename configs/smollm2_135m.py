@@ -66,6 +66,6 @@ def _with_adapters(c: ConfigDict, arg: str, name: str, released: tuple[str, ...]
   c.model.adapter = adapter(system or "pasta")
   for other in ("pasta", "sequential", "baseline", "apar"):
     c.systems[other].adapter = adapter("pasta" if other == "sequential" else other)
-  for other in ("fast", "quality"):  # adapters of SmolLM2's own recipe
+  for other in ("paper", "fast", "quality"):  # adapters of SmolLM2's own recipe
     del c.systems[other]
   return c

@@ -129,8 +129,10 @@ def make_tiny_interpreter(static: dict, params: dict, capture: bool = False) -> 
 
 @functools.cache
 def load_generator(name: str) -> Model:
-  """A real model with its own adapter, float32, 160 new tokens."""
+  """A real model with the adapter that the dumps were made with, float32, 160 new tokens."""
   config = from_flags({"smollm2": smollm2_135m, "gemma": gemma3_270m}[name].get_config())
+  if name == "smollm2":
+    config = with_changes(config, {"model.adapter": "pasta_paper"})
   return Model(with_changes(config, {"decode.dtype": "float32", "decode.max_new_tokens": 160}))
 
 

@@ -236,7 +236,7 @@ print("loaded:", *(name for name in {NOT_FOR_DECODING} if name in sys.modules))
 
 def test_the_released_adapter_that_reads_along_speaks_its_form():
   """Its rows, and its header, are found before a vocabulary is built: heads, lengths as tokens, chunks read along."""
-  model = pasta_jax.load(adapter="pasta_live", dtype="float32", max_new_tokens=140)
+  model = pasta_jax.load(adapter="pasta", dtype="float32", max_new_tokens=140)
   assert model.forms == Forms(visibility="live", promise="head", number="token")
   trace = model.generate("What are some good ways to save energy at home?").trace
   chunks = trace.threads[1:]

@@ -329,6 +329,7 @@ class System:
 SYSTEMS: Mapping[str, System] = {
   "pasta": System(follows_model=True),
   "sequential": System(decode="sequential", follows_model=True),  # the same weights without promises
+  "paper": System("pasta_paper"),  # PASTA-SFT in the paper's form
   "fast": System("pasta_fast"),  # after preference optimisation with a small weight on quality
   "quality": System("pasta_quality"),  # with a large one
   "baseline": System("baseline", "sequential"),  # Baseline-SFT

@@ -32,7 +32,7 @@ from pasta_jax.weights.checkpoint import DEFAULT_MODEL, load_checkpoint, metadat
 
 EMBEDDED = {
   name: f"smollm2_135m_{name}.safetensors"
-  for name in ("pasta", "pasta_live", "pasta_fast", "pasta_quality", "baseline", "apar")
+  for name in ("pasta", "baseline", "pasta_paper", "pasta_fast", "pasta_quality", "baseline_paper", "apar")
 }
 EMBEDDED |= {name: f"{name}.safetensors" for name in ("gemma3_270m_pasta", "gemma3_270m_baseline")}
 
