@@ -271,8 +271,8 @@ def test_what_a_runs_identity_is():
   assert identity(config.positions) == {"strategy": "pred_10x", "fixed": 60}
   assert identity(config.skeleton) == {"max_points": 10, "outline_tokens": 160, "point_tokens": 128}
   assert set(config.to_dict()["preference"]) - set(identity(config.preference)) == {
-    "stages", "audit", "decode_batch_size", "branch_width", "rounds", "weights", "share", "checkpoint_every", "keep", "best",
-    "quality", "plain",  # late: while they have their defaults
+    "stages", "audit", "decode_batch_size", "branch_width", "rounds", "weights", "share", "checkpoint_every", "keep",
+    "best", "quality", "plain",  # late: while they have their defaults
   }  # fmt: skip
   late = {"max_parts", "min_part", "start", "length_spread", "teacher", "teacher_weight"}
   assert set(identity(config.train)) == set(config.to_dict()["train"]) - late

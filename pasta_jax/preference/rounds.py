@@ -257,7 +257,7 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], ju
     )
     if c.best:
       name = f"best_{weight:g}.jsonl" if policy.conditioned else "best.jsonl"
-      write_jsonl(folder / name, selection.choose_best(rows, weight, c.best))
+      write_jsonl(folder / name, selection.choose_best(rows, weight, c.best, guards=c.guards))
     drawn = sum(map(len, samples.values()))
     figures = selection.figures(rows, chosen, reasons, drawn)
     report["by weight"][f"{weight:g}"] = figures | ({"judge": quality.figures} if quality.figures else {})

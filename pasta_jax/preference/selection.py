@@ -64,13 +64,13 @@ def choose_pairs(
   return pairs, dict(reasons)
 
 
-def choose_best(samples: Samples, weight: float, n: int) -> list[dict]:
-  """Up to `n` different answers to each prompt, those that score best among the ones without defects."""
+def choose_best(samples: Samples, weight: float, n: int, *, guards: bool = True) -> list[dict]:
+  """Up to `n` different answers to each prompt, those that score best; with `guards`, of the ones without defects."""
   best: list[dict] = []
   worth = lambda s: score(s["speedup"], s["quality"], weight)
   for rows in samples.values():
     different: dict[str, dict] = {}
-    for s in sorted((s for s in rows if not s["defects"]), key=worth, reverse=True):
+    for s in sorted((s for s in rows if not (guards and s["defects"])), key=worth, reverse=True):
       different.setdefault(s["text"], s)
     best += list(different.values())[:n]
   return best

@@ -19,7 +19,6 @@ the mean of both,
 which does not change when all tokens shift alike, and equals the sum when both answers have the same length.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -112,8 +111,10 @@ def token_log_likelihood(
       log_p = jnp.where(is_length, spread, log_p)
     if beside:
       taught, is_text = beside
-      theirs = model.logits(constrain_rows(taught))
-      followed = _log_p_text(logits, model.config.tag_ids) - _divergence(theirs, logits, model.config.tag_ids)
+      # The head's rows of tags are trained, the teacher has none: nothing of it may flow back.
+      theirs = jax.lax.stop_gradient(model.logits(constrain_rows(taught)))
+      tags = _tags(model, logits)
+      followed = _log_p_text(logits, tags) - _divergence(theirs, logits, tags)
       log_p = jnp.where(is_text, (1 - teacher_weight) * log_p + teacher_weight * followed, log_p)
     learned = targets != NO_TARGET
     return jnp.where(learned, log_p, 0.0), learned & (chosen >= jnp.max(logits, axis=-1))
@@ -126,16 +127,21 @@ def token_log_likelihood(
   return log_p, correct
 
 
-def _of_text(logits: jax.Array, tags: Sequence[int]) -> jax.Array:
-  return logits.at[..., jnp.asarray(tags, jnp.int32)].set(-1e9) if tags else logits
+def _tags(model: Transformer, logits: jax.Array) -> np.ndarray:
+  """The columns of the tags; without ids of their own they stand behind the vocabulary."""
+  return np.asarray(model.config.tag_ids or range(model.config.vocab_size, logits.shape[-1]), np.int32)
 
 
-def _log_p_text(logits: jax.Array, tags: Sequence[int]) -> jax.Array:
+def _of_text(logits: jax.Array, tags: np.ndarray) -> jax.Array:
+  return logits.at[..., tags].set(-1e9)
+
+
+def _log_p_text(logits: jax.Array, tags: np.ndarray) -> jax.Array:
   """[..., V] -> [...]: log p that the next token is no tag."""
   return jax.nn.logsumexp(_of_text(logits, tags), -1) - jax.nn.logsumexp(logits, -1)
 
 
-def _divergence(theirs: jax.Array, ours: jax.Array, tags: Sequence[int]) -> jax.Array:
+def _divergence(theirs: jax.Array, ours: jax.Array, tags: np.ndarray) -> jax.Array:
   """[..., V] logits -> [...]: KL(theirs ‖ ours) over the tokens that are no tags."""
   log_q, log_p = (jax.nn.log_softmax(_of_text(x, tags), -1) for x in (theirs, ours))
   return (jnp.exp(log_q) * (log_q - log_p)).sum(-1)

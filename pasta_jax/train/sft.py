@@ -120,6 +120,8 @@ class SFT(Task):
   def scalars(self, trainer: Trainer, metrics: dict[str, float], seconds: float) -> dict[str, float]:
     """Throughput, and model FLOPs utilisation on known chips."""
     out = {"tokens_per_second": trainer.tokens / seconds}
+    if self._teacher is not None:  # whose FLOPs are not counted
+      return out
     if limits := chip(trainer.mesh.devices.flat[0].device_kind):
       out["mfu"] = trainer.flops / seconds / (trainer.mesh.size * limits.peak)
     return out
@@ -170,7 +172,7 @@ def _train(config, workdir: Path, mesh: Mesh) -> None:
   start = _start(config, form, workdir)
   teacher = _teacher(config)
   task = _lay_out(config, rows, held_out_rows, checkpoint.vocabulary, start)
-  if teacher is not None:
+  if teacher is not None and c.teacher_weight:
     task.follow(Teacher(checkpoint, teacher, c, mesh), checkpoint.vocabulary.table)
   model = make_model(checkpoint, checkpoint.vocabulary, c, tags=task.tags, adapter=start, mesh=mesh)
   Trainer(task, model, mesh, steps=task.total_steps).fit(workdir, config, checkpoint)
@@ -227,7 +229,7 @@ def _lay_out(
   form = forms.from_config(config)
   written = [row for row in rows if "trace" in row]
   rows = [row for row in rows if "trace" not in row]
-  own = _own_answers(config, written, vocabulary.speaking(form), form)
+  own, own_left = _own_answers(config, written, vocabulary.speaking(form), form)
   selection = of_training(config, rows, vocabulary)
   data, held_out = selection.examples, of_training(config, held_out_rows, vocabulary, all_rows=True).examples
   left_out = (
@@ -235,6 +237,10 @@ def _lay_out(
     f"speedup below {c.min_speedup}, {selection.too_thin} with more or thinner chunks than wanted, "
     f"{selection.too_plain} beyond the share of plain ones"
   )
+  if written:
+    left_out += (
+      f"; of {len(written)} own answers {own_left['cut off']} cut off, {own_left['too long']} longer"
+    )
   data = [*data, *own]
   if not data:
     raise ValueError(f"no example of train.data={','.join(c.data)!r} is left to train on ({left_out})")
@@ -259,28 +265,39 @@ def _lay_out(
   return task
 
 
-def _own_answers(config, rows: Sequence[dict], vocabulary: Vocabulary, form: Forms) -> list[Layout]:
-  """The layouts of answers of the policy itself (rows with a `trace`), as it wrote them, that ended by themselves and
-  fit a row. Raises ValueError, one line, if they cannot be trained on."""
+def _own_answers(
+  config, rows: Sequence[dict], vocabulary: Vocabulary, form: Forms
+) -> tuple[list[Layout], dict[str, int]]:
+  """The layouts of answers of the policy itself (rows with a `trace`), as it wrote them, and how many were left out by
+  cause. Raises ValueError, one line, if they cannot be trained on."""
   c = config.train
   if rows and c.annotation != "plan":
     raise ValueError(
       f"{rows[0]['where']} is a policy's own answer, with its tags: train.annotation=plan learns it"
     )
-  laid = []
+  kept: list[Layout] = []
+  left_out = {"cut off": 0, "too long": 0}
   for row in rows:
     try:
       trace = row["trace"]
-      theirs = tuple(
+      theirs = [
         trace.get(*of) for of in (("visibility", "promise"), ("promise", "topic"), ("number", "digits"))
-      )
+      ]
       has_chunks = len(trace["threads"]) > 1  # without, all forms are the same
-      if not has_chunks or theirs == (form.visibility, form.promise, form.number):
-        laid.append((row["finish_reason"], lay_out_sample(row, vocabulary, form)))
-        continue
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+      same_form = not has_chunks or theirs == [form.visibility, form.promise, form.number]
+      if same_form:
+        laid = lay_out_sample(row, vocabulary, form)
+        main = laid.positions[(laid.threads == 0) & (laid.index >= 0)]
+        same_form = main.tolist() == trace["threads"][0]["positions"]  # another strategy left other gaps
+      cut_off = row["finish_reason"] != "stop"
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
       raise ValueError(f"{row['where']}: its trace cannot be read ({error!r})") from None
-    raise ValueError(
-      f"{row['where']} was written in another form of the language ({', '.join(theirs)}) than {form}"
-    )
-  return [x for reason, x in laid if reason == "stop" and len(x) <= c.length]
+    if not same_form:
+      raise ValueError(
+        f"{row['where']} was written in another form of the language or of positions than {form}"
+      )
+    if cut_off or len(laid) > c.length:
+      left_out["cut off" if cut_off else "too long"] += 1
+    else:
+      kept.append(laid)
+  return kept, left_out

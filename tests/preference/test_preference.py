@@ -330,6 +330,7 @@ def test_the_best_samples_to_train_on():
   assert texts(0.0, 1) == [("fast", 3.0), ("only", 1.0)]
   assert texts(math.inf, 1) == [("good", 1.5), ("only", 1.0)]
   assert texts(4.0, 3) == [("good", 1.5), ("fast", 3.0), ("only", 1.0)]
+  assert [s["text"] for s in choose_best(samples, 0.0, 1, guards=False)] == ["broken", "only", "empty"]
 
 
 @pytest.mark.parametrize("changes, name", [

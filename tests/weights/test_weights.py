@@ -182,7 +182,9 @@ def test_a_model_is_in_memory_once_while_it_is_loaded(smollm2_checkpoint, form: 
   """The default model in bfloat16: half of its float32 values would already be too much."""
   root = Path(__file__).parents[2]
   adapter = (
-    [str(root / "pasta_jax" / "adapters" / "smollm2_135m_pasta_paper.safetensors")] if form == "decoding" else []
+    [str(root / "pasta_jax" / "adapters" / "smollm2_135m_pasta_paper.safetensors")]
+    if form == "decoding"
+    else []
   )
   done = subprocess.run(
     [sys.executable, "tests/peak_memory.py", smollm2_checkpoint.name, "bfloat16", form, *adapter],
