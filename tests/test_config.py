@@ -274,7 +274,7 @@ def test_what_a_runs_identity_is():
     "stages", "audit", "decode_batch_size", "branch_width", "rounds", "weights", "share", "checkpoint_every", "keep",
     "best", "quality", "plain",  # late: while they have their defaults
   }  # fmt: skip
-  late = {"max_parts", "min_part", "start", "length_spread", "teacher", "teacher_weight"}
+  late = {"max_parts", "min_part", "start", "length_spread", "teacher"}
   assert set(identity(config.train)) == set(config.to_dict()["train"]) - late
   files = {"train.data": "a/b.jsonl*2,c/d.jsonl", "preference.prompts": "x/y.jsonl"}
   moved = with_changes(config, files)

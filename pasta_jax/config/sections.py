@@ -194,7 +194,6 @@ class Train(Section):
   length_spread: float = setting(0.0, at_least(0), late=True)
   # an adapter without tags, usually Baseline-SFT, whose distribution of each token of text is learned; "": none
   teacher: str = setting("", file=True, late=True)
-  teacher_weight: float = setting(1.0, within("[0, 1]"), late=True)  # its part of a token of text's loss
   dtype: str = setting("bfloat16", one_of(DTYPES))  # of matrix products
   remat: str = setting("full", one_of(REMAT))  # rematerialisation policy of a layer (model.transformer)
   attention: str = setting("auto", one_of(ATTENTION))  # auto: kernels on TPU, blocks of plain JAX elsewhere

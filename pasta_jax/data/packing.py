@@ -56,10 +56,15 @@ def pack_row(examples: Sequence[Layout], length: int, levels: int) -> PackedBatc
     filled = e.masked_intervals[:, :levels]
     row.masked_intervals[0, where, : filled.shape[1]] = filled + at * (filled[..., 1:] > 0)
     row.segment_ids[0, where] = number
-    row.rounds[0, where] = e.rounds + (highest - int(e.rounds.max(initial=0)))
+    row.rounds[0, where] = fallen(e.rounds, highest)
     highest = int(row.rounds[0, where].min(initial=highest))
     at += len(e)
   return row
+
+
+def fallen(rounds: np.ndarray, highest: int) -> np.ndarray:
+  """An example's rounds, moved so that they end at `highest`, the lowest of the example before it."""
+  return rounds + (highest - int(rounds.max(initial=0)))
 
 
 def concatenate(rows: Sequence[PackedBatch]) -> PackedBatch:

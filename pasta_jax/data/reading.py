@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pasta_jax.data.packing import FIRST_ROUND
+from pasta_jax.data.packing import FIRST_ROUND, fallen
 from pasta_jax.lang.automaton import EOS, TokenTable
 from pasta_jax.lang.layout import NO_TARGET, Layout
 from pasta_jax.lang.thread import Thread, read
@@ -54,7 +54,7 @@ def pack_readings(rows: Sequence[Sequence[Reading]], length: int) -> dict[str, n
     for e in examples:
       where = slice(at, at + len(e.rounds))
       out.positions[row, where] = e.positions
-      out.rounds[row, where] = e.rounds + (highest - int(e.rounds.max(initial=0)))
+      out.rounds[row, where] = fallen(e.rounds, highest)
       out.source[row, where] = np.where(e.source == NO_TARGET, NO_TARGET, e.source + at)
       highest = int(out.rounds[row, where].min(initial=highest))
       at += len(e.rounds)

@@ -11,6 +11,7 @@ from pasta_jax.decode.state import FINISH_REASONS, State
 from pasta_jax.decode.threads import DONE
 from pasta_jax.lang.cost import Cost, cost
 from pasta_jax.lang.forms import Forms
+from pasta_jax.lang.layout import Layout, layout
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.program import Program, reading_order
 from pasta_jax.lang.thread import Fork, Reading, Thread, read
@@ -197,6 +198,13 @@ def from_json(saved: dict, vocabulary: Vocabulary, rule: PositionRule) -> Trace:
     visibility=saved.get("visibility", "promise"),
     **{name: saved[name] for name in ("steps", "finish_reason", "refused")},
   )
+
+
+def lay_out(
+  trace: Trace, vocabulary: Vocabulary, rule: PositionRule, prompt: Sequence[int] | None = None
+) -> Layout:
+  """A response as its policy wrote it, for training: after its own prompt, or after `prompt`."""
+  return layout(trace.main, rule, vocabulary.table, trace.prompt.tolist() if prompt is None else prompt)
 
 
 def _thread_trace(

@@ -195,6 +195,11 @@ def with_tags(logits: jax.Array, tags: jax.Array, ids: Sequence[int]) -> jax.Arr
   return jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, more)]).at[..., np.asarray(ids)].set(tags)
 
 
+def tag_columns(config: ModelConfig, width: int) -> np.ndarray:
+  """Where `with_tags` puts the tags in logits that are `width` wide with them."""
+  return np.asarray(config.tag_ids or range(config.vocab_size, width), np.int32)
+
+
 class Embedder(nnx.Module):
   """Embeddings of tokens, and of PASTA's tags where training keeps them apart.
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from pasta_jax.data.pairs import PreferencePair
+from pasta_jax.decode.trace import from_json, lay_out
 from pasta_jax.evaluate.metrics.measures import geometric_mean, tag_overhead
 from pasta_jax.lang.forms import Forms
+from pasta_jax.lang.layout import Layout
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.preference.quality import Samples
 from pasta_jax.preference.rollout import is_plain
 from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, defects, score
-from pasta_jax.train.samples import lay_out_sample
 from pasta_jax.utils.jsonl import write_jsonl
 
 
@@ -74,6 +75,13 @@ def choose_best(samples: Samples, weight: float, n: int, *, guards: bool = True)
       different.setdefault(s["text"], s)
     best += list(different.values())[:n]
   return best
+
+
+def lay_out_sample(
+  sample: dict, vocabulary: Vocabulary, form: Forms, prompt: Sequence[int] | None = None
+) -> Layout:
+  """The layout of a sample's answer after its own prompt, or after `prompt`."""
+  return lay_out(from_json(sample["trace"], vocabulary, form.positions), vocabulary, form.positions, prompt)
 
 
 def lay_out_pairs(

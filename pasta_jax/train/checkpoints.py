@@ -116,7 +116,7 @@ class Checkpoints:
           f"{self._path} belongs to a run with another model or configuration: {name} is "
           f"{there} there, {here} here; choose another --workdir, or the settings of that run"
         )
-    self._check_start(step)
+    self._check_adapters(step)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
     saved = self._manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
@@ -125,7 +125,7 @@ class Checkpoints:
     # By name: the leaves of a dict are sorted, those of the state are in the order of its fields.
     return jax.tree.unflatten(jax.tree.structure(like), [saved.state[name] for name in wanted]), data
 
-  def _check_start(self, step: int) -> None:
+  def _check_adapters(self, step: int) -> None:
     """Raises ForeignCheckpoint if the run went on from another adapter, whose scale is not in the state, or had
     another teacher."""
     stored: dict[str, Any] = {}

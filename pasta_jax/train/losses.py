@@ -27,7 +27,7 @@ import numpy as np
 
 from pasta_jax.config.sections import LOSSES
 from pasta_jax.lang.layout import NO_TARGET
-from pasta_jax.model.transformer import Transformer
+from pasta_jax.model.transformer import Transformer, tag_columns
 from pasta_jax.train.attention import DeviceBatch, make_attend
 from pasta_jax.train.sharding import constrain_rows
 
@@ -72,12 +72,11 @@ def token_log_likelihood(
   attention: str = "auto",
   visibility: str = "promise",
   lengths: LengthTargets | None = None,
-  teacher_weight: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
   """(log p of each target [B, T], whether the target is the argmax [B, T]); zero and False without a target.
   With `lengths`, log p of a length is the mean over its neighbours, less their entropy: zero is the best still.
-  With a `teacher_weight`, the batch has what `teacher.Teacher` adds, and log p of a token of text moves by that much
-  from log p(text) + log p(token | text) to log p(text) − KL(teacher ‖ student), both over the tokens of text.
+  In a batch with what `teacher.Teacher` adds, log p of a token of text is log p(text) − KL(teacher ‖ student) over the
+  tokens of text, in place of log p(text) + log p(token | text).
 
   `remat` is one of `transformer.REMAT`, `attention` one of `config.sections.ATTENTION`. Logits are computed for about
   `chunk` tokens at a time, the same columns of every row, and recomputed in the backward pass: their memory
@@ -91,7 +90,7 @@ def token_log_likelihood(
   hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
   targets = jnp.pad(targets, ((0, 0), (0, padding)), constant_values=NO_TARGET)
   beside: tuple[jax.Array, ...] = ()
-  if teacher_weight:
+  if "taught" in batch:
     beside = (
       jnp.pad(batch["taught"], ((0, 0), (0, padding), (0, 0))),
       jnp.pad(batch["reading_source"] != NO_TARGET, ((0, 0), (0, padding))),
@@ -113,9 +112,9 @@ def token_log_likelihood(
       taught, is_text = beside
       # The head's rows of tags are trained, the teacher has none: nothing of it may flow back.
       theirs = jax.lax.stop_gradient(model.logits(constrain_rows(taught)))
-      tags = _tags(model, logits)
+      tags = tag_columns(model.config, logits.shape[-1])
       followed = _log_p_text(logits, tags) - _divergence(theirs, logits, tags)
-      log_p = jnp.where(is_text, (1 - teacher_weight) * log_p + teacher_weight * followed, log_p)
+      log_p = jnp.where(is_text, followed, log_p)
     learned = targets != NO_TARGET
     return jnp.where(learned, log_p, 0.0), learned & (chosen >= jnp.max(logits, axis=-1))
 
@@ -125,11 +124,6 @@ def token_log_likelihood(
   found = jax.lax.map(lambda xs: score(*xs), (split(hidden), split(targets), *map(split, beside)))
   log_p, correct = (x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in found)
   return log_p, correct
-
-
-def _tags(model: Transformer, logits: jax.Array) -> np.ndarray:
-  """The columns of the tags; without ids of their own they stand behind the vocabulary."""
-  return np.asarray(model.config.tag_ids or range(model.config.vocab_size, logits.shape[-1]), np.int32)
 
 
 def _of_text(logits: jax.Array, tags: np.ndarray) -> jax.Array:
@@ -158,7 +152,7 @@ def sft_loss(model: Transformer, batch: DeviceBatch, **how) -> tuple[jax.Array, 
   total = -log_p.sum()
   tokens = (batch["targets"] != NO_TARGET).sum()
   sums = {"loss": total, "tokens": tokens, "correct": correct.sum()}
-  if how.get("teacher_weight"):
+  if "taught" in batch:
     is_text = batch["reading_source"] != NO_TARGET
     sums |= {"text_loss": -(log_p * is_text).sum(), "text_tokens": is_text.sum()}
   return total, sums

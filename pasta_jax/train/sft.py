@@ -1,5 +1,6 @@
 """Supervised finetuning on annotated responses: PASTA, and Baseline-SFT on the same data without tags."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pasta_jax.data.packing import PackedBatches, single_batches
 from pasta_jax.data.pipeline import Batch, fingerprint
 from pasta_jax.data.reading import pack_readings, reading
 from pasta_jax.decode.generator import adapter_digest, adapter_path
+from pasta_jax.decode.trace import from_json, lay_out
 from pasta_jax.lang import forms
 from pasta_jax.lang.automaton import TokenTable
 from pasta_jax.lang.forms import Forms
@@ -28,7 +30,6 @@ from pasta_jax.train.flops import chip
 from pasta_jax.train.loop import checked_workdir
 from pasta_jax.train.losses import length_targets, sft_loss
 from pasta_jax.train.metrics import last_scalars
-from pasta_jax.train.samples import lay_out_sample
 from pasta_jax.train.state import TrainState, make_model
 from pasta_jax.train.teacher import Teacher
 from pasta_jax.train.trainer import Sums, Task, Trainer, training_mesh
@@ -81,13 +82,14 @@ class SFT(Task):
 
   def loss(self, model: Transformer, batch: DeviceBatch) -> tuple[jax.Array, Sums]:
     c = self.settings
-    how = dict(chunk=c.loss_chunk, remat=c.remat, attention=c.attention, lengths=self._lengths)
-    weight = c.teacher_weight if "taught" in batch else 0.0  # a validation has no teacher
-    return sft_loss(model, batch, **how, visibility=self.form.visibility, teacher_weight=weight)
+    how = dict(chunk=c.loss_chunk, remat=c.remat, attention=c.attention)
+    return sft_loss(model, batch, **how, visibility=self.form.visibility, lengths=self._lengths)
 
   def means(self, sums: Sums, count: jax.Array) -> Sums:
-    of_text = {k: sums[k] / jnp.maximum(sums["text_tokens"], 1) for k in ("text_loss",) if k in sums}
-    return {"loss": sums["loss"] / count, "accuracy": sums["correct"] / count, **of_text}
+    means = {"loss": sums["loss"] / count, "accuracy": sums["correct"] / count}
+    if "text_loss" in sums:
+      means["text_loss"] = sums["text_loss"] / jnp.maximum(sums["text_tokens"], 1)
+    return means
 
   def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
     return row_shapes(self.settings.batch_size, self.settings.length)
@@ -172,7 +174,7 @@ def _train(config, workdir: Path, mesh: Mesh) -> None:
   start = _start(config, form, workdir)
   teacher = _teacher(config)
   task = _lay_out(config, rows, held_out_rows, checkpoint.vocabulary, start)
-  if teacher is not None and c.teacher_weight:
+  if teacher is not None:
     task.follow(Teacher(checkpoint, teacher, c, mesh), checkpoint.vocabulary.table)
   model = make_model(checkpoint, checkpoint.vocabulary, c, tags=task.tags, adapter=start, mesh=mesh)
   Trainer(task, model, mesh, steps=task.total_steps).fit(workdir, config, checkpoint)
@@ -253,9 +255,8 @@ def _lay_out(
   if c.annotation == "plan" and (names := annotators([*(rows[i] for i in selection.rows), before])):
     notes["annotator"] = names
   lengths = vocabulary.table.lengths.tolist() if c.annotation != "none" else []
-  if (
-    c.length_spread and c.annotation != "none" and not lengths
-  ):  # Baseline-SFT has none, and takes the same flags
+  # Baseline-SFT has no lengths, and takes the same flags.
+  if c.length_spread and c.annotation != "none" and not lengths:
     raise ValueError("train.length_spread is for lengths that are tokens: --config.language.number=token")
   task = SFT(c, data, held_out, form, notes, lengths)
   print(
@@ -279,23 +280,18 @@ def _own_answers(
   left_out = {"cut off": 0, "too long": 0}
   for row in rows:
     try:
-      trace = row["trace"]
-      theirs = [
-        trace.get(*of) for of in (("visibility", "promise"), ("promise", "topic"), ("number", "digits"))
-      ]
-      has_chunks = len(trace["threads"]) > 1  # without, all forms are the same
-      same_form = not has_chunks or theirs == [form.visibility, form.promise, form.number]
-      if same_form:
-        laid = lay_out_sample(row, vocabulary, form)
-        main = laid.positions[(laid.threads == 0) & (laid.index >= 0)]
-        same_form = main.tolist() == trace["threads"][0]["positions"]  # another strategy left other gaps
-      cut_off = row["finish_reason"] != "stop"
+      trace = from_json(row["trace"], vocabulary, form.positions)
+      laid = lay_out(trace, vocabulary, form.positions)
+      main = laid.positions[(laid.threads == 0) & (laid.index >= 0)]  # another strategy left other gaps
+      in_form = trace.form == dataclasses.replace(form, positions=trace.form.positions)
+      same_form = len(trace.threads) == 1 or (in_form and np.array_equal(main, trace.threads[0].positions))
     except (AttributeError, LookupError, TypeError, ValueError) as error:
       raise ValueError(f"{row['where']}: its trace cannot be read ({error!r})") from None
     if not same_form:
       raise ValueError(
         f"{row['where']} was written in another form of the language or of positions than {form}"
       )
+    cut_off = trace.finish_reason != "stop"
     if cut_off or len(laid) > c.length:
       left_out["cut off" if cut_off else "too long"] += 1
     else:

@@ -118,6 +118,7 @@ def main(folder: Path) -> None:
   heads_divide()
   refused(folder)
   moved_run(folder)
+  taught_run(folder)
 
 
 def heads_divide() -> None:
@@ -176,6 +177,20 @@ def moved_run(folder: Path) -> None:
   assert len(lines[1]) == 6
   np.testing.assert_allclose(*lines, rtol=1e-5)
   print("moved")
+
+
+def taught_run(folder: Path) -> None:
+  """A teacher's states reach the rows that they are of, whatever the mesh."""
+  config = t.settings(folder, batch_size=8, learning_rate=1e-3, steps=3)
+  sft.train(with_changes(config, {"train.annotation": "none", "train.steps": 1}), folder / "teacher")
+  taught = {"train.teacher": str(folder / "teacher" / "adapter.safetensors"), "train.grad_accum_steps": 2}
+  for name, mesh in (("rows", (8, 1, 1)), ("all", (2, 2, 2))):
+    axes = {f"mesh.{axis}": n for axis, n in zip(AXES, mesh)}
+    sft.train(with_changes(config, taught | axes), folder / f"taught_{name}")
+  for key in ("loss", "text_loss"):
+    lines = [[row[key] for row in t.metric_lines(folder / f"taught_{name}")] for name in ("rows", "all")]
+    np.testing.assert_allclose(*lines, rtol=1e-5)
+  print("taught")
 
 
 if __name__ == "__main__":
