@@ -212,7 +212,7 @@ def run() -> None:
   if FLAGS.limit:
     config = with_changes(config, {"eval.limit": FLAGS.limit})
   if FLAGS.distributed:  # before JAX is used
-    from pasta_jax.train import distributed
+    from pasta_jax.utils import distributed
 
     distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
   if mode != "compile":

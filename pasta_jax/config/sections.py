@@ -131,7 +131,7 @@ class Model(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Mesh(Section):
-  """Devices of training by axis (train.sharding). One axis may be -1: all devices that the others leave."""
+  """Devices of training by axis (model.sharding). One axis may be -1: all devices that the others leave."""
 
   data: int = 1  # replicas of the parameters; batch rows are split over them
   fsdp: int = -1  # parameters, optimizer moments and batch rows are split over these

@@ -13,11 +13,11 @@ import numpy as np
 
 from pasta_jax.data.packing import pack_row
 from pasta_jax.lang.layout import NO_TARGET
+from pasta_jax.model.sharding import AXES, make_mesh
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.preference.selection import lay_out_sample
 from pasta_jax.train.losses import token_log_likelihood
 from pasta_jax.train.preference import Preference
-from pasta_jax.train.sharding import AXES, make_mesh
 from pasta_jax.train.state import make_model
 from pasta_jax.train.trainer import Trainer
 from pasta_jax.weights.adapter import form_of

@@ -2,6 +2,6 @@
 
 Open `trainer` first: `Task` is what differs between tasks, `Trainer` is the rest. Then `sft` and
 `preference`, the two tasks; `losses` and `attention`, what they compute; `state`, `checkpoints`, `loop` and
-`metrics`, what a run keeps; `sharding` and `distributed`, devices and processes. `ahead` (`--mode=compile`),
+`metrics`, what a run keeps. `ahead` (`--mode=compile`),
 `flops` and `benchmark` measure the cost of steps.
 """

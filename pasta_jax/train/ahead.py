@@ -23,10 +23,10 @@ from pasta_jax.lang.automaton import LENGTHS
 from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.syntax import TAG_TEXTS
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.sharding import AXES, check_rows, mesh_shape
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.train import preference, sft
 from pasta_jax.train.flops import chip
-from pasta_jax.train.sharding import AXES, check_rows, mesh_shape
 from pasta_jax.train.state import abstract_model
 from pasta_jax.train.trainer import Trainer
 from pasta_jax.utils.terminal import as_text

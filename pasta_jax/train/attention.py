@@ -19,8 +19,8 @@ from pasta_jax.model import flash, tiles
 from pasta_jax.model.attention import chunked_attention, dense_attention, sliding_window_mask
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.masks import Intervals, Mask, Rounds
+from pasta_jax.model.sharding import ROWS, constrain_rows, divides
 from pasta_jax.model.transformer import Attend
-from pasta_jax.train.sharding import ROWS, constrain_rows, divides
 
 DeviceBatch = Mapping[str, jax.Array]  # fields of data.packing.PackedBatch on the devices, leaves [B, …]
 

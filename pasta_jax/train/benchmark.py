@@ -30,11 +30,11 @@ from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import flash, tiles
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.sharding import AXES, make_mesh, shard_put_batch
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.train.attention import make_attend, mask_of
 from pasta_jax.train.flops import chip, step_flops
 from pasta_jax.train.sft import SFT
-from pasta_jax.train.sharding import AXES, make_mesh, shard_put_batch
 from pasta_jax.train.state import make_model
 from pasta_jax.train.trainer import Trainer
 from pasta_jax.utils.jsonl import read_jsonl

@@ -14,8 +14,8 @@ import orbax.checkpoint as ocp
 
 from pasta_jax.model import lora
 from pasta_jax.model.transformer import Transformer
-from pasta_jax.train import distributed
 from pasta_jax.train.state import TrainState
+from pasta_jax.utils import distributed
 from pasta_jax.utils.text import one_line
 from pasta_jax.utils.typed import checked
 from pasta_jax.weights.checkpoint import Checkpoint

@@ -16,10 +16,10 @@ from typing import Any
 from pasta_jax.config import current_names
 from pasta_jax.config.sections import OWN_SETTINGS
 from pasta_jax.data.pipeline import Batch, DataIterator
-from pasta_jax.train import distributed
 from pasta_jax.train.checkpoints import Checkpoints
 from pasta_jax.train.metrics import MetricWriter
 from pasta_jax.train.state import TrainState
+from pasta_jax.utils import distributed
 from pasta_jax.utils.files import write_atomic
 from pasta_jax.utils.json_io import read_json
 from pasta_jax.utils.progress import progress_bar

@@ -27,9 +27,9 @@ import numpy as np
 
 from pasta_jax.config.sections import LOSSES
 from pasta_jax.lang.layout import NO_TARGET
+from pasta_jax.model.sharding import constrain_rows
 from pasta_jax.model.transformer import Transformer, tag_columns
 from pasta_jax.train.attention import DeviceBatch, make_attend
-from pasta_jax.train.sharding import constrain_rows
 
 _DPO_BETA = 0.1
 

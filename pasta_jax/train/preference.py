@@ -17,15 +17,15 @@ from pasta_jax.data.pipeline import Batch, fingerprint
 from pasta_jax.lang import forms
 from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model.sharding import PER_PAIR
 from pasta_jax.model.transformer import Transformer, set_matmul_precision
-from pasta_jax.train import distributed
 from pasta_jax.train.attention import DeviceBatch
 from pasta_jax.train.loop import checked_workdir
 from pasta_jax.train.losses import answer_log_likelihood, default_beta, preference_loss
 from pasta_jax.train.sft import row_shapes
-from pasta_jax.train.sharding import PER_PAIR
 from pasta_jax.train.state import make_model
 from pasta_jax.train.trainer import Sums, Task, Trainer, training_mesh
+from pasta_jax.utils import distributed
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import Records
 from pasta_jax.weights.checkpoint import Checkpoint

@@ -23,7 +23,6 @@ from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.layout import Layout
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import Transformer, set_matmul_precision
-from pasta_jax.train import distributed
 from pasta_jax.train.attention import DeviceBatch
 from pasta_jax.train.checkpoints import START, TEACHER
 from pasta_jax.train.flops import chip
@@ -33,6 +32,7 @@ from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.state import TrainState, make_model
 from pasta_jax.train.teacher import Teacher
 from pasta_jax.train.trainer import Sums, Task, Trainer, training_mesh
+from pasta_jax.utils import distributed
 from pasta_jax.weights.adapter import (
   form_of,
   has_tags,

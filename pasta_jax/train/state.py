@@ -15,8 +15,8 @@ from pasta_jax.lang.syntax import TAG_TEXTS
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model import lora
 from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.sharding import shard_put, shard_put_array, shardings
 from pasta_jax.model.transformer import LoraParam, TagParam, Transformer, stack
-from pasta_jax.train.sharding import shard_put, shard_put_array, shardings
 from pasta_jax.weights import build
 from pasta_jax.weights.adapter import Merged, read_adapter
 from pasta_jax.weights.checkpoint import Checkpoint

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from pasta_jax.model.sharding import constrain_rows, shard_put_array
 from pasta_jax.model.transformer import Transformer
 from pasta_jax.train.attention import DeviceBatch
 from pasta_jax.train.losses import hidden_states
-from pasta_jax.train.sharding import constrain_rows, shard_put_array
 from pasta_jax.weights import build
 from pasta_jax.weights.adapter import Merged, read_adapter
 from pasta_jax.weights.checkpoint import Checkpoint

@@ -25,13 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pasta_jax.config.sections import kept_folder
 from pasta_jax.data.pipeline import Batch, DataIterator
 from pasta_jax.lang.forms import Forms
-from pasta_jax.model.transformer import Transformer
-from pasta_jax.train import distributed
-from pasta_jax.train.attention import DeviceBatch, check_machine
-from pasta_jax.train.checkpoints import checkpoint_metadata
-from pasta_jax.train.flops import step_flops
-from pasta_jax.train.loop import run_steps
-from pasta_jax.train.sharding import (
+from pasta_jax.model.sharding import (
   batch_spec,
   check_rows,
   constrain,
@@ -40,6 +34,11 @@ from pasta_jax.train.sharding import (
   shard_put_batch,
   shardings,
 )
+from pasta_jax.model.transformer import Transformer
+from pasta_jax.train.attention import DeviceBatch, check_machine
+from pasta_jax.train.checkpoints import checkpoint_metadata
+from pasta_jax.train.flops import step_flops
+from pasta_jax.train.loop import run_steps
 from pasta_jax.train.state import (
   Params,
   SplitModel,
@@ -48,6 +47,7 @@ from pasta_jax.train.state import (
   init_train_state,
   make_optimizer,
 )
+from pasta_jax.utils import distributed
 from pasta_jax.weights.adapter import save_adapter
 from pasta_jax.weights.build import to_params
 from pasta_jax.weights.checkpoint import Checkpoint

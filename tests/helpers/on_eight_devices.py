@@ -26,10 +26,10 @@ from test_attention import CONFIG, random_rows  # noqa: E402
 from pasta_jax.config import with_changes  # noqa: E402
 from pasta_jax.data.pairs import PreferencePair  # noqa: E402
 from pasta_jax.lang.forms import Forms  # noqa: E402
+from pasta_jax.model.sharding import AXES, make_mesh, shard_put, shard_put_batch  # noqa: E402
 from pasta_jax.train import loop, sft  # noqa: E402
 from pasta_jax.train.attention import make_attend  # noqa: E402
 from pasta_jax.train.preference import Preference  # noqa: E402
-from pasta_jax.train.sharding import AXES, make_mesh, shard_put, shard_put_batch  # noqa: E402
 from pasta_jax.train.state import SplitModel, make_model  # noqa: E402
 from pasta_jax.train.trainer import Trainer  # noqa: E402
 

@@ -24,9 +24,10 @@ import test_training as t  # noqa: E402
 from pasta_jax.config import with_changes  # noqa: E402
 from pasta_jax.data.pairs import PreferencePair  # noqa: E402
 from pasta_jax.lang.forms import Forms  # noqa: E402
-from pasta_jax.train import distributed, loop, sft  # noqa: E402
+from pasta_jax.model.sharding import AXES, local_rows, make_mesh  # noqa: E402
+from pasta_jax.train import loop, sft  # noqa: E402
 from pasta_jax.train.preference import train_on_pairs  # noqa: E402
-from pasta_jax.train.sharding import AXES, local_rows, make_mesh  # noqa: E402
+from pasta_jax.utils import distributed  # noqa: E402
 from pasta_jax.utils.locks import LOCK  # noqa: E402
 
 

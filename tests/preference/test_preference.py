@@ -19,11 +19,11 @@ from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.scheduler import Scheduler
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 from pasta_jax.lang.layout import NO_TARGET, Layout, layout
+from pasta_jax.model.sharding import AXES, make_mesh
 from pasta_jax.preference.score import SPEEDUPS, StepCost, choose, chunk_facts, defects, score
 from pasta_jax.preference.selection import choose_best
 from pasta_jax.train.losses import LOSSES, default_beta, preference_loss
 from pasta_jax.train.preference import Preference, answer_likelihoods
-from pasta_jax.train.sharding import AXES, make_mesh
 from pasta_jax.train.state import SplitModel, TrainState
 from pasta_jax.train.trainer import Trainer, make_update
 

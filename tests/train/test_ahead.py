@@ -18,9 +18,9 @@ from configs.paper import gemma_7b
 from pasta_jax.config import Config, from_flags, with_changes
 from pasta_jax.data.packing import PackedBatches
 from pasta_jax.data.pairs import PairBatches, PreferencePair
+from pasta_jax.model.sharding import AXES
 from pasta_jax.train import ahead
 from pasta_jax.train.flops import chip, matmul_parameters, step_flops
-from pasta_jax.train.sharding import AXES
 from pasta_jax.train.state import abstract_model
 from pasta_jax.weights.arrays import param_shapes
 

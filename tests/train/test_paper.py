@@ -18,10 +18,10 @@ from configs.paper.recipe import RECIPE
 from pasta_jax.config import from_flags, with_changes
 from pasta_jax.decode.generator import EMBEDDED, adapter_path
 from pasta_jax.lang import forms
+from pasta_jax.model.sharding import AXES
 from pasta_jax.preference.rounds import policies
 from pasta_jax.train import ahead
 from pasta_jax.train.preference import Preference
-from pasta_jax.train.sharding import AXES
 from pasta_jax.weights.adapter import read_metadata
 from pasta_jax.weights.checkpoint import load_checkpoint
 

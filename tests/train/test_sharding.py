@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec
 from safetensors import safe_open
 from test_training import metric_lines, tiny  # noqa: F401  (a fixture)
 
-from pasta_jax.train import distributed, sft
-from pasta_jax.train.sharding import AXES, check_rows, make_mesh, spec
+from pasta_jax.model.sharding import AXES, check_rows, make_mesh, spec
+from pasta_jax.train import sft
+from pasta_jax.utils import distributed
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[2]

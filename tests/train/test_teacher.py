@@ -24,10 +24,10 @@ from pasta_jax.lang.automaton import CLOSE, DIGITS, EOS, OPEN, ORDINARY
 from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.layout import NO_TARGET
 from pasta_jax.model.attention import causal_mask, dense_attention
+from pasta_jax.model.sharding import make_mesh
 from pasta_jax.train import sft
 from pasta_jax.train.attention import attention_mask
 from pasta_jax.train.losses import hidden_states, token_log_likelihood
-from pasta_jax.train.sharding import make_mesh
 from pasta_jax.train.state import make_model
 from pasta_jax.train.teacher import Teacher
 from pasta_jax.utils.jsonl import read_jsonl

@@ -11,12 +11,12 @@ from test_training import LENGTH, RULE, settings, tiny  # noqa: F401  (a fixture
 from pasta_jax.data.examples import examples
 from pasta_jax.data.packing import PackedBatches
 from pasta_jax.data.pipeline import fingerprint
-from pasta_jax.train import distributed
+from pasta_jax.model.sharding import AXES, make_mesh
 from pasta_jax.train.losses import sft_loss
 from pasta_jax.train.sft import row_shapes
-from pasta_jax.train.sharding import AXES, make_mesh
 from pasta_jax.train.state import make_model
 from pasta_jax.train.trainer import Task, Trainer
+from pasta_jax.utils import distributed
 from pasta_jax.utils.jsonl import read_jsonl
 from pasta_jax.weights.checkpoint import load_checkpoint
 

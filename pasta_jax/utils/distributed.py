@@ -1,7 +1,7 @@
 """Training on several processes, one a host.
 
 Every process runs the same program over the same data files, in a shared folder. Each holds its shards of the
-same arrays (`train.sharding`), and the first one writes files.
+same arrays (`model.sharding`), and the first one writes files.
 """
 
 import contextlib
