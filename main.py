@@ -215,6 +215,10 @@ def run() -> None:
     from pasta_jax.utils import distributed
 
     distributed.start(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+  if config.decode.command_buffers:
+    from pasta_jax.utils.environment import offer_loops_to_command_buffers
+
+    offer_loops_to_command_buffers()
   if mode != "compile":
     _prepare()
   MODES[mode](config, FLAGS)

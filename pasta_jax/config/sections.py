@@ -131,7 +131,7 @@ class Model(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Mesh(Section):
-  """Devices of training by axis (model.sharding). One axis may be -1: all devices that the others leave."""
+  """Devices by axis (model.sharding), in training and decoding. One may be -1: all devices that the others leave."""
 
   data: int = 1  # replicas of the parameters; batch rows are split over them
   fsdp: int = -1  # parameters, optimizer moments and batch rows are split over these
@@ -243,6 +243,9 @@ class Decode(Section):
   length: str = setting("likeliest", one_of(LENGTH_CHOICES), identity=PROMISES, late=True)
   attention: str = setting("auto", one_of(DECODE_ATTENTION), identity=NEVER)  # program of steps and prefill
   product: str = setting("xla", one_of(PRODUCTS), identity=NEVER)  # program of matrix products
+  # decode steps between two looks at whether to stop; 0: 1 on CPU, where a look costs nothing, 8 elsewhere
+  steps_per_look: int = setting(0, between(0, 256), identity=NEVER)
+  command_buffers: bool = setting(False, identity=NEVER)  # GPU: offer the loop of steps to CUDA graphs
   live: bool = setting(True, identity=NEVER)  # show branches while they are written, on a terminal
   compare: bool = setting(True, identity=NEVER)  # one prompt: time it without promises too
   batch_size: int = setting(4, between(1, 4096), identity=NEVER)  # prompts of a file decoded at once

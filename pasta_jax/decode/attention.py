@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pasta_jax.decode.placement import on_heads
 from pasta_jax.model.attention import (
   MASK_VALUE,
   causal_mask,
@@ -109,11 +110,11 @@ def make_decode_attend(
   kind: str, visible: jax.Array, window_mask: jax.Array | None, softcap: float
 ) -> Attend:
   """`attend` of one branch in a decode step, computed by `kind`, one of `KINDS`; see `xla_decode` for the
-  contract.
+  contract. On a mesh, heads are sharded.
 
   Raises ValueError for an unknown kind.
   """
-  return DECODE[_resolve(kind)](visible, window_mask, softcap)
+  return on_heads(DECODE[_resolve(kind)](visible, window_mask, softcap))
 
 
 def make_prefill_attend(kind: str, positions: jax.Array, config: ModelConfig, dtype: Any) -> Attend:
@@ -121,4 +122,4 @@ def make_prefill_attend(kind: str, positions: jax.Array, config: ModelConfig, dt
 
   Raises ValueError for an unknown kind.
   """
-  return PREFILL.get(_resolve(kind), xla_prefill)(positions, config, dtype)
+  return on_heads(PREFILL.get(_resolve(kind), xla_prefill)(positions, config, dtype))

@@ -24,6 +24,7 @@ from pasta_jax.decode.views.timeline import write_timeline
 from pasta_jax.lang import forms
 from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model.sharding import local_mesh
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.utils.environment import cache_folder, use_compilation_cache
 from pasta_jax.weights import build
@@ -35,6 +36,8 @@ EMBEDDED = {
   for name in ("pasta", "baseline", "pasta_paper", "pasta_fast", "pasta_quality", "baseline_paper", "apar")
 }
 EMBEDDED |= {name: f"{name}.safetensors" for name in ("gemma3_270m_pasta", "gemma3_270m_baseline")}
+
+STEPS_PER_LOOK = 8  # on accelerators (`decode.steps_per_look`)
 
 DEFAULT_ADAPTERS = {"smollm2-135m-instruct": "pasta", "gemma3-270m": "gemma3_270m_pasta"}  # by source
 
@@ -138,8 +141,9 @@ class Model:
     self._metadata = metadata
     # The speeds that the adapter was trained for.
     self.speeds: tuple[int, ...] = tuple(json.loads(metadata.get("speeds", "[]")))
+    self.mesh = local_mesh(vars(config.mesh))
     self.model = build.for_decoding(
-      checkpoint.config, checkpoint.params, merge, jnp.dtype(d.dtype), product=d.product
+      checkpoint.config, checkpoint.params, merge, jnp.dtype(d.dtype), product=d.product, mesh=self.mesh
     )
     self._decode_as(d)
 
@@ -156,9 +160,7 @@ class Model:
   def _decode_as(self, d: Any) -> None:
     """Takes the settings of decoding over, with the adapter's own where none is given."""
     d = d.resolved(own_settings(self._metadata))
-    # XLA's CPU backend multiplies one bfloat16 row more slowly than two: a step has at least two branches
-    # there.
-    self._narrowest = 2 if d.dtype == "bfloat16" and jax.default_backend() == "cpu" else 1
+    self._narrowest = _narrowest(d.dtype, jax.default_backend())
     widest = max(d.max_branches, self._narrowest)
     widths = tuple(w for w in (1, 2, 4, 8, 16, 32, 64) if self._narrowest <= w < widest) + (widest,)
     buckets = tuple(b for b in (256, 512, 1024, 2048, 4096, 8192, 16384) if b < d.kv_capacity) + (
@@ -172,6 +174,7 @@ class Model:
       tail=d.max_topic + 8,
       branch_widths=widths,
       kv_buckets=buckets,
+      steps_per_look=d.steps_per_look or (1 if jax.default_backend() == "cpu" else STEPS_PER_LOOK),
     )
     self.sampling = SamplingConfig(
       temperature=d.temperature,
@@ -214,7 +217,7 @@ class Model:
       features = dataclasses.replace(
         self._features, rule=form.positions, promises=parallel, visibility=form.visibility
       )
-      self._interpreters[key] = Interpreter(self.model, self.vocabulary, limits, features)
+      self._interpreters[key] = Interpreter(self.model, self.vocabulary, limits, features, self.mesh)
     return self._interpreters[key]
 
   def scheduler(
@@ -290,6 +293,14 @@ class Model:
 
     scheduler.run(tokens, sampling or self.sampling, on_finish=finished)
     return [responses[i] for i in range(len(prompts))]
+
+
+def _narrowest(dtype: str, backend: str) -> int:
+  """Branches of the narrowest step. XLA's CPU backend multiplies one bfloat16 row more slowly than two. On
+  accelerators a product of eight rows costs what one of one row costs: one program serves up to eight branches."""
+  if backend == "cpu":
+    return 2 if dtype == "bfloat16" else 1
+  return 8
 
 
 def load(source: str | Path = DEFAULT_MODEL, adapter: str | None = None, **settings) -> Model:

@@ -6,6 +6,9 @@ runnable branches asks for another width. For a batch, with a request axis in fr
 state, it ends when enough requests have finished or its steps are spent; the loop is around a vmap of `step`,
 because a vmap of the loop would select the whole state, pools included, at every step. A step of a finished
 request changes nothing.
+
+Whether to go on is looked at after every `Limits.steps_per_look` steps, which are an inner loop of known length: on
+a GPU the host waits for the predicate of a loop at every look.
 """
 
 import dataclasses
@@ -16,14 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from pasta_jax.decode import sight
 from pasta_jax.decode.attention import make_prefill_attend
+from pasta_jax.decode.placement import constrain_batch, constrain_one
 from pasta_jax.decode.sampling import Sampling, TokenTables
 from pasta_jax.decode.settings import DecodeError, Limits, StepFeatures, padded_length
 from pasta_jax.decode.state import UNFINISHED, State, grow, initial, reseed
 from pasta_jax.decode.step import step
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model.sharding import on_mesh
 from pasta_jax.model.transformer import Transformer
 
 UNBOUNDED = 1 << 30  # steps of a segment that only ends for another reason
@@ -42,13 +48,15 @@ class Interpreter:
   `model` has the form of `weights.build.for_decoding`. `limits` and `features` are compiled in; the features
   of a request are `specialise(features, its sampling)`. The weights are read from `params` at every call. A
   state that is passed to `segment`, or a batch passed to `batch_segment` or `insert`, is donated: its buffers
-  are reused for the result.
+  are reused for the result. On a `mesh` the weights lie by the rules of `model.sharding`, states by those of
+  `decode.placement`.
   """
 
   model: Transformer
   vocabulary: Vocabulary
   limits: Limits = Limits()
   features: StepFeatures = StepFeatures()
+  mesh: Mesh | None = None
 
   def __post_init__(self):
     rows = self.model.config.vocab_size
@@ -67,15 +75,26 @@ class Interpreter:
       raise DecodeError(f"the promises of this vocabulary are of the form {'/'.join(spoken)}")
     self.tables = TokenTables.build(self.vocabulary, rows)
     self.graph, self.params = nnx.split(self.model)
-    shape = ("width", "features")
-    self._prefill = jax.jit(self._prefill_pure, static_argnames="capacity")
-    self._segment = jax.jit(self._segment_pure, static_argnames=shape, donate_argnums=1)
-    self._batch_segment = jax.jit(self._batch_segment_pure, static_argnames=shape, donate_argnums=1)
-    self._grow = jax.jit(self._grow_pure, static_argnames="capacity")
+    shape = ("width", "features", "look")
+    self._programs: list[Any] = []
+    self._prefill = self._program(self._prefill_pure, static_argnames="capacity")
+    self._segment = self._program(self._segment_pure, static_argnames=shape, donate_argnums=1)
+    self._batch_segment = self._program(self._batch_segment_pure, static_argnames=shape, donate_argnums=1)
+    self._grow = self._program(self._grow_pure, static_argnames="capacity")
     insert = lambda batch, one, row: jax.tree.map(lambda b, x: b.at[row].set(x), batch, one)
-    self._insert = jax.jit(insert, donate_argnums=0)
-    self._take = jax.jit(lambda batch, rows: jax.tree.map(lambda x: x[rows], batch))
-    self.reseed = jax.jit(reseed)
+    self._insert = self._program(lambda *a: constrain_batch(insert(*a)), donate_argnums=0)
+    self._take = self._program(lambda batch, rows: constrain_batch(jax.tree.map(lambda x: x[rows], batch)))
+    self.reseed = self._program(lambda state, seed: constrain_one(reseed(state, seed)))
+
+  def _program(self, function: Callable, **options) -> Callable:
+    """`jax.jit` on the mesh."""
+    self._programs.append(jax.jit(function, **options))
+    return on_mesh(self.mesh, self._programs[-1])
+
+  @property
+  def replicas(self) -> int:
+    """The number of devices, or groups of them, that the requests of a batch are split over."""
+    return 1 if self.mesh is None else self.mesh.shape["data"]
 
   def _prefill_pure(self, params: Any, prompt: jax.Array, length, seed, *, capacity: int) -> State:
     model = nnx.merge(self.graph, params)
@@ -84,15 +103,15 @@ class Interpreter:
     _, cached = model(prompt[None], positions, attend)
     keys, values = ([x[0].astype(model.dtype) for x in layers] for layers in zip(*cached))
     sees = sight.main_thread(self.features.live, capacity, length - 1, self.limits.max_threads)
-    return initial(
+    return constrain_one(initial(
       keys, values, prompt, length, seed, main_sight=sees, max_threads=self.limits.max_threads, capacity=capacity,
       logits=model.config.vocab_size if self.features.return_logits else 0,
       recent=max(self.features.no_repeat - 1, 0),
-    )  # fmt: skip
+    ))  # fmt: skip
 
   def _grow_pure(self, state: State, *, capacity: int) -> State:
     more = capacity - capacity_of(state)
-    return grow(state, capacity, sight.grown(self.features.live, state.threads.sight, more))
+    return constrain_one(grow(state, capacity, sight.grown(self.features.live, state.threads.sight, more)))
 
   def _step(self, params: Any, width: int, features: StepFeatures) -> Callable[[State, Sampling], State]:
     model = nnx.merge(self.graph, params)
@@ -100,7 +119,9 @@ class Interpreter:
       model, state, self.tables, sampling, width=width, limits=self.limits, features=features
     )
 
-  def _segment_pure(self, params: Any, state: State, sampling: Sampling, steps, *, width: int, features):
+  def _segment_pure(
+    self, params: Any, state: State, sampling: Sampling, steps, *, width: int, features, look: int
+  ):
     advance = self._step(params, width, features)
     narrower = max((w for w in self.limits.branch_widths if w < width), default=0)
     widest = width == self.limits.branch_widths[-1]
@@ -108,19 +129,28 @@ class Interpreter:
     def goes_on(carry):
       state, left = carry
       fits = (state.runnable > narrower) & (widest | (state.runnable <= width))
-      room = state.used + width <= capacity_of(state)
-      return (state.finish == UNFINISHED) & (left > 0) & room & fits
+      room = state.used + look * width <= capacity_of(state)
+      return (state.finish == UNFINISHED) & (left >= look) & room & fits
 
-    body = lambda carry: (advance(carry[0], sampling), carry[1] - 1)
+    several = _repeat(lambda state: constrain_one(advance(state, sampling)), look)
+    body = lambda carry: (several(carry[0]), carry[1] - look)
     state, _ = jax.lax.while_loop(goes_on, body, (state, steps))
     return state, {name: getattr(state, name) for name in STEERING}
 
-  def _batch_segment_pure(self, params: Any, states, sampling, enough, steps, *, width: int, features):
+  def _batch_segment_pure(
+    self, params: Any, states: State, sampling: Sampling, enough, steps, *, width: int, features, look: int
+  ):
     advance = jax.vmap(self._step(params, width, features))
-    goes_on = lambda carry: ((carry[0].finish != UNFINISHED).sum() < enough) & (carry[1] > 0)
-    body = lambda carry: (advance(carry[0], sampling), carry[1] - 1)
+    goes_on = lambda carry: ((carry[0].finish != UNFINISHED).sum() < enough) & (carry[1] >= look)
+    several = _repeat(lambda states: constrain_batch(advance(states, sampling)), look)
+    body = lambda carry: (several(carry[0]), carry[1] - look)
     states, _ = jax.lax.while_loop(goes_on, body, (states, steps))
     return states, states.finish
+
+  def _look(self, steps: int) -> int:
+    """Steps between two looks in a segment of `steps`: fewer, a power of two, where the caller wants to look sooner."""
+    most = self.limits.steps_per_look
+    return most if not 0 < steps < most else 1 << (steps.bit_length() - 1)
 
   def prefill(self, prompt: Sequence[int], seed: int = 0, capacity: int | None = None) -> State:
     """The state after the prefill of a prompt, in a pool of `capacity` entries or of the smallest bucket.
@@ -129,16 +159,15 @@ class Interpreter:
     size = min(padded_length(len(prompt)), self.limits.kv_buckets[-1])
     padded = np.zeros(size, np.int32)
     padded[: len(prompt)] = prompt
-    capacity = capacity or next(
-      c for c in self.limits.capacities if c >= size + self.limits.branch_widths[-1]
-    )
+    capacity = capacity or next(c for c in self.limits.capacities if c >= size + self.limits.margin)
     numbers = np.int32(len(prompt)), np.uint32(seed & 0xFFFFFFFF)
     return self._prefill(self.params, padded, *numbers, capacity=capacity)
 
   def segment(self, state: State, sampling: Sampling, steps: int, *, width: int, features: StepFeatures):
-    """(the state after at most `steps` steps of `width` branches, its STEERING scalars on the device); needs
-    `used + width` <= the pool's capacity."""
-    return self._segment(self.params, state, sampling, np.int32(steps), width=width, features=features)
+    """(the state after at most `steps` steps of `width` branches, its STEERING scalars on the device). It makes no step
+    unless `used + steps_per_look * width` <= the pool's capacity."""
+    shape = dict(width=width, features=features, look=self._look(steps))
+    return self._segment(self.params, state, sampling, np.int32(steps), **shape)
 
   def batch_segment(self, states: State, sampling: Sampling, enough: int, steps: int, *, width: int,
                     features: StepFeatures) -> tuple[State, jax.Array]:  # fmt: skip
@@ -147,11 +176,13 @@ class Interpreter:
     Every array of `states` and `sampling` has a leading axis R. The pools must hold the longest responses.
     """
     counts = (np.int32(enough), np.int32(steps))
-    return self._batch_segment(self.params, states, sampling, *counts, width=width, features=features)
+    shape = dict(width=width, features=features, look=self._look(steps))
+    return self._batch_segment(self.params, states, sampling, *counts, **shape)
 
   def grow(self, state: State) -> State:
     """The state with a pool of the next size."""
-    return self._grow(state, capacity=next(c for c in self.limits.capacities if c > capacity_of(state)))
+    capacity = next(c for c in self.limits.capacities if c > capacity_of(state))
+    return self._grow(state, capacity=capacity)
 
   def insert(self, batch: Any, one: Any, row: int) -> Any:
     """The batch with `one`, the same pytree without the request axis, in place of row `row`."""
@@ -163,5 +194,9 @@ class Interpreter:
 
   def compiled(self) -> int:
     """The number of programs compiled so far."""
-    programs = (self._prefill, self._segment, self._batch_segment, self._grow, self._insert, self._take)
-    return sum(f._cache_size() for f in (*programs, self.reseed))
+    return sum(f._cache_size() for f in self._programs)
+
+
+def _repeat(function: Callable[[Any], Any], times: int) -> Callable[[Any], Any]:
+  """`function` applied `times` times, in a loop of known length."""
+  return function if times == 1 else lambda x: jax.lax.fori_loop(0, times, lambda _, y: function(y), x)

@@ -75,6 +75,8 @@ class Scheduler:
       while scheduler.step():
         for id, trace in scheduler.results(): ...
 
+  On a mesh the places of a batch are split over its axis `data`: `batch_size` is rounded up to a multiple of it.
+
   With `batch_size` 1 a program of its own decodes one request after the other: the step is as wide as the
   number of live branches asks for (`branch_width` is not used), and the pool grows with the response.
 
@@ -98,6 +100,8 @@ class Scheduler:
   def __init__(self, interpreter: Interpreter, *, batch_size: int = 1, branch_width: int = 1):
     if batch_size < 1 or branch_width < 1:
       raise DecodeError(f"batch_size and branch_width must be 1 or more, not {batch_size} and {branch_width}")
+    if batch_size > 1:  # no group of devices idles
+      batch_size = place_counts(batch_size, interpreter.replicas)[0]
     self.interpreter, self.batch_size, self.branch_width = interpreter, batch_size, branch_width
     self._ids = itertools.count()
     self._lock = threading.Lock()  # for the next three
@@ -272,7 +276,7 @@ class Scheduler:
     batch = _Batch(self.interpreter, features, pool_size, self.batch_size, self.branch_width)
     jobs = [_Job(i, request, features, pool_size) for i in range(self.batch_size)]
     batch.admit(deque(jobs))
-    for count in place_counts(self.batch_size):
+    for count in place_counts(self.batch_size, self.interpreter.replicas):
       for job in jobs[count:]:
         job.cancelled = True
       batch.free_cancelled()
@@ -312,7 +316,7 @@ def precompile(
   features, numbers = specialise(interpreter.features, sampling), as_arrays(sampling)
   limits, widths = interpreter.limits, interpreter.limits.branch_widths
   state = interpreter.prefill([1] * min(prompt_length, limits.kv_buckets[-1] - widths[-1]))
-  longest = prompt_length + limits.max_new_tokens + widths[-1]
+  longest = prompt_length + limits.max_new_tokens + limits.margin
   sizes = [c for c in interpreter.limits.capacities if c >= capacity_of(state)]
   sizes = [c for i, c in enumerate(sizes) if i == 0 or sizes[i - 1] < longest]
   shapes = [(size, width) for size in sizes for width in widths]
@@ -357,7 +361,7 @@ class _One:
     it, job = self._interpreter, self._job
     widths = it.limits.branch_widths
     width = next((w for w in widths if w >= self._runnable), widths[-1])
-    if self._used + width > capacity_of(self._state):
+    if self._used + it.limits.steps_per_look * width > capacity_of(self._state):
       self._state = it.grow(self._state)
     self._state, scalars = it.segment(self._state, self._sampling, steps, width=width, features=job.features)
     scalars = jax.device_get(scalars)
@@ -371,12 +375,13 @@ class _One:
     return [(job, trace)]
 
 
-def place_counts(batch_size: int) -> list[int]:
-  """Numbers of places that batches are compiled for: all, and halves of them while a queue runs dry."""
-  counts = [batch_size]
-  while counts[-1] > 2:
+def place_counts(batch_size: int, replicas: int = 1) -> list[int]:
+  """Numbers of places that batches are compiled for: all, and halves of them while a queue runs dry; multiples of
+  `replicas`, the groups of devices that places are split over."""
+  counts = [-(-batch_size // replicas)]
+  while counts[-1] > (2 if replicas == 1 else 1):
     counts.append(-(-counts[-1] // 2))
-  return counts
+  return [count * replicas for count in counts]
 
 
 class _Batch:
@@ -387,7 +392,7 @@ class _Batch:
   ):
     self._interpreter, self._features, self._width = interpreter, features, width
     self._pool_size, self._batch_size = pool_size, batch_size
-    self._counts = place_counts(batch_size)
+    self._counts = place_counts(batch_size, interpreter.replicas)
     self._places: list[_Job | None] = []
     self._arrays: tuple[State, Sampling] | None = None  # every leaf [places, …]
     self._kept: tuple[tuple[int, ...], State] | None = None  # the last prompt and its prefill

@@ -26,7 +26,7 @@ def padded_length(prompt_length: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-  """Bounds of one response. `branch_widths` and `kv_buckets` are shapes only: no result depends on them."""
+  """Bounds of one response. No result depends on the last three, which are for speed."""
 
   max_new_tokens: int = 512  # pool entries written after the prompt, over all threads
   max_threads: int = 24  # the main thread included
@@ -35,6 +35,7 @@ class Limits:
   tail: int = 0  # a guarded promise is opened only while this many tokens are left for each live thread
   branch_widths: tuple[int, ...] = (1, 2, 4, 8)  # branches of a step; the last is the largest number
   kv_buckets: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)  # pool entries; the last is the capacity
+  steps_per_look: int = 1  # decode steps between two looks at whether to go on, a loop of known length
 
   def __post_init__(self):
     check_rules(
@@ -44,12 +45,19 @@ class Limits:
       value = getattr(self, name)
       if not value or list(value) != sorted(set(value)) or value[0] < 1:
         raise ValueError(f"decode.{name} must be positive and increasing, not {value}")
+    if self.steps_per_look < 1:
+      raise ValueError(f"steps_per_look must be 1 or more, not {self.steps_per_look}")
 
   @property
   def capacities(self) -> tuple[int, ...]:
-    """Sizes of the pool: the buckets, and one with room for the lanes of a step after the last entry."""
+    """Sizes of the pool: the buckets, and one with room for the lanes of a look after the last entry."""
     last = self.kv_buckets[-1]
-    return (*self.kv_buckets, last + -(-self.branch_widths[-1] // 128) * 128)
+    return (*self.kv_buckets, last + -(-self.margin // 128) * 128)
+
+  @property
+  def margin(self) -> int:
+    """Entries after the used ones that the lanes of one look may write."""
+    return self.steps_per_look * self.branch_widths[-1]
 
   def check(self, prompt: Sequence[int]) -> None:
     """Raises DecodeError if the prompt is empty or does not fit the pool."""

@@ -1,9 +1,12 @@
-"""How a training run's arrays are sharded: a mesh of devices and one table of rules; XLA's partitioner
-(GSPMD) does the rest.
+"""How arrays are sharded in training and in decoding: a mesh of devices and one table of rules; XLA's
+partitioner (GSPMD) does the rest.
 
-    data    rows of a batch; parameters are replicated
+    data    rows of a batch, requests; parameters are replicated
     fsdp    rows of a batch; parameters and the optimiser's moments are sharded (Zhao et al. 2023)
     tensor  heads and feed-forward columns (Shoeybi et al. 2019), and the vocabulary
+
+In decoding, rows are few and parameters many: requests are split over `data` alone, parameters stay where they are,
+and the partial sums of products travel instead (Pope et al. 2022, section 3.2.2: 2D weight-stationary).
 
 Traced functions read the mesh from `jax.set_mesh`; without a mesh, or on a mesh of one device, they add no
 constraint, so losses and updates are the same code on one device and on many.
@@ -11,7 +14,7 @@ constraint, so losses and updates are the same code on one device and on many.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +46,22 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def local_mesh(sizes: Mapping[str, int]) -> Mesh | None:
+  """The mesh that one process decodes on: its share of `config.mesh`. None if that is one device.
+
+  A process holds whole replicas of the parameters, so that hosts decode requests at their own speed. Raises
+  ValueError, one line, if a replica needs more devices than the process has.
+  """
+  devices, processes = jax.local_devices(), jax.process_count()
+  data = sizes["data"] if sizes["data"] == -1 else max(sizes["data"] // processes, 1)
+  try:
+    shape = mesh_shape({**sizes, "data": data}, len(devices))
+  except ValueError as error:
+    ours = f" (each of {processes} processes decodes with its own devices)" if processes > 1 else ""
+    raise ValueError(f"{error}{ours}") from None
+  return None if len(devices) == 1 else make_mesh(dict(zip(AXES, shape)), devices)
+
+
 def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
   """A size for each axis; one of `sizes` may be -1, for all devices that the others leave.
 
@@ -58,6 +77,18 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
     wanted = f"a multiple of {given}" if -1 in shape else str(given)
     raise ValueError(f"mesh={dict(zip(AXES, shape))} needs {wanted} devices, not the {devices} here")
   return tuple(devices // given if n == -1 else n for n in shape)
+
+
+def on_mesh(mesh: Mesh | None, function: Callable) -> Callable:
+  """The function, called on a mesh: what it traces reads the mesh. The same function without one."""
+  if mesh is None:
+    return function
+
+  def call(*args, **kwargs):
+    with jax.set_mesh(mesh):
+      return function(*args, **kwargs)
+
+  return call
 
 
 def check_rows(mesh: Mesh, rows: int, name: str) -> None:
@@ -128,6 +159,15 @@ def constrain_rows(x: jax.Array, *axes: str | None) -> jax.Array:
   if mesh.size <= 1:
     return x
   return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *_fitting(axes, x.shape[1:], mesh.shape)))
+
+
+def constrain_axes(x: jax.Array, *axes: str | None) -> jax.Array:
+  """A traced array with an axis of the mesh, or None, for each dimension; axes that do not divide theirs are left
+  out. Dimensions that a `jax.vmap` has added are not constrained."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size <= 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*_fitting(axes, x.shape, mesh.shape)))
 
 
 def divides(axis: str, n: int) -> bool:

@@ -32,6 +32,13 @@ def use_compilation_cache(folder: Path) -> None:
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+def offer_loops_to_command_buffers() -> None:
+  """Lets XLA record loops of decode steps as CUDA graphs, where every operation in them allows it (CUDA 12.3 or later).
+  Must be called before JAX starts its backends; other backends ignore it."""
+  flag = "--xla_gpu_enable_command_buffer=+WHILE,+DYNAMIC_SLICE_COPY_FUSION"
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+
+
 def version() -> str:
   """The package's version, followed by the commit if the package is in a Git checkout."""
   try:

@@ -1,16 +1,19 @@
 """Models from weights: named arrays in, NNX modules out, in the forms that training and decoding use."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.lora import Adapter, adapter_of, merged_kernel
 from pasta_jax.model.products import check_product
+from pasta_jax.model.sharding import shard_put_array
 from pasta_jax.model.transformer import Embedder, Linear, RMSNorm, Transformer, stack, unstack
 from pasta_jax.weights.adapter import Merged
 from pasta_jax.weights.arrays import aligned_empty, read_into, reading
@@ -28,7 +31,7 @@ def from_params(
   dtype: Any = jnp.float32,
   *,
   stacked: bool = False,
-  put: Callable[[str, np.ndarray], jax.Array] = lambda name, x: jax.device_put(x),
+  put: Callable[[str, np.ndarray], jax.Array] | None = None,
   product: str = "xla",
 ) -> Transformer:
   """A model with the given `params`, named as in `arrays.param_shapes` ("layers.0.attn.q.kernel").
@@ -38,8 +41,8 @@ def from_params(
 
   Args:
     stacked: return the model in the form of `transformer.stack`.
-    put: (name, array) -> the array on its devices; called for each array before the next one is read. The
-      default does not copy if host and device share memory.
+    put: (name, array) -> the array on its devices; called for each array before the next one is read. Without it
+      arrays go to the default device, and are not copied if host and device share memory.
     product: the matrix product of all linear modules, a key of `products.PRODUCTS`; training needs "xla".
 
   Raises:
@@ -71,7 +74,7 @@ def from_params(
         read(f"layers.{i}.{name.removeprefix('layers.')}", out[i])
     else:
       read(name, out)
-    return put(name, out)
+    return jax.device_put(out) if put is None else put(name, out)
 
   with reading(params) as advance:
     state = jax.tree_util.tree_map_with_path(fill, state)
@@ -81,17 +84,25 @@ def from_params(
 
 
 def for_decoding(
-  config: ModelConfig, params: Mapping[str, Any], adapter: Adapter | None, dtype: Any, *, product: str = "xla"
+  config: ModelConfig,
+  params: Mapping[str, Any],
+  adapter: Adapter | None,
+  dtype: Any,
+  *,
+  product: str = "xla",
+  mesh: Mesh | None = None,
 ) -> Transformer:
   """The form that decodes fastest: updates merged, tags in the embedding table, head untied and stored as [D,
   V].
 
   A separate head costs V x D weights of memory; a product with the transposed embedding would cost a
   transposition in each step. `product` is the matrix product of all linear modules, a key of
-  `products.PRODUCTS`. Raises as `from_params`.
+  `products.PRODUCTS`. On a `mesh` each array is put where it belongs (`model.sharding`) before the next one is read.
+  Raises as `from_params`.
   """
   merged = Merged(config, params, adapter, untied=True)
-  return from_params(merged.config, merged, dtype, product=product)
+  put = None if mesh is None else partial(shard_put_array, mesh)
+  return from_params(merged.config, merged, dtype, product=product, put=put)
 
 
 def to_params(model: Transformer, *, updates: bool = True) -> dict[str, jax.Array]:
