@@ -136,7 +136,7 @@ def _parse(line: str) -> Instruction | None:
   if not equals or not re.fullmatch(r"%?[\w.\-]+", name):
     return None
   end, depth = 0, 0
-  for end, letter in enumerate(rest):  # a tuple's type has blanks
+  for end, letter in enumerate(rest):  # noqa: B007  # a tuple's type has blanks
     depth += (letter in "({[") - (letter in ")}]")
     if letter == " " and depth == 0:
       break

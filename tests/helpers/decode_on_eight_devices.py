@@ -1,0 +1,119 @@
+"""A script for `test_mesh`: what is decoded on meshes of eight virtual devices, compared with one device.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/helpers/decode_on_eight_devices.py tiny 5
+    … python tests/helpers/decode_on_eight_devices.py smollm2 10
+
+`tiny N`: N random models with eight random programs each, in both forms of visibility, with two key-value heads and
+with one. `smollm2 N`: greedy answers to N prompts on four meshes, and four samples of each on (1, 8).
+"""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]  # as a script
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from helpers import tiny  # noqa: E402
+from pasta_jax.config import Config, with_changes  # noqa: E402
+from pasta_jax.decode.generator import Model  # noqa: E402
+from pasta_jax.decode.interpreter import Interpreter  # noqa: E402
+from pasta_jax.decode.scheduler import Scheduler, decode  # noqa: E402
+from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures  # noqa: E402
+from pasta_jax.model.sharding import AXES, make_mesh, shard_put  # noqa: E402
+
+# data, fsdp, tensor
+SHAPES = [(8, 1, 1), (4, 1, 2), (2, 1, 4), (1, 1, 8), (2, 2, 2), (1, 8, 1)]
+LIMITS = Limits(
+  max_new_tokens=60, max_threads=24, max_depth=2, max_topic=4, branch_widths=(2,), kv_buckets=(64, 128)
+)
+ONE_HEAD = dataclasses.replace(tiny.CONFIG, n_kv_heads=1)
+
+
+def lines(trace) -> list[tuple]:
+  """What a response is: its threads' paths, tokens and positions."""
+  return [(t.path, t.tokens.tolist(), t.positions.tolist()) for t in trace.threads]
+
+
+def tiny_programs(
+  n: int, shape: tuple[int, ...] | None, visibility: str, config, steps_per_look: int
+) -> list:
+  """Eight requests in a batch with each of n models; and of the first one by itself, with a pool that grows."""
+  mesh = None if shape is None else make_mesh(dict(zip(AXES, shape)))
+  limits = dataclasses.replace(LIMITS, steps_per_look=steps_per_look)
+  features = StepFeatures(visibility=visibility)
+  it = Interpreter(tiny.model(config), tiny.VOCABULARY, limits, features, mesh)
+  found = []
+  for seed in range(n):
+    weights = tiny.weights(seed)
+    if config is ONE_HEAD:
+      weights = tiny.other_family(config, weights)[1]
+    it.params = weights if mesh is None else shard_put(mesh, weights)
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(1, 26, rng.integers(1, 9)).tolist() for _ in range(8)]
+    found.append(lines(decode(it, prompts[0])))
+    scheduler = Scheduler(it, batch_size=8, branch_width=2)
+    sampling = SamplingConfig(temperature=0.5 * (seed % 2))
+    found += map(lines, scheduler.run(prompts, sampling, seeds=range(8)))
+  if mesh is not None and config is tiny.CONFIG:
+    split = [x for x in jax.tree.leaves(it.params) if x.addressable_shards[0].data.size < x.size]
+    assert split or mesh.shape["data"] == 8, "nothing is sharded"
+  return found
+
+
+def compare_tiny(n: int) -> None:
+  for config in (tiny.CONFIG, ONE_HEAD):
+    for visibility in ("promise", "live"):
+      expected = tiny_programs(n, None, visibility, config, 1)
+      promised = sum(len(threads) > 1 for threads in expected)
+      assert promised > len(expected) // 3, f"only {promised} of {len(expected)} programs have promises"
+      for i, shape in enumerate(SHAPES if config is tiny.CONFIG else SHAPES[2:4]):
+        found = tiny_programs(n, shape, visibility, config, (1, 4)[i % 2])
+        same = sum(a == b for a, b in zip(found, expected))
+        print(
+          f"{visibility}, {config.n_kv_heads} heads, {shape}: {same} of {len(expected)} the same", flush=True
+        )
+        assert found == expected
+
+
+def compare_smollm2(n: int) -> None:
+  prompts = [
+    f"{ask} {what}."
+    for ask in ("Compare", "Give three reasons for and against", "Write a short guide to", "List facts about")
+    for what in ("trains and planes", "working at home", "keeping bees")
+  ][:n]
+  changes = {"decode.dtype": "float32", "decode.max_new_tokens": 200, "decode.promise_bias": 1.5}
+
+  def answer(shape: tuple[int, ...], *, samples: int = 1, **how) -> list:
+    sizes = {f"mesh.{axis}": size for axis, size in zip(AXES, shape)}
+    model = Model(with_changes(Config(), changes | sizes))
+    scheduler = model.scheduler(batch_size=8, branch_width=2)
+    tokens = [model.encode(p) for p in prompts for _ in range(samples)]
+    sampling = dataclasses.replace(model.sampling, **how)
+    return [*map(lines, scheduler.run(tokens, sampling, seeds=range(len(tokens))))]
+
+  one = jax.devices()[:1]
+  devices, jax.local_devices = jax.local_devices, lambda: one  # type: ignore[assignment]
+  expected = answer((1, 1, 1))
+  drawn = answer((1, 1, 1), samples=4, temperature=0.6)
+  jax.local_devices = devices
+  for shape in SHAPES[:4]:
+    started = time.perf_counter()
+    same = sum(a == b for a, b in zip(answer(shape), expected))
+    print(
+      f"{shape}: {same} of {len(expected)} answers the same, {time.perf_counter() - started:.0f} s",
+      flush=True,
+    )
+    assert same == len(expected)
+  same = sum(a == b for a, b in zip(answer((1, 1, 8), samples=4, temperature=0.6), drawn))
+  print(f"(1, 1, 8): {same} of {len(drawn)} samples the same")
+  assert same == len(drawn)
+
+
+if __name__ == "__main__":
+  {"tiny": compare_tiny, "smollm2": compare_smollm2}[sys.argv[1]](int(sys.argv[2]))
+  print("done")
