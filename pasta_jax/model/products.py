@@ -3,10 +3,11 @@
 Training uses "xla" only. For decoding, `weights.build.for_decoding(..., product=NAME)` sets the product of
 every linear layer and of the head. To add a kernel:
 
-1. Write a function (x [..., in], kernel [in, out]) -> [..., out]. `x` has the dtype of `kernel` (float32 or
-   bfloat16); the result is float32, accumulated in float32. No gradient is needed. The function must accept
-   any number of leading axes: a prefill calls it with x [1, T, in]. A decode step calls it with x [in] under
-   `jax.vmap`: once over the W branches of a request, and once more over requests in batch decoding. A Pallas
+1. Write a function (x [..., in], kernel [in, *out]) -> [..., *out]. `out` has two dimensions for matrices that are
+   fused (`transformer.FUSED`), which a device reads as one matrix [in, prod(out)], otherwise one. `x` has the dtype of
+   `kernel` (float32 or bfloat16); the result is float32, accumulated in float32. No gradient is needed. The function
+   must accept any number of leading axes: a prefill calls it with x [1, T, in]. A decode step calls it with x [in]
+   under `jax.vmap`: once over the W branches of a request, and once more over requests in batch decoding. A Pallas
    kernel that should read the kernel matrix once for all branches defines its own batching rule
    (`jax.custom_batching.custom_vmap`), which gets x [W, in] and the unbatched kernel.
 2. Add it to `PRODUCTS`, and its name to `config.sections.PRODUCTS`; `--config.decode.product=NAME` selects it.
@@ -19,7 +20,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-Product = Callable[[jax.Array, jax.Array], jax.Array]  # (x [..., in], kernel [in, out]) -> [..., out] float32
+Product = Callable[
+  [jax.Array, jax.Array], jax.Array
+]  # (x [..., in], kernel [in, *out]) -> [..., *out] float32
 
 
 @jax.custom_vjp
@@ -49,7 +52,19 @@ def _matmul_backward(operands, cotangent):
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
-PRODUCTS: dict[str, Product] = {"xla": matmul}
+
+def xla_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """[..., in] by [in, *out] -> [..., *out] float32; see the module for the contract. A kernel of two dimensions has
+  the gradient of `matmul`.
+
+  The kernel is not reshaped: the partitioner shards the dimensions that it has.
+  """
+  return (
+    matmul(x, kernel) if kernel.ndim == 2 else jnp.tensordot(x, kernel, 1, preferred_element_type=jnp.float32)
+  )
+
+
+PRODUCTS: dict[str, Product] = {"xla": xla_product}
 
 
 def check_product(name: str) -> None:

@@ -24,13 +24,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # the axes that shard a batch
 
-# Name of an array → axes of its last two dimensions. Arrays without a rule (norm scales, tag rows, counters)
-# are replicated. An optimiser's moments have the name of their parameter.
+# Name of an array → axes of its last dimensions. Arrays without a rule (norm scales, tag rows, counters) are
+# replicated. An optimiser's moments have the name of their parameter. Those of the fused form, `transformer.FUSED`,
+# are sharded over `tensor` by key-value heads and by columns, as their parts: its layers need no other communication.
 _Axes = str | tuple[str, ...] | None
-_RULES: tuple[tuple[str, tuple[_Axes, _Axes]], ...] = (
+_RULES: tuple[tuple[str, tuple[_Axes, ...]], ...] = (
   (r"embed\.embedding", (("tensor", "fsdp"), None)),  # rows only: a token's lookup then reads a whole row
   (r"(q|k|v|gate|up|head)\.kernel", ("fsdp", "tensor")),
   (r"(o|down)\.kernel", ("tensor", "fsdp")),
+  (r"qkv\.kernel", ("fsdp", "tensor", None)),
+  (r"qkv\.bias", ("tensor", None)),
+  (r"gate_up\.kernel", ("fsdp", None, "tensor")),
   (r"(q|k|v|gate|up)\.lora_a", ("fsdp", None)),
   (r"(q|k|v|gate|up)\.lora_b", (None, "tensor")),
   (r"(o|down)\.lora_a", ("tensor", None)),
@@ -105,9 +109,10 @@ def check_rows(mesh: Mesh, rows: int, name: str) -> None:
 def spec(name: str, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
   """How an array is sharded; axes of a mesh (`sizes`) that do not divide their dimension are left out."""
   axes = next((axes for rule, axes in _RULES if re.search(rf"(^|\.){rule}$", name)), None)
-  if axes is None or len(shape) < 2:
+  if axes is None or len(shape) < len(axes):
     return PartitionSpec()
-  return PartitionSpec(*[None] * (len(shape) - 2), *_fitting(axes, shape[-2:], sizes))
+  lead = len(shape) - len(axes)
+  return PartitionSpec(*[None] * lead, *_fitting(axes, shape[lead:], sizes))
 
 
 def _fitting(axes: Sequence[_Axes], shape: Sequence[int], sizes: Mapping[str, int]) -> list[_Axes]:

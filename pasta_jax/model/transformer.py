@@ -8,7 +8,7 @@ keys and values to `attend` (see `Attend`), which returns the attention's output
 Letters in comments and einsums are those of `config.ModelConfig`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,6 +19,9 @@ from flax import nnx
 
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.products import PRODUCTS, matmul
+
+# The linear layers of the fused form, and those that each one computes at once (`split_qkv`, `split_gate_up`).
+FUSED: Mapping[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 # Whether a layer is local, that is, limited to the sliding window; a traced boolean where layers are scanned
 # over.
@@ -71,20 +74,21 @@ class Linear(nnx.Module):
   """x @ kernel, plus the bias, plus the low-rank update where `lora.add_lora` has added one. Accumulates in
   float32.
 
-  `product` names the entry of `products.PRODUCTS` that computes x @ kernel; it is static.
+  The kernel is [in, *out]; `out` has more than one dimension in the fused form only. `product` names the entry of
+  `products.PRODUCTS` that computes x @ kernel; it is static.
   """
 
-  def __init__(self, n_in: int, n_out: int, *, rngs: nnx.Rngs, dtype: Any, bias: bool = False):
+  def __init__(self, n_in: int, *out: int, rngs: nnx.Rngs, dtype: Any, bias: bool = False):
     scale = n_in**-0.5
-    self.kernel = nnx.Param((jax.random.normal(rngs.params(), (n_in, n_out)) * scale).astype(dtype))
-    self.bias: nnx.Param | None = nnx.data(nnx.Param(jnp.zeros((n_out,), jnp.float32)) if bias else None)
+    self.kernel = nnx.Param((jax.random.normal(rngs.params(), (n_in, *out)) * scale).astype(dtype))
+    self.bias: nnx.Param | None = nnx.data(nnx.Param(jnp.zeros(out, jnp.float32)) if bias else None)
     self.lora_a: LoraParam | None = nnx.data(None)  # [in, r]
     self.lora_b: LoraParam | None = nnx.data(None)  # [r, out]
     self.lora_scale = 0.0
     self.product = "xla"
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[..., in] -> [..., out] float32."""
+    """[..., in] -> [..., *out] float32."""
     kernel = self.kernel[...]
     x = x.astype(kernel.dtype)
     y = PRODUCTS[self.product](x, kernel)
@@ -127,13 +131,39 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
   return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-class Attention(nnx.Module):
-  """Grouped-query attention around the caller's `attend`."""
+def split_qkv(x: Any, c: ModelConfig) -> tuple[Any, Any, Any]:
+  """Queries [..., K, G, H], keys and values [..., K, H] of the fused form [..., K, (G + 2)·H]: results of its
+  product, or its kernel, bias or scales. Those of a NumPy array are views."""
+  heads = x.reshape(*x.shape[:-1], c.n_groups + 2, c.head_dim)
+  return heads[..., : c.n_groups, :], heads[..., c.n_groups, :], heads[..., c.n_groups + 1, :]
 
-  def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
-    self.q = Linear(c.d_model, c.n_heads * c.head_dim, rngs=rngs, dtype=dtype, bias=c.qkv_bias)
-    self.k = Linear(c.d_model, c.n_kv_heads * c.head_dim, rngs=rngs, dtype=dtype, bias=c.qkv_bias)
-    self.v = Linear(c.d_model, c.n_kv_heads * c.head_dim, rngs=rngs, dtype=dtype, bias=c.qkv_bias)
+
+def split_gate_up(x: Any) -> tuple[Any, Any]:
+  """The same for gate and up, each [..., F], of [..., 2, F]."""
+  return x[..., 0, :], x[..., 1, :]
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention around the caller's `attend`.
+
+  In the fused form `qkv` takes the place of `q`, `k` and `v`. Its dimension K can be sharded: a device then has the
+  queries of its key-value heads.
+  """
+
+  q: Linear
+  k: Linear
+  v: Linear
+  qkv: Linear
+
+  def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any, fused: bool):
+    linear = partial(Linear, c.d_model, rngs=rngs, dtype=dtype, bias=c.qkv_bias)
+    if fused:
+      self.qkv = linear(c.n_kv_heads, (c.n_groups + 2) * c.head_dim)
+    else:
+      self.q = linear(c.n_heads * c.head_dim)
+      self.k = linear(c.n_kv_heads * c.head_dim)
+      self.v = linear(c.n_kv_heads * c.head_dim)
+    self.fused = fused
     self.o = Linear(c.n_heads * c.head_dim, c.d_model, rngs=rngs, dtype=dtype)
     self.q_norm: RMSNorm | None = nnx.data(RMSNorm(c.head_dim, c) if c.qk_norm else None)
     self.k_norm: RMSNorm | None = nnx.data(RMSNorm(c.head_dim, c) if c.qk_norm else None)
@@ -142,9 +172,9 @@ class Attention(nnx.Module):
   def __call__(self, x, angles, attend: Attend, cache, local: Local) -> tuple[jax.Array, Any]:
     """[..., D] -> [..., D], and what `attend` collected."""
     c, lead = self.config, x.shape[:-1]
-    q = self.q(x).reshape(*lead, c.n_heads, c.head_dim)
-    k = self.k(x).reshape(*lead, c.n_kv_heads, c.head_dim)
-    v = self.v(x).reshape(*lead, c.n_kv_heads, c.head_dim)
+    q, k, v = split_qkv(self.qkv(x), c) if self.fused else (self.q(x), self.k(x), self.v(x))
+    q = q.reshape(*lead, c.n_heads, c.head_dim)
+    k, v = (y.reshape(*lead, c.n_kv_heads, c.head_dim) for y in (k, v))
     if self.q_norm is not None and self.k_norm is not None:
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotate(q, angles), rotate(k, angles)
@@ -154,28 +184,38 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-  """Gated feed-forward: SwiGLU or GeGLU (Shazeer 2020)."""
+  """Gated feed-forward: SwiGLU or GeGLU (Shazeer 2020). In the fused form `gate_up` takes the place of `gate` and
+  `up`."""
 
-  def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
-    self.gate = Linear(c.d_model, c.d_ff, rngs=rngs, dtype=dtype)
-    self.up = Linear(c.d_model, c.d_ff, rngs=rngs, dtype=dtype)
+  gate: Linear
+  up: Linear
+  gate_up: Linear
+
+  def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any, fused: bool):
+    if fused:
+      self.gate_up = Linear(c.d_model, 2, c.d_ff, rngs=rngs, dtype=dtype)
+    else:
+      self.gate = Linear(c.d_model, c.d_ff, rngs=rngs, dtype=dtype)
+      self.up = Linear(c.d_model, c.d_ff, rngs=rngs, dtype=dtype)
+    self.fused = fused
     self.down = Linear(c.d_ff, c.d_model, rngs=rngs, dtype=dtype)
     self.activation = c.activation
 
   def __call__(self, x: jax.Array) -> jax.Array:
     activation = jax.nn.silu if self.activation == "silu" else partial(jax.nn.gelu, approximate=True)
-    return self.down(activation(self.gate(x)) * self.up(x))
+    gate, up = split_gate_up(self.gate_up(x)) if self.fused else (self.gate(x), self.up(x))
+    return self.down(activation(gate) * up)
 
 
 class Layer(nnx.Module):
   """Pre-norm residual block, with norms after its two parts as well if `config.post_norms`. The residual
   stream is float32 for every dtype of the weights."""
 
-  def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any):
+  def __init__(self, c: ModelConfig, *, rngs: nnx.Rngs, dtype: Any, fused: bool):
     self.attn_norm = RMSNorm(c.d_model, c)
-    self.attn = Attention(c, rngs=rngs, dtype=dtype)
+    self.attn = Attention(c, rngs=rngs, dtype=dtype, fused=fused)
     self.mlp_norm = RMSNorm(c.d_model, c)
-    self.mlp = Mlp(c, rngs=rngs, dtype=dtype)
+    self.mlp = Mlp(c, rngs=rngs, dtype=dtype, fused=fused)
     self.attn_post_norm: RMSNorm | None = nnx.data(RMSNorm(c.d_model, c) if c.post_norms else None)
     self.mlp_post_norm: RMSNorm | None = nnx.data(RMSNorm(c.d_model, c) if c.post_norms else None)
 
@@ -235,12 +275,17 @@ class Embedder(nnx.Module):
 
 
 class Transformer(nnx.Module):
-  """The whole model. `layers` is a list, or one Layer whose leaves have a leading layer axis (`stack`)."""
+  """The whole model. `layers` is a list, or one Layer whose leaves have a leading layer axis (`stack`).
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+  `fused`: each layer computes queries, keys and values in one product, and gate and up in one, which is for decoding
+  only: adapters are for the layers that training has.
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, fused: bool = False):
     self.config = config
     self.embed = Embedder(config, rngs=rngs, dtype=dtype)
-    self.layers = nnx.List([Layer(config, rngs=rngs, dtype=dtype) for _ in range(config.n_layers)])
+    layer = partial(Layer, config, rngs=rngs, dtype=dtype, fused=fused)
+    self.layers = nnx.List([layer() for _ in range(config.n_layers)])
     self.final_norm = RMSNorm(config.d_model, config)
     self.head: Linear | None = nnx.data(
       None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, rngs=rngs, dtype=dtype)

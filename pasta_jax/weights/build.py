@@ -1,5 +1,6 @@
 """Models from weights: named arrays in, NNX modules out, in the forms that training and decoding use."""
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -13,15 +14,36 @@ from jax.sharding import Mesh
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.lora import Adapter, adapter_of, merged_kernel
 from pasta_jax.model.products import check_product
-from pasta_jax.model.sharding import shard_put_array
-from pasta_jax.model.transformer import Embedder, Linear, RMSNorm, Transformer, stack, unstack
+from pasta_jax.model.transformer import (
+  FUSED,
+  Embedder,
+  Linear,
+  RMSNorm,
+  Transformer,
+  split_gate_up,
+  split_qkv,
+  stack,
+  unstack,
+)
 from pasta_jax.weights.adapter import Merged
 from pasta_jax.weights.arrays import aligned_empty, read_into, reading
 
 
-def abstract(config: ModelConfig, dtype: Any, *, stacked: bool = False) -> Transformer:
+def _parts(name: str, array: Any, config: ModelConfig) -> dict[str, tuple[Any, tuple[int, ...]]]:
+  """The parameters that an array of a model consists of: by name ("layers.0.attn.q.kernel"), where it is in the array
+  (a view, if that is NumPy's) and the parameter's shape. More than one for arrays of the fused form only."""
+  *path, module, kind = name.split(".")
+  if module not in FUSED:
+    return {name: (array, array.shape)}
+  split = split_qkv(array, config) if module == "qkv" else split_gate_up(array)
+  lead = array.shape[:-2]
+  shape = lambda x: (*lead, math.prod(x.shape[len(lead) :]))
+  return {".".join((*path, part, kind)): (x, shape(x)) for part, x in zip(FUSED[module], split)}
+
+
+def abstract(config: ModelConfig, dtype: Any, *, stacked: bool = False, fused: bool = False) -> Transformer:
   """The model with `jax.ShapeDtypeStruct` in place of arrays."""
-  make = lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype)
+  make = lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, fused=fused)
   return nnx.eval_shape(lambda: stack(make()) if stacked else make())
 
 
@@ -31,7 +53,8 @@ def from_params(
   dtype: Any = jnp.float32,
   *,
   stacked: bool = False,
-  put: Callable[[str, np.ndarray], jax.Array] | None = None,
+  fused: bool = False,
+  put: Callable[[str, np.ndarray], jax.Array] = lambda name, x: jax.device_put(x),
   product: str = "xla",
 ) -> Transformer:
   """A model with the given `params`, named as in `arrays.param_shapes` ("layers.0.attn.q.kernel").
@@ -41,8 +64,9 @@ def from_params(
 
   Args:
     stacked: return the model in the form of `transformer.stack`.
-    put: (name, array) -> the array on its devices; called for each array before the next one is read. Without it
-      arrays go to the default device, and are not copied if host and device share memory.
+    fused: return the fused form of `transformer.Transformer`; `params` are those of the other one.
+    put: (name, array) -> the array on its devices; called for each array before the next one is read. The
+      default does not copy if host and device share memory.
     product: the matrix product of all linear modules, a key of `products.PRODUCTS`; training needs "xla".
 
   Raises:
@@ -50,7 +74,7 @@ def from_params(
       product.
   """
   check_product(product)
-  model = abstract(config, dtype, stacked=stacked)
+  model = abstract(config, dtype, stacked=stacked, fused=fused)
   for _, module in nnx.iter_modules(model):
     if isinstance(module, Linear):
       module.product = product
@@ -66,15 +90,23 @@ def from_params(
     read_into(params, name, out)
     advance()
 
+  def store(name: str, out: np.ndarray) -> None:
+    """Fills one array of the model, or of one layer. The parts of a fused one are read one after the other."""
+    for part, (view, shape) in _parts(name, out, config).items():
+      one = out if view is out else np.empty(shape, out.dtype)
+      read(part, one)
+      if view is not out:
+        view[...] = one.reshape(view.shape)
+
   def fill(path, leaf):
     name = ".".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path if str(p) != ".value")
     out = aligned_empty(leaf.shape, leaf.dtype)
     if stacked and name.startswith("layers."):
       for i in range(config.n_layers):
-        read(f"layers.{i}.{name.removeprefix('layers.')}", out[i])
+        store(f"layers.{i}.{name.removeprefix('layers.')}", out[i])
     else:
-      read(name, out)
-    return jax.device_put(out) if put is None else put(name, out)
+      store(name, out)
+    return put(name, out)
 
   with reading(params) as advance:
     state = jax.tree_util.tree_map_with_path(fill, state)
@@ -90,24 +122,22 @@ def for_decoding(
   dtype: Any,
   *,
   product: str = "xla",
-  mesh: Mesh | None = None,
+  fused: bool = True,
 ) -> Transformer:
   """The form that decodes fastest: updates merged, tags in the embedding table, head untied and stored as [D,
-  V].
+  V], layers fused.
 
   A separate head costs V x D weights of memory; a product with the transposed embedding would cost a
   transposition in each step. `product` is the matrix product of all linear modules, a key of
-  `products.PRODUCTS`. On a `mesh` each array is put where it belongs (`model.sharding`) before the next one is read.
-  Raises as `from_params`.
+  `products.PRODUCTS`; `fused` says whether layers have the fused form. Raises as `from_params`.
   """
   merged = Merged(config, params, adapter, untied=True)
-  put = None if mesh is None else partial(shard_put_array, mesh)
-  return from_params(merged.config, merged, dtype, product=product, put=put)
+  return from_params(merged.config, merged, dtype, fused=fused, product=product)
 
 
 def to_params(model: Transformer, *, updates: bool = True) -> dict[str, jax.Array]:
-  """The inverse of `from_params`: low-rank updates are merged into the kernels, or left out if not `updates`;
-  separate tag rows are left out."""
+  """The inverse of `from_params`, of any form: low-rank updates are merged into the kernels, or left out if not
+  `updates`; separate tag rows are left out."""
   if not isinstance(model.layers, nnx.List):
     model = unstack(model)
   adapter = adapter_of(model) if updates else None
@@ -122,7 +152,8 @@ def to_params(model: Transformer, *, updates: bool = True) -> dict[str, jax.Arra
       kernel = module.kernel[...]
       if adapter is not None and name in adapter.factors:
         kernel = merged_kernel(kernel.astype(jnp.float32), adapter.factors[name], adapter.scale)
-      params[f"{name}.kernel"] = kernel
-      if module.bias is not None:
-        params[f"{name}.bias"] = module.bias[...]
+      arrays = {"kernel": kernel} if module.bias is None else {"kernel": kernel, "bias": module.bias[...]}
+      for kind, array in arrays.items():
+        split = _parts(f"{name}.{kind}", array, model.config)
+        params |= {part: x.reshape(shape) for part, (x, shape) in split.items()}
   return params

@@ -8,7 +8,7 @@ from test_model import TIED, random_params
 
 from pasta_jax.decode.attention import make_decode_attend
 from pasta_jax.model.lora import Adapter, linears
-from pasta_jax.model.products import PRODUCTS, matmul
+from pasta_jax.model.products import PRODUCTS, xla_product
 from pasta_jax.model.transformer import Linear
 from pasta_jax.weights import build
 
@@ -24,13 +24,17 @@ BATCHED = {  # shape of x -> how decoding batches the product over branches
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", BATCHED)
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_products_equal_float64(name: str, shape: tuple, dtype):
+@pytest.mark.parametrize("out", [(40,), (5, 8)], ids=["plain", "fused"])
+def test_products_equal_float64(out: tuple, name: str, shape: tuple, dtype):
   """Operands that are exact in their dtype; the sum is one of float32."""
   rng = np.random.default_rng(0)
-  x, kernel = (jnp.asarray(rng.normal(size=s), dtype) for s in (shape, (24, 40)))
+  x, kernel = (jnp.asarray(rng.normal(size=s), dtype) for s in (shape, (24, *out)))
   actual = jax.jit(BATCHED[shape](PRODUCTS[name]))(x, kernel)
-  assert actual.shape == (*shape[:-1], 40) and actual.dtype == jnp.float32
-  expected = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+  assert actual.shape == (*shape[:-1], *out) and actual.dtype == jnp.float32
+  expected = np.einsum(
+    "...i,io->...o", np.asarray(x, np.float64), np.asarray(kernel, np.float64).reshape(24, 40)
+  )
+  expected = expected.reshape(actual.shape)
   np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
@@ -51,7 +55,7 @@ def test_decoding_uses_a_product_that_is_added(monkeypatch: pytest.MonkeyPatch):
 
   def counted(x, kernel):
     calls.append(kernel.shape)
-    return matmul(x, kernel)
+    return xla_product(x, kernel)
 
   monkeypatch.setitem(PRODUCTS, "counted", counted)
   params, rng = random_params(TIED), np.random.default_rng(1)
@@ -61,7 +65,7 @@ def test_decoding_uses_a_product_that_is_added(monkeypatch: pytest.MonkeyPatch):
   model = build.for_decoding(TIED, params, adapter, jnp.float32, product="counted")
   tokens = jnp.asarray([3, 261, 262, 267])
   np.testing.assert_array_equal(decode_token(model, tokens), decode_token(expected, tokens))
-  of_layer = [(24, 48), (24, 16), (24, 16), (48, 24), (24, 40), (24, 40), (40, 24)]
+  of_layer = [(24, 2, 40), (48, 24), (24, 2, 40), (40, 24)]  # q, k and v are one product, and gate and up
   assert calls == of_layer * TIED.n_layers + [(24, 268)]
 
   trained = build.from_params(TIED, params, stacked=True)

@@ -119,6 +119,12 @@ def test_processes_say_who_they_are(given, words):
   ("layers.attn.q.kernel", (28, 64, 128), (None, "fsdp", "tensor")),
   ("trainable.layers.mlp.down.kernel", (28, 128, 64), (None, "tensor", "fsdp")),
   ("optimiser.1.0.mu.layers.attn.o.lora_b", (28, 16, 64), (None, None, "fsdp")),
+  ("layers.3.attn.qkv.kernel", (576, 4, 320), ("fsdp", "tensor", None)),  # the fused form, which decodes
+  ("layers.3.attn.qkv.kernel", (576, 1, 320), ("fsdp", None, None)),  # one key-value head
+  ("layers.3.attn.qkv.bias", (4, 320), ("tensor", None)),
+  ("layers.3.mlp.gate_up.kernel", (576, 2, 1536), ("fsdp", None, "tensor")),
+  ("layers.mlp.gate_up.kernel", (28, 576, 2, 1536), (None, "fsdp", None, "tensor")),
+  ("layers.3.attn.q.bias", (576,), ()),
   ("embed.embedding", (49152, 576), (("tensor", "fsdp"), None)),
   ("embed.embedding", (49151, 576), (None, None)),  # a vocabulary that eight devices cannot share evenly
   ("layers.attn_norm.scale", (28, 64), ()),
