@@ -35,6 +35,7 @@ STRATEGIES = ("pred_10x", "pred_1x", "fixed", *ORACLES, "max", "sum")  # of posi
 ANNOTATION_RULES = ("independent", "full", "paper")  # which parts are chunks (data.annotate.prompts)
 ANNOTATIONS = ("plan", "structure", "none")  # of responses (data.examples)
 DTYPES = ("float32", "bfloat16")
+WEIGHTS = ("int8", "fp8")  # formats of matrices in 8 bits, for decoding (weights.quantise)
 REMAT = ("none", "full", "attention", "products")  # rematerialisation policies (model.transformer)
 ATTENTION = ("auto", "chunked", "tpu", "gpu", "interpret", "dense")  # programs for training (train.attention)
 DECODE_ATTENTION = ("auto", "xla")  # of decode steps and prefill (decode.attention)
@@ -60,6 +61,11 @@ OWN_SETTINGS: Mapping[str, Any] = {
   "promise_bias": 1.5,
   "max_threads": 24,
 }
+
+
+def formats(dtype: str) -> tuple[str, str]:
+  """(dtype of products, format of matrices in 8 bits or ""): what `decode.dtype` and `eval.dtype` stand for."""
+  return ("bfloat16", dtype) if dtype in WEIGHTS else (dtype, "")
 
 
 def _weights(weights: tuple[float, ...]) -> str:
@@ -217,7 +223,8 @@ class Decode(Section):
   """Decoding, in every mode that decodes."""
 
   parallel: bool = setting(True, identity=NEVER)  # False: the same weights without promises
-  dtype: str = setting("bfloat16", one_of(DTYPES))  # float32: the same tokens at every branch width
+  # float32: the same tokens at every branch width; int8, fp8: matrices in 8 bits, products in bfloat16
+  dtype: str = setting("bfloat16", one_of((*DTYPES, *WEIGHTS)))
   max_new_tokens: int = setting(512, at_least(1))  # of all threads together
   max_branches: int = setting(8, between(1, 256), identity=NEVER)  # branches that a step decodes at once
   kv_capacity: int = setting(4096, between(1, 2**20))  # entries of the key-value pool, prompt included
@@ -363,7 +370,8 @@ class Eval(Section):
   vary: str = setting("", _readable(vary_of))
   batch_size: int = setting(48, between(1, 4096))  # prompts decoded at once
   branch_width: int = setting(2, between(1, 4096))  # branches of each prompt in a step
-  dtype: str = setting("float32", one_of(DTYPES))  # batched; float32: the same at every batch size
+  # as decode.dtype, batched; float32: the same at every batch size
+  dtype: str = setting("float32", one_of((*DTYPES, *WEIGHTS)))
   timed: int = setting(0, at_least(-1))  # prompts timed one at a time, in decode.dtype; -1: all
   timed_prompts: str = setting("", path=True)  # a file of the prompts to time; "": the first of `prompts`
   repeats: int = setting(0, at_least(0))  # runs of each timed prompt, the last counts; 0: 1 on CPU, else 2

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.config import Config, identity, with_changes
-from pasta_jax.config.sections import Decode
+from pasta_jax.config.sections import Decode, formats
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import EVERY, Scheduler, decode
@@ -123,7 +123,8 @@ class Model:
 
   def __init__(self, config, *, adapter: str | None = None, dtype: str = ""):
     d = dataclasses.replace(config.decode, dtype=dtype or config.decode.dtype)
-    set_matmul_precision(d.dtype)
+    dtype, weights = formats(d.dtype)
+    set_matmul_precision(dtype)
     self.adapter = config.model.adapter if adapter is None else adapter
     path = adapter_path(self.adapter)
     checkpoint = load_checkpoint(source_of(config, self.adapter))
@@ -143,7 +144,7 @@ class Model:
     self.speeds: tuple[int, ...] = tuple(json.loads(metadata.get("speeds", "[]")))
     self.mesh = local_mesh(vars(config.mesh))
     self.model = build.for_decoding(
-      checkpoint.config, checkpoint.params, merge, jnp.dtype(d.dtype), product=d.product, mesh=self.mesh
+      checkpoint.config, checkpoint.params, merge, jnp.dtype(dtype), product=d.product, weights=weights
     )
     self._decode_as(d)
 
@@ -152,7 +153,7 @@ class Model:
     other = copy.copy(self)
     if decode.visibility:
       other.forms = dataclasses.replace(self.forms, visibility=decode.visibility)
-    other._decode_as(dataclasses.replace(decode, dtype=str(jnp.dtype(self.model.dtype))))
+    other._decode_as(decode)
     if (other.limits, other._features, other.forms) == (self.limits, self._features, self.forms):
       other._interpreters = self._interpreters  # numbers of sampling are arguments of the same programs
     return other
@@ -160,7 +161,9 @@ class Model:
   def _decode_as(self, d: Any) -> None:
     """Takes the settings of decoding over, with the adapter's own where none is given."""
     d = d.resolved(own_settings(self._metadata))
-    self._narrowest = _narrowest(d.dtype, jax.default_backend())
+    # XLA's CPU backend multiplies one bfloat16 row more slowly than two: a step has at least two branches
+    # there.
+    self._narrowest = 2 if self.model.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else 1
     widest = max(d.max_branches, self._narrowest)
     widths = tuple(w for w in (1, 2, 4, 8, 16, 32, 64) if self._narrowest <= w < widest) + (widest,)
     buckets = tuple(b for b in (256, 512, 1024, 2048, 4096, 8192, 16384) if b < d.kv_capacity) + (

@@ -25,6 +25,7 @@ import rich.table
 from absl import app, flags
 from flax import nnx
 
+from pasta_jax.config.sections import formats
 from pasta_jax.decode import sight
 from pasta_jax.decode.interpreter import UNBOUNDED, Interpreter, capacity_of
 from pasta_jax.decode.sampling import as_arrays
@@ -83,7 +84,7 @@ def step_timer(
 
   `sequential`: ordinary decoding, with the main thread only and no guard.
   """
-  width = max(branches, 2 if dtype == "bfloat16" and jax.default_backend() == "cpu" else 1)
+  width = max(branches, 2 if formats(dtype)[0] == "bfloat16" and jax.default_backend() == "cpu" else 1)
   limits = Limits(
     max_new_tokens=10**6,
     max_threads=1 if sequential else 24,
@@ -145,7 +146,10 @@ def _model(checkpoint: Checkpoint, dtype: str):
   if dtype not in _MODELS:
     tags = np.zeros((6, checkpoint.config.d_model), np.float32)
     adapter = Adapter(1.0, {}, tags, None if checkpoint.config.tie_embeddings else tags.T)
-    _MODELS[dtype] = build.for_decoding(checkpoint.config, checkpoint.params, adapter, jnp.dtype(dtype))
+    products, weights = formats(dtype)
+    _MODELS[dtype] = build.for_decoding(
+      checkpoint.config, checkpoint.params, adapter, jnp.dtype(products), weights=weights
+    )
   return _MODELS[dtype]
 
 
@@ -164,7 +168,10 @@ def bandwidth_timer(megabytes: int = 512) -> Callable[[], float]:
 
 
 def transformers_timer(checkpoint: Checkpoint, dtype: str) -> Callable[[], float] | None:
-  """Seconds per token of `transformers`' eager decoding with its cache; None if it is not installed."""
+  """Seconds per token of `transformers`' eager decoding with its cache; None if it is not installed, or not in that
+  dtype."""
+  if formats(dtype)[1]:
+    return None
   try:
     import torch
     import transformers
@@ -338,7 +345,7 @@ def show(
 
 def define_flags() -> None:
   flags.DEFINE_string("model", "smollm2-135m-instruct", "name, GGUF file or Hugging Face folder")
-  flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "precisions")
+  flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "precisions, as of decode.dtype")
   flags.DEFINE_list("branches", ["1", "2", "4", "8", "16"], "branches in a step")
   flags.DEFINE_list("pools", ["256", "512", "1024", "2048", "4096"], "pool entries")
   flags.DEFINE_list("requests", ["8", "24"], "requests in a batch")

@@ -3,13 +3,20 @@
 Training uses "xla" only. For decoding, `weights.build.for_decoding(..., product=NAME)` sets the product of
 every linear layer and of the head. To add a kernel:
 
-1. Write a function (x [..., in], kernel [in, *out]) -> [..., *out]. `out` has two dimensions for matrices that are
-   fused (`transformer.FUSED`), which a device reads as one matrix [in, prod(out)], otherwise one. `x` has the dtype of
-   `kernel` (float32 or bfloat16); the result is float32, accumulated in float32. No gradient is needed. The function
-   must accept any number of leading axes: a prefill calls it with x [1, T, in]. A decode step calls it with x [in]
-   under `jax.vmap`: once over the W branches of a request, and once more over requests in batch decoding. A Pallas
-   kernel that should read the kernel matrix once for all branches defines its own batching rule
-   (`jax.custom_batching.custom_vmap`), which gets x [W, in] and the unbatched kernel.
+1. Write a function (x [..., in], kernel [in, *out], scale [*out] or None) -> [..., *out]. `out` has two dimensions for
+   matrices that are fused (`transformer.FUSED`), which a device reads as one matrix [in, prod(out)], otherwise one.
+   `x` is float32 or bfloat16, and `kernel` one of
+
+       the dtype of `x`         `scale` is None
+       int8, float8_e4m3fn      `scale` float32, one for each output channel (weights.quantise)
+
+   The result is the sum over `in` of x * kernel, times `scale` where there is one. 8-bit numbers are converted to the
+   dtype of `x`, which is exact; the sum is one of float32, and is scaled in float32. A function that is for some of
+   these formats calls `xla_product` for the others. No gradient is needed. The function must accept any number of
+   leading axes: a prefill calls it with x [1, T, in]. A decode step calls it with x [in] under `jax.vmap`: once over
+   the W branches of a request, and once more over requests in batch decoding. A Pallas kernel that should read the
+   kernel matrix once for all branches defines its own batching rule (`jax.custom_batching.custom_vmap`), which gets
+   x [W, in] and the unbatched kernel and scale.
 2. Add it to `PRODUCTS`, and its name to `config.sections.PRODUCTS`; `--config.decode.product=NAME` selects it.
 
 tests/model/test_products.py compares every entry of `PRODUCTS` with float64, with and without `jax.vmap`.
@@ -20,9 +27,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-Product = Callable[
-  [jax.Array, jax.Array], jax.Array
-]  # (x [..., in], kernel [in, *out]) -> [..., *out] float32
+# (x [..., in], kernel [in, *out], scale [*out] or None) -> [..., *out] float32
+Product = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 @jax.custom_vjp
@@ -53,15 +59,21 @@ def _matmul_backward(operands, cotangent):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def xla_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """[..., in] by [in, *out] -> [..., *out] float32; see the module for the contract. A kernel of two dimensions has
-  the gradient of `matmul`.
+def xla_product(x: jax.Array, kernel: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+  """[..., in] by [in, *out] -> [..., *out] float32; see the module for the contract. A kernel of two dimensions
+  without `scale` has the gradient of `matmul`.
 
   The kernel is not reshaped: the partitioner shards the dimensions that it has.
   """
-  return (
-    matmul(x, kernel) if kernel.ndim == 2 else jnp.tensordot(x, kernel, 1, preferred_element_type=jnp.float32)
-  )
+  if scale is None and kernel.ndim == 2:
+    return matmul(x, kernel)
+  if scale is not None and jax.default_backend() != "cpu":
+    # Made to depend on `x`, the conversion stays in the product. XLA would otherwise move it out of the loop over
+    # steps, and read a whole model of converted matrices in every step; on CPU, where it cannot be a part of the
+    # product, that is the faster way.
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+  y = jnp.tensordot(x, kernel.astype(x.dtype), 1, preferred_element_type=jnp.float32)
+  return y if scale is None else y * scale
 
 
 PRODUCTS: dict[str, Product] = {"xla": xla_product}

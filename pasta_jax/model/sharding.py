@@ -35,6 +35,10 @@ _RULES: tuple[tuple[str, tuple[_Axes, ...]], ...] = (
   (r"qkv\.kernel", ("fsdp", "tensor", None)),
   (r"qkv\.bias", ("tensor", None)),
   (r"gate_up\.kernel", ("fsdp", None, "tensor")),
+  (r"qkv\.kernel_scale", ("tensor", None)),  # scales of output channels, as those are
+  (r"gate_up\.kernel_scale", (None, "tensor")),
+  (r"head\.kernel_scale", ("tensor",)),
+  (r"(o|down)\.kernel_scale", ("fsdp",)),
   (r"(q|k|v|gate|up)\.lora_a", ("fsdp", None)),
   (r"(q|k|v|gate|up)\.lora_b", (None, "tensor")),
   (r"(o|down)\.lora_a", ("tensor", None)),

@@ -75,12 +75,15 @@ class Linear(nnx.Module):
   float32.
 
   The kernel is [in, *out]; `out` has more than one dimension in the fused form only. `product` names the entry of
-  `products.PRODUCTS` that computes x @ kernel; it is static.
+  `products.PRODUCTS` that computes x @ kernel; it is static, as `operands`, the dtype of `x` where the kernel has 8
+  bits (`in_8_bits`).
   """
 
   def __init__(self, n_in: int, *out: int, rngs: nnx.Rngs, dtype: Any, bias: bool = False):
     scale = n_in**-0.5
     self.kernel = nnx.Param((jax.random.normal(rngs.params(), (n_in, *out)) * scale).astype(dtype))
+    self.kernel_scale: nnx.Param | None = nnx.data(None)  # [*out] float32, of a kernel in 8 bits
+    self.operands: Any = None
     self.bias: nnx.Param | None = nnx.data(nnx.Param(jnp.zeros(out, jnp.float32)) if bias else None)
     self.lora_a: LoraParam | None = nnx.data(None)  # [in, r]
     self.lora_b: LoraParam | None = nnx.data(None)  # [r, out]
@@ -90,14 +93,22 @@ class Linear(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """[..., in] -> [..., *out] float32."""
     kernel = self.kernel[...]
-    x = x.astype(kernel.dtype)
-    y = PRODUCTS[self.product](x, kernel)
+    x = x.astype(self.operands or kernel.dtype)
+    scale = None if self.kernel_scale is None else self.kernel_scale[...]
+    y = PRODUCTS[self.product](x, kernel, scale)
     if self.bias is not None:
       y = y + self.bias[...].astype(jnp.float32)
     if self.lora_a is not None and self.lora_b is not None:
       low = matmul(x, self.lora_a[...].astype(x.dtype))
       y = y + self.lora_scale * matmul(low.astype(x.dtype), self.lora_b[...].astype(x.dtype))
     return y
+
+  def in_8_bits(self, dtype: Any) -> None:
+    """Makes an abstract module, whose arrays are `jax.ShapeDtypeStruct`, one with a kernel of this dtype and scales,
+    in place; the operands of its product keep the dtype that the kernel had."""
+    shape, self.operands = self.kernel.shape, self.kernel.dtype
+    self.kernel = nnx.Param(jax.ShapeDtypeStruct(shape, dtype))
+    self.kernel_scale = nnx.Param(jax.ShapeDtypeStruct(shape[1:], jnp.float32))
 
 
 class RMSNorm(nnx.Module):
@@ -339,7 +350,7 @@ class Transformer(nnx.Module):
 
   @property
   def dtype(self) -> Any:
-    """The dtype that matrices are stored and multiplied in."""
+    """The dtype of the operands of products, and of the key-value pool. Matrices are stored in it, unless in 8 bits."""
     return self.embed.embedding.dtype
 
   def logits(self, hidden: jax.Array) -> jax.Array:

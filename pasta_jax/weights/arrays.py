@@ -65,7 +65,7 @@ def rename(name: str, table: Mapping[str, str], layer_prefix: str) -> str:
   return table[name]
 
 
-_BLOCK = 1 << 22  # numbers converted at a time
+BLOCK = 1 << 22  # numbers converted at a time
 
 
 class StoredParams(Mapping[str, np.ndarray]):
@@ -97,7 +97,7 @@ class StoredParams(Mapping[str, np.ndarray]):
   def read_into(self, name: str, out: np.ndarray) -> None:
     """Fills `out`, which has the parameter's shape and any float dtype, a block of rows at a time."""
     stored = out.T if name.endswith(".kernel") else out
-    step = max(1, _BLOCK // max(stored[0].size, 1))
+    step = max(1, BLOCK // max(stored[0].size, 1))
     for start in range(0, len(stored), step):
       rows = slice(start, min(start + step, len(stored)))
       stored[rows] = self._read(name, rows)

@@ -27,6 +27,7 @@ from pasta_jax.model.transformer import (
 )
 from pasta_jax.weights.adapter import Merged
 from pasta_jax.weights.arrays import aligned_empty, read_into, reading
+from pasta_jax.weights.quantise import FORMATS, check_weights, quantise
 
 
 def _parts(name: str, array: Any, config: ModelConfig) -> dict[str, tuple[Any, tuple[int, ...]]]:
@@ -54,32 +55,39 @@ def from_params(
   *,
   stacked: bool = False,
   fused: bool = False,
+  weights: str = "",
   put: Callable[[str, np.ndarray], jax.Array] = lambda name, x: jax.device_put(x),
   product: str = "xla",
 ) -> Transformer:
   """A model with the given `params`, named as in `arrays.param_shapes` ("layers.0.attn.q.kernel").
 
   Matrices are cast to `dtype`; norm scales and biases stay float32. Lazy parameters are read one by one,
-  directly into that dtype.
+  directly into that dtype, or in float32 where they are then stored in 8 bits.
 
   Args:
     stacked: return the model in the form of `transformer.stack`.
     fused: return the fused form of `transformer.Transformer`; `params` are those of the other one.
+    weights: a key of `quantise.FORMATS`: linear layers and a separate head get kernels in 8 bits, and `kernel_scale`;
+      `dtype` stays that of embeddings and of products. Not with `stacked`.
     put: (name, array) -> the array on its devices; called for each array before the next one is read. The
       default does not copy if host and device share memory.
     product: the matrix product of all linear modules, a key of `products.PRODUCTS`; training needs "xla".
 
   Raises:
-    ValueError: names the first parameter that is missing, unexpected or of another shape, or the unknown
-      product.
+    ValueError: names the first parameter that is missing, unexpected or of another shape, the unknown product,
+      or the format of weights that cannot be used.
   """
   check_product(product)
+  check_weights(weights)
   model = abstract(config, dtype, stacked=stacked, fused=fused)
   for _, module in nnx.iter_modules(model):
     if isinstance(module, Linear):
       module.product = product
+      if weights:
+        module.in_8_bits(FORMATS[weights].dtype)
   graph, state = nnx.split(model)
   left = set(params)
+  scales: dict[str, np.ndarray] = {}  # of kernels that have been stored, by the name of their array
 
   def read(name: str, out: np.ndarray) -> None:
     if name not in left:
@@ -98,10 +106,27 @@ def from_params(
       if view is not out:
         view[...] = one.reshape(view.shape)
 
+  def store_in_8_bits(name: str, out: np.ndarray) -> None:
+    """The same for a kernel in 8 bits, and its scales."""
+    scales[f"{name}_scale"] = scale = aligned_empty(out.shape[1:], np.float32)
+    scale_of = {part: view for part, (view, _) in _parts(f"{name}_scale", scale, config).items()}
+    for part, (view, shape) in _parts(name, out, config).items():
+      one = out if view is out else np.empty(shape, out.dtype)
+      whole = np.empty(shape, np.float32)
+      read(part, whole)
+      of_part, where = quantise(whole, one), scale_of[f"{part}_scale"]
+      where[...] = of_part.reshape(where.shape)
+      if view is not out:
+        view[...] = one.reshape(view.shape)
+
   def fill(path, leaf):
     name = ".".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path if str(p) != ".value")
+    if name in scales:  # leaves are visited in the order of their names: a kernel comes before its scales
+      return put(name, scales.pop(name))
     out = aligned_empty(leaf.shape, leaf.dtype)
-    if stacked and name.startswith("layers."):
+    if weights and name.endswith(".kernel"):
+      store_in_8_bits(name, out)
+    elif stacked and name.startswith("layers."):
       for i in range(config.n_layers):
         store(f"layers.{i}.{name.removeprefix('layers.')}", out[i])
     else:
@@ -123,21 +148,23 @@ def for_decoding(
   *,
   product: str = "xla",
   fused: bool = True,
+  weights: str = "",
 ) -> Transformer:
   """The form that decodes fastest: updates merged, tags in the embedding table, head untied and stored as [D,
   V], layers fused.
 
   A separate head costs V x D weights of memory; a product with the transposed embedding would cost a
   transposition in each step. `product` is the matrix product of all linear modules, a key of
-  `products.PRODUCTS`; `fused` says whether layers have the fused form. Raises as `from_params`.
+  `products.PRODUCTS`; `fused` says whether layers have the fused form, `weights` in which 8 bits matrices are stored
+  ("": in `dtype`). Raises as `from_params`.
   """
   merged = Merged(config, params, adapter, untied=True)
-  return from_params(merged.config, merged, dtype, fused=fused, product=product)
+  return from_params(merged.config, merged, dtype, fused=fused, weights=weights, product=product)
 
 
 def to_params(model: Transformer, *, updates: bool = True) -> dict[str, jax.Array]:
   """The inverse of `from_params`, of any form: low-rank updates are merged into the kernels, or left out if not
-  `updates`; separate tag rows are left out."""
+  `updates`; separate tag rows are left out. Matrices in 8 bits are given in float32."""
   if not isinstance(model.layers, nnx.List):
     model = unstack(model)
   adapter = adapter_of(model) if updates else None
@@ -150,6 +177,8 @@ def to_params(model: Transformer, *, updates: bool = True) -> dict[str, jax.Arra
       params[f"{name}.scale"] = module.scale[...]
     elif isinstance(module, Linear):
       kernel = module.kernel[...]
+      if module.kernel_scale is not None:
+        kernel = kernel.astype(jnp.float32) * module.kernel_scale[...]
       if adapter is not None and name in adapter.factors:
         kernel = merged_kernel(kernel.astype(jnp.float32), adapter.factors[name], adapter.scale)
       arrays = {"kernel": kernel} if module.bias is None else {"kernel": kernel, "bias": module.bias[...]}

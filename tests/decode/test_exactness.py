@@ -28,6 +28,7 @@ from pasta_jax.lang.cost import clocks
 from pasta_jax.lang.layout import NO_TARGET, layout
 from pasta_jax.lang.positions import PositionRule
 from pasta_jax.lang.visibility import is_visible, is_visible_live
+from pasta_jax.weights import build
 
 LIMITS = Limits(
   max_new_tokens=80, max_threads=48, max_depth=3, max_topic=4, branch_widths=(4,), kv_buckets=(128,)
@@ -561,6 +562,35 @@ def test_greedy_decoding_agrees_with_a_plain_decoder(strategy, guard, n, visibil
   tally = tiny.over_programs(check, n, KINDS, always=[("habits",)], tally=Tally)
   tally.require(promises=3, nested=1, joins=1, finished=5, finished_with_promises=2)
   assert tally["ties"] <= 1, tally
+
+
+@pytest.mark.parametrize("weights, visibility", [("int8", "promise"), ("int8", "live"), ("fp8", "promise")])
+def test_matrices_in_8_bits_decode_as_the_same_weights_in_float32(weights, visibility):
+  """Both yardsticks read the dequantised matrices, in the form of layers that training has."""
+
+  def in_8_bits(seed, kind):
+    params = build.to_params(nnx.merge(tiny.GRAPH, tiny.weights((seed, 9), kind)))
+    return build.for_decoding(tiny.CONFIG, params, None, jnp.float32, weights=weights)
+
+  features = StepFeatures(rule=PositionRule("pred_10x"), visibility=visibility, return_logits=True)
+  run = Interpreter(in_8_bits(0, "habits"), VOCABULARY, LIMITS, features)
+
+  def check(tally, seed, prompt, kind):
+    model = in_8_bits(seed, kind)
+    run.params = nnx.state(model)
+    trace = decode(run, prompt)
+    tally.add(trace)
+    tolerance = TOLERANCE * (8 if kind == "storm" else 1)
+    dequantised = nnx.state(build.from_params(tiny.CONFIG, build.to_params(model)))
+    check_teacher_forcing(dequantised, trace, run.features, tolerance)
+    check_against_reference(dequantised, trace, "pred_10x", True, visibility=visibility)
+    with contextlib.suppress(AssertionError):
+      check_teacher_forcing(tiny.weights((seed, 9), kind), trace, run.features, tolerance)
+      tally["as with the weights before"] += 1
+
+  tally = tiny.over_programs(check, 15, KINDS, always=[("habits",)], tally=Tally)
+  tally.require(promises=3, joins=1, finished=5)
+  assert not tally["as with the weights before"]
 
 
 def test_the_repetition_penalty_remembers_what_a_thread_sees():

@@ -18,7 +18,7 @@ from test_products import decode_token
 from pasta_jax.model import sharding
 from pasta_jax.model.attention import causal_mask, dense_attention
 from pasta_jax.model.lora import Adapter, linears
-from pasta_jax.model.transformer import Layer, rope_angles, split_gate_up, split_qkv
+from pasta_jax.model.transformer import rope_angles, split_gate_up, split_qkv
 from pasta_jax.weights import build
 
 FORMS = {
@@ -117,11 +117,12 @@ def test_a_part_that_is_missing_or_of_another_shape_is_named():
     build.from_params(TIED, wrong, fused=True)
 
 
-def communication(shape: dict[str, int]) -> list[str]:
+def communication(shape: dict[str, int], weights: str) -> list[str]:
   """The collective operations of one layer of the fused form on a mesh."""
   c = dataclasses.replace(TIED, qkv_bias=True)
   mesh = sharding.make_mesh(shape)
-  graph, state = nnx.split(Layer(c, rngs=nnx.Rngs(0), dtype=jnp.float32, fused=True))
+  model = build.for_decoding(c, random_params(c), None, jnp.float32, weights=weights)
+  graph, state = nnx.split(model.layers[0])
   angles = rope_angles(jnp.arange(9)[None], c.rope_frequencies())
   run = lambda s, x: nnx.merge(graph, s)(x, angles, dense_attention(causal_mask(9)), None, False)[0]
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -131,10 +132,12 @@ def communication(shape: dict[str, int]) -> list[str]:
   return re.findall(r"= \S+ (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", compiled.as_text())
 
 
-def test_a_layer_on_a_tensor_axis_communicates_after_its_two_last_products_only():
+@pytest.mark.parametrize("weights", ["", "int8"])
+def test_a_layer_on_a_tensor_axis_communicates_after_its_two_last_products_only(weights: str):
   """Two devices: one sum after the output projection and one after the feed-forward, as in the plain form."""
   root = Path(__file__).parents[2]
-  code = "import test_fused; print(*test_fused.communication({'data': 1, 'fsdp': 1, 'tensor': 2}))"
+  mesh = {"data": 1, "fsdp": 1, "tensor": 2}
+  code = f"import test_fused; print(*test_fused.communication({mesh}, {weights!r}))"
   path = os.pathsep.join(map(str, (root, root / "tests", root / "tests" / "model")))
   flags = "--xla_force_host_platform_device_count=2"
   done = subprocess.run(

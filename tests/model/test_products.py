@@ -11,6 +11,7 @@ from pasta_jax.model.lora import Adapter, linears
 from pasta_jax.model.products import PRODUCTS, xla_product
 from pasta_jax.model.transformer import Linear
 from pasta_jax.weights import build
+from pasta_jax.weights.quantise import FORMATS
 
 BATCHED = {  # shape of x -> how decoding batches the product over branches
   (24,): lambda product: product,
@@ -29,13 +30,35 @@ def test_products_equal_float64(out: tuple, name: str, shape: tuple, dtype):
   """Operands that are exact in their dtype; the sum is one of float32."""
   rng = np.random.default_rng(0)
   x, kernel = (jnp.asarray(rng.normal(size=s), dtype) for s in (shape, (24, *out)))
-  actual = jax.jit(BATCHED[shape](PRODUCTS[name]))(x, kernel)
+  actual = jax.jit(BATCHED[shape](lambda x, kernel: PRODUCTS[name](x, kernel, None)))(x, kernel)
   assert actual.shape == (*shape[:-1], *out) and actual.dtype == jnp.float32
   expected = np.einsum(
     "...i,io->...o", np.asarray(x, np.float64), np.asarray(kernel, np.float64).reshape(24, 40)
   )
   expected = expected.reshape(actual.shape)
   np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("weights", FORMATS)
+@pytest.mark.parametrize("shape", BATCHED)
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("out", [(40,), (5, 8)], ids=["plain", "fused"])
+def test_products_in_8_bits_equal_float64(out: tuple, name: str, shape: tuple, weights: str, dtype):
+  """All numbers of a format are exact in both dtypes of operands; each channel has a scale of its own."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=shape), dtype)
+  form = FORMATS[weights]
+  kernel = np.clip(rng.normal(size=(24, *out)) * form.largest / 3, -form.largest, form.largest).astype(
+    form.dtype
+  )
+  scale = rng.uniform(1e-4, 1e-2, out).astype(np.float32)
+  product = lambda x, kernel: PRODUCTS[name](x, kernel, scale)
+  actual = jax.jit(BATCHED[shape](product))(x, kernel)
+  assert actual.shape == (*shape[:-1], *out) and actual.dtype == jnp.float32
+  dense = (np.asarray(kernel, np.float64) * scale).reshape(24, 40)
+  expected = np.einsum("...i,io->...o", np.asarray(x, np.float64), dense).reshape(actual.shape)
+  np.testing.assert_allclose(actual, expected, atol=2e-6 * np.abs(expected).max())
 
 
 def decode_token(model, tokens: jax.Array) -> jax.Array:
@@ -53,9 +76,9 @@ def decode_token(model, tokens: jax.Array) -> jax.Array:
 def test_decoding_uses_a_product_that_is_added(monkeypatch: pytest.MonkeyPatch):
   calls = []
 
-  def counted(x, kernel):
+  def counted(x, kernel, scale):
     calls.append(kernel.shape)
-    return xla_product(x, kernel)
+    return xla_product(x, kernel, scale)
 
   monkeypatch.setitem(PRODUCTS, "counted", counted)
   params, rng = random_params(TIED), np.random.default_rng(1)

@@ -125,6 +125,10 @@ def test_processes_say_who_they_are(given, words):
   ("layers.3.mlp.gate_up.kernel", (576, 2, 1536), ("fsdp", None, "tensor")),
   ("layers.mlp.gate_up.kernel", (28, 576, 2, 1536), (None, "fsdp", None, "tensor")),
   ("layers.3.attn.q.bias", (576,), ()),
+  ("layers.3.attn.qkv.kernel_scale", (4, 320), ("tensor", None)),
+  ("layers.3.mlp.gate_up.kernel_scale", (2, 1536), (None, "tensor")),
+  ("layers.3.mlp.down.kernel_scale", (576,), ("fsdp",)),
+  ("head.kernel_scale", (49152,), ("tensor",)),
   ("embed.embedding", (49152, 576), (("tensor", "fsdp"), None)),
   ("embed.embedding", (49151, 576), (None, None)),  # a vocabulary that eight devices cannot share evenly
   ("layers.attn_norm.scale", (28, 64), ()),
