@@ -3,7 +3,7 @@
     python tests/peak_memory.py SOURCE DTYPE FORM [ADAPTER]
 
 SOURCE as of `load_checkpoint`; FORM: plain, stacked (of training) or decoding, with an adapter merged if one
-is named.
+is named. DTYPE of the form decoding is one of `decode.dtype`.
 """
 
 import sys
@@ -17,6 +17,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from flax import nnx  # noqa: E402
 
+from pasta_jax.config.sections import formats  # noqa: E402
 from pasta_jax.weights import build  # noqa: E402
 from pasta_jax.weights.adapter import read_adapter  # noqa: E402
 from pasta_jax.weights.checkpoint import load_checkpoint  # noqa: E402
@@ -29,7 +30,8 @@ def own_memory() -> int:
 
 
 def main(source: str, dtype: str, form: str, adapter: str = "") -> None:
-  build.from_params(*_parts("tiny"), jnp.dtype(dtype))  # what JAX takes for itself
+  products, weights = formats(dtype)
+  build.from_params(*_parts("tiny"), jnp.dtype(products))  # what JAX takes for itself
   checkpoint = load_checkpoint(source, progress=False)
   before, peak, done = own_memory(), [0], threading.Event()
 
@@ -42,7 +44,9 @@ def main(source: str, dtype: str, form: str, adapter: str = "") -> None:
   watcher.start()
   if form == "decoding":
     merge = read_adapter(Path(adapter), checkpoint.config) if adapter else None
-    model = build.for_decoding(checkpoint.config, checkpoint.params, merge, jnp.dtype(dtype))
+    model = build.for_decoding(
+      checkpoint.config, checkpoint.params, merge, jnp.dtype(products), weights=weights
+    )
   else:
     model = build.from_params(
       checkpoint.config, checkpoint.params, jnp.dtype(dtype), stacked=form == "stacked"

@@ -1,6 +1,7 @@
 """Nats of annotated rows: laid out in an adapter's form, read once under each rule of sight, compared by row.
 
-What `sight_worth` (one adapter, several rules) and `text_nats` (several adapters, each under its own) share.
+What `sight_worth` (one adapter, several rules), `text_nats` (several adapters, each under its own) and, in parts,
+`weight_formats` share.
 """
 
 import dataclasses
@@ -81,19 +82,14 @@ def scored(model: Model, rows: Sequence[dict], rules: Sequence[str]) -> Iterator
   bar, task = progress_bar("reading rows", len(rows))
   with bar:
     for row in rows:
-      prompt, thread = _tokens(model, row)
-      laid = layout(thread, rule, table, prompt)
+      laid, thread = laid_out(model, row)
       is_text = [r.is_text for r in read_all(thread, table, numbered=rule.numbered)]
-      at, asked = np.arange(len(laid)), np.flatnonzero(laid.targets != NO_TARGET)
+      asked = np.flatnonzero(laid.targets != NO_TARGET)
       # A query predicts its thread's next token; the prompt's last one the main thread's first.
       following = zip(laid.threads[asked], np.maximum(laid.index[asked] + 1, 0))
-      size = padded_length(len(laid))
-      padded = [np.pad(x, (0, size - len(x))) for x in (laid.tokens, laid.positions, laid.targets)]
       nats = {}
       for name in rules:
-        mask = np.eye(size, dtype=bool)
-        mask[: len(laid), : len(laid)] = RULES[name](laid, at)
-        nats[name] = -np.asarray(_log_p(graph, params, *padded, mask), np.float64)[asked]
+        nats[name] = -np.asarray(_log_p(graph, params, *padded(laid, name)), np.float64)[asked]
       yield Scored(
         nats,
         np.array([is_text[t][i] for t, i in following], bool),
@@ -101,6 +97,21 @@ def scored(model: Model, rows: Sequence[dict], rules: Sequence[str]) -> Iterator
         laid.threads[asked] > 0,
       )
       bar.advance(task)
+
+
+def laid_out(model: Model, row: dict) -> tuple[Layout, Thread]:
+  """A row in the form of the model's adapter, and the main thread of its response. Raises as `scored`."""
+  prompt, thread = _tokens(model, row)
+  return layout(thread, model.forms.positions, model.vocabulary.table, prompt), thread
+
+
+def padded(laid: Layout, rule: str) -> list[np.ndarray]:
+  """tokens, positions, targets [T] and the mask [T, T] of a row under a rule of sight, in one of few lengths T."""
+  size, at = padded_length(len(laid)), np.arange(len(laid))
+  mask = np.eye(size, dtype=bool)
+  mask[: len(laid), : len(laid)] = RULES[rule](laid, at)
+  pad = lambda x, fill=0: np.pad(x, (0, size - len(x)), constant_values=fill)
+  return [pad(laid.tokens), pad(laid.positions), pad(laid.targets, NO_TARGET), mask]
 
 
 def _tokens(model: Model, row: dict) -> tuple[list[int], Thread]:
@@ -119,15 +130,21 @@ def _tokens(model: Model, row: dict) -> tuple[list[int], Thread]:
 @partial(jax.jit, static_argnums=0)
 def _log_p(graph, params, tokens, positions, targets, mask) -> jax.Array:
   """[T] log p of each query's target."""
+  logits = logits_of(graph, params, tokens, positions, mask)
+  chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+  return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+@partial(jax.jit, static_argnums=0)
+def logits_of(graph, params, tokens, positions, mask) -> jax.Array:
+  """[T, V] of a row."""
   model = nnx.merge(graph, params)
   window = sliding_window_mask(positions[None], positions[None], model.config.window)
   attend = dense_attention(
     mask[None], model.dtype, window_mask=window, softcap=model.config.attention_softcap
   )
   hidden, _ = model(tokens[None], positions[None], attend)
-  logits = model.logits(hidden)[0]
-  chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
-  return chosen - jax.nn.logsumexp(logits, axis=-1)
+  return model.logits(hidden)[0]
 
 
 def summarise(
@@ -203,23 +220,29 @@ def show(figures: Figures, title: str) -> None:
 
 
 def define_flags(output: str) -> None:
-  """The flags of both commands. `output`: the default of --output."""
+  """The flags of these commands. `output`: the default of --output."""
   config_flags.DEFINE_config_file("config", "configs/smollm2_135m.py")
   flags.DEFINE_string("data", "data/seed.jsonl", "files of annotated rows, separated by commas")
   flags.DEFINE_string("output", output, "files to write, without their endings")
   flags.DEFINE_integer("limit", 0, "rows, spread evenly; 0: all", lower_bound=0)
 
 
+def rows_of_flags() -> list[dict]:
+  """The rows of --data, at most --limit. Raises ValueError for none, and as `mix`."""
+  values = flags.FLAGS
+  rows = mix([f for f in values.data.split(",") if f])
+  if values.limit:
+    rows = [rows[i * len(rows) // values.limit] for i in range(min(values.limit, len(rows)))]
+  if not rows:
+    raise ValueError("--data names no rows")
+  return rows
+
+
 def run(compare: Callable[[Config, list[dict]], Figures]) -> None:
   """A command: the rows of --data, compared, as OUTPUT.json, OUTPUT.svg and a table."""
   values = flags.FLAGS
   try:
-    config = from_flags(values.config)
-    rows = mix([f for f in values.data.split(",") if f])
-    if values.limit:
-      rows = [rows[i * len(rows) // values.limit] for i in range(min(values.limit, len(rows)))]
-    if not rows:
-      raise ValueError("--data names no rows")
+    config, rows = from_flags(values.config), rows_of_flags()
     figures = compare(config, rows)
     out = Path(values.output)
     out.parent.mkdir(parents=True, exist_ok=True)

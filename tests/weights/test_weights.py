@@ -177,9 +177,13 @@ def test_hf_folder_that_is_broken_is_refused(hf_folder: Path, message: str):
 # --- memory ---
 
 
-@pytest.mark.parametrize("form", ["plain", "stacked", "decoding"])
-def test_a_model_is_in_memory_once_while_it_is_loaded(smollm2_checkpoint, form: str):
-  """The default model in bfloat16: half of its float32 values would already be too much."""
+@pytest.mark.parametrize(
+  "form, dtype",
+  [("plain", "bfloat16"), ("stacked", "bfloat16"), ("decoding", "bfloat16"), ("decoding", "int8")],
+)
+def test_a_model_is_in_memory_once_while_it_is_loaded(smollm2_checkpoint, form: str, dtype: str):
+  """The default model: half of its float32 values would already be too much. With 8 bits one matrix at a time is in
+  float32 too."""
   root = Path(__file__).parents[2]
   adapter = (
     [str(root / "pasta_jax" / "adapters" / "smollm2_135m_pasta_paper.safetensors")]
@@ -187,7 +191,7 @@ def test_a_model_is_in_memory_once_while_it_is_loaded(smollm2_checkpoint, form: 
     else []
   )
   done = subprocess.run(
-    [sys.executable, "tests/peak_memory.py", smollm2_checkpoint.name, "bfloat16", form, *adapter],
+    [sys.executable, "tests/peak_memory.py", smollm2_checkpoint.name, dtype, form, *adapter],
     cwd=root,
     capture_output=True,
     text=True,
