@@ -144,8 +144,9 @@ class Model:
     self.speeds: tuple[int, ...] = tuple(json.loads(metadata.get("speeds", "[]")))
     self.mesh = local_mesh(vars(config.mesh))
     self.model = build.for_decoding(
-      checkpoint.config, checkpoint.params, merge, jnp.dtype(dtype), product=d.product, weights=weights
-    )
+      checkpoint.config, checkpoint.params, merge, jnp.dtype(dtype), product=d.product, weights=weights,
+      mesh=self.mesh,
+    )  # fmt: skip
     self._decode_as(d)
 
   def with_settings(self, decode: Decode) -> "Model":
@@ -161,9 +162,7 @@ class Model:
   def _decode_as(self, d: Any) -> None:
     """Takes the settings of decoding over, with the adapter's own where none is given."""
     d = d.resolved(own_settings(self._metadata))
-    # XLA's CPU backend multiplies one bfloat16 row more slowly than two: a step has at least two branches
-    # there.
-    self._narrowest = 2 if self.model.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else 1
+    self._narrowest = _narrowest(self.model.dtype, jax.default_backend())
     widest = max(d.max_branches, self._narrowest)
     widths = tuple(w for w in (1, 2, 4, 8, 16, 32, 64) if self._narrowest <= w < widest) + (widest,)
     buckets = tuple(b for b in (256, 512, 1024, 2048, 4096, 8192, 16384) if b < d.kv_capacity) + (
@@ -298,11 +297,11 @@ class Model:
     return [responses[i] for i in range(len(prompts))]
 
 
-def _narrowest(dtype: str, backend: str) -> int:
+def _narrowest(dtype: Any, backend: str) -> int:
   """Branches of the narrowest step. XLA's CPU backend multiplies one bfloat16 row more slowly than two. On
   accelerators a product of eight rows costs what one of one row costs: one program serves up to eight branches."""
   if backend == "cpu":
-    return 2 if dtype == "bfloat16" else 1
+    return 2 if dtype == jnp.bfloat16 else 1
   return 8
 
 

@@ -33,6 +33,7 @@ _RULES: tuple[tuple[str, tuple[_Axes, ...]], ...] = (
   (r"(q|k|v|gate|up|head)\.kernel", ("fsdp", "tensor")),
   (r"(o|down)\.kernel", ("tensor", "fsdp")),
   (r"qkv\.kernel", ("fsdp", "tensor", None)),
+  (r"qkv\.kernel", ("fsdp", None, "tensor")),  # fewer key-value heads than devices: any columns
   (r"qkv\.bias", ("tensor", None)),
   (r"gate_up\.kernel", ("fsdp", None, "tensor")),
   (r"qkv\.kernel_scale", ("tensor", None)),  # scales of output channels, as those are
@@ -111,12 +112,14 @@ def check_rows(mesh: Mesh, rows: int, name: str) -> None:
 
 
 def spec(name: str, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
-  """How an array is sharded; axes of a mesh (`sizes`) that do not divide their dimension are left out."""
-  axes = next((axes for rule, axes in _RULES if re.search(rf"(^|\.){rule}$", name)), None)
-  if axes is None or len(shape) < len(axes):
+  """How an array is sharded, by the first rule for its name whose axes all divide their dimensions; otherwise by the
+  first one, without the axes of the mesh (`sizes`) that do not."""
+  rules = [axes for rule, axes in _RULES if re.search(rf"(^|\.){rule}$", name) and len(axes) <= len(shape)]
+  fitted = [(axes, _fitting(axes, shape[len(shape) - len(axes) :], sizes)) for axes in rules]
+  if not fitted:
     return PartitionSpec()
-  lead = len(shape) - len(axes)
-  return PartitionSpec(*[None] * lead, *_fitting(axes, shape[lead:], sizes))
+  _, best = next((f for f in fitted if list(f[0]) == f[1]), fitted[0])
+  return PartitionSpec(*[None] * (len(shape) - len(best)), *best)
 
 
 def _fitting(axes: Sequence[_Axes], shape: Sequence[int], sizes: Mapping[str, int]) -> list[_Axes]:

@@ -94,7 +94,7 @@ class Module:
         for part in parts:
           total.update({op: n * (i.trips or 1) for op, n in part.items()})
       elif i.opcode == "conditional" and parts:
-        total.update(max(parts, key=lambda part: part.total()))
+        total.update(max(parts, key=lambda part: sum(part.values())))
       elif parts:
         for part in parts:
           total.update(part)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.lora import Adapter, adapter_of, merged_kernel
 from pasta_jax.model.products import check_product
+from pasta_jax.model.sharding import shard_put_array
 from pasta_jax.model.transformer import (
   FUSED,
   Embedder,
@@ -56,7 +57,7 @@ def from_params(
   stacked: bool = False,
   fused: bool = False,
   weights: str = "",
-  put: Callable[[str, np.ndarray], jax.Array] = lambda name, x: jax.device_put(x),
+  put: Callable[[str, np.ndarray], jax.Array] | None = None,
   product: str = "xla",
 ) -> Transformer:
   """A model with the given `params`, named as in `arrays.param_shapes` ("layers.0.attn.q.kernel").
@@ -69,8 +70,8 @@ def from_params(
     fused: return the fused form of `transformer.Transformer`; `params` are those of the other one.
     weights: a key of `quantise.FORMATS`: linear layers and a separate head get kernels in 8 bits, and `kernel_scale`;
       `dtype` stays that of embeddings and of products. Not with `stacked`.
-    put: (name, array) -> the array on its devices; called for each array before the next one is read. The
-      default does not copy if host and device share memory.
+    put: (name, array) -> the array on its devices; called for each array before the next one is read. Without it
+      arrays go to the default device, and are not copied if host and device share memory.
     product: the matrix product of all linear modules, a key of `products.PRODUCTS`; training needs "xla".
 
   Raises:
@@ -86,6 +87,7 @@ def from_params(
       if weights:
         module.in_8_bits(FORMATS[weights].dtype)
   graph, state = nnx.split(model)
+  put = put or (lambda name, x: jax.device_put(x))
   left = set(params)
   scales: dict[str, np.ndarray] = {}  # of kernels that have been stored, by the name of their array
 
@@ -149,6 +151,7 @@ def for_decoding(
   product: str = "xla",
   fused: bool = True,
   weights: str = "",
+  mesh: Mesh | None = None,
 ) -> Transformer:
   """The form that decodes fastest: updates merged, tags in the embedding table, head untied and stored as [D,
   V], layers fused.
@@ -156,10 +159,12 @@ def for_decoding(
   A separate head costs V x D weights of memory; a product with the transposed embedding would cost a
   transposition in each step. `product` is the matrix product of all linear modules, a key of
   `products.PRODUCTS`; `fused` says whether layers have the fused form, `weights` in which 8 bits matrices are stored
-  ("": in `dtype`). Raises as `from_params`.
+  ("": in `dtype`). On a `mesh` each array is put where it belongs (`model.sharding`) before the next one is read.
+  Raises as `from_params`.
   """
   merged = Merged(config, params, adapter, untied=True)
-  return from_params(merged.config, merged, dtype, fused=fused, weights=weights, product=product)
+  put = None if mesh is None else partial(shard_put_array, mesh)
+  return from_params(merged.config, merged, dtype, fused=fused, weights=weights, put=put, product=product)
 
 
 def to_params(model: Transformer, *, updates: bool = True) -> dict[str, jax.Array]:

@@ -120,7 +120,7 @@ def test_processes_say_who_they_are(given, words):
   ("trainable.layers.mlp.down.kernel", (28, 128, 64), (None, "tensor", "fsdp")),
   ("optimiser.1.0.mu.layers.attn.o.lora_b", (28, 16, 64), (None, None, "fsdp")),
   ("layers.3.attn.qkv.kernel", (576, 4, 320), ("fsdp", "tensor", None)),  # the fused form, which decodes
-  ("layers.3.attn.qkv.kernel", (576, 1, 320), ("fsdp", None, None)),  # one key-value head
+  ("layers.3.attn.qkv.kernel", (576, 1, 320), ("fsdp", None, "tensor")),  # one key-value head
   ("layers.3.attn.qkv.bias", (4, 320), ("tensor", None)),
   ("layers.3.mlp.gate_up.kernel", (576, 2, 1536), ("fsdp", None, "tensor")),
   ("layers.mlp.gate_up.kernel", (28, 576, 2, 1536), (None, "fsdp", None, "tensor")),
