@@ -137,10 +137,10 @@ def compile_ahead(config: Config, values: flags.FlagValues) -> None:
   del values
   import jax
 
-  from pasta_jax.train.ahead import compile_steps
+  from pasta_jax.train import ahead
 
   jax.config.update("jax_platforms", "cpu")
-  compile_steps(config)
+  ahead.compile_ahead(config)
 
 
 MODES: dict[str, Callable[[Config, flags.FlagValues], None]] = {
@@ -166,7 +166,7 @@ flags.DEFINE_enum(
   list(MODES),
   "what to do; pilot: eval with thresholds and an exit code; report: write eval's report again; annotate: "
   "turn responses into training data; build: make a data set of them; export: write the model for other "
-  "engines; compile: compile the training steps for a TPU slice you do not have",
+  "engines; compile: compile training and decode steps for a TPU slice or a GPU you do not have",
 )
 config_flags.DEFINE_config_file(
   "config",

@@ -203,7 +203,7 @@ def test_one_rule_for_every_path(monkeypatch):
     ({"judge.kind": "structure"}, "judge.kind must be one of openai, gemini, batch"),
     ({"annotate.timeout": 0.0}, "annotate.timeout must be above 0"),
     ({"dataset.validation_share": 1.0}, r"dataset.validation_share must be in \[0, 1\)"),
-    ({"compile.stages": "decode"}, "compile.stages takes train, preference, not 'decode'"),
+    ({"compile.stages": "sample"}, "compile.stages takes train, preference, prefill, decode, not 'sample'"),
     ({"export.form": "gguf"}, "export.form must be one of merged, peft"),
   ],
 )  # fmt: skip
@@ -225,7 +225,7 @@ def test_choices_are_what_is_implemented():
   assert set(sections.REMAT) == set(transformer.REMAT)
   assert set(sections.SCORES) == {*SPEEDUPS, "clock"}
   assert set(sections.PROVIDERS) == {*endpoint._URLS, endpoint.BATCH}
-  assert tuple(ahead.TASKS) == sections.TRAINING_STAGES
+  assert (*ahead.TASKS, "prefill", "decode") == sections.PROGRAMS
   assert PositionRule() == PositionRule(**vars(Config().positions))
 
 

@@ -52,6 +52,12 @@ def each_of(choices: tuple[str, ...]) -> Rule:
   return lambda xs: next((f"takes {', '.join(choices)}, not {x!r}" for x in xs if x not in choices), "")
 
 
+def each_between(low: float, high: float) -> Rule:
+  """For lists of different numbers, of one at least."""
+  good = lambda xs: len(xs) > 0 and len(set(xs)) == len(xs) and all(low <= x <= high for x in xs)
+  return lambda xs: "" if good(xs) else f"takes different numbers from {low} to {high}, not {list(xs)}"
+
+
 LARGEST = 2**31 - 1  # integer: arrays on devices have 32 bits
 ALWAYS, PROMISES, NEVER = "always", "with promises", "never"  # when results depend on a field
 

@@ -14,6 +14,7 @@ from pasta_jax.config.fields import (
   above,
   at_least,
   between,
+  each_between,
   each_of,
   one_of,
   setting,
@@ -43,7 +44,7 @@ PRODUCTS = ("xla",)  # matrix products of decoding (model.products)
 LOSSES = ("bonbon", "ipo", "dpo")  # of preference optimisation (train.losses)
 SCORES = ("delivered", "theoretical", "parallelism", "arithmetic", "harmonic", "clock")  # preference.score
 STAGES = ("sample", "judge", "train", "eval")  # of preference optimisation (preference.rounds)
-TRAINING_STAGES = ("train", "preference")  # that can be compiled ahead of time (train.ahead)
+PROGRAMS = ("train", "preference", "prefill", "decode")  # that can be compiled ahead of time (train.ahead)
 JUDGES = ("local", "llm")  # of evaluation (judges.registry)
 DECODINGS = ("parallel", "sequential", "skeleton")  # of a system that is evaluated
 PROVIDERS = (
@@ -517,10 +518,18 @@ class Dataset(Section):
 
 @dataclasses.dataclass(frozen=True)
 class Compile(Section):
-  """--mode=compile: training steps for a TPU slice you do not have (train.ahead)."""
+  """--mode=compile: steps for a TPU slice or a GPU you do not have (train.ahead, decode.ahead)."""
 
-  topology: str = "v5e:2x2"
-  stages: tuple[str, ...] = setting(("train",), each_of(TRAINING_STAGES))
+  topology: str = "v5e:2x2"  # or a GPU of utils.topology
+  stages: tuple[str, ...] = setting(("train",), each_of(PROGRAMS))
+  branches: tuple[int, ...] = setting(
+    (8,), each_between(1, 256)
+  )  # decode: of a request, a program for each number
+  requests: tuple[int, ...] = setting(
+    (1,), each_between(1, 4096)
+  )  # decode: at once, a program for each number
+  pool: int = setting(4096, between(128, 2**20))  # decode: entries of a request's key-value pool
+  prompt: int = setting(512, between(1, 2**20))  # prefill: tokens
 
 
 @dataclasses.dataclass(frozen=True)

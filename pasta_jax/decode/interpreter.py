@@ -192,6 +192,14 @@ class Interpreter:
     """The batch of these rows; a row may be taken more than once."""
     return self._take(batch, np.asarray(rows, np.int32))
 
+  def trace_prefill(self, *args, **shape) -> Any:
+    """`jax.stages.Traced` of the prefill for shapes in place of arrays (`decode.ahead`)."""
+    return on_mesh(self.mesh, self._programs[0].trace)(*args, **shape)
+
+  def trace_segment(self, *args, batch: bool, **shape) -> Any:
+    """The same of a segment, or of a batch's."""
+    return on_mesh(self.mesh, self._programs[2 if batch else 1].trace)(*args, **shape)
+
   def compiled(self) -> int:
     """The number of programs compiled so far."""
     return sum(f._cache_size() for f in self._programs)

@@ -6,36 +6,46 @@ replicated where there are fewer heads than devices, or they cannot be divided. 
 its threads do.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
 from pasta_jax.decode.state import KVPool, State
-from pasta_jax.model.sharding import constrain_axes
+from pasta_jax.model.sharding import constrain_axes, fitting
 from pasta_jax.model.transformer import Attend
+
+
+def specs(tree: Any, sizes: Mapping[str, int], *, batch: bool = False) -> Any:
+  """The PartitionSpec of every array of a state, or of states and their sampling in a `batch`, whose every leaf has a
+  leading axis of requests; `sizes` are those of the mesh."""
+  lead = ("data",) if batch else ()
+
+  def spec(x, *axes: str | None) -> PartitionSpec:
+    axes = (*lead, *axes)
+    return PartitionSpec(*fitting((*axes, *[None] * (x.ndim - len(axes))), x.shape, sizes))
+
+  of_pool = lambda pool: jax.tree.map(lambda x: spec(x, "tensor"), pool)
+  is_pool = lambda x: isinstance(x, KVPool)
+  return jax.tree.map(lambda x: of_pool(x) if is_pool(x) else spec(x), tree, is_leaf=is_pool)
 
 
 def constrain_one(state: State) -> State:
   """A traced state of one request: what a program returns lies where it lay before."""
-  return _constrain(state, ())
+  return _constrain(state, batch=False)
 
 
 def constrain_batch(batch: Any) -> Any:
-  """The same for states, or states and sampling, whose every leaf has a leading axis of requests."""
-  return _constrain(batch, ("data",))
+  """The same for the requests of a batch."""
+  return _constrain(batch, batch=True)
 
 
-def _constrain(tree: Any, lead: tuple[str, ...]) -> Any:
-  if jax.sharding.get_abstract_mesh().size <= 1:
+def _constrain(tree: Any, *, batch: bool) -> Any:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size <= 1:
     return tree
-  whole = lambda x: constrain_axes(x, *lead, *[None] * (x.ndim - len(lead)))
-  heads = lambda x: constrain_axes(x, *lead, "tensor", *[None] * (x.ndim - len(lead) - 1))
-  return jax.tree.map(
-    lambda x: jax.tree.map(heads if isinstance(x, KVPool) else whole, x),
-    tree,
-    is_leaf=lambda x: isinstance(x, KVPool),
-  )
+  return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs(tree, mesh.shape, batch=batch))
 
 
 def on_heads(attend: Attend) -> Attend:

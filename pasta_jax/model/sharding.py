@@ -115,14 +115,14 @@ def spec(name: str, shape: Sequence[int], sizes: Mapping[str, int]) -> Partition
   """How an array is sharded, by the first rule for its name whose axes all divide their dimensions; otherwise by the
   first one, without the axes of the mesh (`sizes`) that do not."""
   rules = [axes for rule, axes in _RULES if re.search(rf"(^|\.){rule}$", name) and len(axes) <= len(shape)]
-  fitted = [(axes, _fitting(axes, shape[len(shape) - len(axes) :], sizes)) for axes in rules]
+  fitted = [(axes, fitting(axes, shape[len(shape) - len(axes) :], sizes)) for axes in rules]
   if not fitted:
     return PartitionSpec()
   _, best = next((f for f in fitted if list(f[0]) == f[1]), fitted[0])
   return PartitionSpec(*[None] * (len(shape) - len(best)), *best)
 
 
-def _fitting(axes: Sequence[_Axes], shape: Sequence[int], sizes: Mapping[str, int]) -> list[_Axes]:
+def fitting(axes: Sequence[_Axes], shape: Sequence[int], sizes: Mapping[str, int]) -> list[_Axes]:
   """The axes, with None in place of those that do not divide their dimension."""
   parts = lambda axis: math.prod(sizes[a] for a in ((axis,) if isinstance(axis, str) else axis))
   return [axis if axis and n % parts(axis) == 0 else None for axis, n in zip(axes, shape)]
@@ -170,7 +170,7 @@ def constrain_rows(x: jax.Array, *axes: str | None) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size <= 1:
     return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *_fitting(axes, x.shape[1:], mesh.shape)))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *fitting(axes, x.shape[1:], mesh.shape)))
 
 
 def constrain_axes(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -179,7 +179,7 @@ def constrain_axes(x: jax.Array, *axes: str | None) -> jax.Array:
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.size <= 1:
     return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*_fitting(axes, x.shape, mesh.shape)))
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting(axes, x.shape, mesh.shape)))
 
 
 def divides(axis: str, n: int) -> bool:

@@ -33,10 +33,11 @@ from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.sharding import AXES, make_mesh, shard_put_batch
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.train.attention import make_attend, mask_of
-from pasta_jax.train.flops import chip, step_flops
+from pasta_jax.train.flops import step_flops
 from pasta_jax.train.sft import SFT
 from pasta_jax.train.state import make_model
 from pasta_jax.train.trainer import Trainer
+from pasta_jax.utils.chips import chip
 from pasta_jax.utils.jsonl import read_jsonl
 from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
 

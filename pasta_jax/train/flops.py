@@ -1,28 +1,6 @@
-"""FLOPs of a training step and peak FLOP/s of chips, for model FLOPs utilisation (Chowdhery et al. 2022)."""
-
-from typing import NamedTuple
+"""FLOPs of a training step, for model FLOPs utilisation (Chowdhery et al. 2022)."""
 
 from pasta_jax.model.config import ModelConfig
-
-
-class Chip(NamedTuple):
-  """Dense bfloat16 FLOP/s and bytes of memory, as the vendors state them."""
-
-  peak: float
-  memory: float
-
-
-# By prefix of `jax.Device.device_kind`.
-_CHIPS = {
-  "TPU v4": Chip(275e12, 32e9), "TPU v5 lite": Chip(197e12, 16e9), "TPU v5e": Chip(197e12, 16e9),
-  "TPU v5": Chip(459e12, 95e9), "TPU v6 lite": Chip(918e12, 32e9), "TPU v6e": Chip(918e12, 32e9),
-  "NVIDIA A100": Chip(312e12, 80e9), "NVIDIA H100": Chip(989e12, 80e9), "NVIDIA H200": Chip(989e12, 141e9),
-}  # fmt: skip
-
-
-def chip(kind: str) -> Chip | None:
-  """The chip of a `jax.Device.device_kind`; None for CPUs and chips that are not listed."""
-  return next((_CHIPS[name] for name in sorted(_CHIPS, key=len, reverse=True) if kind.startswith(name)), None)
 
 
 def matmul_parameters(c: ModelConfig) -> int:

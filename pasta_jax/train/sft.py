@@ -25,7 +25,6 @@ from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.transformer import Transformer, set_matmul_precision
 from pasta_jax.train.attention import DeviceBatch
 from pasta_jax.train.checkpoints import START, TEACHER
-from pasta_jax.train.flops import chip
 from pasta_jax.train.loop import checked_workdir
 from pasta_jax.train.losses import length_targets, sft_loss
 from pasta_jax.train.metrics import last_scalars
@@ -33,6 +32,7 @@ from pasta_jax.train.state import TrainState, make_model
 from pasta_jax.train.teacher import Teacher
 from pasta_jax.train.trainer import Sums, Task, Trainer, training_mesh
 from pasta_jax.utils import distributed
+from pasta_jax.utils.chips import chip
 from pasta_jax.weights.adapter import (
   form_of,
   has_tags,

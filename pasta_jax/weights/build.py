@@ -43,10 +43,17 @@ def _parts(name: str, array: Any, config: ModelConfig) -> dict[str, tuple[Any, t
   return {".".join((*path, part, kind)): (x, shape(x)) for part, x in zip(FUSED[module], split)}
 
 
-def abstract(config: ModelConfig, dtype: Any, *, stacked: bool = False, fused: bool = False) -> Transformer:
-  """The model with `jax.ShapeDtypeStruct` in place of arrays."""
+def abstract(
+  config: ModelConfig, dtype: Any, *, stacked: bool = False, fused: bool = False, weights: str = ""
+) -> Transformer:
+  """The model with `jax.ShapeDtypeStruct` in place of arrays; the arguments are those of `from_params`."""
   make = lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, fused=fused)
-  return nnx.eval_shape(lambda: stack(make()) if stacked else make())
+  model = nnx.eval_shape(lambda: stack(make()) if stacked else make())
+  if weights:
+    for _, module in nnx.iter_modules(model):
+      if isinstance(module, Linear):
+        module.in_8_bits(FORMATS[weights].dtype)
+  return model
 
 
 def from_params(
@@ -80,12 +87,10 @@ def from_params(
   """
   check_product(product)
   check_weights(weights)
-  model = abstract(config, dtype, stacked=stacked, fused=fused)
+  model = abstract(config, dtype, stacked=stacked, fused=fused, weights=weights)
   for _, module in nnx.iter_modules(model):
     if isinstance(module, Linear):
       module.product = product
-      if weights:
-        module.in_8_bits(FORMATS[weights].dtype)
   graph, state = nnx.split(model)
   put = put or (lambda name, x: jax.device_put(x))
   left = set(params)

@@ -16,7 +16,9 @@ TESTS = Path(__file__).parents[1]  # as a script
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from flax import nnx  # noqa: E402
 
 from helpers import tiny  # noqa: E402
 from pasta_jax.config import Config, with_changes  # noqa: E402
@@ -24,7 +26,8 @@ from pasta_jax.decode.generator import Model  # noqa: E402
 from pasta_jax.decode.interpreter import Interpreter  # noqa: E402
 from pasta_jax.decode.scheduler import Scheduler, decode  # noqa: E402
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures  # noqa: E402
-from pasta_jax.model.sharding import AXES, make_mesh, shard_put  # noqa: E402
+from pasta_jax.model.sharding import AXES, make_mesh  # noqa: E402
+from pasta_jax.weights import build  # noqa: E402
 
 # data, fsdp, tensor
 SHAPES = [(8, 1, 1), (4, 1, 2), (2, 1, 4), (1, 1, 8), (2, 2, 2), (1, 8, 1)]
@@ -46,13 +49,14 @@ def tiny_programs(
   mesh = None if shape is None else make_mesh(dict(zip(AXES, shape)))
   limits = dataclasses.replace(LIMITS, steps_per_look=steps_per_look)
   features = StepFeatures(visibility=visibility)
-  it = Interpreter(tiny.model(config), tiny.VOCABULARY, limits, features, mesh)
+  blank = build.abstract(config, jnp.float32, fused=True)
+  it = Interpreter(blank, tiny.VOCABULARY, limits, features, mesh)
   found = []
   for seed in range(n):
-    weights = tiny.weights(seed)
-    if config is ONE_HEAD:
-      weights = tiny.other_family(config, weights)[1]
-    it.params = weights if mesh is None else shard_put(mesh, weights)
+    params = build.to_params(nnx.merge(tiny.GRAPH, tiny.weights(seed)))
+    kept = config.n_kv_heads * config.head_dim
+    params = {k: x[:, :kept] if k.split(".")[-2] in ("k", "v") else x for k, x in params.items()}
+    it.params = nnx.split(build.for_decoding(config, params, None, jnp.float32, mesh=mesh))[1]
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(1, 26, rng.integers(1, 9)).tolist() for _ in range(8)]
     found.append(lines(decode(it, prompts[0])))

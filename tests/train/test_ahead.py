@@ -20,8 +20,9 @@ from pasta_jax.data.packing import PackedBatches
 from pasta_jax.data.pairs import PairBatches, PreferencePair
 from pasta_jax.model.sharding import AXES
 from pasta_jax.train import ahead
-from pasta_jax.train.flops import chip, matmul_parameters, step_flops
+from pasta_jax.train.flops import matmul_parameters, step_flops
 from pasta_jax.train.state import abstract_model
+from pasta_jax.utils.chips import chip
 from pasta_jax.weights.arrays import param_shapes
 
 ROOT = Path(__file__).parents[2]
@@ -57,12 +58,6 @@ def test_chips():
   assert chip("NVIDIA H100 80GB HBM3").peak == 989e12 and chip("cpu") is None  # type: ignore[union-attr]
 
 
-def test_an_architecture_is_enough():
-  model = ahead.model_config(GEMMA)
-  assert (model.d_model, model.vocab_size, model.n_layers) == (3072, 256_000, 28) and len(model.tag_ids) == 6
-  assert ahead.model_config("tiny").n_layers > 0
-
-
 def test_abstract_steps_are_those_that_train():
   """Names, shapes and types of all arrays of a real run."""
   from pasta_jax.train.state import make_model
@@ -86,7 +81,7 @@ def test_abstract_batches_are_those_that_are_packed():
   example = example_of(0, 40)
   rows = PackedBatches([example], batch_size=2, length=64, levels=1, seed=0)(0).as_dict()
   pairs = PairBatches([PreferencePair(example, example)], rows=2, length=128, levels=1, seed=0)(0)
-  start, model = from_flags(tiny.get_config()), ahead.model_config("tiny")
+  start, model = from_flags(tiny.get_config()), ahead.architecture("tiny")[0]
   mesh = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
   for stage, real in (("train", rows), ("preference", pairs)):
     changes = {"batch_size": 2, "length": real["tokens"].shape[1], "grad_accum_steps": 3}
@@ -101,8 +96,6 @@ def test_abstract_batches_are_those_that_are_packed():
 
 
 def test_what_cannot_be_compiled():
-  with pytest.raises(ValueError, match="compile.stages takes train, preference, not 'decode'"):
-    ahead.compile_steps(with_changes(Config(), {"compile.stages": "train,decode"}))
   for field, value, message in (
     ("remat", "ful", "train.remat must be one of"),
     ("grad_accum_steps", 0, "must be 1 or more"),
@@ -110,9 +103,9 @@ def test_what_cannot_be_compiled():
     ("dtype", "float16", "train.dtype must be one of float32, bfloat16"),
   ):
     with pytest.raises(ValueError, match=message):
-      ahead.compile_steps(with_changes(Config(), {f"train.{field}": value}))
-  with pytest.raises(ValueError, match="compile.topology='nowhere' is not available .*libtpu is needed"):
-    ahead.topology("nowhere")
+      ahead.compile_ahead(with_changes(Config(), {f"train.{field}": value}))
+  with pytest.raises(ValueError, match="compile.topology=h100 is for stages that decode"):
+    ahead.compile_ahead(with_changes(Config(), {"compile.topology": "h100"}))
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="the TPU compiler is not installed")

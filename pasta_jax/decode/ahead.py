@@ -1,0 +1,255 @@
+"""Compiles the programs that decode for a TPU slice or a GPU you do not have: do they fit, and what does a step move?
+
+A decode step reads all weights and pools once: no step can be faster than the memory reads these bytes. What a compiled
+step moves beyond them, how many kernels it runs and what its devices send each other, is read from the compiler's
+result (`utils.hlo`). Weights are not read.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from rich.table import Column, Table
+
+from pasta_jax.config.sections import formats
+from pasta_jax.decode.interpreter import Interpreter
+from pasta_jax.decode.placement import specs
+from pasta_jax.decode.sampling import as_arrays
+from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures, padded_length
+from pasta_jax.lang import forms
+from pasta_jax.lang.automaton import LENGTHS
+from pasta_jax.lang.forms import Forms
+from pasta_jax.lang.syntax import TAG_TEXTS
+from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model.config import ModelConfig
+from pasta_jax.model.sharding import AXES, mesh_shape, shardings
+from pasta_jax.model.transformer import set_matmul_precision
+from pasta_jax.utils.chips import chip
+from pasta_jax.utils.hlo import Module
+from pasta_jax.utils.terminal import as_text
+from pasta_jax.utils.topology import GPUS, compile_for, topology
+from pasta_jax.weights import build
+from pasta_jax.weights.checkpoint import load_checkpoint
+from pasta_jax.weights.hf_config import read_config
+
+STEPS_PER_LOOK = 8  # of the compiled loop
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledDecoding:
+  """The compiler's figures for a program; bytes are per chip."""
+
+  name: str
+  weights: int
+  pools: int
+  temporary: int  # upper bound: includes gaps and buffers in faster memory
+  memory: float  # of the chip, as its vendor states it
+  needed: int  # weights that a step multiplies by, and pools
+  moved: int  # by a step, or by a prefill
+  seconds: float  # to read what is needed at the chip's bandwidth
+  kernels: int  # of a step, or of a prefill
+  by_opcode: collections.Counter
+  collectives: dict[str, tuple[int, int]]  # kind -> (number, bytes), of a step or of a prefill
+  compiling: float  # seconds
+
+  @property
+  def share(self) -> float:
+    """Of the bytes that are moved, those that have to be: the share of the roofline that is within reach."""
+    return self.needed / self.moved
+
+
+def compile_decoding(config, stages: Sequence[str]) -> list[CompiledDecoding]:
+  """Compiles prefill, and a loop of decode steps for each of `config.compile.branches` x `requests`, and prints a
+  table. Raises ValueError as `topology` and `compile_for`, or if requests cannot be divided over the mesh."""
+  if not stages:
+    return []
+  dtype, weights = formats(config.decode.dtype)
+  mesh = mesh_of(config)
+  set_matmul_precision(dtype, "tpu")
+  form = forms.from_config(config)
+  model, vocabulary = architecture(config.model.source, form)
+  make = lambda: build.abstract(untied(model), jnp.dtype(dtype), fused=True, weights=weights)
+  found, c = [], config.compile
+  if "prefill" in stages:
+    found.append(_prefill(config, make(), vocabulary, form, mesh))
+  if "decode" in stages:
+    for requests in c.requests:
+      for branches in c.branches:
+        found.append(_decode(config, make(), vocabulary, form, mesh, branches, requests))
+  _print(f"{c.topology}, {mesh.size} x {mesh.devices.flat[0].device_kind}", found)
+  return found
+
+
+def mesh_of(config) -> Mesh:
+  """`config.mesh` over the devices of `config.compile.topology`. Raises ValueError as `topology` and `mesh_shape`."""
+  devices = topology(config.compile.topology)
+  shape = mesh_shape(vars(config.mesh), len(devices))
+  return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+class _NoTokenizer:
+  """Stands in for the tokenizer of an architecture without one: which tokens are digits changes no shape."""
+
+  special_ids: frozenset[int] = frozenset()
+
+  def __init__(self, size: int):
+    self.vocab_size, self.eos_id = size, size - 1
+
+  def token_bytes(self, token: int) -> bytes:
+    return b"token"
+
+  def digit_values(self) -> dict[int, tuple[int, int]]:
+    return {self.eos_id - 1: (1, 10)}
+
+
+def architecture(source: str, form: Forms = Forms()) -> tuple[ModelConfig, Vocabulary]:
+  """Of a config.json alone, or of any source that `load_checkpoint` takes, with the vocabulary rows of `form`'s
+  promises."""
+  path = Path(source).expanduser()
+  if path.suffix != ".json":
+    checkpoint = load_checkpoint(source).speaking(form)
+    return checkpoint.config, checkpoint.vocabulary
+  config, tags = read_config(path), len(TAG_TEXTS)
+  ids = tuple(range(tags + (len(LENGTHS) if form.number == "token" else 0)))  # any rows: all cost the same
+  tokenizer: Any = _NoTokenizer(config.vocab_size)
+  vocabulary = Vocabulary(tokenizer, None, ids[:tags], form.promise, form.number, ids[tags:])
+  return dataclasses.replace(config, tag_ids=ids), vocabulary
+
+
+def untied(config: ModelConfig) -> ModelConfig:
+  """The architecture in the form that decodes (`build.for_decoding`): tags are rows of the vocabulary."""
+  size = max(config.vocab_size, *(i + 1 for i in config.tag_ids)) if config.tag_ids else config.vocab_size
+  return dataclasses.replace(config, vocab_size=size, tie_embeddings=False)
+
+
+def _interpreter(config, model, vocabulary, form: Forms, mesh: Mesh, branches: int) -> Interpreter:
+  d, kind = config.decode.resolved({}), config.decode.attention
+  limits = Limits(
+    max_new_tokens=d.max_new_tokens, max_threads=d.max_threads, max_depth=d.max_depth, max_topic=d.max_topic,
+    branch_widths=(branches,), kv_buckets=(config.compile.pool,),
+    steps_per_look=d.steps_per_look or STEPS_PER_LOOK,
+  )  # fmt: skip
+  features = StepFeatures(
+    rule=form.positions, visibility=form.visibility, promise=form.promise, number=form.number,
+    guard=d.guard, no_repeat=d.no_repeat, attention="xla" if kind == "auto" else kind, length=d.length,
+  )  # fmt: skip
+  return Interpreter(model, vocabulary, limits, features, mesh)
+
+
+def _on(mesh: Mesh, tree: Any, where: Any = None) -> Any:
+  """Shapes of arrays with their shardings: by `where`, or replicated."""
+  where = where if where is not None else jax.tree.map(lambda x: PartitionSpec(), tree)
+  put = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+  return jax.tree.map(put, tree, where)
+
+
+def _weights(it: Interpreter, mesh: Mesh) -> Any:
+  where = shardings(mesh, it.params)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), it.params, where)
+
+
+def _prompt(mesh: Mesh, tokens: int) -> tuple:
+  """Shapes of a prefill's arguments after the weights: tokens, their number, a seed."""
+  i, u = jnp.int32, jnp.uint32
+  return _on(mesh, tuple(jax.ShapeDtypeStruct(s, t) for s, t in (((tokens,), i), ((), i), ((), u))))
+
+
+def _prefill(config, model, vocabulary, form: Forms, mesh: Mesh) -> CompiledDecoding:
+  it = _interpreter(config, model, vocabulary, form, mesh, 8)
+  params, prompt = _weights(it, mesh), _prompt(mesh, padded_length(config.compile.prompt))
+  capacity = max(it.limits.capacities[-1], prompt[0].shape[0])
+  lower = lambda: it.trace_prefill(params, *prompt, capacity=capacity)
+  return _figures(config, f"prefill of {prompt[0].shape[0]}", mesh, lower, params, None)
+
+
+def _decode(
+  config, model, vocabulary, form: Forms, mesh: Mesh, branches: int, requests: int
+) -> CompiledDecoding:
+  it = _interpreter(config, model, vocabulary, form, mesh, branches)
+  if requests > 1 and requests % mesh.shape["data"]:
+    raise ValueError(
+      f"compile.requests={requests} cannot be divided over mesh.data={mesh.shape['data']}: choose a multiple"
+    )
+  params, counts = _weights(it, mesh), _on(mesh, jax.ShapeDtypeStruct((), jnp.int32))
+  state = it.trace_prefill(params, *_prompt(mesh, 128), capacity=config.compile.pool).out_info
+  sampling = jax.eval_shape(lambda: as_arrays(SamplingConfig()))
+  batch = requests > 1
+  if batch:
+    several = lambda x: jax.ShapeDtypeStruct((requests, *x.shape), x.dtype)
+    state, sampling = jax.tree.map(several, (state, sampling))
+  state = _on(mesh, state, specs(state, mesh.shape, batch=batch))
+  sampling = _on(mesh, sampling, specs(sampling, mesh.shape, batch=batch))
+  shape = dict(width=branches, features=it.features, look=it.limits.steps_per_look)
+  numbers = (counts, counts) if batch else (counts,)
+  lower = lambda: it.trace_segment(params, state, sampling, *numbers, batch=batch, **shape)
+  name = f"{branches} branch{'es' * (branches > 1)}" + f", {requests} requests" * batch
+  return _figures(config, name, mesh, lower, params, state.pool)
+
+
+def _figures(config, name: str, mesh: Mesh, trace, params: Any, pool: Any) -> CompiledDecoding:
+  """Compiles what `trace` returns: a loop over steps, or, without a `pool`, a prefill."""
+  platform = "cuda" if config.compile.topology in GPUS else "tpu"
+  started = time.perf_counter()
+  lowered = trace().lower(lowering_platforms=(platform,))
+  compiled = compile_for(
+    config.compile.topology,
+    lowered,
+    name,
+    "fewer requests, a smaller pool, 8-bit weights or more chips may fit",
+  )
+  module, memory = Module.parse(compiled.as_text()), compiled.memory_analysis()
+  part = module.entry
+  if pool is not None:
+    bodies = [module.body(i) for i in module.loops(module.body(module.loops()[0]))]
+    part = max(bodies, key=lambda body: sum(module.kernels(body).values()))  # a sort may be a loop, too
+  held = lambda tree: sum(_shard_bytes(x) for x in jax.tree.leaves(tree))
+  weights, pools = held(params), held(pool)
+  needed = weights - held(nnx.to_pure_dict(params)["embed"]) + pools
+  kind, kernels = chip(mesh.devices.flat[0].device_kind), module.kernels(part)
+  return CompiledDecoding(
+    name=name,
+    weights=weights,
+    pools=pools,
+    temporary=memory.temp_size_in_bytes,
+    memory=kind.memory if kind else float("nan"),
+    needed=needed,
+    moved=module.bytes(part),
+    seconds=needed / kind.bandwidth if kind else float("nan"),
+    kernels=sum(kernels.values()),
+    by_opcode=kernels,
+    collectives=module.collectives(part),
+    compiling=time.perf_counter() - started,
+  )
+
+
+def _shard_bytes(x: jax.ShapeDtypeStruct) -> int:
+  assert x.sharding is not None
+  return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+
+
+def _print(title: str, found: Sequence[CompiledDecoding]) -> None:
+  """One row a program: they may be many."""
+  columns = ("weights", "pools", "temp.", "needed", "moved", "share", "at best", "kernels", "sent")
+  table = Table("GiB a chip", *(Column(name, justify="right") for name in columns), title=as_text(title))
+  gib = lambda n: f"{n / 2**30:.2f}"
+  for f in found:
+    number, size = (sum(n) for n in zip((0, 0), *f.collectives.values()))
+    table.add_row(
+      f.name, gib(f.weights), gib(f.pools), gib(f.temporary), gib(f.needed), gib(f.moved), f"{f.share:.0%}",
+      f"{f.seconds * 1e3:.2f} ms", f"{f.kernels:,}", f"{number}: {size / 2**20:.1f} MiB" if number else "",
+    )  # fmt: skip
+  rich.print(table)
+  rich.print(
+    f"a chip has {gib(found[0].memory)} GiB; needed: weights and pools, which its memory reads at best in that time; "
+    "moved: what a compiled step reads and writes; sent: collectives. Kernels, moved and sent are those of one step, "
+    "or of the prefill."
+  )
