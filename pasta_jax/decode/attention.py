@@ -5,24 +5,30 @@ key-value pool; batch decoding adds a `jax.vmap` over requests, each with a pool
 `make_decode_attend` makes the attention of one branch, `make_prefill_attend` that of a prompt. Both return an
 `Attend` (see `model.transformer`), which is called once per layer.
 
+xla        plain JAX
+tpu, gpu   the kernels of `decode.flash_decoding`
+auto       xla on every machine: the kernels' speed is not measured yet
+interpret  the TPU kernel, interpreted in plain JAX: slow, for tests on any machine
+
 To add a kernel for decode steps, write a function as `xla_decode` with the same contract, add it to `DECODE`,
 and its name to `config.sections.DECODE_ATTENTION`; for prefill, the same with `xla_prefill` and `PREFILL`. A
 kind that has no prefill of its own uses "xla" there. `--config.decode.attention=NAME` selects it, `_resolve`
 says what "auto" is on which machine. A kernel that should read the pool once for all branches defines its own
-batching rule (`jax.custom_batching.custom_vmap`): it then gets queries [W, K, G, H] and masks [W, P] with an
-unbatched pool. tests/decode/test_decode_attention.py compares every kind with float64.
+batching rule (`jax.custom_batching.custom_vmap`), as `flash_decoding` does: it then gets queries [W, K, G, H] and
+masks [W, P] with an unbatched pool. tests/decode/test_decode_attention.py compares every kind with float64.
 
 Letters: P pool entries, K key-value heads, G query heads per key-value head, H head width, T tokens of the
 padded prompt.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pasta_jax.decode.placement import on_heads
+from pasta_jax.decode.flash_decoding import flash_decode
 from pasta_jax.model.attention import (
   MASK_VALUE,
   causal_mask,
@@ -92,17 +98,26 @@ def xla_prefill(positions: jax.Array, config: ModelConfig, dtype: Any) -> Attend
   )
 
 
-DECODE: dict[str, Callable[[jax.Array, jax.Array | None, float], Attend]] = {"xla": xla_decode}
+DECODE: dict[str, Callable[[jax.Array, jax.Array | None, float], Attend]] = {
+  "xla": xla_decode,
+  "tpu": partial(flash_decode, "tpu"),
+  "gpu": partial(flash_decode, "gpu"),
+  "interpret": partial(flash_decode, "tpu", interpret=True),
+}
 PREFILL: dict[str, Callable[[jax.Array, ModelConfig, Any], Attend]] = {"xla": xla_prefill}
 KINDS = ("auto", *DECODE)
 
 
 def _resolve(kind: str) -> str:
-  """The kind that "auto" stands for on this machine, or `kind`. Raises ValueError for an unknown one."""
+  """The kind that "auto" stands for on this machine, or `kind`. Raises ValueError for an unknown one, or one
+  that this machine cannot run."""
   if kind == "auto":
     return "xla"
   if kind not in DECODE:
     raise ValueError(f"unknown attention {kind!r} for decoding: choose one of auto, {', '.join(DECODE)}")
+  here = jax.default_backend()
+  if kind in ("tpu", "gpu") and kind != here:
+    raise ValueError(f"decode.attention={kind} cannot run on this machine's {here}: leave it at auto")
   return kind
 
 
@@ -112,7 +127,7 @@ def make_decode_attend(
   """`attend` of one branch in a decode step, computed by `kind`, one of `KINDS`; see `xla_decode` for the
   contract. On a mesh, heads are sharded.
 
-  Raises ValueError for an unknown kind.
+  Raises ValueError for an unknown kind, or one that this machine cannot run.
   """
   return on_heads(DECODE[_resolve(kind)](visible, window_mask, softcap))
 
@@ -120,6 +135,6 @@ def make_decode_attend(
 def make_prefill_attend(kind: str, positions: jax.Array, config: ModelConfig, dtype: Any) -> Attend:
   """`attend` of a prefill, computed by `kind`, one of `KINDS`; see `xla_prefill` for the contract.
 
-  Raises ValueError for an unknown kind.
+  Raises ValueError for an unknown kind, or one that this machine cannot run.
   """
   return on_heads(PREFILL.get(_resolve(kind), xla_prefill)(positions, config, dtype))
