@@ -118,7 +118,7 @@ def _add(carry, q: jax.Array, keys: jax.Array, values: jax.Array, bits: jax.Arra
 
 def _on_tpu(softcap: float, interpret: bool, keys, values, mask, q, k, v):
   """Grid (B, blocks of heads, U, splits up to the last visible one). A split that nobody sees is not fetched: its
-  step names the split that is already there."""
+  step names the visible split before it, which is already there, or the first one."""
   pools, heads, width, entries = keys.shape
   branches, groups = q.shape[1], q.shape[3]
   block, split = _block("tpu", branches, groups), min(entries, _TPU_SPLIT)
@@ -129,8 +129,9 @@ def _on_tpu(softcap: float, interpret: bool, keys, values, mask, q, k, v):
   values = jnp.swapaxes(values, 2, 3) if across else values
   bits = _visibility(mask, block, split)
   blocks, splits, rows = bits.shape[1], bits.shape[2], groups * block
-  at = jnp.where(jnp.any(bits != 0, axis=-1), jnp.arange(splits, dtype=jnp.int32), 0)
-  place = jax.lax.cummax(at, axis=2)
+  visible = jnp.any(bits != 0, axis=-1)
+  first = jnp.argmax(visible, axis=2, keepdims=True).astype(jnp.int32)
+  place = jax.lax.cummax(jnp.where(visible, jnp.arange(splits, dtype=jnp.int32), first), axis=2)
 
   def of_rows(x):
     """[B, W, K, G or 1, H] -> [B, K, U, R, H]."""

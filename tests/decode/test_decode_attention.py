@@ -15,6 +15,7 @@ from pasta_jax.model.products import PRODUCTS
 
 CONFIG = ModelConfig(vocab_size=8, d_model=8, n_layers=1, n_heads=6, n_kv_heads=2, head_dim=16, d_ff=8)
 HEADS, GROUPS, WIDTH, ENTRIES = 2, 3, 16, 40
+RUNNABLE = [kind for kind in KINDS if kind not in ("tpu", "gpu") or kind == jax.default_backend()]
 
 
 def reference(q, keys, values, mask, softcap: float) -> np.ndarray:
@@ -42,30 +43,31 @@ def expected_context(cache, q, k, v, mask, softcap: float) -> np.ndarray:
   return reference(q, keys, values, np.append(mask, True), softcap)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUNNABLE)
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_decode_attention_equals_float64(kind: str, softcap: float, share: float):
+def test_decode_attention_equals_float64(kind: str, softcap: float):
   """Global and local layers, with the flag known or traced; nothing visible, some entries, all entries."""
   cache, q, k, v = random_branch(3)
   rng = np.random.default_rng(4)
-  visible, window = rng.random(ENTRIES) < share, rng.random(ENTRIES) < 0.5
-  for window_mask, local in ((None, False), (None, True), (window, False), (window, True)):
-    mask = visible & window_mask if window_mask is not None and local else visible
-    expected = expected_context(cache, q, k, v, mask, softcap)
 
-    def run(local, window_mask=window_mask):
-      given = None if window_mask is None else jnp.asarray(window_mask)
-      return make_decode_attend(kind, jnp.asarray(visible), given, softcap)(cache, q, k, v, local)
+  def run(visible, window_mask, local):
+    return make_decode_attend(kind, visible, window_mask, softcap)(cache, q, k, v, local)
 
-    for context, (own_k, own_v) in (jax.jit(lambda local=local, run=run: run(local))(), jax.jit(run)(local)):
-      assert context.dtype == jnp.float32
-      np.testing.assert_allclose(context, expected, atol=2e-6)
-      np.testing.assert_array_equal(own_k, k)
-      np.testing.assert_array_equal(own_v, v)
+  programs = jax.jit(run, static_argnums=2), jax.jit(run)
+  for share in (0.0, 0.4, 1.0):
+    visible, window = rng.random(ENTRIES) < share, rng.random(ENTRIES) < 0.5
+    for window_mask, local in ((None, False), (None, True), (window, False), (window, True)):
+      mask = visible & window_mask if window_mask is not None and local else visible
+      expected = expected_context(cache, q, k, v, mask, softcap)
+      for program in programs:
+        context, (own_k, own_v) = program(visible, window_mask, local)
+        assert context.dtype == jnp.float32
+        np.testing.assert_allclose(context, expected, atol=2e-6)
+        np.testing.assert_array_equal(own_k, k)
+        np.testing.assert_array_equal(own_v, v)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUNNABLE)
 def test_entries_that_are_not_visible_do_not_matter(kind: str):
   """Unused pool entries may contain anything finite, large scores included."""
   (keys, values), q, k, v = random_branch(5)
@@ -76,7 +78,7 @@ def test_entries_that_are_not_visible_do_not_matter(kind: str):
   np.testing.assert_array_equal(attend((far(keys, 0), far(values, 1)), q, k, v, False)[0], context)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUNNABLE)
 def test_decode_attention_in_bfloat16_adds_in_float32(kind: str):
   cache, q, k, v = random_branch(6, jnp.bfloat16)
   visible = np.arange(ENTRIES) % 3 > 0
@@ -88,7 +90,7 @@ def test_decode_attention_in_bfloat16_adds_in_float32(kind: str):
   np.testing.assert_allclose(context, expected_context(cache, *rounded, visible, 0.0), atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUNNABLE)
 @pytest.mark.parametrize("window, softcap", [(0, 0.0), (9, 0.0), (9, 2.0)])
 def test_prefill_attention_equals_float64(kind: str, window: int, softcap: float):
   length = 37
