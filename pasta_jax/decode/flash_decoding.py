@@ -229,17 +229,19 @@ def _on_gpu(softcap: float, interpret: bool, keys, values, mask, q, k, v):
   tiles_of = jnp.arange(split, dtype=jnp.int32) // tile
   first = jnp.min(jnp.where(bits != 0, tiles_of, split // tile), axis=-1)
   stop = jnp.max(jnp.where(bits != 0, tiles_of + 1, 0), axis=-1)  # at most `first` where nothing is visible
+  # One array, which XLA makes in one kernel: the queries of each key-value head, then its key, then its value.
+  token = jnp.concatenate([q, k[:, :, :, None], v[:, :, :, None]], axis=3).astype(keys.dtype)
 
-  def kernel(q, k, v, keys, values, bits, first, stop, out, lse):
+  def kernel(token, keys, values, bits, first, stop, out, lse):
     c = pl.program_id(3)
     row = jax.lax.iota(jnp.int32, size(rows))
     branch, group = row & (block - 1), row >> int(math.log2(block))
     branch = pl.program_id(2) * block + branch
     column = jax.lax.iota(jnp.int32, size(width))[None]
     inside = (row < rows)[:, None] & (branch < branches)[:, None] & (column < width)
-    load = lambda ref, *at: plgpu.load(ref.at[at], mask=inside, other=0.0).astype(keys.dtype)
-    queries = load(q, branch[:, None], group[:, None], column)
-    own = [load(ref, branch[:, None], column) for ref in (k, v)]
+    load = lambda of: plgpu.load(token.at[branch[:, None], of[:, None], column], mask=inside, other=0.0)
+    queries = load(group)
+    own = [load(jnp.full_like(group, groups + i)) for i in range(2)]
 
     def read(ref, start, shape):
       """A matrix from row and column `start` on, with zeros outside of the array."""
@@ -276,7 +278,6 @@ def _on_gpu(softcap: float, interpret: bool, keys, values, mask, q, k, v):
     parts = plgpu.load(contexts.at[c[:, None], column[None]], mask=used, other=0.0)
     plgpu.store(out.at[column], jnp.sum(parts * weights[:, None], axis=0), mask=column < width)
 
-  of_token = pl.BlockSpec((None, branches, None, width), lambda b, k, u, c: (b, 0, k, 0))
   number = pl.BlockSpec((None, None, None), lambda b, k, u, c: (b, u, c))
   parts = pl.pallas_call(
     kernel,
@@ -286,9 +287,7 @@ def _on_gpu(softcap: float, interpret: bool, keys, values, mask, q, k, v):
     ],
     grid=(pools, heads, blocks, splits),
     in_specs=[
-      pl.BlockSpec((None, branches, None, groups, width), lambda b, k, u, c: (b, 0, k, 0, 0)),
-      of_token,
-      of_token,
+      pl.BlockSpec((None, branches, None, groups + 2, width), lambda b, k, u, c: (b, 0, k, 0, 0)),
       pl.BlockSpec((None, None, width, entries), lambda b, k, u, c: (b, k, 0, 0)),
       pl.BlockSpec((None, None, entries, width), lambda b, k, u, c: (b, k, 0, 0)),
       pl.BlockSpec((None, None, None, split), lambda b, k, u, c: (b, u, c, 0)),
@@ -302,7 +301,7 @@ def _on_gpu(softcap: float, interpret: bool, keys, values, mask, q, k, v):
     interpret=interpret,
     compiler_params=plgpu.CompilerParams(num_warps=4 if rows <= 32 else 8, num_stages=2),
     name="decode_attention",
-  )(q, k, v, keys, values, bits, first, stop)
+  )(token, keys, values, bits, first, stop)
   row = lambda w, g: g * block + (w & (block - 1))
   return pl.pallas_call(
     combine,
