@@ -28,7 +28,7 @@ _WORD = 32  # branches in a word of visibility
 _LANES = 128
 _TPU_SPLIT = 512  # pool entries
 _TPU_BLOCK = 2**19  # bytes of keys that a grid step reads, if one head has fewer
-_GPU_TILE = 2**15  # bytes of keys that a program reads at once
+_GPU_TILE = 2**15  # bytes of keys that a program reads at once in bfloat16
 _GPU_PROGRAMS = 512  # at most, a few for each multiprocessor
 _GPU_SPLITS = 64  # at most: what fits into registers when they are combined
 
@@ -221,7 +221,8 @@ def _on_gpu(softcap: float, interpret: bool, keys, values, mask, q, k, v):
   blocks, rows = pl.cdiv(branches, block), groups * block
   # Triton requires shapes that are powers of two, and at least 16 in products.
   size = lambda n: max(16, pl.next_power_of_2(n))
-  tile = min(max(16, _GPU_TILE // (size(width) * keys.dtype.itemsize)), 128, size(entries))
+  # Products of float32 keep their operands in registers: more than 16 entries do not fit.
+  tile = 16 if keys.dtype == jnp.float32 else min(max(16, _GPU_TILE // (2 * size(width))), 128, size(entries))
   most = min(max(1, _GPU_PROGRAMS // (pools * heads * blocks)), _GPU_SPLITS)
   split = tile * pl.cdiv(pl.cdiv(entries, tile), most)
   bits = _visibility(mask, block, split)
