@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pasta_jax.decode.attention import DECODE, make_decode_attend
 from pasta_jax.decode.flash_decoding import flash_decode
@@ -138,7 +139,7 @@ def pallas_calls(jaxpr) -> list:
     if eqn.primitive.name == "pallas_call":
       found.append(eqn)
     else:
-      found += [call for inner in jax.core.jaxprs_in_params(eqn.params) for call in pallas_calls(inner)]
+      found += [call for inner in jaxprs_in_params(eqn.params) for call in pallas_calls(inner)]
   return found
 
 
@@ -170,9 +171,12 @@ def test_one_kernel_reads_a_pool_for_all_branches(platform: str, calls: int):
   ],
 )
 def test_kernels_lower(platform, lowered, calls, branches, heads, groups, width, entries, softcap, dtype):
-  run = jax.vmap(attend(platform, softcap, interpret=False), POOL_AXES)
-  text = jax.jit(run).trace(*shapes_of(branches, heads, groups, width, entries, dtype))
-  text = text.lower(lowering_platforms=(lowered,)).as_text()
+  run = jax.jit(jax.vmap(attend(platform, softcap, interpret=False), POOL_AXES))
+  device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+  there = AbstractMesh((1,), ("x",), abstract_device=device) if platform == "gpu" else AbstractMesh((), ())
+  with jax.sharding.use_abstract_mesh(there):
+    traced = run.trace(*shapes_of(branches, heads, groups, width, entries, dtype))
+    text = traced.lower(lowering_platforms=(lowered,)).as_text()
   assert text.count("tpu_custom_call" if platform == "tpu" else "__gpu$xla.gpu.triton") == calls
 
 
