@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.decode.flash_decoding import flash_decode
+from pasta_jax.decode.placement import on_heads
 from pasta_jax.model.attention import (
   MASK_VALUE,
   causal_mask,
@@ -108,16 +109,19 @@ PREFILL: dict[str, Callable[[jax.Array, ModelConfig, Any], Attend]] = {"xla": xl
 KINDS = ("auto", *DECODE)
 
 
+def check_kind(kind: str) -> None:
+  """Raises ValueError, one line, if this machine cannot run `kind`. A program of it can be compiled anywhere."""
+  here = jax.default_backend()
+  if kind in ("tpu", "gpu") and kind != here:
+    raise ValueError(f"decode.attention={kind} cannot run on this machine's {here}: leave it at auto")
+
+
 def _resolve(kind: str) -> str:
-  """The kind that "auto" stands for on this machine, or `kind`. Raises ValueError for an unknown one, or one
-  that this machine cannot run."""
+  """The kind that "auto" stands for, or `kind`. Raises ValueError for an unknown one."""
   if kind == "auto":
     return "xla"
   if kind not in DECODE:
     raise ValueError(f"unknown attention {kind!r} for decoding: choose one of auto, {', '.join(DECODE)}")
-  here = jax.default_backend()
-  if kind in ("tpu", "gpu") and kind != here:
-    raise ValueError(f"decode.attention={kind} cannot run on this machine's {here}: leave it at auto")
   return kind
 
 
@@ -127,7 +131,7 @@ def make_decode_attend(
   """`attend` of one branch in a decode step, computed by `kind`, one of `KINDS`; see `xla_decode` for the
   contract. On a mesh, heads are sharded.
 
-  Raises ValueError for an unknown kind, or one that this machine cannot run.
+  Raises ValueError for an unknown kind.
   """
   return on_heads(DECODE[_resolve(kind)](visible, window_mask, softcap))
 

@@ -11,6 +11,7 @@ N branches each; R = G x N rows, row r is branch r mod N of the block; C splits 
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,10 @@ from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
+from jax.sharding import PartitionSpec
 
 from pasta_jax.model.attention import MASK_VALUE, layer_mask
+from pasta_jax.model.sharding import fitting
 from pasta_jax.model.tiles import dot
 from pasta_jax.model.transformer import Attend, soft_cap
 
@@ -59,8 +62,8 @@ def _batched(platform: str, softcap: float, interpret: bool):
   """The kernel as a function of keys [B, K, H, P], values [B, K, P, H], mask [B, W, P], q [B, W, K, G, H], k and
   v [B, W, K, H] that returns [B, W, K, G, H] float32. `jax.vmap` adds branches where pools are shared, otherwise
   requests."""
-  kernel = _on_tpu if platform == "tpu" else _on_gpu
-  run = custom_vmap(functools.partial(kernel, softcap, interpret))
+  kernel = functools.partial(_on_tpu if platform == "tpu" else _on_gpu, softcap, interpret)
+  run = custom_vmap(functools.partial(_on_mesh, kernel))
 
   def rule(size: int, batched, *operands):
     each = [x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in zip(operands, batched)]
@@ -73,6 +76,22 @@ def _batched(platform: str, softcap: float, interpret: bool):
 
   run.def_vmap(rule)
   return run
+
+
+def _on_mesh(kernel: Callable, keys, values, mask, q, k, v) -> jax.Array:
+  """The partitioner cannot split a kernel: each device runs it on its requests and on its heads, which lie as
+  `decode.placement` says."""
+  sizes = jax.sharding.get_abstract_mesh()
+  if sizes.size <= 1:
+    return kernel(keys, values, mask, q, k, v)
+  split = q.shape[2] % sizes.shape["tensor"] == 0
+  axes = ("tensor", None) if split else (None, "tensor")  # of key-value heads and of their query heads
+  rows, heads, groups = fitting(("data", *axes), (q.shape[0], *q.shape[2:4]), sizes.shape)
+  pool, token = PartitionSpec(rows, heads), PartitionSpec(rows, None, heads)
+  queries = PartitionSpec(rows, None, heads, groups)
+  specs = (pool, pool, PartitionSpec(rows), queries, token, token)
+  run = jax.shard_map(kernel, in_specs=specs, out_specs=queries, check_vma=False)
+  return run(keys, values, mask, q, k, v)
 
 
 def _block(platform: str, branches: int, groups: int) -> int:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pasta_jax.config import Config, identity, with_changes
 from pasta_jax.config.sections import Decode, formats
+from pasta_jax.decode.attention import check_kind
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import EVERY, Scheduler, decode
@@ -123,6 +124,7 @@ class Model:
 
   def __init__(self, config, *, adapter: str | None = None, dtype: str = ""):
     d = dataclasses.replace(config.decode, dtype=dtype or config.decode.dtype)
+    check_kind(d.attention)
     dtype, weights = formats(d.dtype)
     set_matmul_precision(dtype)
     self.adapter = config.model.adapter if adapter is None else adapter

@@ -48,7 +48,8 @@ def tiny_programs(
   """Eight requests in a batch with each of n models; and of the first one by itself, with a pool that grows."""
   mesh = None if shape is None else make_mesh(dict(zip(AXES, shape)))
   limits = dataclasses.replace(LIMITS, steps_per_look=steps_per_look)
-  features = StepFeatures(visibility=visibility)
+  kernel = shape == (4, 1, 2)  # on this mesh attention is the kernel's, interpreted
+  features = StepFeatures(visibility=visibility, attention="interpret" if kernel else "xla")
   blank = build.abstract(config, jnp.float32, fused=True)
   it = Interpreter(blank, tiny.VOCABULARY, limits, features, mesh)
   found = []
