@@ -39,13 +39,8 @@ DTYPES = ("float32", "bfloat16")
 WEIGHTS = ("int8", "fp8")  # formats of matrices in 8 bits, for decoding (weights.quantise)
 REMAT = ("none", "full", "attention", "products")  # rematerialisation policies (model.transformer)
 ATTENTION = ("auto", "chunked", "tpu", "gpu", "interpret", "dense")  # programs for training (train.attention)
-DECODE_ATTENTION = (
-  "auto",
-  "xla",
-  "tpu",
-  "gpu",
-  "interpret",
-)  # of decode steps and prefill (decode.attention)
+# of decode steps and prefill (decode.attention)
+DECODE_ATTENTION = ("auto", "xla", "tpu", "gpu", "interpret")
 PRODUCTS = ("xla",)  # matrix products of decoding (model.products)
 LOSSES = ("bonbon", "ipo", "dpo")  # of preference optimisation (train.losses)
 SCORES = ("delivered", "theoretical", "parallelism", "arithmetic", "harmonic", "clock")  # preference.score

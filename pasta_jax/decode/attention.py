@@ -55,8 +55,8 @@ def xla_decode(visible: jax.Array, window_mask: jax.Array | None, softcap: float
     attend(cache, q, k, v, local) -> (context, (k, v)). `cache` is the layer's pool: keys [K, H, P] and values
     [K, P, H], in the dtype of the weights. `q` [K, G, H], `k` [K, H] and `v` [K, H] are the token's own,
     float32; `q` is scaled. The token always sees itself: its own key and value are not in the pool yet.
-    `context` is [K, G, H] float32; `k` and `v` are returned in the pool's dtype, and the step writes them to
-    the pool.
+    `context` is [K, G, H], in float32 or, as the next product takes it, in the pool's dtype; `k` and `v` are
+    returned in the pool's dtype, and the step writes them to the pool.
   """
 
   def attend(cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, local) -> tuple[jax.Array, Any]:

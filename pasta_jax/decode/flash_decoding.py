@@ -60,8 +60,8 @@ def flash_decode(
 @functools.cache
 def _batched(platform: str, softcap: float, interpret: bool):
   """The kernel as a function of keys [B, K, H, P], values [B, K, P, H], mask [B, W, P], q [B, W, K, G, H], k and
-  v [B, W, K, H] that returns [B, W, K, G, H] float32. `jax.vmap` adds branches where pools are shared, otherwise
-  requests."""
+  v [B, W, K, H] that returns [B, W, K, G, H] in the pool's dtype. `jax.vmap` adds branches where pools are shared,
+  otherwise requests."""
   kernel = functools.partial(_on_tpu if platform == "tpu" else _on_gpu, softcap, interpret)
   run = custom_vmap(functools.partial(_on_mesh, kernel))
 
@@ -184,7 +184,7 @@ def _on_tpu(softcap: float, interpret: bool, keys, values, mask, q, k, v):
     @pl.when(c == pl.num_programs(3) - 1)
     def _():
       for h in range(together):
-        out[h] = carry[2][h] / carry[1][h]
+        out[h] = (carry[2][h] / carry[1][h]).astype(out.dtype)
 
   row_block = pl.BlockSpec((None, together, None, rows, width), lambda b, h, u, c, place: (b, h, u, 0, 0))
 
@@ -200,7 +200,7 @@ def _on_tpu(softcap: float, interpret: bool, keys, values, mask, q, k, v):
 
   context = pl.pallas_call(
     kernel,
-    out_shape=jax.ShapeDtypeStruct((pools, heads, blocks, rows, width), jnp.float32),
+    out_shape=jax.ShapeDtypeStruct((pools, heads, blocks, rows, width), keys.dtype),
     interpret=interpret,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
@@ -296,7 +296,8 @@ def _on_gpu(softcap: float, interpret: bool, keys, values, mask, q, k, v):
     weights = weights / jnp.sum(weights)
     used = (weights > 0)[:, None] & (column < width)[None]
     parts = plgpu.load(contexts.at[c[:, None], column[None]], mask=used, other=0.0)
-    plgpu.store(out.at[column], jnp.sum(parts * weights[:, None], axis=0), mask=column < width)
+    context = jnp.sum(parts * weights[:, None], axis=0).astype(out.dtype)
+    plgpu.store(out.at[column], context, mask=column < width)
 
   number = pl.BlockSpec((None, None, None), lambda b, k, u, c: (b, u, c))
   parts = pl.pallas_call(
@@ -325,7 +326,7 @@ def _on_gpu(softcap: float, interpret: bool, keys, values, mask, q, k, v):
   row = lambda w, g: g * block + (w & (block - 1))
   return pl.pallas_call(
     combine,
-    out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+    out_shape=jax.ShapeDtypeStruct(q.shape, keys.dtype),
     grid=(pools, branches, heads, groups),
     in_specs=[
       pl.BlockSpec(

@@ -34,7 +34,7 @@ class Attend(Protocol):
   def __call__(
     self, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array, local: Local, /
   ) -> tuple[jax.Array, Any]:
-    """(context [..., K, G, H] float32, anything to collect per layer).
+    """(context [..., K, G, H], anything to collect per layer).
 
     `cache` is the layer's entry of the `caches` that the model was called with. Queries [..., K, G, H] are
     rotated and scaled, keys [..., K, H] rotated, values [..., K, H] as projected; all are float32.

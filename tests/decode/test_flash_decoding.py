@@ -13,7 +13,7 @@ from helpers import tiny
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from pasta_jax.decode.attention import DECODE, check_kind, make_decode_attend
+from pasta_jax.decode.attention import DECODE, check_kind
 from pasta_jax.decode.flash_decoding import flash_decode
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.scheduler import Scheduler
