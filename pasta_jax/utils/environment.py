@@ -35,7 +35,8 @@ def use_compilation_cache(folder: Path) -> None:
 def offer_loops_to_command_buffers() -> None:
   """Lets XLA record loops of decode steps as CUDA graphs, where every operation in them allows it (CUDA 12.3 or later).
   Must be called before JAX starts its backends; other backends ignore it."""
-  flag = "--xla_gpu_enable_command_buffer=+WHILE,+DYNAMIC_SLICE_COPY_FUSION"
+  # DYNAMIC_SLICE_COPY_FUSION would be of use too, but jaxlib 0.10 and 0.11 end the process at that name.
+  flag = "--xla_gpu_enable_command_buffer=+WHILE,+DYNAMIC_SLICE_FUSION"
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
 
 
