@@ -12,10 +12,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from pasta_jax.config import ALIASES, Config, from_flags, user_path, with_changes
-from pasta_jax.utils.text import one_line
-from pasta_jax.utils.waiting import WAITING, Waiting
+from pasta_jax.utils.text import message_of, one_line
+from pasta_jax.utils.waiting import WAITING, Stopped, Waiting
 
-RESTART = 75  # exit code of a training that SIGTERM stopped: launchers start the same command again
+RESTART = 75  # exit code of a run that SIGTERM stopped: launchers start the same command again
 MISSED = 3  # exit code of a pilot that missed its thresholds
 CLOSED = 141  # exit code where the reader of standard output has gone, as of a process that SIGPIPE ends
 PATHS = ("workdir", "prompts_file", "output", "timeline")  # flags that name files and folders
@@ -31,7 +31,8 @@ def decode(config: Config, values: flags.FlagValues) -> None:
     if values[one].present and values[other].present:
       raise ValueError(f"--{one} and --{other} do not go together")
   if values.prompts_file:
-    command.decode_file(config, values.prompts_file, values.output)
+    with _restartable() if values.output else contextlib.nullcontext():
+      command.decode_file(config, values.prompts_file, values.output)
     return
   prompt = values.prompt
   if prompt is None and not sys.stdin.isatty():
@@ -61,7 +62,6 @@ def _restartable() -> Iterator[None]:
 
   Training saves a checkpoint first (`train.loop`); whatever else goes on keeps what is finished.
   """
-  from pasta_jax.train.loop import Stopped
 
   def stop(*_):
     raise Stopped("stopped by SIGTERM; the same command continues from there")
@@ -77,7 +77,8 @@ def _restartable() -> Iterator[None]:
 def evaluate(config: Config, values: flags.FlagValues) -> None:
   from pasta_jax.evaluate.run import evaluate
 
-  evaluate(config, Path(values.workdir))
+  with _restartable():
+    evaluate(config, Path(values.workdir))
 
 
 def pilot(config: Config, values: flags.FlagValues) -> None:
@@ -85,7 +86,9 @@ def pilot(config: Config, values: flags.FlagValues) -> None:
 
   if values.prompts_file:
     config = with_changes(config, {"eval.prompts": values.prompts_file})
-  if not pilot(config, Path(values.workdir)):
+  with _restartable():
+    met = pilot(config, Path(values.workdir))
+  if not met:
     sys.exit(MISSED)
 
 
@@ -156,6 +159,7 @@ MODES: dict[str, Callable[[Config, flags.FlagValues], None]] = {
   "compile": compile_ahead,
 }
 WITHOUT_WORKDIR = ("decode", "compile")
+OF_SEVERAL = ("train", "preference", "eval", "pilot", "decode")  # modes that several processes can share
 
 # --- flags ---
 
@@ -185,7 +189,8 @@ flags.DEFINE_integer(
 flags.DEFINE_bool(
   "distributed",
   False,
-  "train: this is one of several processes, one for each host; Cloud TPU and SLURM tell which one, elsewhere "
+  "train, preference, eval, pilot, and decode with --prompts_file and --output: this is one of several processes, "
+  "one for each host, with --workdir in a folder that all of them see; Cloud TPU and SLURM tell which one, elsewhere "
   "the next three flags do",
 )
 flags.DEFINE_string("coordinator", "", "host:port of the first process")
@@ -205,8 +210,10 @@ def run() -> None:
     if FLAGS[name].value is not None:
       FLAGS[name].value = user_path(f"--{name}", FLAGS[name].value)
   config = from_flags(FLAGS.config)
-  if FLAGS.distributed and mode != "train":
-    raise ValueError(f"--distributed is for --mode=train, not {mode}")
+  if FLAGS.distributed and mode not in OF_SEVERAL:
+    raise ValueError(f"--distributed is for --mode={', '.join(OF_SEVERAL)}, not {mode}")
+  if FLAGS.distributed and mode == "decode" and not (FLAGS.prompts_file and FLAGS.output):
+    raise ValueError("--mode=decode --distributed needs --prompts_file and --output")
   if mode not in WITHOUT_WORKDIR and not FLAGS.workdir:
     raise ValueError(f"--mode={mode} needs --workdir=FOLDER")
   if FLAGS.limit:
@@ -249,8 +256,7 @@ def main(argv: list[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
     sys.exit(CLOSED)
   except (ValueError, OSError, FloatingPointError) as error:
-    named = isinstance(error, OSError) and error.filename and error.strerror
-    _fail(f"{error.filename}: {error.strerror}" if named else str(error))
+    _fail(message_of(error))
   except (MemoryError, RuntimeError) as error:
     if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
       raise

@@ -265,10 +265,15 @@ def test_a_stopped_training_has_an_exit_code_of_its_own(monkeypatch, tmp_path, c
     left.value.code == main.WAITING == 4 and capsys.readouterr().out == "2 requests to m wait in a.jsonl\n"
   )
   monkeypatch.setattr(sys, "argv", ["main.py"])
-  main.parse(["main.py", "--mode=eval", f"--workdir={tmp_path}", "--distributed"])
+  main.parse(["main.py", "--mode=report", f"--workdir={tmp_path}", "--distributed"])
   with pytest.raises(SystemExit) as left:
     main.main(["main.py"])
-  assert left.value.code == 1 and "--distributed is for --mode=train, not eval" in capsys.readouterr().err
+  assert left.value.code == 1 and "--distributed is for --mode=train," in (said := capsys.readouterr().err)
+  assert said.endswith(", not report\n")
+  main.parse(["main.py", "--mode=decode", "--prompts_file=a.jsonl", "--distributed"])
+  with pytest.raises(SystemExit):
+    main.main(["main.py"])
+  assert "--mode=decode --distributed needs --prompts_file and --output" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from rich.console import Console
 from pasta_jax.decode.generator import DecodeError, Model, Response, adapter_digest, decode_settings
 from pasta_jax.decode.scheduler import precompile
 from pasta_jax.decode.views.live import LiveView, figures_table
+from pasta_jax.utils import distributed
 from pasta_jax.utils.json_io import to_json
 from pasta_jax.utils.jsonl import read_jsonl, to_jsonl, write_jsonl
-from pasta_jax.utils.locks import locked
 from pasta_jax.utils.progress import progress_bar
-from pasta_jax.utils.records import Records, settings_beside
+from pasta_jax.utils.records import settings_beside
+from pasta_jax.utils.shared_records import SharedRecords
 from pasta_jax.utils.terminal import as_text
 from pasta_jax.utils.text import printable
 
@@ -101,8 +102,13 @@ def decode_file(config, prompts_file: str, output: str | None) -> None:
   Writes one JSON object for each row, in the order of the rows, to `output` or to stdout: the row's fields
   and those of `decode.record`. Stdout gets a row as soon as it and those before it are finished. `output` is
   replaced as a whole at the end; until then what is finished is in `output`.partial, from which the same
-  command continues.
+  command continues. Several processes, which all call this, need an `output`.
   """
+  with distributed.as_one():
+    _decode_file(config, prompts_file, output)
+
+
+def _decode_file(config, prompts_file: str, output: str | None) -> None:
   rows = read_jsonl(prompts_file)
   for number, row in enumerate(rows, 1):
     if not isinstance(row.get("prompt"), str):
@@ -114,13 +120,17 @@ def decode_file(config, prompts_file: str, output: str | None) -> None:
     _answer(config, prompts_file, rows, range(len(rows)), _in_order(rows))
     return
   partial = target.with_name(target.name + ".partial")
-  with locked(target.with_name(target.name + ".lock")):
-    records = Records(partial, _settings(config, rows), f"delete {partial} to begin anew")
-    todo = [i for i in range(len(rows)) if str(i) not in records.rows]
-    _answer(config, prompts_file, rows, todo, lambda i, record: records.add({"id": str(i), "record": record}))
-    write_jsonl(target, ({**row, **records.rows[str(i)]["record"]} for i, row in enumerate(rows)))
-    partial.unlink()
-    settings_beside(partial).unlink()
+  with distributed.writing_in(target.parent, target.name + ".lock"):
+    records = SharedRecords(partial, _settings(config, rows), f"delete {partial} to begin anew")
+
+    def work(some: Sequence[int], add: Callable[[dict], None]) -> None:
+      _answer(config, prompts_file, rows, some, lambda i, record: add({"id": str(i), "record": record}))
+
+    records.make([i for i in range(len(rows)) if str(i) not in records.rows], work)
+    if distributed.is_first():
+      write_jsonl(target, ({**row, **records.rows[str(i)]["record"]} for i, row in enumerate(rows)))
+      partial.unlink()
+      settings_beside(partial).unlink()
 
 
 def _settings(config, rows: Sequence[dict]) -> dict:
@@ -160,8 +170,6 @@ def _answer(
 ) -> None:
   """Calls `on_finish(i, record)` for each row in `todo`, as they finish. Raises DecodeError, before any is
   decoded, for a row that cannot be."""
-  if not todo:
-    return
   d, model = config.decode, Model(config)
   for i in todo:
     try:

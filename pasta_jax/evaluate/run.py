@@ -7,9 +7,14 @@
 
 Every file of rows has its settings beside it. A run that was stopped continues where it was, and a system
 that is added later joins the earlier ones.
+
+Several processes share out the answers (`utils.shared_records`) and what a judge needs a device for
+(`judges.judging`). The first one does the rest: it times answers, so that nothing runs beside a clock on the same
+host, calls endpoints and writes the report.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -31,25 +36,27 @@ from pasta_jax.evaluate.report.write import write_report
 from pasta_jax.evaluate.systems.registry import load_system
 from pasta_jax.evaluate.systems.system import System
 from pasta_jax.evaluate.vary import varied
+from pasta_jax.utils import distributed
 from pasta_jax.utils.environment import machine, version
 from pasta_jax.utils.files import write_atomic, write_json_atomic
 from pasta_jax.utils.json_io import read_json
-from pasta_jax.utils.locks import LOCK, locked
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import Records
+from pasta_jax.utils.shared_records import SharedRecords
 from pasta_jax.utils.typed import checked
 
 
 def evaluate(config, workdir: Path) -> dict:
   """Runs `config.eval` in `workdir`, which it locks, and returns the summary that it writes there
-  (`report.summary`)."""
-  config, variants = varied(config)
-  e = config.eval
-  names = list(dict.fromkeys([*e.systems, e.baseline]))
-  requests, timed = select_requests(e)
-  judges = judges_of(config)
-  with locked(workdir / LOCK):
-    return _evaluate(config, workdir, names, requests, timed, judges, variants)
+  (`report.summary`). Every process of several calls this; those after the first return {}."""
+  with distributed.as_one():
+    config, variants = varied(config)
+    e = config.eval
+    names = list(dict.fromkeys([*e.systems, e.baseline]))
+    requests, timed = select_requests(e)
+    judges = judges_of(config)
+    with distributed.writing_in(workdir):
+      return _evaluate(config, workdir, names, requests, timed, judges, variants)
 
 
 def _evaluate(
@@ -61,18 +68,23 @@ def _evaluate(
   judges: Sequence[Judge],
   variants: Mapping[str, dict[str, str]],
 ) -> dict:
-  for folder, with_clock in (("responses", False), *([("timed", True)] if timed else [])):
-    for name in names:  # finds rows that do not fit before any work
-      path = workdir / folder / f"{name}.jsonl"
-      Records(path, settings_of(config, name, timed=with_clock)).missing(requests)
-  about = {n: provenance(config, n) | variants.get(n, {}) for n in names}
-  write_atomic(workdir / "config.json", config.to_json(indent=2))
-  _write_run(workdir / "run.json", requests, judges, about)
+  machines = distributed.gathered(machine())
+
+  def begin() -> None:
+    for folder, with_clock in (("responses", False), *([("timed", True)] if timed else [])):
+      for name in names:  # finds rows that do not fit before any work
+        path = workdir / folder / f"{name}.jsonl"
+        Records(path, settings_of(config, name, timed=with_clock)).missing(requests)
+    about = {n: provenance(config, n) | variants.get(n, {}) for n in names}
+    write_atomic(workdir / "config.json", config.to_json(indent=2))
+    _write_run(workdir / "run.json", requests, judges, about, machines)
+
+  distributed.from_first(begin)
   answer(config, workdir, names, requests)
   if timed:
-    time_systems(config, workdir, names, timed)
+    distributed.from_first(lambda: time_systems(config, workdir, names, timed))
   judge_run(workdir, names, config.eval.baseline, requests, judges, config.judge)
-  return write_report(workdir)
+  return write_report(workdir) if distributed.is_first() else {}
 
 
 def select_requests(e) -> tuple[list[PromptTurn], list[PromptTurn]]:
@@ -98,7 +110,11 @@ def select_requests(e) -> tuple[list[PromptTurn], list[PromptTurn]]:
 
 
 def _write_run(
-  path: Path, requests: Sequence[PromptTurn], judges: Sequence[Judge], systems: dict[str, dict[str, str]]
+  path: Path,
+  requests: Sequence[PromptTurn],
+  judges: Sequence[Judge],
+  systems: dict[str, dict[str, str]],
+  machines: Sequence[str],
 ) -> None:
   """Writes what the report is about: this call's requests and judges, all systems (`provenance`), machines and
   versions so far."""
@@ -108,7 +124,7 @@ def _write_run(
   now = {
     "requests": [r.id for r in requests],
     "judges": [j.name for j in judges],
-    "machines": list(dict.fromkeys([*before["machines"], machine()])),
+    "machines": list(dict.fromkeys([*before["machines"], *machines])),
     "versions": list(dict.fromkeys([*before["versions"], version()])),
     "systems": known | systems,
   }
@@ -125,27 +141,39 @@ def answer(config, workdir: Path, names: list[str], requests: list[PromptTurn]) 
   for at, name in enumerate(names):
     needed = {config.systems[n].adapter for n in names[at:]}
     models = {key: m for key, m in models.items() if key[0] in needed}  # keeps memory free of the others
-    records = Records(workdir / "responses" / f"{name}.jsonl", settings_of(config, name, timed=False))
-    if not (todo := records.missing(requests)):
-      continue
-    system = load_system(config, name, models, timed=False)
-    bar, task = progress_bar(name, len(requests), len(requests) - len(todo))
-    with bar:
-      for turn in range(max(len(r.earlier) for r in todo) + 1):
-        now = [r for r in todo if len(r.earlier) == turn]
-        texts = {i: row["text"] for i, row in records.rows.items()}
+    records = SharedRecords(workdir / "responses" / f"{name}.jsonl", settings_of(config, name, timed=False))
+    work = partial(_answer, config, name, models, records)
+    # A conversation's turns follow each other in one process.
+    records.make(records.missing(requests), work, together=lambda r: (*r.earlier, r)[0].id)
 
-        def on_finish(i: int, record: dict, *, now=now, name=name, records=records, bar=bar, task=task):
-          records.add(_row(now[i], name, record))
-          bar.advance(task)
 
-        conversations = [conversation(r, texts) for r in now]
-        for r, c in zip(now, conversations):  # reports what cannot be answered before any work
-          try:
-            system.check(c)
-          except DecodeError as error:
-            raise EvalError(f"prompt {r.id!r}: {error}") from None
-        system.answer(conversations, on_finish)
+def _answer(
+  config,
+  name: str,
+  models: dict[tuple[str, str], Model],
+  records: Records,
+  requests: Sequence[PromptTurn],
+  add: Callable[[dict], None],
+) -> None:
+  """Answers requests with one system; `records` has the answers to turns before them."""
+  system = load_system(config, name, models, timed=False)
+  bar, task = progress_bar(name, len(records.rows) + len(requests), len(records.rows))
+  with bar:
+    for turn in range(max(len(r.earlier) for r in requests) + 1):
+      now = [r for r in requests if len(r.earlier) == turn]
+      texts = {i: row["text"] for i, row in records.rows.items()}
+
+      def on_finish(i: int, record: dict, *, now=now):
+        add(_row(now[i], name, record))
+        bar.advance(task)
+
+      conversations = [conversation(r, texts) for r in now]
+      for r, c in zip(now, conversations):  # reports what cannot be answered before any work
+        try:
+          system.check(c)
+        except DecodeError as error:
+          raise EvalError(f"prompt {r.id!r}: {error}") from None
+      system.answer(conversations, on_finish)
 
 
 def time_systems(config, workdir: Path, names: list[str], requests: list[PromptTurn]) -> None:
@@ -187,7 +215,8 @@ def time_systems(config, workdir: Path, names: list[str], requests: list[PromptT
 
 
 def pilot(config, workdir: Path) -> bool:
-  """`evaluate`, and whether the first system reaches `eval.min_quality` and `eval.min_speedup`.
+  """`evaluate`, and whether the first system reaches `eval.min_quality` and `eval.min_speedup`, the same answer in all
+  processes.
 
   Times every prompt unless `eval.timed` says how many. Raises EvalError if neither threshold is given.
   """
@@ -205,7 +234,13 @@ def pilot(config, workdir: Path) -> bool:
     config = with_changes(config, {"eval.timed": -1})
   if e.min_quality and not e.judges:
     raise EvalError("eval.min_quality needs a judge: --config.eval.judges=local")
-  summary = evaluate(config, workdir)
+  with distributed.as_one():
+    summary = evaluate(config, workdir)
+    return distributed.from_first(lambda: _meets(workdir, summary))
+
+
+def _meets(workdir: Path, summary: dict) -> bool:
+  """Whether a run reaches its thresholds; prints each."""
   demands = thresholds(read_run(workdir), summary)
   for t in demands:
     reached = "not measured" if t.value is None else f"{t.value:.2f}"

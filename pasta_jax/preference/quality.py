@@ -18,6 +18,7 @@ import numpy as np
 from pasta_jax.evaluate.judges import questions
 from pasta_jax.evaluate.judges.judge import Answer, Judge, Pair, Reader, digest
 from pasta_jax.evaluate.judges.judging import judge_pairs, shuffled, with_places
+from pasta_jax.utils import distributed
 from pasta_jax.utils.records import Records
 
 Samples = Mapping[str, Sequence[dict]]  # samples of each prompt, by the prompt's id
@@ -46,11 +47,12 @@ def judge_samples(
   """The quality of each sample (`preference.quality`).
 
   Judgements are kept in `folder`. `baseline` are rows by prompt, `references` the data set's own responses, `how`
-  is `config.judge`.
+  is `config.judge`. Every process of several calls this with the same arguments.
   """
   if quality == "grade":
     assert isinstance(judge, Reader), "check_quality"
-    return _grades(judge, samples, baseline, references, folder, how.seed)
+    grades = lambda: dataclasses.asdict(_grades(judge, samples, baseline, references, folder, how.seed))
+    return Qualities(**distributed.from_first(grades))
   pairs = [Pair(s["id"], _answer(s), _answer(baseline[of]), "samples") for of, s in _each(samples)]
   if quality == "preference":
     [rows] = judge_pairs(judge, {folder / "samples.jsonl": with_places(pairs, how)}, folder)

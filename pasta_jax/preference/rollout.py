@@ -1,9 +1,10 @@
-"""Samples of a policy, several for each prompt, and the baseline's answers; a resumed run repeats none."""
+"""Samples of a policy, several for each prompt, and the baseline's answers; a resumed run repeats none, and several
+processes share them out."""
 
 import dataclasses
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from pasta_jax.evaluate.identity import settings_of
 from pasta_jax.evaluate.systems.registry import load_system
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.preference.score import chunk_facts
+from pasta_jax.utils import distributed
 from pasta_jax.utils.progress import progress_bar
-from pasta_jax.utils.records import Records, agree, missing, read_records, settings_beside
+from pasta_jax.utils.records import agree, missing, read_records, settings_beside
+from pasta_jax.utils.shared_records import SharedRecords
 
 PLAIN = "plain"  # in place of a number: the sample that was drawn without promises
 
@@ -54,17 +57,20 @@ def _requests_of_share(requests: Sequence[PromptTurn], share: tuple[int, int] | 
   return requests[share[0] - 1 :: share[1]] if share else requests
 
 
-def _records(path: Path, settings: dict, share: tuple[int, int] | None) -> tuple[Records, dict[str, dict]]:
+def _records(
+  path: Path, settings: dict, share: tuple[int, int] | None
+) -> tuple[SharedRecords, dict[str, dict]]:
   """(the file that rows are added to, by id the rows of `path` and of all files of shares beside it).
 
   The other files are only read, since another process may be writing to them.
   """
   file_of_share = lambda k, n: path.with_name(f"{path.stem}.{k}-of-{n}{path.suffix}")
-  records = Records(file_of_share(*share) if share else path, settings)
+  records = SharedRecords(file_of_share(*share) if share else path, settings)
   rows = dict(records.rows)
   for other in (path, *sorted(path.parent.glob(file_of_share("*", "*").name))):
     if other != records.path and (more := read_records(other)):
-      agree(other, settings_beside(other), settings)
+      if distributed.is_first():
+        agree(other, settings_beside(other), settings)
       rows |= {row["id"]: row for row in more}
   return records, {i: current(row) for i, row in rows.items()}
 
@@ -77,7 +83,8 @@ def draw_samples(
 
   Decoding follows `config.decode`, but with `preference.temperature`. Rows are appended to `path` as samples
   finish, or with `preference.share` to a file beside it, which has that share's requests only; rows that
-  exist are not drawn again. Raises ValueError if rows are missing and `may_draw` is False.
+  exist are not drawn again. Every process of several calls this with the same arguments. Raises ValueError if rows are
+  missing and `may_draw` is False.
   """
   c = config.preference
   digest = adapter_digest(adapter)
@@ -101,23 +108,26 @@ def draw_samples(
       f"{path} lacks {len(todo)} of {len(wanted)} samples: run the sample stage first "
       "(--config.preference.stages=sample)"
     )
-  if todo:
+  done = len(wanted) - len(todo)
+
+  def work(share: Sequence[PromptTurn], add: Callable[[dict], None]) -> None:
     model = Model(config, adapter=adapter, dtype=c.sample_dtype)
-    encoded = {prompt: model.encode(prompt, speed) for prompt in {r.prompt for r in todo}}
+    encoded = {prompt: model.encode(prompt, speed) for prompt in {r.prompt for r in share}}
     sampling = dataclasses.replace(model.sampling, temperature=c.temperature)
     started, tokens = time.perf_counter(), 0
-    bar, task = progress_bar(f"samples, {path.parent.name}", len(wanted), len(wanted) - len(todo))
+    bar, task = progress_bar(f"samples, {path.parent.name}", done + len(share), done)
 
-    def add(request: PromptTurn, trace: Trace) -> None:
+    def finish(request: PromptTurn, trace: Trace) -> None:
       nonlocal tokens
       tokens += trace.cost.total_tokens
-      rows[request.id] = {
-        "id": request.id,
-        "of": request.id.rpartition("#")[0],
-        "prompt": request.prompt,
-        **sample_row(trace, model.vocabulary),
-      }
-      records.add(rows[request.id])
+      add(
+        {
+          "id": request.id,
+          "of": request.id.rpartition("#")[0],
+          "prompt": request.prompt,
+          **sample_row(trace, model.vocabulary),
+        }
+      )
       bar.update(task, advance=1, note=f"{tokens / (time.perf_counter() - started):.0f} tokens/s")
 
     def draw(some: Sequence[PromptTurn], parallel: bool) -> None:
@@ -125,13 +135,19 @@ def draw_samples(
       scheduler = Scheduler(model.interpreter(parallel), batch_size=c.decode_batch_size, branch_width=width)
       seeds = [seed_of(c.seed, digest, speed, r.id) for r in some]
       prompts = [encoded[r.prompt] for r in some]
-      scheduler.run(prompts, sampling, seeds=seeds, on_finish=lambda i, trace: add(some[i], trace))
+      scheduler.run(prompts, sampling, seeds=seeds, on_finish=lambda i, trace: finish(some[i], trace))
 
     with bar:
       for parallel in (True, False):
-        if some := [r for r in todo if parallel != is_plain(r.id)]:
+        if some := [r for r in share if parallel != is_plain(r.id)]:
           draw(some, parallel)
-    seconds = time.perf_counter() - started
+
+  started = time.perf_counter()
+  # Samples of a prompt share its prefill.
+  records.make(todo, work, together=lambda r: r.id.rpartition("#")[0])
+  rows |= {r.id: records.rows[r.id] for r in todo}
+  if todo and distributed.is_first():
+    tokens, seconds = sum(rows[r.id]["total_tokens"] for r in todo), time.perf_counter() - started
     print(f"{len(todo)} samples of {tokens} tokens in {seconds:.0f} s: {tokens / seconds:.0f} tokens/s")
   return {r.id: [rows[f"{r.id}#{name}"] for name in names] for r in requests}
 
@@ -143,15 +159,19 @@ def baseline_answers(config, requests: Sequence[PromptTurn], path: Path) -> dict
   records, rows = _records(path, settings_of(config, name, timed=False), share)
   requests = _requests_of_share(requests, share)
   todo = missing(path, rows, requests)
-  if todo:
+  done = len(requests) - len(todo)
+
+  def work(share: Sequence[PromptTurn], add: Callable[[dict], None]) -> None:
     system = load_system(config, name, {}, timed=False)
-    bar, task = progress_bar(name, len(requests), len(requests) - len(todo))
+    bar, task = progress_bar(name, done + len(share), done)
 
     def on_finish(i: int, record: dict) -> None:
-      rows[todo[i].id] = {"id": todo[i].id, "prompt": todo[i].prompt, **record}
-      records.add(rows[todo[i].id])
+      add({"id": share[i].id, "prompt": share[i].prompt, **record})
       bar.advance(task)
 
     with bar:
-      system.answer([[{"role": "user", "content": r.prompt}] for r in todo], on_finish)
+      system.answer([[{"role": "user", "content": r.prompt}] for r in share], on_finish)
+
+  records.make(todo, work)
+  rows |= {r.id: records.rows[r.id] for r in todo}
   return {r.id: rows[r.id] for r in requests}

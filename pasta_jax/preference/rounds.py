@@ -14,11 +14,15 @@
 A policy is trained for one quality weight λ or, `conditioned`, for all of them: its prompts then say which
 speed is wanted. Every stage keeps its results and continues where it stopped. `preference.stages` selects
 stages, so that they can run on different machines with the folder copied between them.
+
+Several processes share out the samples and the evaluation's answers, and train together; the first one writes the
+files. What they do apart stands in blocks of `distributed.as_one`, training outside of them.
 """
 
 import dataclasses
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +37,7 @@ from pasta_jax.evaluate.judges.questions import GRADES_PROMPT
 from pasta_jax.evaluate.judges.registry import judges_of
 from pasta_jax.evaluate.run import evaluate
 from pasta_jax.lang import forms
+from pasta_jax.lang.forms import Forms
 from pasta_jax.preference import audit, pareto_front, rollout, selection
 from pasta_jax.preference.policies import Policy, policies
 from pasta_jax.preference.quality import Qualities, check_quality, judge_samples
@@ -41,10 +46,11 @@ from pasta_jax.preference.score import StepCost
 from pasta_jax.train.metrics import last_scalars
 from pasta_jax.train.preference import train_on_pairs
 from pasta_jax.train.trainer import training_mesh
+from pasta_jax.utils import distributed
 from pasta_jax.utils.files import write_atomic, write_json_atomic
 from pasta_jax.utils.json_io import read_json
 from pasta_jax.utils.jsonl import write_jsonl
-from pasta_jax.utils.locks import LOCK, locked
+from pasta_jax.utils.locks import LOCK
 from pasta_jax.utils.records import agree
 from pasta_jax.utils.typed import checked
 from pasta_jax.utils.waiting import Together
@@ -87,7 +93,8 @@ class _Job:
     if "eval" in self.stages:
       training = {r.prompt for r in self.requests}
       held_out = read_prompts(e.prompts, limit=e.limit, categories=e.categories)
-      if both := sum(r.prompt in training for r in held_out):
+      both = sum(r.prompt in training for r in held_out)
+      if both and distributed.is_first():
         print(f"{both} of {len(held_out)} evaluation prompts are training prompts too")
     start = adapter_path(config.model.adapter)
     if start is None or not has_tags(start):
@@ -117,8 +124,9 @@ class _Job:
     return self.workdir / policy.name / f"round{number}"
 
   def is_done(self, policy: Policy, number: int) -> bool:
-    """Whether a round is finished; round 0 always is."""
-    return number == 0 or (self.folder(policy, number) / "round.json").is_file()
+    """Whether a round is finished, the same answer in all processes; round 0 always is."""
+    path = self.folder(policy, number) / "round.json"
+    return number == 0 or distributed.from_first(path.is_file)
 
   def samples(self, policy: Policy, number: int, weight: float) -> tuple[Path, int]:
     """(folder of the samples that a round learns from, speed in their prompts)."""
@@ -148,11 +156,13 @@ class _Job:
 
 
 def optimise(config, workdir: Path) -> None:
-  """Runs `config.preference` in `workdir`, which it locks. Raises ValueError, one line, for what cannot be
-  used."""
-  job = _Job(config, workdir)
-  with locked(workdir / _lock_name(config.preference.share)):
-    write_atomic(workdir / "config.json", config.to_json(indent=2), shared=bool(config.preference.share))
+  """Runs `config.preference` in `workdir`, which it locks. Every process of several calls this. Raises ValueError, one
+  line, for what cannot be used."""
+  with distributed.as_one():
+    job = _Job(config, workdir)
+  with distributed.writing_in(workdir, _lock_name(config.preference.share)):
+    if distributed.is_first():
+      write_atomic(workdir / "config.json", config.to_json(indent=2), shared=bool(config.preference.share))
     _rounds(job)
 
 
@@ -173,24 +183,42 @@ def _rounds(job: _Job) -> None:
     together.end()
     untrained = [p.name for p in job.policies if not job.is_done(p, number)]
     if untrained:
-      print(f"round {number} of {', '.join(untrained)} is not trained yet (--config.preference.stages=train)")
+      if distributed.is_first():
+        print(
+          f"round {number} of {', '.join(untrained)} is not trained yet (--config.preference.stages=train)"
+        )
       break
     if "eval" in job.stages:
-      _evaluate(job, number)
-  show(job.workdir)
+      with distributed.as_one():
+        _evaluate(job, number)
+  with distributed.as_one():
+    if distributed.is_first():
+      show(job.workdir)
 
 
 def _round(job: _Job, policy: Policy, number: int) -> None:
   """One round of one policy: samples, judgements, training, as far as the stages go."""
+  folder = job.folder(policy, number)
+
+  def begin() -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings, shared = job.settings(policy, number), bool(job.config.preference.share)
+    agree(folder, folder / "settings.json", settings, shared=shared)
+
+  done = job.is_done(policy, number)
+  if not done and not set(job.stages) & {"sample", "judge", "train"}:
+    return
+  with distributed.as_one():
+    distributed.from_first(begin)
+    judged = None if done else _sample_and_judge(job, policy, number)
+  if judged is not None and "train" in job.stages:
+    _train(job, policy, number, *judged)
+
+
+def _sample_and_judge(job: _Job, policy: Policy, number: int) -> tuple[dict[str, dict], list["_Judged"]]:
+  """(the baseline's answers, samples and judgements for each quality weight), as far as the stages go."""
   config, c = job.config, job.config.preference
-  folder, before = job.folder(policy, number), job.adapter(policy, number - 1)
-  if job.is_done(policy, number):
-    agree(folder, folder / "settings.json", job.settings(policy, number), shared=bool(c.share))
-    return
-  if not set(job.stages) & {"sample", "judge", "train"}:
-    return
-  folder.mkdir(parents=True, exist_ok=True)
-  agree(folder, folder / "settings.json", job.settings(policy, number), shared=bool(c.share))
+  before = job.adapter(policy, number - 1)
   baseline = rollout.baseline_answers(config, job.requests, job.workdir / "baseline.jsonl")
   judged: list[_Judged] = []
   together = Together()
@@ -205,9 +233,8 @@ def _round(job: _Job, policy: Policy, number: int) -> None:
       may_draw="sample" in job.stages,
     )
     if c.audit and not c.share:
-      _audit(
-        job, samples_folder / "audit.json", before, number, [s for rows in samples.values() for s in rows]
-      )
+      every = [s for rows in samples.values() for s in rows]
+      distributed.from_first(partial(_audit, job, samples_folder / "audit.json", before, number, every))
     if set(job.stages) & {"judge", "train"}:
       with together.part():  # the samples of other speeds can be drawn meanwhile
         quality = judge_samples(
@@ -221,8 +248,7 @@ def _round(job: _Job, policy: Policy, number: int) -> None:
         )
         judged.append(_Judged(weight, samples, quality))
   together.end()
-  if "train" in job.stages:
-    _train(job, policy, number, baseline, judged)
+  return baseline, judged
 
 
 class _Judged(NamedTuple):
@@ -235,7 +261,46 @@ class _Judged(NamedTuple):
 
 def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], judged: list[_Judged]) -> None:
   """Chooses the pairs for each quality weight, trains on all of them and writes the round's report."""
-  config, c = job.config, job.config.preference
+  folder, before = job.folder(policy, number), job.adapter(policy, number - 1)
+  with distributed.as_one():
+    chosen = _choose(job, policy, number, baseline, judged)
+  train_on_pairs(
+    job.config,
+    folder / "train",
+    chosen.pairs,
+    checkpoint=chosen.checkpoint,
+    vocabulary=chosen.checkpoint.vocabulary,
+    form=chosen.form,
+    adapter=before,
+    notes=chosen.notes,
+  )
+
+  def report() -> None:
+    chosen.report["training"] = last_scalars(folder / "train", share=0.25)  # one step has few pairs
+    if job.config.preference.audit:
+      chosen.report["learned"] = _learned(job, before, job.adapter(policy, number), chosen.samples)
+    write_json_atomic(folder / "round.json", chosen.report)
+
+  with distributed.as_one():
+    distributed.from_first(report)
+
+
+class _Chosen(NamedTuple):
+  """What a round trains on."""
+
+  pairs: list[PreferencePair]
+  samples: list[tuple[dict, dict]]  # that they are made of
+  checkpoint: Checkpoint
+  form: Forms
+  notes: dict[str, str]  # for the adapter's header
+  report: dict  # of the round
+
+
+def _choose(
+  job: _Job, policy: Policy, number: int, baseline: dict[str, dict], judged: list[_Judged]
+) -> _Chosen:
+  """Chooses the pairs for each quality weight, and writes them."""
+  c = job.config.preference
   folder, before = job.folder(policy, number), job.adapter(policy, number - 1)
   metadata = read_metadata(before)
   form = forms.from_metadata(metadata)
@@ -252,12 +317,12 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], ju
       samples, baseline, quality.by_sample, c.score, job.cost, prompts=prompts, length=c.length
     )
     chosen, reasons = selection.choose_pairs(rows, weight, guards=c.guards)
-    selection.write_pairs(
-      folder / (f"pairs_{weight:g}.jsonl" if policy.conditioned else "pairs.jsonl"), chosen, weight
-    )
-    if c.best:
-      name = f"best_{weight:g}.jsonl" if policy.conditioned else "best.jsonl"
-      write_jsonl(folder / name, selection.choose_best(rows, weight, c.best, guards=c.guards))
+    of_weight = f"_{weight:g}" if policy.conditioned else ""
+    if distributed.is_first():
+      selection.write_pairs(folder / f"pairs{of_weight}.jsonl", chosen, weight)
+      if c.best:
+        best = selection.choose_best(rows, weight, c.best, guards=c.guards)
+        write_jsonl(folder / f"best{of_weight}.jsonl", best)
     drawn = sum(map(len, samples.values()))
     figures = selection.figures(rows, chosen, reasons, drawn)
     report["by weight"][f"{weight:g}"] = figures | ({"judge": quality.figures} if quality.figures else {})
@@ -275,20 +340,7 @@ def _train(job: _Job, policy: Policy, number: int, baseline: dict[str, dict], ju
   # What the start decodes with, and who annotated the rows that it learned from; who chose its pairs.
   notes |= {k: v for k, v in metadata.items() if k in ("decode", "annotator")}
   notes["teacher"] = job.judge.name
-  train_on_pairs(
-    config,
-    folder / "train",
-    training_pairs,
-    checkpoint=checkpoint,
-    vocabulary=vocabulary,
-    form=form,
-    adapter=before,
-    notes=notes,
-  )
-  report["training"] = last_scalars(folder / "train", share=0.25)  # one step has few pairs
-  if c.audit:
-    report["learned"] = _learned(job, before, job.adapter(policy, number), chosen_samples)
-  write_json_atomic(folder / "round.json", report)
+  return _Chosen(training_pairs, chosen_samples, checkpoint, form, notes, report)
 
 
 def _audit(job: _Job, path: Path, policy: Path, number: int, samples: list[dict]) -> None:
@@ -328,6 +380,8 @@ def _evaluate(job: _Job, number: int) -> None:
     eval=dataclasses.replace(job.config.eval, systems=tuple(systems)),
   )
   evaluate(config, job.workdir / "eval")
+  if not distributed.is_first():
+    return
   if points := pareto_front.points([job.workdir / "eval"]):
     for suffix in ("svg", "png"):
       pareto_front.draw(points).savefig(job.workdir / f"front.{suffix}")

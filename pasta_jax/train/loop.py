@@ -23,12 +23,9 @@ from pasta_jax.utils import distributed
 from pasta_jax.utils.files import write_atomic
 from pasta_jax.utils.json_io import read_json
 from pasta_jax.utils.progress import progress_bar
+from pasta_jax.utils.waiting import Stopped
 
 Step = Callable[[int, TrainState, Batch], tuple[TrainState, dict[str, float]]]
-
-
-class Stopped(Exception):
-  """SIGTERM was received and the state saved; the same command continues from there."""
 
 
 def run_steps(
@@ -72,7 +69,7 @@ def run_steps(
     if distributed.is_first():
       _write_config(workdir / "config.json", config, first)
       writer = MetricWriter(workdir, first)
-    bar, task = progress_bar("training", total, first, visible=distributed.is_first())
+    bar, task = progress_bar("training", total, first)
     with bar:
       for step in range(first, total):
         started = time.perf_counter()

@@ -144,7 +144,7 @@ def with_reference(
   keys = [_reference_key(p) for p in pairs]
   todo = [i for i, key in enumerate(keys) if key not in known]
   if todo:
-    bar, line = progress_bar("reference", len(pairs), len(pairs) - len(todo), visible=distributed.is_first())
+    bar, line = progress_bar("reference", len(pairs), len(pairs) - len(todo))
 
     def store(i: int, log_p: tuple[float, float]) -> None:
       known[keys[todo[i]]] = list(log_p)

@@ -65,7 +65,7 @@ def machine() -> str:
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
   except OSError:
     pass
-  device = jax.devices()[0]
+  device = jax.local_devices()[0]
   what = (
     f"{os.cpu_count()} cores of {cpu}"
     if device.platform == "cpu"

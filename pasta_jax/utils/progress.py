@@ -1,4 +1,4 @@
-"""A progress bar on stderr, for every long operation."""
+"""A progress bar on stderr, for every long operation; of several processes, the first one shows it."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,7 @@ import rich.progress
 import rich.table
 from rich.text import Text
 
+from pasta_jax.utils import distributed
 from pasta_jax.utils.terminal import as_text
 
 
@@ -21,9 +22,7 @@ class _Words(rich.progress.ProgressColumn):
     return as_text(self._words(task))
 
 
-def progress_bar(
-  what: str, total: int, done: int = 0, *, visible: bool = True
-) -> tuple[rich.progress.Progress, rich.progress.TaskID]:
+def progress_bar(what: str, total: int, done: int = 0) -> tuple[rich.progress.Progress, rich.progress.TaskID]:
   """A bar with count and time left; `update(task, note=…)` shows figures after it."""
   bar = rich.progress.Progress(
     _Words(lambda task: task.description),
@@ -32,6 +31,6 @@ def progress_bar(
     rich.progress.TimeRemainingColumn(),
     _Words(lambda task: task.fields["note"]),
     console=rich.console.Console(stderr=True),
-    disable=not visible,
+    disable=not distributed.is_first(),
   )
   return bar, bar.add_task(what, total=total, completed=done, note="")

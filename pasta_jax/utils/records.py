@@ -5,13 +5,15 @@ it, and rows made with other settings are never mixed in.
     responses/pasta.settings.json    the settings, flat
 """
 
+import glob
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from pasta_jax.config import current_names
-from pasta_jax.utils.files import write_atomic
+from pasta_jax.utils.files import atomic_path, write_atomic
 from pasta_jax.utils.json_io import parse_json, read_json, to_json
 from pasta_jax.utils.jsonl import DataError, append_row, read_finished_lines
 
@@ -57,10 +59,37 @@ def settings_beside(path: Path) -> Path:
   return path.with_suffix(".settings.json")
 
 
+def part_of(path: Path, index: int) -> Path:
+  """The file to which process `index` of several adds rows, until they are merged into `path`."""
+  return path.with_name(f"{path.name}.part-{index:03d}")
+
+
+def merge_parts(path: Path, count: int = 1) -> None:
+  """Adds the rows of all parts to `path`, atomically, and deletes the parts. A kill between the two is repaired by the
+  next call: rows that are there twice are the same. Of `count` processes no part is missed that a shared file system
+  does not list yet."""
+  known = {part_of(path, index) for index in range(1, count)}
+  parts = sorted(
+    {p for p in known if p.exists()} | {*path.parent.glob(f"{glob.escape(path.name)}.part-[0-9]*")}
+  )
+  if not parts:
+    return
+  with atomic_path(path) as temporary:
+    if path.exists():
+      shutil.copyfile(path, temporary)
+    with open(temporary, "ab") as file:
+      for part in parts:
+        data = part.read_bytes()
+        file.write(data[: data.rfind(b"\n") + 1])  # a kill may have cut off the last line
+  for part in parts:
+    part.unlink()
+
+
 class Records:
   """Rows by `id` in the file `path`; `settings` is what they depend on.
 
-  Raises DataError, as `agree` does, if `path` has rows that were made with other settings, or for a damaged file.
+  Rows that several processes left in parts are merged into `path`. Raises DataError, as `agree` does, if `path` has
+  rows that were made with other settings, or for a damaged file.
   """
 
   def __init__(self, path: Path, settings: dict[str, Any], advice: str = OTHER_FOLDER):
@@ -69,6 +98,7 @@ class Records:
     beside = settings_beside(path)
     if path.exists():  # a kill may have cut off the last line
       os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    merge_parts(path)
     self.rows = {row["id"]: row for row in _with_ids(path)}
     if not self.rows:
       beside.unlink(missing_ok=True)

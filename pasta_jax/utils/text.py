@@ -28,6 +28,13 @@ def printable(text: str) -> str:
   return _UNSAFE.sub(_escaped, text.replace("\r\n", "\n"))
 
 
+def message_of(error: BaseException) -> str:
+  """What a user reads of an error: of a file that cannot be used, its name and why."""
+  if isinstance(error, OSError) and error.filename and error.strerror:
+    return f"{error.filename}: {error.strerror}"
+  return str(error)
+
+
 def one_line(text: str, limit: int = MESSAGE_LENGTH) -> str:
   """`text` on one line of at most `limit` characters: blanks are merged, control characters escaped, and the
   middle of a longer one is left out."""

@@ -1,4 +1,4 @@
-"""Runs that stop until something outside has been done, such as the answers to a file of requests (`batch`)."""
+"""Runs that stop before they are done, and that the same command continues."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,8 +6,13 @@ from collections.abc import Iterator
 WAITING = 4  # exit code of a run that waits; no launcher restarts it
 
 
+class Stopped(Exception):
+  """SIGTERM was received, and what is finished is kept; the same command continues from there."""
+
+
 class Waiting(Exception):
-  """A run waits. The message, one line, says for what, and what to do."""
+  """A run waits until something outside has been done, such as the answers to a file of requests (`batch`). The
+  message, one line, says for what, and what to do."""
 
 
 class Together:

@@ -67,6 +67,14 @@ class Judge(Protocol):
 
 
 @runtime_checkable
+class Scorer(Judge, Protocol):
+  """A judge that scores answers on a device, which several processes share out."""
+
+  def score(self, pairs: Sequence[Pair], folder: Path) -> None:
+    """Keeps in `folder` what `compare` needs of the pairs' answers. All processes must call this."""
+
+
+@runtime_checkable
 class Reader(Judge, Protocol):
   """A judge that reads: it also names the defects of single answers, and grades lists."""
 

@@ -1,6 +1,7 @@
 """Has answers judged: a run's systems against the baseline, pairs of labels, samples; each pair once.
 
-A judge gets all pairs of all systems at once, so that a batch of requests has them all, mixed.
+A judge gets all pairs of all systems at once, so that a batch of requests has them all, mixed. Of several processes
+the first one judges, since calls cost money; the others help where a judge scores answers on a device.
 """
 
 import dataclasses
@@ -11,7 +12,8 @@ from pathlib import Path
 
 from pasta_jax.data.prompts import PromptTurn, conversation
 from pasta_jax.evaluate.judges import questions
-from pasta_jax.evaluate.judges.judge import Answer, Judge, Pair, Reader, digest
+from pasta_jax.evaluate.judges.judge import Answer, Judge, Pair, Reader, Scorer, digest
+from pasta_jax.utils import distributed
 from pasta_jax.utils.records import Records, read_records
 from pasta_jax.utils.waiting import Together
 
@@ -95,8 +97,20 @@ def judge_pairs(
 
   Each group's are kept in its file; a pair is judged again only where one of its texts has changed, or a reading is
   wanted that was not made; those that were made are kept. `answers`, by file and id, get the names of their defects.
-  What the judge must keep lies in `folder`.
+  What the judge must keep lies in `folder`. Every process of several calls this with the same arguments.
   """
+  if isinstance(judge, Scorer):
+    judge.score([p for pairs in groups.values() for p in pairs], folder)
+  return distributed.from_first(lambda: _judge(judge, groups, folder, answers or {}))
+
+
+def _judge(
+  judge: Judge,
+  groups: Mapping[Path, Sequence[Pair]],
+  folder: Path,
+  answers: Mapping[Path, Mapping[str, Answer]],
+) -> list[dict[str, dict]]:
+  """`judge_pairs` in one process."""
   records = {path: Records(path, judge.settings) for path in groups}
 
   def row_of(path: Path, p: Pair) -> dict | None:

@@ -14,6 +14,7 @@ from typing import Any, Self
 from pasta_jax.evaluate.judges import questions
 from pasta_jax.evaluate.judges.judge import Answer, Pair, say_lost
 from pasta_jax.evaluate.metrics.wins import verdict
+from pasta_jax.utils import distributed
 from pasta_jax.utils.callers import caller_of
 from pasta_jax.utils.endpoint import Endpoint
 from pasta_jax.utils.locks import locked
@@ -43,7 +44,8 @@ class LlmJudge:
   def from_config(cls, config) -> Self:
     c = config.judge
     endpoint = Endpoint.from_config(c, part="judge")
-    endpoint.require_key()  # before the answers are made that it is to judge
+    if distributed.is_first():  # which makes the calls
+      endpoint.require_key()  # before the answers are made that it is to judge
     return cls(endpoint, cache=c.cache, names_defects=c.defects)
 
   def settings_of(self, prompt: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from pasta_jax.evaluate.judges.judge import Answer, Pair, say_lost
 from pasta_jax.evaluate.judges.likelihood import Likelihood
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.records import Records
+from pasta_jax.utils.shared_records import SharedRecords
 
 PER_NAT = 4.0  # logits of preference per nat per token of likelihood
 PER_DEFECT = 1.0  # logits of preference per defect
@@ -125,11 +126,17 @@ class LocalJudge:
       },
     )
 
+  def score(self, pairs: Sequence[Pair], folder: Path) -> None:
+    """Scores each answer once, into `folder/scores.jsonl`."""
+    records = SharedRecords(folder / "scores.jsonl", self.settings)
+    todo = {k: a for k, a in _answers(pairs).items() if k not in records.rows}
+    records.make([*todo], lambda keys, add: self._score({k: todo[k] for k in keys}, add))
+
   def compare(self, pairs: Sequence[Pair], folder: Path, on_judged: Callable[[int, dict], None]) -> None:
-    """Judges the pairs whose likelihoods are numbers; each answer's score is kept in `folder/scores.jsonl`."""
-    records = Records(folder / "scores.jsonl", self.settings)
-    answers = {_key(a): a for p in pairs for a in (p.system, p.baseline)}
-    self._score({k: a for k, a in answers.items() if k not in records.rows}, records)
+    """Judges the pairs whose likelihoods are numbers; answers that have no score yet get one."""
+    records, answers = Records(folder / "scores.jsonl", self.settings), _answers(pairs)
+    if todo := {k: a for k, a in answers.items() if k not in records.rows}:
+      self._score(todo, records.add)
     scores = {k: current(records.rows[k]) for k in answers}
     lost = []
     for i, p in enumerate(pairs):
@@ -149,10 +156,8 @@ class LocalJudge:
       )
     say_lost(self.name, len(pairs), lost)
 
-  def _score(self, answers: dict[str, Answer], records: Records) -> None:
-    """Adds the score of each answer to the records."""
-    if not answers:
-      return
+  def _score(self, answers: dict[str, Answer], add: Callable[[dict], None]) -> None:
+    """Adds the score of each answer, by its key."""
     if self._likelihood is None or self._model is None:
       self._model = self._load()
       self._likelihood = Likelihood(self._model)
@@ -167,7 +172,7 @@ class LocalJudge:
 
     def on_finish(i: int, log_p: float) -> None:
       answer = answers[keys[i]]
-      records.add(
+      add(
         {
           "id": keys[i],
           "log_p": log_p / len(texts[i]) if texts[i] else EMPTY_LOG_P,
@@ -179,6 +184,11 @@ class LocalJudge:
 
     with bar:
       self._likelihood(prompts, texts, on_finish)
+
+
+def _answers(pairs: Sequence[Pair]) -> dict[str, Answer]:
+  """The answers of pairs, each once, by `_key`."""
+  return {_key(a): a for p in pairs for a in (p.system, p.baseline)}
 
 
 def _key(answer: Answer) -> str:
