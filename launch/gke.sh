@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Trains on a GKE cluster with TPUs, through XPK (pip install xpk): builds the image, pushes it, starts the workload.
+# Trains, or with MODE=preference, eval or pilot does that, on a GKE cluster with TPUs, through XPK (pip install xpk): builds the image, pushes it, starts the workload.
 #   CLUSTER=c IMAGE=REGION-docker.pkg.dev/PROJECT/REPO/pasta NAME=pasta TYPE=v5litepod-16 launch/gke.sh [--dry-run] \
-#     RUN_FOLDER [flags of main.py --mode=train]
-# Environment: CLUSTER, IMAGE, NAME, TYPE; STORAGE, the name of a volume that xpk storage attached to the cluster, which
+#     RUN_FOLDER [flags of main.py]
+# Environment: CLUSTER, IMAGE, NAME, TYPE; MODE (train); STORAGE, the name of a volume that xpk storage attached to the cluster, which
 # contains RUN_FOLDER; ZONE and PROJECT (gcloud's own if unset), SLICES (1), RESTARTS (10). Started again, it replaces a
 # workload of the same name, and the run continues from its last checkpoint.
 set -euo pipefail
@@ -23,6 +23,6 @@ run docker push "$tag"
 if holds xpk workload list "${where[@]}" --filter-by-job="^$NAME\$"; then
   run xpk workload delete --workload="$NAME" "${where[@]}" --force
 fi
-train=$(words python main.py --mode=train --distributed --workdir="$workdir" "$@")
+train=$(words python main.py --mode="${MODE:-train}" --distributed --workdir="$workdir" "$@")
 run xpk workload create --workload="$NAME" "${where[@]}" --tpu-type="$TYPE" --num-slices="${SLICES:-1}" \
   --docker-image="$tag" ${STORAGE:+--storage="$STORAGE"} --max-restarts="${RESTARTS:-10}" --restart-on-exit-codes=75 --command="$train"

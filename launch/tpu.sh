@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs, a slice of one host or of many: requests the slice (a queued resource), waits for it, copies
-# this checkout to every host, installs it, and starts the same training on all of them in tmux.
-#   NAME=pasta ZONE=us-west4-a TYPE=v5litepod-16 BUCKET=my-bucket launch/tpu.sh [--dry-run] RUN [flags of --mode=train]
-# Environment: NAME, ZONE, TYPE; BUCKET, which every host mounts with gcsfuse and which contains the folder RUN (without
+# Trains, or with MODE=preference, eval or pilot does that, on Cloud TPU VMs, a slice of one host or of many: requests the slice (a queued resource), waits for it, copies
+# this checkout to every host, installs it, and starts the same command on all of them in tmux.
+#   NAME=pasta ZONE=us-west4-a TYPE=v5litepod-16 BUCKET=my-bucket launch/tpu.sh [--dry-run] RUN [flags of main.py]
+# Environment: NAME, ZONE, TYPE; MODE (train); BUCKET, which every host mounts with gcsfuse and which contains the folder RUN (without
 # BUCKET, all hosts must see RUN by other means); PROJECT (gcloud's own if unset), RUNTIME (v2-alpha-tpuv5-lite), SPOT=1
 # for a pre-emptible slice, POLL_SECONDS (30). Started again, it reuses what exists: it requests a slice that was taken away once more,
 # leaves a running training alone, and continues a stopped one from its last checkpoint.
@@ -57,7 +57,7 @@ sudo apt-get update -q && sudo apt-get install -qy gcsfuse; }; mkdir -p ~/bucket
 gcsfuse --implicit-dirs --rename-dir-limit=10000 $(words "$BUCKET") ~/bucket; }"
   workdir="../bucket/$workdir"
 fi
-train=$(words .venv/bin/python main.py --mode=train --distributed --workdir="$workdir" "$@")
+train=$(words .venv/bin/python main.py --mode="${MODE:-train}" --distributed --workdir="$workdir" "$@")
 on_all "$running || { cd pasta-jax && tmux new-session -d -s pasta \
 $(words "{ $(until_done "$train"); } 2>&1 | tee -a train.log"); }"
 echo "follow it: gcloud compute tpus tpu-vm ssh $NAME ${where[*]} --worker=0 --command='tail -f pasta-jax/train.log'" >&2

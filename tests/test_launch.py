@@ -236,6 +236,14 @@ def test_slurm_queues_a_job_that_starts_a_process_a_gpu(tmp_path: Path):
   ]
 
 
+@pytest.mark.parametrize("script", CLOUD)
+def test_other_modes_are_started_too(script: str, tmp_path: Path):
+  """`MODE` is the mode; the data of trainings is left out of others."""
+  *_, start = dry(script, str(tmp_path / "run"), **CLOUD[script], MODE="preference")
+  assert "--mode=preference --distributed" in start[-1]
+  assert "--mode=train" not in start[-1] and "train.data" not in start[-1]
+
+
 @pytest.mark.parametrize("code, queued", [(0, False), (1, False), (75, True)])
 def test_slurms_batch_script_passes_the_signal_on_and_queues_again(code: int, queued: bool, tmp_path: Path):
   """SIGTERM to the batch script reaches the step; exit code 75 of the step queues the job again."""
