@@ -32,7 +32,11 @@ def test_eight_devices_decode_what_one_decodes():
     env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900,
   )  # fmt: skip
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-  assert done.stdout.count("the same") == 16 and done.stdout.splitlines()[-1] == "done"
+  assert (
+    "likelihoods agree" in done.stdout
+    and done.stdout.count("the same") == 16
+    and done.stdout.splitlines()[-1] == "done"
+  )
 
 
 def interpreter(steps_per_look: int, visibility: str = "promise") -> Interpreter:

@@ -11,6 +11,8 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 TESTS = Path(__file__).parents[1]  # as a script
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
@@ -26,6 +28,8 @@ from pasta_jax.decode.generator import Model  # noqa: E402
 from pasta_jax.decode.interpreter import Interpreter  # noqa: E402
 from pasta_jax.decode.scheduler import Scheduler, decode  # noqa: E402
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures  # noqa: E402
+from pasta_jax.evaluate.judges.likelihood import Likelihood  # noqa: E402
+from pasta_jax.lang.forms import Forms  # noqa: E402
 from pasta_jax.model.sharding import AXES, make_mesh  # noqa: E402
 from pasta_jax.weights import build  # noqa: E402
 
@@ -71,6 +75,7 @@ def tiny_programs(
 
 
 def compare_tiny(n: int) -> None:
+  compare_likelihoods()
   for config in (tiny.CONFIG, ONE_HEAD):
     for visibility in ("promise", "live"):
       expected = tiny_programs(n, None, visibility, config, 1)
@@ -83,6 +88,22 @@ def compare_tiny(n: int) -> None:
           f"{visibility}, {config.n_kv_heads} heads, {shape}: {same} of {len(expected)} the same", flush=True
         )
         assert found == expected
+
+
+def compare_likelihoods() -> None:
+  """The judge by likelihood: the same model on one device and on two meshes."""
+  texts = [[3, 5, 7, 2], [4, 4, 9], [11, 2, 3, 5, 8, 1], [6], [7, 8]]
+  expected: dict[int, float] = {}
+  for shape in (None, (2, 2, 2), (1, 1, 8)):
+    mesh = None if shape is None else make_mesh(dict(zip(AXES, shape)))
+    params = build.to_params(nnx.merge(tiny.GRAPH, tiny.weights(1)))
+    network = build.for_decoding(tiny.CONFIG, params, None, jnp.float32, mesh=mesh)
+    model: Any = SimpleNamespace(model=network, mesh=mesh, forms=Forms(), vocabulary=tiny.VOCABULARY)
+    found: dict[int, float] = {}
+    Likelihood(model)([[1, 2]] * len(texts), texts, found.__setitem__)
+    expected = expected or found
+    np.testing.assert_allclose(*([x[i] for i in range(len(texts))] for x in (found, expected)), rtol=1e-5)
+  print("likelihoods agree", flush=True)
 
 
 def compare_smollm2(n: int) -> None:
