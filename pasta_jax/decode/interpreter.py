@@ -38,7 +38,7 @@ STEERING = ("used", "runnable", "finish", "steps")  # what the host reads of a s
 
 def capacity_of(state: State) -> int:
   """Entries of the pool."""
-  return state.log.token.shape[-1]
+  return state.entries.rows.shape[-1]
 
 
 @dataclasses.dataclass
@@ -111,7 +111,7 @@ class Interpreter:
 
   def _grow_pure(self, state: State, *, capacity: int) -> State:
     more = capacity - capacity_of(state)
-    return constrain_one(grow(state, capacity, sight.grown(self.features.live, state.threads.sight, more)))
+    return constrain_one(grow(state, capacity, sight.grown(self.features.live, state.sight, more)))
 
   def _step(self, params: Any, width: int, features: StepFeatures) -> Callable[[State, Sampling], State]:
     model = nnx.merge(self.graph, params)

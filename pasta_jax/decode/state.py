@@ -3,7 +3,7 @@
 Shapes: P pool entries, M threads at most, K key-value heads, H head width. All shapes are fixed.
 
 The pool's first entries are the prompt's. After them the entries that the branches of a step write lie next
-to each other. Each thread has a row of visibility over the pool.
+to each other.
 
 Time goes in rounds. In a round every runnable thread takes one token, in the order of thread numbers, as many
 at a time as the step is wide; forks are numbered in that order. So neither numbers, nor limits, nor what a
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from pasta_jax.decode.packed import Packed
 from pasta_jax.decode.threads import FREE, Thread, born
 
 # Why a response ended.
@@ -39,15 +40,16 @@ class TokenLog(struct.PyTreeNode):
   next_token: jax.Array  # [P] int32, the token chosen after this entry
   ngram_hash: jax.Array  # [P] uint32, of the thread's last tokens up to this one (`sampling`); 0: too few
   log_p: jax.Array  # [P] float32, the model's log-probability of `next_token`
-  logits: jax.Array  # [P, V] float32 where `StepFeatures.return_logits`, else [P, 0]
 
 
 class State(struct.PyTreeNode):
   """One request."""
 
   pool: KVPool
-  log: TokenLog
-  threads: Thread  # every leaf [M, …]
+  entries: Packed  # `log`
+  logits: jax.Array  # [P, V] float32, of the entries, where `StepFeatures.return_logits`; else [P, 0]
+  table: Packed  # `threads`
+  sight: jax.Array  # [M, …], what each thread sees (`decode.sight`)
   used: jax.Array  # int32, pool entries in use
   prompt: jax.Array  # int32, pool entries of the prompt, without its last token, which the first step reads
   round: jax.Array  # int32, the current one, from 1
@@ -57,6 +59,16 @@ class State(struct.PyTreeNode):
   steps: jax.Array  # int32, decode steps so far
   n_threads: jax.Array  # int32
   finish: jax.Array  # int32, index into FINISH_REASONS
+
+  @property
+  def log(self) -> TokenLog:
+    """Every leaf [P]."""
+    return self.entries.unpack()
+
+  @property
+  def threads(self) -> Thread:
+    """Every leaf [M, …]."""
+    return self.table.unpack()
 
 
 def initial(keys: list[jax.Array], values: list[jax.Array], prompt: jax.Array, length: jax.Array, seed: jax.Array, *,
@@ -78,17 +90,16 @@ def initial(keys: list[jax.Array], values: list[jax.Array], prompt: jax.Array, l
   log = TokenLog(
     token=jnp.pad(prompt, (0, padded)), thread=blank - 1, position=entries, round=blank, step=blank,
     next_token=blank, ngram_hash=blank.astype(jnp.uint32), log_p=jnp.zeros(capacity),
-    logits=jnp.zeros((capacity, logits)),
   )  # fmt: skip
-  main = born(
-    token=prompt[n], index=-1, position=n, round=1, key=_key(seed), sight=main_sight, recent=blank[:recent]
-  )
-  threads = jax.tree.map(lambda x: jnp.broadcast_to(x, (max_threads, *x.shape)), main)
+  main = born(token=prompt[n], index=-1, position=n, round=1, key=_key(seed), recent=blank[:recent])
+  every = lambda x: jnp.broadcast_to(x, (max_threads, *x.shape))
+  threads = jax.tree.map(every, main)
   threads = threads.replace(status=threads.status.at[1:].set(FREE))
   one = jnp.int32(1)
   return State(
-    pool=pool, log=log, threads=threads, used=n, prompt=n, round=one, served=0 * one, room=one * (max_threads - 1),
-    runnable=one, steps=0 * one, n_threads=one, finish=0 * one,
+    pool=pool, entries=Packed.of(log), logits=jnp.zeros((capacity, logits)), table=Packed.of(threads),
+    sight=every(main_sight), used=n, prompt=n, round=one, served=0 * one, room=one * (max_threads - 1), runnable=one,
+    steps=0 * one, n_threads=one, finish=0 * one,
   )  # fmt: skip
 
 
@@ -99,16 +110,17 @@ def _key(seed: jax.Array) -> jax.Array:
 def reseed(state: State, seed: jax.Array) -> State:
   """The state after a prefill as another seed would have it: samples of one prompt share its prefill."""
   key = jnp.broadcast_to(_key(seed), state.threads.key.shape)
-  return state.replace(threads=state.threads.replace(key=key))
+  return state.replace(table=state.table.update(key=key))
 
 
 def grow(state: State, capacity: int, sight: jax.Array) -> State:
   """The same state with a larger pool; `sight` is that of its threads in it."""
-  more = capacity - state.log.token.shape[0]
+  more = capacity - state.logits.shape[0]
   along = lambda axis: lambda x: jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
   pool = KVPool([along(2)(k) for k in state.pool.keys], [along(1)(v) for v in state.pool.values])
-  log = jax.tree.map(along(0), state.log)
-  return state.replace(pool=pool, log=log, threads=state.threads.replace(sight=sight))
+  return state.replace(
+    pool=pool, entries=jax.tree.map(along(1), state.entries), logits=along(0)(state.logits), sight=sight
+  )
 
 
 def earlier(state: State) -> jax.Array:

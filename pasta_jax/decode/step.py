@@ -15,7 +15,7 @@ from pasta_jax.decode.limits import finish_reason, promise_room
 from pasta_jax.decode.placement import replicated
 from pasta_jax.decode.sampling import Branch, Sampling, TokenTables, choose, ngram_hash
 from pasta_jax.decode.settings import Limits, StepFeatures
-from pasta_jax.decode.state import UNFINISHED, KVPool, State, earlier
+from pasta_jax.decode.state import UNFINISHED, KVPool, State, TokenLog, earlier
 from pasta_jax.decode.threads import FREE, RUNNING, Thread
 from pasta_jax.model.attention import sliding_window_mask
 from pasta_jax.model.transformer import Transformer
@@ -45,28 +45,26 @@ def step(model: Transformer, state: State, tables: TokenTables, sampling: Sampli
   Needs `used + width` <= P: lanes without a thread write after the used entries.
   """
   lanes = schedule(state, width)
-  threads = take(state.threads, lanes.rows)
+  threads = state.table.take(lanes.rows).unpack()
   hashes = jax.tree.map(lambda x: x[threads.token], tables.heads)
   read = jax.vmap(partial(T.read_token, automaton=features.automaton))(
     threads, tables.value[threads.token], tables.scale[threads.token], hashes
   )
   forks, children = allocate(state, lanes, read, limits)
-  sees = sight.seen(features.live, state, threads.sight)
+  sees = sight.seen(features.live, state, lanes.rows)
   branches = observe(state, lanes, threads, sees, read, forks, limits, features)
   out = jax.vmap(partial(forward, model, state, tables, sampling, limits, features))(branches)
   state = append(state, lanes, branches, out, features)
-  after = jax.vmap(partial(sight.after_turn, features.live))(threads.sight, lanes.entry, lanes.live)
   advance = jax.vmap(partial(T.advance, rule=features.rule, automaton=features.automaton))
-  advanced = advance(read, forks, out.token, tables.classes[out.token], after)
-  spawned = jax.vmap(T.spawn, (0, 0, 0, 0, None))(read, lanes.rows, lanes.entry, after, tables.async_tag)
-  state = put(state, lanes.rows, advanced)
-  state = put(state, children, spawned)
-  sights = sight.after_forks(features.live, state.threads, children)
-  state = state.replace(threads=state.threads.replace(sight=sights))
+  advanced = advance(read, forks, out.token, tables.classes[out.token])
+  spawned = jax.vmap(T.spawn, (0, 0, 0, None))(read, lanes.rows, lanes.entry, tables.async_tag)
+  both = jax.tree.map(lambda *x: jnp.concatenate(x), advanced, spawned)
+  state = state.replace(table=state.table.put(jnp.append(lanes.rows, children), both))
   served = lanes.live.sum()
   state = state.replace(
-    used=state.used + served, served=state.served + served, steps=state.steps + (served > 0),
-    n_threads=state.n_threads + forks.sum(),
+    sight=sight.after_turns(features.live, state, lanes.rows, lanes.entry, children),
+    used=state.used + served, served=state.served + served,
+    steps=state.steps + (served > 0), n_threads=state.n_threads + forks.sum(),
   )  # fmt: skip
   return end_round(state, limits, features)
 
@@ -77,17 +75,6 @@ def schedule(state: State, width: int) -> Lanes:
   due = (t.status == RUNNING) & (t.round == state.round) & (state.finish == UNFINISHED)
   rows = jnp.nonzero(due, size=width, fill_value=due.shape[0])[0]
   return Lanes(rows, rows < due.shape[0], state.used + jnp.arange(width))
-
-
-def take(threads: Thread, rows: jax.Array) -> Thread:
-  """Rows [W] of the table."""
-  return jax.tree.map(lambda x: x.at[rows].get(mode="clip"), threads)
-
-
-def put(state: State, rows: jax.Array, threads: Thread) -> State:
-  """Writes threads [W] into rows of the table; those with row M are dropped."""
-  write = lambda table, x: table.at[rows].set(x.astype(table.dtype), mode="drop")
-  return state.replace(threads=jax.tree.map(write, state.threads, threads))
 
 
 def allocate(state: State, lanes: Lanes, read: T.TokenRead, limits: Limits) -> tuple[jax.Array, jax.Array]:
@@ -149,15 +136,12 @@ def append(state: State, lanes: Lanes, branches: Branch, out: Output, features: 
     [write(pool, late(v).transpose(1, 0, 2), (zero, used, zero)) for pool, v in zip(old.values, values)],
   )
   every = lambda x: jnp.full(lanes.rows.shape, x)
-  entries = dict(
+  log = TokenLog(
     token=t.token, thread=jnp.where(t.index < 0, -1, lanes.rows), position=t.position, round=every(state.round),
     step=every(state.steps + 1), next_token=out.token, ngram_hash=branches.ngram, log_p=out.log_p,
   )  # fmt: skip
-  columns = {name: getattr(state.log, name) for name in entries}
-  log = state.log.replace(**{n: write(c, entries[n].astype(c.dtype), (used,)) for n, c in columns.items()})
-  if features.return_logits:
-    log = log.replace(logits=write(log.logits, out.logits, (used, zero)))
-  return state.replace(pool=pool, log=log)
+  logits = write(state.logits, out.logits, (used, zero)) if features.return_logits else state.logits
+  return state.replace(pool=pool, entries=state.entries.write(used, log), logits=logits)
 
 
 def end_round(state: State, limits: Limits, features: StepFeatures) -> State:
@@ -165,12 +149,14 @@ def end_round(state: State, limits: Limits, features: StepFeatures) -> State:
   t = state.threads
   over = ~((t.status == RUNNING) & (t.round == state.round)).any() & (state.finish == UNFINISHED)
   t = t.replace(owner=jnp.where(over, T.adopt(t, limits.max_depth), t.owner))
-  t = T.join(t, over, state.round, features.rule, live=features.live)
+  changes, joins = T.join(t, over, state.round, features.rule)
+  t = t.replace(**changes)
   running = t.status == RUNNING
   todo = running.sum()
   keep = lambda new, old: jnp.where(over, new, old)
   return state.replace(
-    threads=t,
+    table=state.table.update(**changes),
+    sight=sight.after_joins(features.live, state.sight, joins),
     round=state.round + over,
     served=keep(0, state.served),
     room=keep(promise_room(state, t, todo, limits), state.room),

@@ -1,7 +1,8 @@
 """A thread on the device: what it knows, how it is born, what a token does to it, and how threads are joined.
 
 A field is declared once, in `Thread`, and set once at birth, in `born`. Shapes are those of one thread; the
-table of a request has a leading axis M in every leaf, the threads of a step have W. P: pool entries.
+table of a request has a leading axis M in every leaf, the threads of a step have W. What a thread sees is in
+`decode.sight`.
 """
 
 from typing import NamedTuple
@@ -40,7 +41,6 @@ class Thread(struct.PyTreeNode):
   recent: jax.Array  # [n] own tokens read last, oldest first; -1: none (n: `no_repeat` - 1, or 0)
   length: jax.Array  # own tokens read back
   children: jax.Array  # promises kept so far
-  sight: jax.Array  # what it sees (`decode.sight`): [P] bool, or [M] int32
   # Fixed at birth, but for the owner.
   key: jax.Array  # [2] uint32, from the request's seed and the path of ordinals
   parent: jax.Array  # -1 for the main thread
@@ -54,15 +54,15 @@ class Thread(struct.PyTreeNode):
   fork_index: jax.Array  # index of that token in the parent's own tokens
 
 
-def born(*, token, index, position, round, key, sight, recent, depth=0, parent=-1, ordinal=0, declared=-1,
+def born(*, token, index, position, round, key, recent, depth=0, parent=-1, ordinal=0, declared=-1,
          kept_before=0, kept_last=-1, fork_entry=0, fork_index=0) -> Thread:  # fmt: skip
   """A thread before its first token, which the prompt or the interpreter wrote: it is only read."""
   i, u = jnp.int32, jnp.uint32
   return Thread(
     status=i(RUNNING), token=i(token), kind=i(A.ASYNC), index=i(index), position=i(position), round=i(round),
     state=i(A.TEXT), number=i(-1), topic=u(0), topic_before=u(0), topic_last=i(-1), topic_length=i(0),
-    recent=jnp.full_like(recent, -1), length=i(0), children=i(0), sight=sight, key=key, parent=i(parent),
-    owner=i(parent), depth=i(depth), ordinal=i(ordinal), declared=i(declared), kept_before=u(kept_before),
+    recent=jnp.full_like(recent, -1), length=i(0), children=i(0), key=key, parent=i(parent), owner=i(parent),
+    depth=i(depth), ordinal=i(ordinal), declared=i(declared), kept_before=u(kept_before),
     kept_last=i(kept_last), fork_entry=i(fork_entry), fork_index=i(fork_index),
   )  # fmt: skip
 
@@ -121,10 +121,8 @@ def _read_head(t: Thread, plain: jax.Array, hashes: TokenHashes) -> dict[str, ja
   return dict(topic=topic, topic_before=topic, topic_last=jnp.where(topic > 0, 0, -1))
 
 
-def advance(
-  read: TokenRead, forks, chosen, kind, sight, rule: PositionRule, automaton: A.Automaton
-) -> Thread:
-  """The thread after its turn, which it leaves with `sight`: its next token is `chosen`, of class `kind`.
+def advance(read: TokenRead, forks, chosen, kind, rule: PositionRule, automaton: A.Automaton) -> Thread:
+  """The thread after its turn: its next token is `chosen`, of class `kind`.
 
   `forks`: its promise was granted. One token a thread a round is stated here.
   """
@@ -140,12 +138,11 @@ def advance(
     round=t.round + 1,
     length=t.index + 1,
     children=t.children + forks,
-    sight=sight,
   )
 
 
-def spawn(read: TokenRead, number, entry, sight, async_tag) -> Thread:
-  """The chunk that thread `number` has just promised, with `sight`.
+def spawn(read: TokenRead, number, entry, async_tag) -> Thread:
+  """The chunk that thread `number` has just promised; `entry` holds the promise's last token.
 
   Its key folds in its ordinal, after a constant, so that no token's key is a child's key.
   """
@@ -153,7 +150,7 @@ def spawn(read: TokenRead, number, entry, sight, async_tag) -> Thread:
   path = jax.random.fold_in(jax.random.wrap_key_data(t.key), 0x7FFFFFFF)
   key = jax.random.key_data(jax.random.fold_in(path, t.children + 1))
   return born(
-    token=async_tag, index=0, position=t.position + 1, round=t.round + 1, key=key, sight=sight, recent=t.recent,
+    token=async_tag, index=0, position=t.position + 1, round=t.round + 1, key=key, recent=t.recent,
     depth=t.depth + 1, parent=number, ordinal=t.children, declared=jnp.minimum(t.number, A.MAX_DECLARED),
     kept_before=t.topic_before, kept_last=t.topic_last, fork_entry=entry, fork_index=t.index,
   )  # fmt: skip
@@ -168,26 +165,20 @@ def adopt(threads: Thread, levels: int) -> jax.Array:
   return owner
 
 
-def join(threads: Thread, over: jax.Array, round: jax.Array, rule: PositionRule, *, live: bool) -> Thread:
+def join(threads: Thread, over: jax.Array, round: jax.Array, rule: PositionRule):
   """Wakes each waiting thread whose chunks are all done, if `round` is `over`: its sync is read in the next round.
-  The rule of `lang.joins.Unjoined`, by owners. Unless `live`, **a join ORs their rows into its own**."""
+  The rule of `lang.joins.Unjoined`, by owners. Returns (the fields that change, [M, M] bool: whom each one joins)."""
   t = threads
   numbers = jnp.arange(t.status.shape[0])
   owned = (t.owner[None, :] == numbers[:, None]) & (t.status != FREE)[None, :]  # [thread, chunk]
   ready = over & (t.status == WAITING) & ~(owned & (t.status != DONE)[None, :]).any(axis=1)
   joins = owned & ready[:, None]
-  joined = joins.any(axis=0)
-
-  def merge(visible):  # an OR as a matrix product: no [M, M, P] array
-    counts = jnp.dot(joins.astype(jnp.float32), visible.astype(jnp.float32))
-    return visible | (counts > 0)
-
   furthest = jnp.max(jnp.where(joins, t.position[None, :], 0), axis=1)
   n_joined = jnp.sum(jnp.where(joins, t.length[None, :], 0), axis=1)
-  return t.replace(
-    owner=jnp.where(joined, -1, t.owner),
-    sight=t.sight if live else jax.lax.cond(joined.any(), merge, lambda visible: visible, t.sight),
+  changes = dict(
+    owner=jnp.where(joins.any(axis=0), -1, t.owner),
     position=jnp.where(ready, rule.at_sync(t.position, furthest, n_joined), t.position),
     status=jnp.where(ready, RUNNING, t.status),
     round=jnp.where(ready, round + 1, t.round),
   )
+  return changes, joins

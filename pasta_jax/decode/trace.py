@@ -79,10 +79,9 @@ def read_trace(
   """Reads a state back, which was decoded under `visibility`. The state is not changed; the pool's keys and values
   are not copied."""
   # The large arrays stay where they are.
-  small = state.log.replace(logits=state.used), state.threads.replace(sight=state.used)
-  (log, table), used, prompt_entries, steps, finish, n = jax.device_get(
-    (small, state.used, state.prompt, state.steps, state.finish, state.n_threads)
-  )
+  small = state.entries, state.table, state.used, state.prompt, state.steps, state.finish, state.n_threads
+  entries, threads, used, prompt_entries, steps, finish, n = jax.device_get(small)
+  log, table = entries.unpack(), threads.unpack()
   n, used = int(n), int(used)
   last_prompt = log.token[prompt_entries] if used > prompt_entries else table.token[0]
   prompt = np.append(log.token[:prompt_entries], last_prompt)
@@ -111,7 +110,7 @@ def read_trace(
     steps=int(steps),
     finish_reason=FINISH_REASONS[int(finish)],
     refused=promised - (n - 1),
-    logits=np.asarray(state.log.logits[:used]) if state.log.logits.shape[1] else None,
+    logits=np.asarray(state.logits[:used]) if state.logits.shape[1] else None,
     visibility=visibility,
   )
 

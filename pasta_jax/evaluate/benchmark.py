@@ -48,21 +48,21 @@ def busy_state(interpreter: Interpreter, branches: int, capacity: int) -> State:
   """A state with `branches` running threads, each of which sees half of a pool of `capacity` entries."""
   state = interpreter.prefill([1] * 16)
   if capacity > capacity_of(state):
-    sights = sight.grown(interpreter.features.live, state.threads.sight, capacity - capacity_of(state))
+    sights = sight.grown(interpreter.features.live, state.sight, capacity - capacity_of(state))
     state = grow(state, capacity, sights)
   t = state.threads
   live = jnp.arange(t.status.shape[0]) < branches
   seen = sight.main_thread(interpreter.features.live, capacity, jnp.int32(capacity // 2), t.status.shape[0])
-  t = t.replace(
+  table = state.table.update(
     status=jnp.where(live, RUNNING, t.status),
     token=jnp.full_like(t.token, 100),
     kind=jnp.full_like(t.kind, ORDINARY),
     index=jnp.full_like(t.index, 5),
     position=jnp.full_like(t.position, capacity // 2),
-    sight=jnp.broadcast_to(seen, t.sight.shape),
   )
   return state.replace(
-    threads=t,
+    table=table,
+    sight=jnp.broadcast_to(seen, state.sight.shape),
     used=jnp.int32(capacity // 2),
     prompt=jnp.int32(capacity // 2),
     runnable=jnp.int32(branches),

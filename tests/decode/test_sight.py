@@ -35,7 +35,7 @@ def kernels(it: Interpreter, state) -> int:
   """Instructions of the compiled loop that compute or move something; those inside a fusion are one."""
   features = specialise(it.features, SAMPLING)
   arguments = it.params, state, as_arrays(SAMPLING), np.int32(9)
-  text = it._segment.lower(*arguments, width=WIDTH, features=features).compile().as_text()
+  text = it._segment.lower(*arguments, width=WIDTH, features=features, look=1).compile().as_text()
   inner = set(re.findall(r"(?:calls|to_apply)=(%[\w.-]+)", text))
   computations = [c for c in re.split(r"\n\n", text) if c.split(" (")[0] not in inner]
   kinds = [kind for c in computations for kind in re.findall(r" = (?:\(.*?\)|\S+) ([a-z-]+)\(", c)]
@@ -51,4 +51,4 @@ def test_live_keeps_no_row_over_the_pool(built):
   rows = {form: [x.shape for x in jax.tree.leaves(state) if x.shape in ((THREADS, ENTRIES), (WIDTH, ENTRIES))]
           for form, (_, state) in built.items()}  # fmt: skip
   assert rows == {"promise": [(THREADS, ENTRIES)], "live": []}
-  assert built["live"][1].threads.sight.shape == (THREADS, THREADS)
+  assert built["live"][1].sight.shape == (THREADS, THREADS)
