@@ -73,7 +73,8 @@ def schedule(state: State, width: int) -> Lanes:
   """The threads that have not had their turn in this round, lowest numbers first."""
   t = state.threads
   due = (t.status == RUNNING) & (t.round == state.round) & (state.finish == UNFINISHED)
-  rows = jnp.nonzero(due, size=width, fill_value=due.shape[0])[0]
+  # Thread w of those due, from 0, comes after all threads up to which no more than w are due; M where there is none.
+  rows = (jnp.cumsum(due) <= jnp.arange(width)[:, None]).sum(axis=1)
   return Lanes(rows, rows < due.shape[0], state.used + jnp.arange(width))
 
 
