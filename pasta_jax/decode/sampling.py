@@ -24,9 +24,9 @@ class TokenTables(NamedTuple):
   value: jax.Array  # int32
   scale: jax.Array  # int32
   penalised: jax.Array  # bool
+  opening: jax.Array  # bool: a promise begins with it
   heads: TokenHashes  # of the text of heads; [1] where promises have topics
   async_tag: jax.Array  # int32, not per token: the id that a chunk begins with
-  opening: jax.Array  # [n] int32, the ids that a promise begins with
   lengths: jax.Array  # [64] int32, the ids of lengths, shortest first; [0] where they are digits
 
   @classmethod
@@ -35,10 +35,10 @@ class TokenTables(NamedTuple):
     table = vocabulary.table
     with_head, lengths = table.automaton.promise == "head", jnp.asarray(table.lengths)
     hashes = TokenHashes.of(vocabulary.bytes_of_tokens() if with_head else [b""])
-    opening = lengths if with_head and lengths.size else jnp.array([table.tags.open])
+    opening = jnp.zeros(rows, bool).at[lengths if with_head and lengths.size else table.tags.open].set(True)
     cut = lambda x: jnp.asarray(x[:rows])
     return cls(cut(table.classes), cut(table.value), cut(table.scale), cut(penalised_tokens(vocabulary)),
-               TokenHashes(*map(cut, hashes)), jnp.int32(table.tags.async_), opening, lengths)  # fmt: skip
+               opening, TokenHashes(*map(cut, hashes)), jnp.int32(table.tags.async_), lengths)  # fmt: skip
 
 
 def penalised_tokens(vocabulary: Vocabulary) -> np.ndarray:
@@ -97,6 +97,13 @@ def choose(logits: jax.Array, state: State, branch: Branch, tables: TokenTables,
     tokens = jnp.append(state.log.token, thread.token)
     written = jnp.append(branch.sees & (state.log.thread >= 0), view.index >= 0) & tables.penalised[tokens]
     scores = penalise(scores, tokens, written & in_text, sampling.repetition_penalty)
+  if features.promises:
+    scores = jnp.where(tables.opening, scores + sampling.promise_bias, scores)
+  allowed = guard.allowed(view, limits, features)[tables.classes]
+  if features.guard:
+    allowed &= ~guard.absurd(view, tables.value, tables.scale)
+  scores = jnp.where(allowed, scores, MASK_VALUE)
+  # Bans come last: they are scattered into the array that the choice made, and no copy of it.
   if features.no_repeat:
     # What followed the same tokens before may not follow them again, tags excepted. All threads count: chunks
     # that do not see each other say the same thing too.
@@ -104,14 +111,9 @@ def choose(logits: jax.Array, state: State, branch: Branch, tables: TokenTables,
     again = earlier(state) & (log.ngram_hash == branch.ngram) & (branch.ngram != 0) & in_text
     kinds = tables.classes[log.next_token]
     scores = ban(scores, log.next_token, again & ((kinds == A.ORDINARY) | (kinds == A.DIGITS)))
-  if features.promises:
-    scores = scores.at[tables.opening].add(sampling.promise_bias)
-  allowed = guard.allowed(view, limits, features)[tables.classes]
   if features.guard:
-    allowed &= ~guard.absurd(view, tables.value, tables.scale)
     # No topic twice: the token that would complete one that was promised may not come.
     scores = ban(scores, state.threads.kept_last, branch.taken & (view.state == A.TOPIC))
-  scores = jnp.where(allowed, scores, MASK_VALUE)
   key = jax.random.fold_in(jax.random.wrap_key_data(thread.key), view.index + 1)
   as_class = features.promises and features.length != "apart"
   return draw(scores, key, tables.lengths[: None if as_class else 0], sampling, features)
