@@ -3,7 +3,8 @@
 The pool is split over its key-value heads (axis `tensor`), as the keys and values that the sharded weights give. It is
 replicated where there are fewer heads than devices, or they cannot be divided. The requests of a batch are split over
 `data`. Everything else, a few numbers for each thread and pool entry, is replicated: a device decides for itself what
-its threads do.
+its threads do. Logits are left to the partitioner, which keeps them split over the vocabulary: gathering them would
+move several times the bytes of all other collectives.
 """
 
 from collections.abc import Mapping
@@ -64,9 +65,3 @@ def on_heads(attend: Attend) -> Attend:
     return put(context, queries), collected
 
   return placed
-
-
-def replicated(x: jax.Array) -> jax.Array:
-  """A traced array that every device needs whole, such as logits."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return x if mesh.size <= 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * x.ndim))

@@ -12,7 +12,6 @@ from pasta_jax.decode import threads as T
 from pasta_jax.decode.attention import make_decode_attend
 from pasta_jax.decode.guard import View
 from pasta_jax.decode.limits import finish_reason, promise_room
-from pasta_jax.decode.placement import replicated
 from pasta_jax.decode.sampling import Branch, Sampling, TokenTables, choose, ngram_hash
 from pasta_jax.decode.settings import Limits, StepFeatures
 from pasta_jax.decode.state import UNFINISHED, KVPool, State, TokenLog, earlier
@@ -117,7 +116,7 @@ def forward(model: Transformer, state: State, tables: TokenTables, sampling: Sam
     features.attention, branch.sees, None if window is None else window[0], model.config.attention_softcap
   )
   hidden, cache = model(t.token, t.position, attend, list(zip(state.pool.keys, state.pool.values)))
-  logits = replicated(model.logits(hidden))
+  logits = model.logits(hidden)
   token = choose(logits, state, branch, tables, sampling, limits, features)
   return Output(cache, token, logits[token] - jax.nn.logsumexp(logits), logits)
 
