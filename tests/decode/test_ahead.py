@@ -1,5 +1,6 @@
 """Programs that decode, compiled for machines you do not have, and what is read from a compiled module."""
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -8,15 +9,20 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import tiny
 
 from configs.paper import gemma_7b
 from pasta_jax.config import Config, with_changes
 from pasta_jax.decode import ahead
+from pasta_jax.decode.interpreter import Interpreter
+from pasta_jax.decode.sampling import as_arrays
+from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures
 from pasta_jax.lang.forms import Forms
 from pasta_jax.utils.hlo import Module
 from pasta_jax.utils.topology import GPUS, topology
 
 ROOT = Path(__file__).parents[2]
+MOST_HERE = 200  # kernels of a step of `tiny`
 GEMMA = str(Path(gemma_7b.__file__).with_suffix(".json"))
 
 
@@ -110,8 +116,23 @@ def test_what_cannot_be_compiled():
 
 def run(*flags: str) -> str:
   command = [sys.executable, "main.py", "--mode=compile", "--config=configs/tiny.py", *flags]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  wide = os.environ | {"COLUMNS": "140"}
+  done = subprocess.run(command, cwd=ROOT, env=wide, capture_output=True, text=True)
   return done.stdout + done.stderr
+
+
+def test_a_step_has_few_kernels_here():
+  """On any machine: the control of the threads is a few kernels, whatever the layers have."""
+  it = Interpreter(tiny.model(), tiny.VOCABULARY, Limits(branch_widths=(8,)), StepFeatures(visibility="live"))
+  state, numbers = it.prefill([3, 5, 2]), as_arrays(SamplingConfig())
+  shape = dict(width=8, features=it.features, look=2)
+  module = Module.parse(
+    it.trace_segment(it.params, state, numbers, 8, batch=False, **shape).lower().compile().as_text()
+  )
+  body = next(module.body(loop) for loop in module.loops(module.body(module.loops()[0])) if loop.trips == 2)
+  kernels = sum(module.kernels(body).values())
+  print(f"{kernels} kernels in a step of {tiny.CONFIG.n_layers} layers")
+  assert kernels <= MOST_HERE
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="the TPU compiler is not installed")
@@ -130,5 +151,13 @@ def test_the_tpu_compiler_takes_prefill_and_steps():
 
 @pytest.mark.skipif(find_spec("jax_plugins") is None, reason="the GPU compiler is not installed")
 def test_the_gpu_compiler_takes_steps():
-  shown = run("--config.compile.topology=h100", "--config.compile.stages=decode")
-  assert "1 x NVIDIA H100" in shown and "8 branches" in " ".join(shown.split()), shown
+  """And a step has few kernels: eleven a layer, two writes to its pool, and what the threads need."""
+  layers = ahead.architecture("tiny")[0].n_layers
+  for attention, most in (("xla", 16), ("gpu", 13)):
+    shown = run("--config.compile.topology=h100", "--config.compile.stages=decode",
+                f"--config.decode.attention={attention}", "--config.language.visibility=live")  # fmt: skip
+    assert "1 x NVIDIA H100" in shown, shown
+    [row] = [line.split("│") for line in shown.splitlines() if "8 branches" in line]
+    kernels = int(row[9].replace(",", ""))
+    print(f"{attention}: {kernels} kernels in a step of {layers} layers")
+    assert kernels <= most * layers + 50
