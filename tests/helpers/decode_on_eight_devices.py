@@ -112,7 +112,7 @@ def compare_smollm2(n: int) -> None:
     for ask in ("Compare", "Give three reasons for and against", "Write a short guide to", "List facts about")
     for what in ("trains and planes", "working at home", "keeping bees")
   ][:n]
-  changes = {"decode.dtype": "float32", "decode.max_new_tokens": 120, "decode.promise_bias": 1.5}
+  changes = {"decode.dtype": "float32", "decode.max_new_tokens": 100, "decode.promise_bias": 1.5}
 
   def answer(shape: tuple[int, ...], *, samples: int = 1, **how) -> list:
     sizes = {f"mesh.{axis}": size for axis, size in zip(AXES, shape)}
