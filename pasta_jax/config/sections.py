@@ -227,6 +227,8 @@ class Decode(Section):
   parallel: bool = setting(True, identity=NEVER)  # False: the same weights without promises
   # float32: the same tokens at every branch width; int8, fp8: matrices in 8 bits, products in bfloat16
   dtype: str = setting("bfloat16", one_of((*DTYPES, *WEIGHTS)))
+  # the same bits at every branch width, batch size and pool size, in every dtype (decode.invariant)
+  invariant: bool = setting(False, late=True)
   max_new_tokens: int = setting(512, at_least(1))  # of all threads together
   max_branches: int = setting(8, between(1, 256), identity=NEVER)  # branches that a step decodes at once
   kv_capacity: int = setting(4096, between(1, 2**20))  # entries of the key-value pool, prompt included
@@ -265,6 +267,10 @@ class Decode(Section):
       raise ValueError(
         f"decode.kv_capacity={self.kv_capacity} must be above decode.max_branches={self.max_branches}: a step "
         "writes an entry for each branch"
+      )
+    if self.invariant and self.attention not in ("auto", "xla"):
+      raise ValueError(
+        f"decode.invariant has an attention of its own, not decode.attention={self.attention}: leave it at auto"
       )
 
   def resolved(self, own: Mapping[str, Any]) -> "Decode":

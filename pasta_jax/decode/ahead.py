@@ -141,6 +141,7 @@ def _interpreter(config, model, vocabulary, form: Forms, mesh: Mesh, branches: i
   features = StepFeatures(
     rule=form.positions, visibility=form.visibility, promise=form.promise, number=form.number,
     guard=d.guard, no_repeat=d.no_repeat, attention="xla" if kind == "auto" else kind, length=d.length,
+    invariant=d.invariant,
   )  # fmt: skip
   return Interpreter(model, vocabulary, limits, features, mesh)
 

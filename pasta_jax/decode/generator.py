@@ -17,6 +17,7 @@ from pasta_jax.config import Config, identity, with_changes
 from pasta_jax.config.sections import Decode, formats
 from pasta_jax.decode.attention import check_kind
 from pasta_jax.decode.interpreter import Interpreter
+from pasta_jax.decode.invariant import check_mesh
 from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import EVERY, Scheduler, decode
 from pasta_jax.decode.settings import DecodeError, Limits, SamplingConfig, StepFeatures
@@ -145,6 +146,8 @@ class Model:
     # The speeds that the adapter was trained for.
     self.speeds: tuple[int, ...] = tuple(json.loads(metadata.get("speeds", "[]")))
     self.mesh = local_mesh(vars(config.mesh))
+    if d.invariant and self.mesh is not None:
+      check_mesh(self.mesh.shape)  # before the weights are read
     self.model = build.for_decoding(
       checkpoint.config, checkpoint.params, merge, jnp.dtype(dtype), product=d.product, weights=weights,
       mesh=self.mesh,
@@ -197,6 +200,7 @@ class Model:
       no_repeat=d.no_repeat,
       length=d.length,
       attention=d.attention,
+      invariant=d.invariant,
     )
     self._batch_size, self._branch_width = d.batch_size, min(d.max_branches, 4)
     self._interpreters: dict[tuple[bool, int], Interpreter] = {}

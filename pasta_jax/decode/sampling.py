@@ -86,6 +86,13 @@ def as_arrays(c: SamplingConfig) -> Sampling:
   )
 
 
+def pick(logits: jax.Array, state: State, branch: Branch, tables: TokenTables, sampling: Sampling,
+         limits: Limits, features: StepFeatures) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+  """(the token after the one that the branch reads, the model's log-probability of it)."""
+  token = choose(logits, state, branch, tables, sampling, limits, features)
+  return token, logits[token] - jax.nn.logsumexp(logits)
+
+
 def choose(logits: jax.Array, state: State, branch: Branch, tables: TokenTables, sampling: Sampling,
            limits: Limits, features: StepFeatures) -> jax.Array:  # fmt: skip
   """The token after the one that the branch reads: what is remembered, wanted and allowed, then `draw`."""

@@ -87,6 +87,7 @@ class StepFeatures:
   no_repeat: int = (
     0  # length of n-grams of earlier rounds that no thread may repeat, and heads, topics; 0: off
   )
+  invariant: bool = False  # the same bits whatever is decoded beside a branch (`decode.invariant`)
   attention: str = "auto"  # a kind of `decode.attention`
   length: str = "likeliest"  # which one a greedy promise gets where each is a token (`sampling.length_of`)
   return_logits: bool = False  # keep every step's logits in the trace (for tests: capacity x V floats)

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pasta_jax.decode import sight
+from pasta_jax.decode import invariant, sight
 from pasta_jax.decode import threads as T
 from pasta_jax.decode.attention import make_decode_attend
 from pasta_jax.decode.guard import View
 from pasta_jax.decode.limits import finish_reason, promise_room
-from pasta_jax.decode.sampling import Branch, Sampling, TokenTables, choose, ngram_hash
+from pasta_jax.decode.sampling import Branch, Sampling, TokenTables, ngram_hash, pick
 from pasta_jax.decode.settings import Limits, StepFeatures
 from pasta_jax.decode.state import UNFINISHED, KVPool, State, TokenLog, earlier
 from pasta_jax.decode.threads import FREE, RUNNING, Thread
@@ -52,7 +52,11 @@ def step(model: Transformer, state: State, tables: TokenTables, sampling: Sampli
   forks, children = allocate(state, lanes, read, limits)
   sees = sight.seen(features.live, state, lanes.rows)
   branches = observe(state, lanes, threads, sees, read, forks, limits, features)
-  out = jax.vmap(partial(forward, model, state, tables, sampling, limits, features))(branches)
+  given = model, state, tables, sampling, limits, features
+  if features.invariant:
+    out = Output(*invariant.forward(*given, lanes.live, branches))
+  else:
+    out = jax.vmap(partial(forward, *given))(branches)
   state = append(state, lanes, branches, out, features)
   advance = jax.vmap(partial(T.advance, rule=features.rule, automaton=features.automaton))
   advanced = advance(read, forks, out.token, tables.classes[out.token])
@@ -117,8 +121,7 @@ def forward(model: Transformer, state: State, tables: TokenTables, sampling: Sam
   )
   hidden, cache = model(t.token, t.position, attend, list(zip(state.pool.keys, state.pool.values)))
   logits = model.logits(hidden)
-  token = choose(logits, state, branch, tables, sampling, limits, features)
-  return Output(cache, token, logits[token] - jax.nn.logsumexp(logits), logits)
+  return Output(cache, *pick(logits, state, branch, tables, sampling, limits, features), logits)
 
 
 def append(state: State, lanes: Lanes, branches: Branch, out: Output, features: StepFeatures) -> State:
