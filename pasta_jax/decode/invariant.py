@@ -50,7 +50,9 @@ def forward(model: Transformer, state: State, tables: TokenTables, sampling: Sam
   branches share tiles."""
   graph, weights = nnx.split(model)
   pool = list(zip(state.pool.keys, state.pool.values))
-  known = state.replace(pool=None, log=state.log.replace(logits=None), threads=state.threads.replace(sight=None))
+  known = state.replace(
+    pool=None, log=state.log.replace(logits=None), threads=state.threads.replace(sight=None)
+  )
   run = custom_vmap(partial(_on_mesh, partial(_requests, graph, limits, features)))
 
   @run.def_vmap
@@ -72,7 +74,9 @@ def _on_mesh(run, shared, requests):
   if sizes.size <= 1:
     return run(shared, requests)
   rows = PartitionSpec(*fitting(("data",), jax.tree.leaves(requests)[0].shape[:1], sizes.shape))
-  return jax.shard_map(run, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)(shared, requests)
+  return jax.shard_map(run, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)(
+    shared, requests
+  )
 
 
 def _requests(graph: Any, limits: Limits, features: StepFeatures, shared: Any, requests: Any) -> tuple:
@@ -147,7 +151,9 @@ def attention(visible: jax.Array, window_mask: jax.Array | None, owner: jax.Arra
       scores = jnp.where(sees, soft_cap(scores, softcap), MASK_VALUE)
       new = jnp.maximum(peak, scores.max(axis=-1))
       weights, shrink = jnp.where(sees, jnp.exp(scores - new[..., None]), 0.0), jnp.exp(peak - new)
-      more = jnp.einsum("krp,kph->krh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+      more = jnp.einsum(
+        "krp,kph->krh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
+      )
       return new, total * shrink + weights.sum(axis=-1), context * shrink[..., None] + more
 
     own = own.reshape(heads, rows * groups)

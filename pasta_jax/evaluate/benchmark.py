@@ -2,9 +2,9 @@
 
 Medians of interleaved measurements in one run: the memory bandwidth that a plain sum reaches; a step of
 sequential decoding; a step of parallel decoding with 1, 2, 4, 8, 16 live branches, and with pools of several
-sizes, each under visibility `promise` and next to it under `live` (docs/language.md section 3.1); several requests
-in one batch, one token each; and, if installed, `transformers` and llama.cpp one token at a time on the same
-weights. The floor of a step is the weights' bytes over that bandwidth. The ratio to one branch flatters a slow
+sizes, each under visibility `promise` and next to it under `live` (docs/language.md section 3.1), or, with
+`--against=invariant`, under `decode.invariant`; several requests in one batch, one token each; and, if
+installed, `transformers` and llama.cpp one token at a time on the same weights. The floor of a step is the weights' bytes over that bandwidth. The ratio to one branch flatters a slow
 single-branch step, so absolute times are given too.
 """
 
@@ -41,6 +41,11 @@ from pasta_jax.weights.hf_folder import save_hf_folder
 
 FLAGS = flags.FLAGS  # defined by `define_flags`, so that importing this module defines none
 MAIN_POOL, MAIN_BRANCHES = 512, 1
+# Steps that are measured next to the ordinary ones: what those are called then, and features.
+AGAINST: dict[str, tuple[str, dict[str, Any]]] = {
+  "live": ("promise", {"visibility": "live"}),
+  "invariant": ("ordinary", {"invariant": True}),
+}
 SAMPLING, NO_REPEAT = SamplingConfig(repetition_penalty=1.1), 16  # the defaults of decoding
 
 
@@ -78,11 +83,11 @@ def step_timer(
   capacity: int,
   *,
   sequential: bool = False,
-  visibility: str = "promise",
+  **features: Any,
 ) -> Callable[[], float]:
   """A function that runs some decode steps and returns the seconds per step.
 
-  `sequential`: ordinary decoding, with the main thread only and no guard.
+  `sequential`: ordinary decoding, with the main thread only and no guard. `features` are further ones of the step.
   """
   width = max(branches, 2 if formats(dtype)[0] == "bfloat16" and jax.default_backend() == "cpu" else 1)
   limits = Limits(
@@ -96,16 +101,16 @@ def step_timer(
     _model(checkpoint, dtype),
     vocabulary,
     limits,
-    StepFeatures(promises=not sequential, guard=not sequential, no_repeat=NO_REPEAT, visibility=visibility),
+    StepFeatures(promises=not sequential, guard=not sequential, no_repeat=NO_REPEAT, **features),
   )
-  features, numbers = specialise(it.features, SAMPLING), as_arrays(SAMPLING)
+  compiled, numbers = specialise(it.features, SAMPLING), as_arrays(SAMPLING)
   start = busy_state(it, branches, capacity)
 
   def measure() -> float:
     state = jax.block_until_ready(jax.tree.map(jnp.copy, start))
     steps = min(FLAGS.steps, capacity // 2 // width - 1)
     started = time.perf_counter()
-    after, _ = it.segment(state, numbers, steps, width=width, features=features)
+    after, _ = it.segment(state, numbers, steps, width=width, features=compiled)
     done = int(after.steps)
     return (time.perf_counter() - started) / max(done, 1)
 
@@ -114,7 +119,7 @@ def step_timer(
 
 
 def batch_timer(
-  checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str, requests: int, capacity: int
+  checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str, requests: int, capacity: int, **features: Any
 ) -> Callable[[], float]:
   """A function that decodes some tokens of several requests in a batch and returns the seconds per step."""
   model = _model(checkpoint, dtype)
@@ -122,15 +127,16 @@ def batch_timer(
   limits = Limits(
     max_new_tokens=FLAGS.steps, max_threads=1, branch_widths=(width,), kv_buckets=(256, capacity)
   )
-  it = Interpreter(model, vocabulary, limits, StepFeatures(promises=False, guard=False, no_repeat=NO_REPEAT))
-  features, numbers = specialise(it.features, SAMPLING), as_arrays(SAMPLING)
+  plain = StepFeatures(promises=False, guard=False, no_repeat=NO_REPEAT, **features)
+  it = Interpreter(model, vocabulary, limits, plain)
+  compiled, numbers = specialise(it.features, SAMPLING), as_arrays(SAMPLING)
   one = busy_state(it, 1, capacity)
   batch = jax.tree.map(lambda x: jnp.stack([x] * requests), numbers)
 
   def measure() -> float:
     states = jax.block_until_ready(jax.tree.map(lambda x: jnp.stack([x] * requests), one))
     started = time.perf_counter()
-    after, finish = it.batch_segment(states, batch, requests, UNBOUNDED, width=width, features=features)
+    after, finish = it.batch_segment(states, batch, requests, UNBOUNDED, width=width, features=compiled)
     jax.block_until_ready(finish)
     return (time.perf_counter() - started) / int(after.steps.max())
 
@@ -231,6 +237,7 @@ def main(argv: list[str]) -> None:
   checkpoint = load_checkpoint(FLAGS.model)
   vocabulary = checkpoint.vocabulary
   branches, pools, requests = ([int(n) for n in f] for f in (FLAGS.branches, FLAGS.pools, FLAGS.requests))
+  against, (plain, features) = FLAGS.against, AGAINST[FLAGS.against]
   timers: dict[tuple, Callable[[], float]] = {("bandwidth",): bandwidth_timer()}
   with console.status("compiling …"):
     for dtype in FLAGS.dtypes:
@@ -239,9 +246,13 @@ def main(argv: list[str]) -> None:
         [*((b, MAIN_POOL) for b in branches), *((MAIN_BRANCHES, p) for p in (MAIN_POOL, *pools))]
       ):
         timers[dtype, b, p] = step_timer(checkpoint, vocabulary, dtype, b, p)
-        timers["live", dtype, b, p] = step_timer(checkpoint, vocabulary, dtype, b, p, visibility="live")
+        timers[against, dtype, b, p] = step_timer(checkpoint, vocabulary, dtype, b, p, **features)
       for r in requests:
         timers["requests", dtype, r] = batch_timer(checkpoint, vocabulary, dtype, r, MAIN_POOL)
+        if against == "invariant":  # these requests make no promises, whose visibility could differ
+          timers[against, "requests", dtype, r] = batch_timer(
+            checkpoint, vocabulary, dtype, r, MAIN_POOL, **features
+          )
       if FLAGS.others and (other := transformers_timer(checkpoint, dtype)):
         timers["transformers", dtype] = other
     if FLAGS.others and (other := llama_cpp_timer()):
@@ -252,8 +263,8 @@ def main(argv: list[str]) -> None:
       for key, measure in timers.items():
         taken[key].append(measure())
   # Of neighbours in time: what else the machine does changes both.
-  for key in [key for key in taken if key[0] == "live"]:
-    taken["live to promise", *key[1:]] = [live / other for live, other in zip(taken[key], taken[key[1:]])]
+  for key in [key for key in taken if key[0] == against]:
+    taken[f"{against} to {plain}", *key[1:]] = [a / b for a, b in zip(taken[key], taken[key[1:]])]
   median = {key: statistics.median(values) for key, values in taken.items()}
   if FLAGS.json:
     with open(FLAGS.json, "w", encoding="utf-8") as file:
@@ -292,9 +303,9 @@ def show(
     table_bytes = _MODELS[dtype].embed.embedding.size * _MODELS[dtype].dtype.itemsize
     floor = (weights - table_bytes) / bandwidth  # the embedding is a lookup, which reads few rows
     one = median[dtype, MAIN_BRANCHES, MAIN_POOL]
-    live = lambda b, p, dtype=dtype: (
-      f"{1e3 * median['live', dtype, b, p]:.1f}",
-      f"{median['live to promise', dtype, b, p]:.2f}",
+    against, ratio = FLAGS.against, f"{FLAGS.against} to {AGAINST[FLAGS.against][0]}"
+    other = lambda *key, against=against, ratio=ratio: (
+      (f"{1e3 * median[against, *key]:.1f}", f"{median[ratio, *key]:.2f}") if (ratio, *key) in median else ()
     )
     table = rich.table.Table(title=f"{dtype}: floor of a step {1e3 * floor:.1f} ms")
     for name in (
@@ -303,8 +314,8 @@ def show(
       "share of the floor",
       "to one branch",
       "tokens/s",
-      "live, ms",
-      "live to promise",
+      f"{against}, ms",
+      ratio,
     ):
       table.add_column(name, justify="left" if name == "step" else "right")
     for b in branches:
@@ -315,7 +326,7 @@ def show(
         f"{100 * floor / t:.0f} %",
         f"{t / one:.2f}",
         f"{b / t:.0f}",
-        *live(b, MAIN_POOL),
+        *other(dtype, b, MAIN_POOL),
       )
     for p in pools:
       if p == MAIN_POOL and MAIN_BRANCHES in branches:
@@ -327,18 +338,23 @@ def show(
         f"{100 * floor / t:.0f} %",
         f"{t / one:.2f}",
         f"{1 / t:.0f}",
-        *live(MAIN_BRANCHES, p),
+        *other(dtype, MAIN_BRANCHES, p),
       )
     for r in requests:
       t = median["requests", dtype, r]
       table.add_row(
-        f"{r} requests, pool {MAIN_POOL} each", f"{1e3 * t:.1f}", "", f"{t / one:.2f}", f"{r / t:.0f}"
+        f"{r} requests, pool {MAIN_POOL} each",
+        f"{1e3 * t:.1f}",
+        "",
+        f"{t / one:.2f}",
+        f"{r / t:.0f}",
+        *other("requests", dtype, r),
       )
-    for other in (("sequential", dtype), ("transformers", dtype), ("llama.cpp", "Q4_1")):
-      if other in median:
-        t = median[other]
+    for name in (("sequential", dtype), ("transformers", dtype), ("llama.cpp", "Q4_1")):
+      if name in median:
+        t = median[name]
         table.add_row(
-          " ".join(other), f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %", f"{t / one:.2f}", f"{1 / t:.0f}"
+          " ".join(name), f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %", f"{t / one:.2f}", f"{1 / t:.0f}"
         )
     console.print(table)
 
@@ -349,6 +365,7 @@ def define_flags() -> None:
   flags.DEFINE_list("branches", ["1", "2", "4", "8", "16"], "branches in a step")
   flags.DEFINE_list("pools", ["256", "512", "1024", "2048", "4096"], "pool entries")
   flags.DEFINE_list("requests", ["8", "24"], "requests in a batch")
+  flags.DEFINE_enum("against", "live", list(AGAINST), "what each step is measured against")
   flags.DEFINE_boolean("others", True, "measure transformers and llama.cpp too, where installed")
   flags.DEFINE_integer("steps", 16, "decode steps in a measurement")
   flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")

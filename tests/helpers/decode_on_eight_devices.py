@@ -4,7 +4,7 @@
     … python tests/helpers/decode_on_eight_devices.py smollm2 10
 
 `tiny N`: N random models with eight random programs each, in both forms of visibility, with two key-value heads and
-with one. `smollm2 N`: greedy answers to N prompts on four meshes, and four samples of each on (1, 8).
+with one. `invariant N`: such programs in bfloat16 under `decode.invariant`, bit for bit. `smollm2 N`: greedy answers to N prompts on four meshes, and four samples of each on (1, 8).
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from flax import nnx  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 from helpers import tiny  # noqa: E402
 from pasta_jax.config import Config, with_changes  # noqa: E402
@@ -106,6 +107,30 @@ def compare_likelihoods() -> None:
   print("likelihoods agree", flush=True)
 
 
+def compare_invariant(n: int) -> None:
+  """Tokens and log-probabilities on eight devices, in a batch and alone, are those of one, alone, bit for bit."""
+
+  def answer(seed: int, shape: tuple[int, ...] | None, batch: int) -> list:
+    mesh = None if shape is None else make_mesh(dict(zip(AXES, shape)))
+    limits = dataclasses.replace(LIMITS, branch_widths=(2 if mesh else 1,))
+    it = Interpreter(tiny.model(), tiny.VOCABULARY, limits, StepFeatures(invariant=True), mesh)
+    params = tiny.cast(tiny.weights(seed), jnp.bfloat16)
+    it.params = params if mesh is None else jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    prompts = [np.random.default_rng(i).integers(1, 26, 1 + i).tolist() for i in range(8)]
+    if batch == 1:
+      traces = [decode(it, p) for p in prompts]
+    else:
+      traces = Scheduler(it, batch_size=batch, branch_width=2).run(prompts, SamplingConfig())
+    return [[(t.path, t.tokens.tolist(), t.log_p.tobytes()) for t in trace.threads] for trace in traces]
+
+  for seed in range(n):
+    expected = answer(seed, None, 1)
+    for batch in (1, 8):
+      same = sum(a == b for a, b in zip(answer(seed, (8, 1, 1), batch), expected))
+      print(f"invariant, batches of {batch}: {same} of {len(expected)} the same", flush=True)
+      assert same == len(expected)
+
+
 def compare_smollm2(n: int) -> None:
   prompts = [
     f"{ask} {what}."
@@ -141,5 +166,7 @@ def compare_smollm2(n: int) -> None:
 
 
 if __name__ == "__main__":
-  {"tiny": compare_tiny, "smollm2": compare_smollm2}[sys.argv[1]](int(sys.argv[2]))
+  {"tiny": compare_tiny, "invariant": compare_invariant, "smollm2": compare_smollm2}[sys.argv[1]](
+    int(sys.argv[2])
+  )
   print("done")

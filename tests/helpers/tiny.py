@@ -215,6 +215,11 @@ def weights(
   return full
 
 
+def cast(params, dtype):
+  """The same with matrices in another dtype."""
+  return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
+
+
 def other_family(config: ModelConfig, params):
   """(graph, parameters) of a model with further features: the same weights, and small random ones for what is
   new."""
