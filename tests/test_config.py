@@ -270,6 +270,8 @@ def test_what_a_runs_identity_is():
   assert set(identity(config.decode, promises=False)) == without
   assert set(identity(config.decode)) == without | {
     "max_threads", "max_depth", "max_topic", "guard", "promise_bias"}  # fmt: skip
+  invariant = dataclasses.replace(config.decode, invariant=True)
+  assert set(identity(invariant, promises=False)) == without | {"invariant"}  # late, as those below
   assert identity(config.positions) == {"strategy": "pred_10x", "fixed": 60}
   assert identity(config.skeleton) == {"max_points": 10, "outline_tokens": 160, "point_tokens": 128}
   assert set(config.to_dict()["preference"]) - set(identity(config.preference)) == {

@@ -3,9 +3,9 @@
 Medians of interleaved measurements in one run: the memory bandwidth that a plain sum reaches; a step of
 sequential decoding; a step of parallel decoding with 1, 2, 4, 8, 16 live branches, and with pools of several
 sizes, each under visibility `promise` and next to it under `live` (docs/language.md section 3.1), or, with
-`--against=invariant`, under `decode.invariant`; several requests in one batch, one token each; and, if
-installed, `transformers` and llama.cpp one token at a time on the same weights. The floor of a step is the weights' bytes over that bandwidth. The ratio to one branch flatters a slow
-single-branch step, so absolute times are given too.
+`--against=invariant`, under `decode.invariant`; several requests in one batch, one token each; and, if installed,
+`transformers` and llama.cpp one token at a time on the same weights. The floor of a step is the weights' bytes over
+that bandwidth. The ratio to one branch flatters a slow single-branch step, so absolute times are given too.
 """
 
 import json

@@ -4,7 +4,8 @@
     … python tests/helpers/decode_on_eight_devices.py smollm2 10
 
 `tiny N`: N random models with eight random programs each, in both forms of visibility, with two key-value heads and
-with one. `invariant N`: such programs in bfloat16 under `decode.invariant`, bit for bit. `smollm2 N`: greedy answers to N prompts on four meshes, and four samples of each on (1, 8).
+with one. `smollm2 N`: greedy answers to N prompts on four meshes, and four samples of each on (1, 8). `invariant N`:
+random programs in bfloat16 under `decode.invariant`, over `data` alone, bit for bit.
 """
 
 import dataclasses
