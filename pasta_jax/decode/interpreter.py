@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from pasta_jax.decode import invariant, sight
+from pasta_jax.decode import sight
 from pasta_jax.decode.attention import make_prefill_attend
 from pasta_jax.decode.placement import constrain_batch, constrain_one
 from pasta_jax.decode.sampling import Sampling, TokenTables
@@ -73,8 +73,6 @@ class Interpreter:
     spoken = (self.vocabulary.promise, self.vocabulary.number)
     if self.features.promises and (self.features.promise, self.features.number) != spoken:
       raise DecodeError(f"the promises of this vocabulary are of the form {'/'.join(spoken)}")
-    if self.features.invariant and self.mesh is not None:
-      invariant.check_mesh(self.mesh.shape)
     self.tables = TokenTables.build(self.vocabulary, rows)
     self.graph, self.params = nnx.split(self.model)
     shape = ("width", "features", "look")
@@ -82,9 +80,6 @@ class Interpreter:
     self._prefill = self._program(self._prefill_pure, static_argnames="capacity")
     self._segment = self._program(self._segment_pure, static_argnames=shape, donate_argnums=1)
     self._batch_segment = self._program(self._batch_segment_pure, static_argnames=shape, donate_argnums=1)
-    # What a pool's size may not change is compiled without it.
-    self._read = self._program(self._read_pure)
-    self._begin = self._program(self._begin_pure, static_argnames="capacity")
     self._grow = self._program(self._grow_pure, static_argnames="capacity")
     insert = lambda batch, one, row: jax.tree.map(lambda b, x: b.at[row].set(x), batch, one)
     self._insert = self._program(lambda *a: constrain_batch(insert(*a)), donate_argnums=0)
@@ -102,22 +97,15 @@ class Interpreter:
     return 1 if self.mesh is None else self.mesh.shape["data"]
 
   def _prefill_pure(self, params: Any, prompt: jax.Array, length, seed, *, capacity: int) -> State:
-    return self._begin_pure(self._read_pure(params, prompt), prompt, length, seed, capacity=capacity)
-
-  def _read_pure(self, params: Any, prompt: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Keys and values of a padded prompt, per layer."""
     model = nnx.merge(self.graph, params)
     positions = jnp.arange(prompt.shape[0])[None]
     attend = make_prefill_attend(self.features.attention, positions, model.config, model.dtype)
     _, cached = model(prompt[None], positions, attend)
     keys, values = ([x[0].astype(model.dtype) for x in layers] for layers in zip(*cached))
-    return keys, values
-
-  def _begin_pure(self, read: Any, prompt: jax.Array, length, seed, *, capacity: int) -> State:
     sees = sight.main_thread(self.features.live, capacity, length - 1, self.limits.max_threads)
     return constrain_one(initial(
-      *read, prompt, length, seed, main_sight=sees, max_threads=self.limits.max_threads, capacity=capacity,
-      logits=self.model.config.vocab_size if self.features.return_logits else 0,
+      keys, values, prompt, length, seed, main_sight=sees, max_threads=self.limits.max_threads, capacity=capacity,
+      logits=model.config.vocab_size if self.features.return_logits else 0,
       recent=max(self.features.no_repeat - 1, 0),
     ))  # fmt: skip
 
@@ -173,9 +161,9 @@ class Interpreter:
     padded[: len(prompt)] = prompt
     capacity = capacity or next(c for c in self.limits.capacities if c >= size + self.limits.margin)
     numbers = np.int32(len(prompt)), np.uint32(seed & 0xFFFFFFFF)
-    if self.features.invariant:
-      return self._begin(self._read(self.params, padded), padded, *numbers, capacity=capacity)
-    return self._prefill(self.params, padded, *numbers, capacity=capacity)
+    first = size if self.features.invariant else capacity  # its program then depends on the prompt alone
+    state = self._prefill(self.params, padded, *numbers, capacity=first)
+    return state if first == capacity else self._grow(state, capacity=capacity)
 
   def segment(self, state: State, sampling: Sampling, steps: int, *, width: int, features: StepFeatures):
     """(the state after at most `steps` steps of `width` branches, its STEERING scalars on the device). It makes no step

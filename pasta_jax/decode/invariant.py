@@ -73,6 +73,7 @@ def _on_mesh(run, shared, requests):
   sizes = jax.sharding.get_abstract_mesh()
   if sizes.size <= 1:
     return run(shared, requests)
+  check_mesh(sizes.shape)
   rows = PartitionSpec(*fitting(("data",), jax.tree.leaves(requests)[0].shape[:1], sizes.shape))
   return jax.shard_map(run, in_specs=(PartitionSpec(), rows), out_specs=rows, check_vma=False)(
     shared, requests
@@ -102,8 +103,12 @@ def _requests(graph: Any, limits: Limits, features: StepFeatures, shared: Any, r
     )
     hidden, cache = model(t.token, t.position, attend, pool)
     logits = model.logits(hidden)
-    chosen = jax.vmap(lambda *row: pick(*row[:3], tables, row[3], limits, features))
-    return cache, *chosen(logits, state, branch, sampling), logits[:, : None if features.return_logits else 0]
+    chosen = jax.vmap(partial(pick, tables=tables, limits=limits, features=features))
+    return (
+      cache,
+      *chosen(logits, state, branch, sampling=sampling),
+      logits[:, : None if features.return_logits else 0],
+    )
 
   def add(i: jax.Array, out: tuple) -> tuple:
     write = lambda all, x: jax.lax.dynamic_update_slice_in_dim(all, x, i * TILE, 0)

@@ -304,7 +304,7 @@ def show(
     floor = (weights - table_bytes) / bandwidth  # the embedding is a lookup, which reads few rows
     one = median[dtype, MAIN_BRANCHES, MAIN_POOL]
     against, ratio = FLAGS.against, f"{FLAGS.against} to {AGAINST[FLAGS.against][0]}"
-    other = lambda *key, against=against, ratio=ratio: (
+    compared = lambda *key, against=against, ratio=ratio: (
       (f"{1e3 * median[against, *key]:.1f}", f"{median[ratio, *key]:.2f}") if (ratio, *key) in median else ()
     )
     table = rich.table.Table(title=f"{dtype}: floor of a step {1e3 * floor:.1f} ms")
@@ -326,7 +326,7 @@ def show(
         f"{100 * floor / t:.0f} %",
         f"{t / one:.2f}",
         f"{b / t:.0f}",
-        *other(dtype, b, MAIN_POOL),
+        *compared(dtype, b, MAIN_POOL),
       )
     for p in pools:
       if p == MAIN_POOL and MAIN_BRANCHES in branches:
@@ -338,7 +338,7 @@ def show(
         f"{100 * floor / t:.0f} %",
         f"{t / one:.2f}",
         f"{1 / t:.0f}",
-        *other(dtype, MAIN_BRANCHES, p),
+        *compared(dtype, MAIN_BRANCHES, p),
       )
     for r in requests:
       t = median["requests", dtype, r]
@@ -348,13 +348,13 @@ def show(
         "",
         f"{t / one:.2f}",
         f"{r / t:.0f}",
-        *other("requests", dtype, r),
+        *compared("requests", dtype, r),
       )
-    for name in (("sequential", dtype), ("transformers", dtype), ("llama.cpp", "Q4_1")):
-      if name in median:
-        t = median[name]
+    for other in (("sequential", dtype), ("transformers", dtype), ("llama.cpp", "Q4_1")):
+      if other in median:
+        t = median[other]
         table.add_row(
-          " ".join(name), f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %", f"{t / one:.2f}", f"{1 / t:.0f}"
+          " ".join(other), f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %", f"{t / one:.2f}", f"{1 / t:.0f}"
         )
     console.print(table)
 
