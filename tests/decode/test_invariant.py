@@ -40,7 +40,7 @@ def models(dtype: str, n: int = 3) -> list:
   found = []
   for seed in range(n):
     params = build.to_params(nnx.merge(tiny.GRAPH, tiny.weights(seed)))
-    weights = dtype if dtype == "int8" else ""
+    weights = dtype if dtype in ("int8", "fp8") else ""
     products = jnp.dtype("bfloat16" if weights else dtype)
     found.append(build.for_decoding(tiny.CONFIG, params, None, products, weights=weights))
   return found
@@ -92,13 +92,19 @@ def test_the_ordinary_step_has_other_bits():
   assert answers(tried) != answers(tried, (8,))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float32"])
+@pytest.mark.parametrize("dtype", ["int8", "fp8", "float32"])
 def test_samples_in_other_dtypes(dtype):
   """Top-p reads sums of probabilities, and a penalty what the branch sees."""
   sampling = SamplingConfig(temperature=0.8, top_p=0.9, repetition_penalty=1.2)
   tried = models(dtype)
   expected = answers(tried, sampling=sampling, invariant=True)
   assert answers(tried, (4,), (256,), 1, 2, sampling=sampling, invariant=True) == expected
+
+
+def test_float32_gives_the_tokens_of_the_ordinary_step():
+  tried = models("float32")
+  tokens = lambda answers: [[thread[:2] for thread in threads] for threads in answers]
+  assert tokens(answers(tried, (4,), invariant=True)) == tokens(answers(tried, (4,)))
 
 
 @pytest.mark.parametrize("window, softcap", [(False, 0.0), (True, 2.0)])
