@@ -50,9 +50,7 @@ def forward(model: Transformer, state: State, tables: TokenTables, sampling: Sam
   branches share tiles."""
   graph, weights = nnx.split(model)
   pool = list(zip(state.pool.keys, state.pool.values))
-  known = state.replace(
-    pool=None, log=state.log.replace(logits=None), threads=state.threads.replace(sight=None)
-  )
+  known = state.replace(pool=None, logits=None, sight=None)
   run = custom_vmap(partial(_on_mesh, partial(_requests, graph, limits, features)))
 
   @run.def_vmap
@@ -97,7 +95,8 @@ def _requests(graph: Any, limits: Limits, features: StepFeatures, shared: Any, r
     branch = jax.tree.map(lambda x: x[lanes], flat)
     state, sampling = jax.tree.map(lambda x: x[owner], about)
     model, t, sees = nnx.merge(graph, weights), branch.thread, branch.sees & used[:, None]
-    window = sliding_window_mask(t.position[:, None], state.log.position, model.config.window)
+    positions = jax.vmap(lambda state: state.log.position)(state)
+    window = sliding_window_mask(t.position[:, None], positions, model.config.window)
     attend = attention(
       sees, None if window is None else window[:, 0], owner, len(live), model.config.attention_softcap
     )
