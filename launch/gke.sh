@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains, or with MODE=preference, eval or pilot does that, on a GKE cluster with TPUs, through XPK (pip install xpk): builds the image, pushes it, starts the workload.
+# Runs MODE (train, preference, eval or pilot) on a GKE cluster with TPUs, through XPK (pip install xpk): builds the
+# image, pushes it, starts the workload.
 #   CLUSTER=c IMAGE=REGION-docker.pkg.dev/PROJECT/REPO/pasta NAME=pasta TYPE=v5litepod-16 launch/gke.sh [--dry-run] \
 #     RUN_FOLDER [flags of main.py]
 # Environment: CLUSTER, IMAGE, NAME, TYPE; MODE (train); STORAGE, the name of a volume that xpk storage attached to the cluster, which

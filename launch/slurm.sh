@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains, or with MODE=preference, eval or pilot does that, on GPUs under SLURM, one process a GPU, in a folder that all nodes see. The checkout needs its .venv
+# Runs MODE (train, preference, eval or pilot) on GPUs under SLURM, one process a GPU, in a folder that all nodes
+# see. The checkout needs its .venv
 # (pip install -e ".[cuda]"), on a file system that all nodes see too.
 #   NODES=2 GPUS=8 launch/slurm.sh [--dry-run] RUN_FOLDER [flags of main.py]
 # Environment: MODE (train), NODES (1), GPUS a node (1), TIME (24:00:00), PARTITION, ACCOUNT, NAME (pasta). Two minutes before the time

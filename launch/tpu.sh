@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains, or with MODE=preference, eval or pilot does that, on Cloud TPU VMs, a slice of one host or of many: requests the slice (a queued resource), waits for it, copies
+# Runs MODE (train, preference, eval or pilot) on Cloud TPU VMs, a slice of one host or of many: requests the slice
+# (a queued resource), waits for it, copies
 # this checkout to every host, installs it, and starts the same command on all of them in tmux.
 #   NAME=pasta ZONE=us-west4-a TYPE=v5litepod-16 BUCKET=my-bucket launch/tpu.sh [--dry-run] RUN [flags of main.py]
 # Environment: NAME, ZONE, TYPE; MODE (train); BUCKET, which every host mounts with gcsfuse and which contains the folder RUN (without

@@ -5,10 +5,8 @@ step moves beyond them, how many kernels it runs and what its devices send each 
 result (`utils.hlo`). Weights are not read.
 """
 
-import collections
 import dataclasses
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +22,22 @@ from pasta_jax.config.sections import formats
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.placement import specs
 from pasta_jax.decode.sampling import as_arrays
-from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures, padded_length
+from pasta_jax.decode.settings import (
+  Limits,
+  SamplingConfig,
+  StepFeatures,
+  padded_length,
+  sampling_of,
+  specialise,
+  steps_per_look,
+)
 from pasta_jax.lang import forms
 from pasta_jax.lang.automaton import LENGTHS
 from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.syntax import TAG_TEXTS
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.sharding import AXES, mesh_shape, shardings
+from pasta_jax.model.sharding import AXES, decoding_sizes, mesh_shape, shardings
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.utils.chips import chip
 from pasta_jax.utils.hlo import Module
@@ -40,8 +46,6 @@ from pasta_jax.utils.topology import GPUS, compile_for, topology
 from pasta_jax.weights import build
 from pasta_jax.weights.checkpoint import load_checkpoint
 from pasta_jax.weights.hf_config import read_config
-
-STEPS_PER_LOOK = 8  # of the compiled loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +61,7 @@ class CompiledDecoding:
   moved: int  # by a step, or by a prefill
   seconds: float  # to read what is needed at the chip's bandwidth
   kernels: int  # of a step, or of a prefill
-  by_opcode: collections.Counter
   collectives: dict[str, tuple[int, int]]  # kind -> (number, bytes), of a step or of a prefill
-  compiling: float  # seconds
 
   @property
   def share(self) -> float:
@@ -73,7 +75,9 @@ def compile_decoding(config, stages: Sequence[str]) -> list[CompiledDecoding]:
   if not stages:
     return []
   dtype, weights = formats(config.decode.dtype)
-  mesh = mesh_of(config)
+  mesh, kind = mesh_of(config, decoding_sizes(vars(config.mesh))), config.decode.attention
+  if kind in ("tpu", "gpu") and kind != ("gpu" if config.compile.topology in GPUS else "tpu"):
+    raise ValueError(f"decode.attention={kind} is not for {config.compile.topology}: leave it at auto")
   set_matmul_precision(dtype, "tpu")
   form = forms.from_config(config)
   model, vocabulary = architecture(config.model.source, form)
@@ -85,14 +89,15 @@ def compile_decoding(config, stages: Sequence[str]) -> list[CompiledDecoding]:
     for requests in c.requests:
       for branches in c.branches:
         found.append(_decode(config, make(), vocabulary, form, mesh, branches, requests))
-  _print(f"{c.topology}, {mesh.size} x {mesh.devices.flat[0].device_kind}", found)
+  spoken = f"promises {form.promise}/{form.number}, visibility {form.visibility}, {config.decode.dtype}"
+  _print(f"{c.topology}, {mesh.size} x {mesh.devices.flat[0].device_kind}; {spoken}", found)
   return found
 
 
-def mesh_of(config) -> Mesh:
-  """`config.mesh` over the devices of `config.compile.topology`. Raises ValueError as `topology` and `mesh_shape`."""
+def mesh_of(config, sizes: Mapping[str, int]) -> Mesh:
+  """A mesh over the devices of `config.compile.topology`. Raises ValueError as `topology` and `mesh_shape`."""
   devices = topology(config.compile.topology)
-  shape = mesh_shape(vars(config.mesh), len(devices))
+  shape = mesh_shape(sizes, len(devices))
   return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -136,14 +141,14 @@ def _interpreter(config, model, vocabulary, form: Forms, mesh: Mesh, branches: i
   limits = Limits(
     max_new_tokens=d.max_new_tokens, max_threads=d.max_threads, max_depth=d.max_depth, max_topic=d.max_topic,
     branch_widths=(branches,), kv_buckets=(config.compile.pool,),
-    steps_per_look=d.steps_per_look or STEPS_PER_LOOK,
+    steps_per_look=steps_per_look(d, "tpu"),
   )  # fmt: skip
   features = StepFeatures(
     rule=form.positions, visibility=form.visibility, promise=form.promise, number=form.number,
     guard=d.guard, no_repeat=d.no_repeat, attention="xla" if kind == "auto" else kind, length=d.length,
     invariant=d.invariant,
   )  # fmt: skip
-  return Interpreter(model, vocabulary, limits, features, mesh)
+  return Interpreter(model, vocabulary, limits, specialise(features, sampling_of(d)), mesh)
 
 
 def _on(mesh: Mesh, tree: Any, where: Any = None) -> Any:
@@ -169,7 +174,7 @@ def _prefill(config, model, vocabulary, form: Forms, mesh: Mesh) -> CompiledDeco
   params, prompt = _weights(it, mesh), _prompt(mesh, padded_length(config.compile.prompt))
   capacity = max(it.limits.capacities[-1], prompt[0].shape[0])
   lower = lambda: it.trace_prefill(params, *prompt, capacity=capacity)
-  return _figures(config, f"prefill of {prompt[0].shape[0]}", mesh, lower, params, None)
+  return _figures(config, f"prefill of {prompt[0].shape[0]}", mesh, lower, params)
 
 
 def _decode(
@@ -193,13 +198,14 @@ def _decode(
   numbers = (counts, counts) if batch else (counts,)
   lower = lambda: it.trace_segment(params, state, sampling, *numbers, batch=batch, **shape)
   name = f"{branches} branch{'es' * (branches > 1)}" + f", {requests} requests" * batch
-  return _figures(config, name, mesh, lower, params, state.pool)
+  return _figures(config, name, mesh, lower, params, state.pool, it.limits.steps_per_look)
 
 
-def _figures(config, name: str, mesh: Mesh, trace, params: Any, pool: Any) -> CompiledDecoding:
-  """Compiles what `trace` returns: a loop over steps, or, without a `pool`, a prefill."""
+def _figures(
+  config, name: str, mesh: Mesh, trace: Callable[[], Any], params: Any, pool: Any = None, look: int = 1
+) -> CompiledDecoding:
+  """Compiles what `trace` returns: a loop over looks of `look` steps, or, without a `pool`, a prefill."""
   platform = "cuda" if config.compile.topology in GPUS else "tpu"
-  started = time.perf_counter()
   lowered = trace().lower(lowering_platforms=(platform,))
   compiled = compile_for(
     config.compile.topology,
@@ -210,8 +216,10 @@ def _figures(config, name: str, mesh: Mesh, trace, params: Any, pool: Any) -> Co
   module, memory = Module.parse(compiled.as_text()), compiled.memory_analysis()
   part = module.entry
   if pool is not None:
-    bodies = [module.body(i) for i in module.loops(module.body(module.loops()[0]))]
-    part = max(bodies, key=lambda body: sum(module.kernels(body).values()))  # a sort may be a loop, too
+    part = module.body(module.loops()[0])
+    if look > 1:  # of the loops in it, the one over steps is the largest: a sort may be a loop, too
+      bodies = [module.body(i) for i in module.loops(part)]
+      part = max(bodies, key=lambda body: sum(module.kernels(body).values()))
   held = lambda tree: sum(_shard_bytes(x) for x in jax.tree.leaves(tree))
   weights, pools = held(params), held(pool)
   needed = weights - held(nnx.to_pure_dict(params)["embed"]) + pools
@@ -226,9 +234,7 @@ def _figures(config, name: str, mesh: Mesh, trace, params: Any, pool: Any) -> Co
     moved=module.bytes(part),
     seconds=needed / kind.bandwidth if kind else float("nan"),
     kernels=sum(kernels.values()),
-    by_opcode=kernels,
     collectives=module.collectives(part),
-    compiling=time.perf_counter() - started,
   )
 
 

@@ -139,6 +139,6 @@ def make_decode_attend(
 def make_prefill_attend(kind: str, positions: jax.Array, config: ModelConfig, dtype: Any) -> Attend:
   """`attend` of a prefill, computed by `kind`, one of `KINDS`; see `xla_prefill` for the contract.
 
-  Raises ValueError for an unknown kind, or one that this machine cannot run.
+  Raises ValueError for an unknown kind.
   """
   return on_heads(PREFILL.get(_resolve(kind), xla_prefill)(positions, config, dtype))

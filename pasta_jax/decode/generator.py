@@ -20,7 +20,15 @@ from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.invariant import check_mesh
 from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import EVERY, Scheduler, decode
-from pasta_jax.decode.settings import DecodeError, Limits, SamplingConfig, StepFeatures
+from pasta_jax.decode.settings import (
+  DecodeError,
+  Limits,
+  SamplingConfig,
+  StepFeatures,
+  narrowest,
+  sampling_of,
+  steps_per_look,
+)
 from pasta_jax.decode.trace import Trace
 from pasta_jax.decode.views.timeline import write_timeline
 from pasta_jax.lang import forms
@@ -28,7 +36,11 @@ from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.sharding import local_mesh
 from pasta_jax.model.transformer import set_matmul_precision
-from pasta_jax.utils.environment import cache_folder, use_compilation_cache
+from pasta_jax.utils.environment import (
+  cache_folder,
+  offer_loops_to_command_buffers,
+  use_compilation_cache,
+)
 from pasta_jax.weights import build
 from pasta_jax.weights.adapter import has_tags, own_settings, read_adapter, read_metadata, weights_of
 from pasta_jax.weights.checkpoint import DEFAULT_MODEL, load_checkpoint, metadata_of
@@ -38,8 +50,6 @@ EMBEDDED = {
   for name in ("pasta", "baseline", "pasta_paper", "pasta_fast", "pasta_quality", "baseline_paper", "apar")
 }
 EMBEDDED |= {name: f"{name}.safetensors" for name in ("gemma3_270m_pasta", "gemma3_270m_baseline")}
-
-STEPS_PER_LOOK = 8  # on accelerators (`decode.steps_per_look`)
 
 DEFAULT_ADAPTERS = {"smollm2-135m-instruct": "pasta", "gemma3-270m": "gemma3_270m_pasta"}  # by source
 
@@ -156,6 +166,7 @@ class Model:
 
   def with_settings(self, decode: Decode) -> "Model":
     """This model with other settings of decoding: it shares the weights, whose `dtype` and `product` stay."""
+    check_kind(decode.attention)
     other = copy.copy(self)
     if decode.visibility:
       other.forms = dataclasses.replace(self.forms, visibility=decode.visibility)
@@ -167,7 +178,7 @@ class Model:
   def _decode_as(self, d: Any) -> None:
     """Takes the settings of decoding over, with the adapter's own where none is given."""
     d = d.resolved(own_settings(self._metadata))
-    self._narrowest = _narrowest(self.model.dtype, jax.default_backend())
+    self._narrowest = narrowest(self.model.dtype, jax.default_backend())
     widest = max(d.max_branches, self._narrowest)
     widths = tuple(w for w in (1, 2, 4, 8, 16, 32, 64) if self._narrowest <= w < widest) + (widest,)
     buckets = tuple(b for b in (256, 512, 1024, 2048, 4096, 8192, 16384) if b < d.kv_capacity) + (
@@ -181,17 +192,9 @@ class Model:
       tail=d.max_topic + 8,
       branch_widths=widths,
       kv_buckets=buckets,
-      steps_per_look=d.steps_per_look or (1 if jax.default_backend() == "cpu" else STEPS_PER_LOOK),
+      steps_per_look=steps_per_look(d, jax.default_backend()),
     )
-    self.sampling = SamplingConfig(
-      temperature=d.temperature,
-      top_k=d.top_k,
-      top_p=d.top_p,
-      min_p=d.min_p,
-      seed=d.seed,
-      repetition_penalty=d.repetition_penalty,
-      promise_bias=d.promise_bias,
-    )
+    self.sampling = sampling_of(d)
     self._features = StepFeatures(
       rule=self.forms.positions,
       promise=self.forms.promise,
@@ -303,17 +306,11 @@ class Model:
     return [responses[i] for i in range(len(prompts))]
 
 
-def _narrowest(dtype: Any, backend: str) -> int:
-  """Branches of the narrowest step. XLA's CPU backend multiplies one bfloat16 row more slowly than two. On
-  accelerators a product of eight rows costs what one of one row costs: one program serves up to eight branches."""
-  if backend == "cpu":
-    return 2 if dtype == jnp.bfloat16 else 1
-  return 8
-
-
 def load(source: str | Path = DEFAULT_MODEL, adapter: str | None = None, **settings) -> Model:
   """The model of `pasta_jax.load`, which documents the arguments."""
   adapter = DEFAULT_ADAPTERS.get(str(source), "") if adapter is None else str(adapter)
+  if settings.get("command_buffers"):
+    offer_loops_to_command_buffers()
   changes = {f"decode.{name}": value for name, value in settings.items()}
   config = with_changes(Config(), {"model.source": str(source), "model.adapter": adapter, **changes})
   if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]

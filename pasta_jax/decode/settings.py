@@ -6,6 +6,9 @@ The defaults here are neutral; users get those of `config.decode`.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
 
 from pasta_jax.config.fields import check_rules
 from pasta_jax.config.sections import Decode
@@ -119,6 +122,28 @@ class SamplingConfig:
 
   def __post_init__(self):
     check_rules(Decode, "decode", vars(self))
+
+
+def sampling_of(d: Any) -> SamplingConfig:
+  """The numbers of sampling in a `config.decode` that is resolved."""
+  return SamplingConfig(
+    temperature=d.temperature, top_k=d.top_k, top_p=d.top_p, min_p=d.min_p, seed=d.seed,
+    repetition_penalty=d.repetition_penalty, promise_bias=d.promise_bias,
+  )  # fmt: skip
+
+
+def narrowest(dtype: Any, backend: str) -> int:
+  """Branches of the narrowest step. XLA's CPU backend multiplies one bfloat16 row more slowly than two. On
+  accelerators one program of eight rows serves up to eight branches: a tile's height on TPU, and products of fewer rows
+  are slow on GPU."""
+  if backend == "cpu":
+    return 2 if jnp.dtype(dtype) == jnp.bfloat16 else 1
+  return 8
+
+
+def steps_per_look(d: Decode, backend: str) -> int:
+  """`decode.steps_per_look`, or its default: a look costs nothing on CPU."""
+  return d.steps_per_look or (1 if backend == "cpu" else 8)
 
 
 def specialise(features: StepFeatures, sampling: SamplingConfig) -> StepFeatures:

@@ -31,7 +31,7 @@ from pasta_jax.config.sections import formats
 from pasta_jax.decode.ahead import architecture, untied
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.sampling import as_arrays
-from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures, specialise
+from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures, narrowest, specialise
 from pasta_jax.evaluate.benchmark import bandwidth_timer, busy_state
 from pasta_jax.lang.automaton import ORDINARY
 from pasta_jax.model.transformer import set_matmul_precision
@@ -42,7 +42,7 @@ from pasta_jax.weights import build
 FLAGS = flags.FLAGS
 SAMPLING = SamplingConfig(repetition_penalty=1.1)
 WIDTH = 130  # columns of the table in a file
-ROWS = 8  # of a step on accelerators, whatever is alive
+ROWS = narrowest("bfloat16", "gpu")  # of a step on accelerators, whatever is alive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +54,18 @@ class Case:
   pool: int
   steps_per_look: int = 8
   attention: str = "xla"
+  narrow: bool = False  # one row for one thread
 
   @property
   def width(self) -> int:
     """Rows of its step."""
-    return max(ROWS, self.branches)
+    return 1 if self.narrow else max(ROWS, self.branches)
 
 
 def cases(kernel: str, *, tiny: bool) -> Iterator[Case]:
   """Each program once; `kernel` is the kind of attention that this machine has one of, or ""."""
   pool = 256 if tiny else 2048
+  yield Case("bfloat16", 0, pool, narrow=True)  # are eight rows as fast as one?
   for branches in (0, 8) if tiny else (0, 1, 2, 4, 8, 16):
     yield Case("bfloat16", branches, pool)
   for other in (512,) if tiny else (512, 4096):
@@ -223,10 +225,12 @@ def _show_steps(table: Table, run: dict[str, Any]) -> None:
   how = ", command buffers" if run["command_buffers"] else ""
   table.add_row(f"{run['device']}, jax {run['jax']}{how}: {bandwidth / 1e9:,.0f} GB/s", "", "", "", "", "")
   for r in rows:
-    name = "one thread" if r["branches"] == 0 else f"{r['branches']} of {max(ROWS, r['branches'])} branches"
+    name = f"{r['branches']} of {max(ROWS, r['branches'])} branches"
+    if r["branches"] == 0:
+      name = "one thread, one row" if r["narrow"] else f"one thread, {ROWS} rows"
     name += f", {r['dtype']}, pool {r['pool']}, {r['steps_per_look']} a look, {r['attention']}"
     eight = next((x["seconds"] for x in rows if usual(x, 8, r)), None)
-    one = next((x["seconds"] for x in rows if usual(x, 0, r)), None)
+    one = min((x["seconds"] for x in rows if usual(x, 0, r)), default=None)
     table.add_row(
       name,
       f"{1e3 * r['seconds']:.3f}",

@@ -29,7 +29,7 @@ from pasta_jax.config.sections import formats
 from pasta_jax.decode import sight
 from pasta_jax.decode.interpreter import UNBOUNDED, Interpreter, capacity_of
 from pasta_jax.decode.sampling import as_arrays
-from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures, specialise
+from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures, narrowest, specialise
 from pasta_jax.decode.state import State, grow
 from pasta_jax.decode.threads import RUNNING
 from pasta_jax.lang.automaton import ORDINARY
@@ -89,7 +89,7 @@ def step_timer(
 
   `sequential`: ordinary decoding, with the main thread only and no guard. `features` are further ones of the step.
   """
-  width = max(branches, 2 if formats(dtype)[0] == "bfloat16" and jax.default_backend() == "cpu" else 1)
+  width = max(branches, narrowest(formats(dtype)[0], jax.default_backend()))
   limits = Limits(
     max_new_tokens=10**6,
     max_threads=1 if sequential else 24,

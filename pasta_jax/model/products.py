@@ -67,11 +67,14 @@ def xla_product(x: jax.Array, kernel: jax.Array, scale: jax.Array | None = None)
   """
   if scale is None and kernel.ndim == 2:
     return matmul(x, kernel)
-  if scale is not None and jax.default_backend() != "cpu":
+  if scale is not None:
     # Made to depend on `x`, the conversion stays in the product. XLA would otherwise move it out of the loop over
     # steps, and read a whole model of converted matrices in every step; on CPU, where it cannot be a part of the
-    # product, that is the faster way.
-    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    # product, that is the faster way. The platform is that which is compiled for (`decode.ahead`).
+    both = lambda *operands: operands
+    x, kernel = jax.lax.platform_dependent(
+      x, kernel, cpu=both, default=lambda *o: jax.lax.optimization_barrier(o)
+    )
   y = jnp.tensordot(x, kernel.astype(x.dtype), 1, preferred_element_type=jnp.float32)
   return y if scale is None else y * scale
 

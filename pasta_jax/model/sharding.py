@@ -55,13 +55,20 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def decoding_sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+  """`config.mesh` as decoding takes it: where fsdp has "all devices that the others leave", requests are split over
+  these. A number for fsdp splits the parameters in decoding too."""
+  return {**sizes, "data": -1, "fsdp": 1} if sizes["fsdp"] == -1 else dict(sizes)
+
+
 def local_mesh(sizes: Mapping[str, int]) -> Mesh | None:
-  """The mesh that one process decodes on: its share of `config.mesh`. None if that is one device.
+  """The mesh that one process decodes on: its share of `config.mesh` (`decoding_sizes`). None if that is one device.
 
   A process holds whole replicas of the parameters, so that hosts decode requests at their own speed. Raises
   ValueError, one line, if a replica needs more devices than the process has.
   """
   devices, processes = jax.local_devices(), jax.process_count()
+  sizes = decoding_sizes(sizes)
   data = sizes["data"] if sizes["data"] == -1 else max(sizes["data"] // processes, 1)
   try:
     shape = mesh_shape({**sizes, "data": data}, len(devices))

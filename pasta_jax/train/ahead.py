@@ -1,5 +1,5 @@
-"""Compiles steps for a TPU slice you do not have: does a config fit, and what does it need of a chip? Here are the
-training steps; `decode.ahead` has the programs that decode.
+"""Compiles training steps for a TPU slice you do not have: does a config fit, and what does it need of a chip?
+`decode.ahead` has the programs that decode.
 
 The compiler is part of the package `libtpu` (`pip install -e ".[tpu]"`) and needs no TPU. Weights are not
 read.
@@ -74,7 +74,7 @@ def compile_steps(config, stages: Sequence[str]) -> list[Compiled]:
     if kind == "gpu" and stage in stages:
       raise ValueError(f"{stage}.attention=gpu is not for TPUs: leave it at auto")
   model, _ = architecture(config.model.source, forms.from_config(config))
-  mesh = mesh_of(config)
+  mesh = mesh_of(config, vars(config.mesh))
   kind = mesh.devices.flat[0].device_kind
   found = [_compile(config, stage, model, mesh) for stage in stages]
   table = Table(Column(as_text(f"{config.compile.topology}, {mesh.size} x {kind}")), *stages)

@@ -62,7 +62,7 @@ def check_weights(weights: str) -> None:
     works = False
   if not works:
     raise ValueError(
-      f"decode.dtype={weights}: XLA on {jax.default_backend()} does not convert {every.dtype}: choose int8 or bfloat16"
+      f"dtype {weights}: XLA on {jax.default_backend()} does not convert {every.dtype}: choose int8 or bfloat16"
     )
 
 

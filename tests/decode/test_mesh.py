@@ -97,7 +97,9 @@ def test_places_are_multiples_of_the_replicas():
 @pytest.mark.parametrize(
   "sizes, processes, local, expected",
   [
-    ((1, -1, 1), 1, 8, (1, 8, 1)),
+    ((1, -1, 1), 1, 8, (8, 1, 1)),  # the default: requests are split
+    ((1, 8, 1), 1, 8, (1, 8, 1)),
+    ((1, -1, 2), 1, 8, (4, 1, 2)),
     ((2, 1, 4), 1, 8, (2, 1, 4)),
     ((-1, 1, 4), 2, 8, (2, 1, 4)),
     ((4, 1, 4), 2, 8, (2, 1, 4)),  # of sixteen devices

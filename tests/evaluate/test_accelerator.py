@@ -32,7 +32,7 @@ def test_the_tiny_form_measures_everything_and_prints_one_table(tmp_path):
   assert 0.4 < eight["int8"] / eight["bfloat16"] < 1
   assert training["attention"] and training["steps"][0]["seconds"] > 0
   for text in (
-    "one thread, int8",
+    "one thread, 8 rows, int8",
     "8 of 8 branches, bfloat16",
     "command buffers",
     "training step, lora bfloat16",

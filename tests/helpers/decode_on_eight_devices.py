@@ -56,20 +56,28 @@ def tiny_programs(
   limits = dataclasses.replace(LIMITS, steps_per_look=steps_per_look)
   kernel = shape == (4, 1, 2)  # on this mesh attention is the kernel's, interpreted
   features = StepFeatures(visibility=visibility, attention="interpret" if kernel else "xla")
-  blank = build.abstract(config, jnp.float32, fused=True)
+  in_8_bits = "int8" if config is ONE_HEAD and visibility == "live" else ""
+  blank = build.abstract(config, jnp.float32, fused=True, weights=in_8_bits)
   it = Interpreter(blank, tiny.VOCABULARY, limits, features, mesh)
   found = []
   for seed in range(n):
     params = build.to_params(nnx.merge(tiny.GRAPH, tiny.weights(seed)))
     kept = config.n_kv_heads * config.head_dim
     params = {k: x[:, :kept] if k.split(".")[-2] in ("k", "v") else x for k, x in params.items()}
-    it.params = nnx.split(build.for_decoding(config, params, None, jnp.float32, mesh=mesh))[1]
+    model = build.for_decoding(config, params, None, jnp.float32, weights=in_8_bits, mesh=mesh)
+    it.params = nnx.split(model)[1]
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(1, 26, rng.integers(1, 9)).tolist() for _ in range(8)]
     found.append(lines(decode(it, prompts[0])))
     scheduler = Scheduler(it, batch_size=8, branch_width=2)
     sampling = SamplingConfig(temperature=0.5 * (seed % 2))
     found += map(lines, scheduler.run(prompts, sampling, seeds=range(8)))
+    compiled = []
+    for _ in range(2):
+      found += map(lines, scheduler.run(prompts[:5], sampling, seeds=range(5)))  # places are left over
+      found.append(lines(decode(it, prompts[0])))
+      compiled.append(it.compiled())
+    assert compiled[0] == compiled[1], "the same requests were compiled anew"
   if mesh is not None and config is tiny.CONFIG:
     split = [x for x in jax.tree.leaves(it.params) if x.addressable_shards[0].data.size < x.size]
     assert split or mesh.shape["data"] == 8, "nothing is sharded"

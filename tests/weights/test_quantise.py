@@ -15,6 +15,7 @@ from pasta_jax.config import Config, with_changes
 from pasta_jax.config.sections import WEIGHTS, formats
 from pasta_jax.decode.generator import Model, decode_settings
 from pasta_jax.evaluate.identity import settings_of
+from pasta_jax.model.products import xla_product
 from pasta_jax.model.transformer import Linear
 from pasta_jax.weights import build, quantise
 from pasta_jax.weights.adapter import Merged
@@ -156,7 +157,7 @@ def test_unusable_formats_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatc
 
   monkeypatch.setattr(quantise, "_as_bfloat16", refuses)
   with pytest.raises(
-    ValueError, match="decode.dtype=fp8: XLA on cpu does not convert float8_e4m3fn: choose int8"
+    ValueError, match="dtype fp8: XLA on cpu does not convert float8_e4m3fn: choose int8"
   ) as e:
     eight_bits(TIED, "fp8")
   assert "\n" not in str(e.value)
@@ -182,3 +183,13 @@ def test_a_loaded_model_computes_in_bfloat16_and_records_name_its_weights(weight
   assert settings_of(config, "base", timed=False)["decode.dtype"] == "float32"
   batched = with_changes(config, {"eval.dtype": weights})
   assert settings_of(batched, "base", timed=False)["decode.dtype"] == weights
+
+
+def test_the_conversion_stays_in_the_product_of_the_platform_that_is_compiled_for():
+  """As compile mode does: lowered on a CPU for a TPU."""
+  x, kernel, scale = jnp.ones((8, 16)), jnp.ones((16, 4), jnp.int8), jnp.ones(4)
+  traced = jax.jit(xla_product).trace(x, kernel, scale)
+  barriers = {
+    p: "optimization_barrier" in traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "tpu")
+  }
+  assert barriers == {"cpu": False, "tpu": True}
