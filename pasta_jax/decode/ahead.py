@@ -16,7 +16,8 @@ import numpy as np
 import rich
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from rich.table import Column, Table
+from rich.box import SIMPLE
+from rich.table import Table
 
 from pasta_jax.config.sections import formats
 from pasta_jax.decode.interpreter import Interpreter
@@ -174,7 +175,7 @@ def _prefill(config, model, vocabulary, form: Forms, mesh: Mesh) -> CompiledDeco
   params, prompt = _weights(it, mesh), _prompt(mesh, padded_length(config.compile.prompt))
   capacity = max(it.limits.capacities[-1], prompt[0].shape[0])
   lower = lambda: it.trace_prefill(params, *prompt, capacity=capacity)
-  return _figures(config, f"prefill of {prompt[0].shape[0]}", mesh, lower, params)
+  return _figures(config, f"prefill {prompt[0].shape[0]}", mesh, lower, params)
 
 
 def _decode(
@@ -197,7 +198,7 @@ def _decode(
   shape = dict(width=branches, features=it.features, look=it.limits.steps_per_look)
   numbers = (counts, counts) if batch else (counts,)
   lower = lambda: it.trace_segment(params, state, sampling, *numbers, batch=batch, **shape)
-  name = f"{branches} branch{'es' * (branches > 1)}" + f", {requests} requests" * batch
+  name = f"{requests} x {branches}" if batch else f"{branches} branch{'es' * (branches > 1)}"
   return _figures(config, name, mesh, lower, params, state.pool, it.limits.steps_per_look)
 
 
@@ -244,19 +245,21 @@ def _shard_bytes(x: jax.ShapeDtypeStruct) -> int:
 
 
 def _print(title: str, found: Sequence[CompiledDecoding]) -> None:
-  """One row a program: they may be many."""
-  columns = ("weights", "pools", "temp.", "needed", "moved", "share", "at best", "kernels", "sent")
-  table = Table("GiB a chip", *(Column(name, justify="right") for name in columns), title=as_text(title))
+  """One row a program: they may be many. It fits 80 columns."""
+  columns = ("weights", "pools", "temp.", "moved", "share", "ms", "kernels", "sends", "MiB")
+  table = Table("GiB a chip", title=as_text(title), box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+  for name in columns:
+    table.add_column(name, justify="right")
   gib = lambda n: f"{n / 2**30:.2f}"
   for f in found:
     number, size = (sum(n) for n in zip((0, 0), *f.collectives.values()))
     table.add_row(
-      f.name, gib(f.weights), gib(f.pools), gib(f.temporary), gib(f.needed), gib(f.moved), f"{f.share:.0%}",
-      f"{f.seconds * 1e3:.2f} ms", f"{f.kernels:,}", f"{number}: {size / 2**20:.1f} MiB" if number else "",
+      f.name, gib(f.weights), gib(f.pools), gib(f.temporary), gib(f.moved), f"{f.share:.0%}", f"{f.seconds * 1e3:.2f}",
+      f"{f.kernels:,}", f"{number}", f"{size / 2**20:.1f}",
     )  # fmt: skip
   rich.print(table)
   rich.print(
-    f"a chip has {gib(found[0].memory)} GiB; needed: weights and pools, which its memory reads at best in that time; "
-    "moved: what a compiled step reads and writes; sent: collectives. Kernels, moved and sent are those of one step, "
-    "or of the prefill."
+    f"a chip has {gib(found[0].memory)} GiB; A x B: A requests of B branches; moved: what a compiled step reads and "
+    "writes, share: weights and pools, which it needs, over that; ms: to read what it needs at the memory's bandwidth; "
+    "sends: collectives, and their MiB. All but temporary memory is of one step, or of the prefill."
   )
