@@ -4,16 +4,18 @@
     … python tests/helpers/decode_on_eight_devices.py smollm2 10
 
 `tiny N`: N random models with eight random programs each, in both forms of visibility, with two key-value heads and
-with one. `smollm2 N`: greedy answers to N prompts on four meshes, and four samples of each on (1, 8). `invariant N`:
-random programs in bfloat16 under `decode.invariant`, over `data` alone, bit for bit.
+with one. `smollm2 N`: greedy answers to N prompts on four meshes. `samples N`: four samples of each on (1, 8).
+`invariant N`: random programs in bfloat16 under `decode.invariant`, over `data` alone, bit for bit.
 """
 
 import dataclasses
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 TESTS = Path(__file__).parents[1]  # as a script
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
@@ -140,42 +142,43 @@ def compare_invariant(n: int) -> None:
       assert same == len(expected)
 
 
-def compare_smollm2(n: int) -> None:
+def smollm2(n: int, shape: tuple[int, ...], *, samples: int = 1, tokens: int = 100, **how) -> list:
+  """Answers of SmolLM2 to n prompts in float32, in batches of eight; (1, 1, 1) is one device."""
   prompts = [
     f"{ask} {what}."
     for ask in ("Compare", "Give three reasons for and against", "Write a short guide to", "List facts about")
     for what in ("trains and planes", "working at home", "keeping bees")
   ][:n]
-  changes = {"decode.dtype": "float32", "decode.max_new_tokens": 100, "decode.promise_bias": 1.5}
-
-  def answer(shape: tuple[int, ...], *, samples: int = 1, **how) -> list:
+  changes = {"decode.dtype": "float32", "decode.promise_bias": 1.5, "decode.max_new_tokens": tokens}
+  devices = jax.local_devices()
+  with mock.patch.object(jax, "local_devices", lambda: devices[: int(np.prod(shape))]):
     sizes = {f"mesh.{axis}": size for axis, size in zip(AXES, shape)}
     model = Model(with_changes(Config(), changes | sizes))
-    scheduler = model.scheduler(batch_size=8, branch_width=2)
-    tokens = [model.encode(p) for p in prompts for _ in range(samples)]
-    sampling = dataclasses.replace(model.sampling, **how)
-    return [*map(lines, scheduler.run(tokens, sampling, seeds=range(len(tokens))))]
+  asked = [model.encode(p) for p in prompts for _ in range(samples)]
+  sampling = dataclasses.replace(model.sampling, **how)
+  scheduler = model.scheduler(batch_size=8, branch_width=2)
+  return [*map(lines, scheduler.run(asked, sampling, seeds=range(len(asked))))]
 
-  one = jax.devices()[:1]
-  devices, jax.local_devices = jax.local_devices, lambda: one  # type: ignore[assignment]
-  expected = answer((1, 1, 1))
-  drawn = answer((1, 1, 1), samples=4, temperature=0.6)
-  jax.local_devices = devices
-  for shape in SHAPES[:4]:
+
+def compare_smollm2(n: int, shapes: Sequence[tuple[int, ...]] = SHAPES[:4], **how) -> None:
+  expected = smollm2(n, (1, 1, 1), **how)
+  for shape in shapes:
     started = time.perf_counter()
-    same = sum(a == b for a, b in zip(answer(shape), expected))
-    print(
-      f"{shape}: {same} of {len(expected)} answers the same, {time.perf_counter() - started:.0f} s",
-      flush=True,
-    )
+    same = sum(a == b for a, b in zip(smollm2(n, shape, **how), expected))
+    print(f"{shape}: {same} of {len(expected)} the same, {time.perf_counter() - started:.0f} s", flush=True)
     assert same == len(expected)
-  same = sum(a == b for a, b in zip(answer((1, 1, 8), samples=4, temperature=0.6), drawn))
-  print(f"(1, 1, 8): {same} of {len(drawn)} samples the same")
-  assert same == len(drawn)
+
+
+def compare_samples(n: int) -> None:
+  """As stage two draws them."""
+  compare_smollm2(n, [(1, 1, 8)], samples=4, tokens=30, temperature=0.6)
 
 
 if __name__ == "__main__":
-  {"tiny": compare_tiny, "invariant": compare_invariant, "smollm2": compare_smollm2}[sys.argv[1]](
-    int(sys.argv[2])
-  )
+  {
+    "tiny": compare_tiny,
+    "invariant": compare_invariant,
+    "smollm2": compare_smollm2,
+    "samples": compare_samples,
+  }[sys.argv[1]](int(sys.argv[2]))
   print("done")
