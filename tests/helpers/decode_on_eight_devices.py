@@ -4,8 +4,8 @@
     … python tests/helpers/decode_on_eight_devices.py smollm2 10
 
 `tiny N`: N random models with eight random programs each, in both forms of visibility, with two key-value heads and
-with one. `smollm2 N`: greedy answers to N prompts on four meshes. `samples N`: four samples of each on (1, 8).
-`invariant N`: random programs in bfloat16 under `decode.invariant`, over `data` alone, bit for bit.
+with one, on six meshes; `quick N` on three of them. `smollm2 N`: greedy answers to N prompts on four meshes. `samples
+N`: four samples of each on (1, 8). `invariant N`: random programs in bfloat16 under `decode.invariant`, over `data` alone, bit for bit.
 """
 
 import dataclasses
@@ -86,14 +86,14 @@ def tiny_programs(
   return found
 
 
-def compare_tiny(n: int) -> None:
+def compare_tiny(n: int, shapes: Sequence[tuple[int, ...]] = SHAPES, of_one_head=SHAPES[2:4]) -> None:
   compare_likelihoods()
   for config in (tiny.CONFIG, ONE_HEAD):
     for visibility in ("promise", "live"):
       expected = tiny_programs(n, None, visibility, config, 1)
       promised = sum(len(threads) > 1 for threads in expected)
       assert promised > len(expected) // 3, f"only {promised} of {len(expected)} programs have promises"
-      for i, shape in enumerate(SHAPES if config is tiny.CONFIG else SHAPES[2:4]):
+      for i, shape in enumerate(shapes if config is tiny.CONFIG else of_one_head):
         found = tiny_programs(n, shape, visibility, config, (1, 4)[i % 2])
         same = sum(a == b for a, b in zip(found, expected))
         print(
@@ -177,6 +177,7 @@ def compare_samples(n: int) -> None:
 if __name__ == "__main__":
   {
     "tiny": compare_tiny,
+    "quick": lambda n: compare_tiny(n, [(4, 1, 2), (2, 2, 2)], [(2, 1, 4)]),
     "invariant": compare_invariant,
     "smollm2": compare_smollm2,
     "samples": compare_samples,
