@@ -3,9 +3,12 @@
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/helpers/decode_on_eight_devices.py tiny 5
     … python tests/helpers/decode_on_eight_devices.py smollm2 10
 
-`tiny N`: N random models with eight random programs each, in both forms of visibility, with two key-value heads and
-with one, on six meshes; `quick N` on three of them. `smollm2 N`: greedy answers to N prompts on four meshes. `samples
-N`: four samples of each on (1, 8). `invariant N`: random programs in bfloat16 under `decode.invariant`, over `data` alone, bit for bit.
+tiny N       N random models with eight random programs each, in both forms of visibility, with two key-value heads and
+             with one, on six meshes
+quick N      the same on three of them
+smollm2 N    greedy answers to N prompts on four meshes
+samples N    four samples of each on (1, 8)
+invariant N  random programs in bfloat16 under `decode.invariant`, over `data` alone, bit for bit
 """
 
 import dataclasses
