@@ -36,7 +36,7 @@ def test_step_lowers_for_tpu_at_full_size(stage: str):
   flags.train.attention = flags.preference.attention = "tpu"
   config = from_flags(flags)
   trainer = ahead.abstract_trainer(
-    config, "preference" if stage == "preference" else "train", ahead.model_config(str(ARCHITECTURE)), MESH
+    config, "preference" if stage == "preference" else "train", ahead.architecture(str(ARCHITECTURE))[0], MESH
   )
   arguments = trainer.abstract_arguments()
   trainable = arguments[0].trainable
