@@ -10,6 +10,7 @@ and a pool that is used in part. Elsewhere tests/decode/test_flash_decoding.py i
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), *(str(Path(__file__).parent / d) for d in (".", "decode"))]
@@ -17,6 +18,7 @@ sys.path[:0] = [str(Path(__file__).parents[1]), *(str(Path(__file__).parent / d)
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from helpers.devices import verdict  # noqa: E402
 from test_flash_decoding import POOL_AXES, expected, random_layer  # noqa: E402
 
 from pasta_jax.decode.attention import make_decode_attend  # noqa: E402
@@ -95,12 +97,8 @@ def main() -> None:
       jax.config.update("jax_default_matmul_precision", None)
       set_matmul_precision(dtype)
       for requests in (1, 3):
-        try:
-          error = check(kind, *sizes, softcap=softcap, dtype=dtype, requests=requests)
-          bad = not error <= LARGEST[dtype]
-          said = f"{error:.1e}{'  WRONG' if bad else ''}"
-        except Exception as failure:  # one case must not hide the others
-          said, bad = f"FAILED {type(failure).__name__}: {' '.join(str(failure).split())[:300]}", True
+        case = partial(check, kind, *sizes, softcap=softcap, dtype=dtype, requests=requests)
+        said, bad = verdict(case, LARGEST[dtype])
         wrong += bad
         w, k, g, h, p = sizes
         print(

@@ -20,6 +20,7 @@ sys.path[:0] = [
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from helpers.devices import verdict  # noqa: E402
 from test_attention import CONFIG, definition, naive, random_rows  # noqa: E402
 
 from pasta_jax.model import flash  # noqa: E402
@@ -87,13 +88,9 @@ def main() -> None:
       for local in (False, True) if window else (False,):
         for dtype in LARGEST:
           started = time.time()
-          try:
-            error = check(window, softcap, length, heads, groups, width, visibility, local, dtype)
-            verdict = "" if error <= LARGEST[dtype] else "  WRONG"
-            said = f"{error:.1e}{verdict}"
-          except Exception as failure:  # one case must not hide the others
-            said, verdict = f"FAILED {type(failure).__name__}: {' '.join(str(failure).split())[:300]}", "x"
-          wrong += bool(verdict)
+          case = partial(check, window, softcap, length, heads, groups, width, visibility, local, dtype)
+          said, bad = verdict(case, LARGEST[dtype])
+          wrong += bad
           print(
             f"{visibility:8} {length} tokens, {heads}x{groups} heads of {width}, window {window if local else 0}, "
             f"soft cap {softcap:g}, {dtype}: {said} ({time.time() - started:.1f} s)",

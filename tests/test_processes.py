@@ -1,16 +1,15 @@
 """Two processes that share a run's work against one: the same records, and no work lost or done twice."""
 
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.devices import start_two
 from helpers.folders import SEED_DATA, model_config, write_model
 from safetensors.numpy import load_file
 
@@ -41,23 +40,8 @@ PREFERENCE = {
 EVAL = {"batch_size": 2, "branch_width": 2, "dtype": "float32", "judge_dtype": "float32", "timed": 0}
 
 
-def start_two(folder: Path, *more: str) -> list[subprocess.Popen[str]]:
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  script = str(ROOT / "tests" / "helpers" / "on_shared_work.py")
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "PASTA_CACHE": str(folder / "cache")}
-  return [
-    subprocess.Popen(
-      [sys.executable, script, str(folder), str(port), str(i), *more],
-      env=environment,
-      cwd=ROOT,
-      text=True,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-    )
-    for i in (0, 1)
-  ]
+def begin(folder: Path, *more: str) -> list[subprocess.Popen[str]]:
+  return start_two("on_shared_work.py", folder, *more, PASTA_CACHE=str(folder / "cache"))
 
 
 def ends(process: subprocess.Popen[str]) -> dict[str, tuple[int, str]]:
@@ -94,7 +78,7 @@ def made(tmp_path_factory):
   (folder / "changes.json").write_text(json.dumps(changes))
   config = with_changes(Config(), changes)
   optimise(config, folder / "one")  # first, since one process compiles what all will run
-  both = start_two(folder)
+  both = begin(folder)
   second = ends(both[1])
   both[0].kill()  # JAX takes 100 s to miss the other
   found = ends(both[0]), second
@@ -189,7 +173,7 @@ def test_what_a_killed_process_has_finished_is_not_made_again(count: int, made):
   if count == 1:
     optimise(with_changes(config, {"preference.stages": "sample"}), killed)
   else:
-    assert [of["killed"][0] for of in map(ends, start_two(folder, "resume"))] == [0, 0]
+    assert [of["killed"][0] for of in map(ends, begin(folder, "resume"))] == [0, 0]
   rows = rows_of(path)
   assert {i for i, row in rows.items() if row.pop("kept", False)} == kept
   assert_same(rows, whole)

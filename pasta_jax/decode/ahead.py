@@ -24,13 +24,12 @@ from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.placement import specs
 from pasta_jax.decode.sampling import as_arrays
 from pasta_jax.decode.settings import (
-  Limits,
   SamplingConfig,
-  StepFeatures,
+  features_of,
+  limits_of,
   padded_length,
   sampling_of,
   specialise,
-  steps_per_look,
 )
 from pasta_jax.lang import forms
 from pasta_jax.lang.automaton import LENGTHS
@@ -45,6 +44,7 @@ from pasta_jax.utils.hlo import Module
 from pasta_jax.utils.terminal import as_text
 from pasta_jax.utils.topology import GPUS, compile_for, topology
 from pasta_jax.weights import build
+from pasta_jax.weights.adapter import merged_config
 from pasta_jax.weights.checkpoint import load_checkpoint
 from pasta_jax.weights.hf_config import read_config
 
@@ -82,7 +82,7 @@ def compile_decoding(config, stages: Sequence[str]) -> list[CompiledDecoding]:
   set_matmul_precision(dtype, "tpu")
   form = forms.from_config(config)
   model, vocabulary = architecture(config.model.source, form)
-  make = lambda: build.abstract(untied(model), jnp.dtype(dtype), fused=True, weights=weights)
+  make = lambda: build.abstract(in_decoding(model), jnp.dtype(dtype), fused=True, weights=weights)
   found, c = [], config.compile
   if "prefill" in stages:
     found.append(_prefill(config, make(), vocabulary, form, mesh))
@@ -131,25 +131,16 @@ def architecture(source: str, form: Forms = Forms()) -> tuple[ModelConfig, Vocab
   return dataclasses.replace(config, tag_ids=ids), vocabulary
 
 
-def untied(config: ModelConfig) -> ModelConfig:
-  """The architecture in the form that decodes (`build.for_decoding`): tags are rows of the vocabulary."""
-  size = max(config.vocab_size, *(i + 1 for i in config.tag_ids)) if config.tag_ids else config.vocab_size
-  return dataclasses.replace(config, vocab_size=size, tie_embeddings=False)
+def in_decoding(config: ModelConfig) -> ModelConfig:
+  """The architecture in the form that decodes (`build.for_decoding`), with its tags."""
+  return merged_config(config, len(config.tag_ids) or len(TAG_TEXTS), untied=True)
 
 
 def _interpreter(config, model, vocabulary, form: Forms, mesh: Mesh, branches: int) -> Interpreter:
-  d, kind = config.decode.resolved({}), config.decode.attention
-  limits = Limits(
-    max_new_tokens=d.max_new_tokens, max_threads=d.max_threads, max_depth=d.max_depth, max_topic=d.max_topic,
-    branch_widths=(branches,), kv_buckets=(config.compile.pool,),
-    steps_per_look=steps_per_look(d, "tpu"),
-  )  # fmt: skip
-  features = StepFeatures(
-    rule=form.positions, visibility=form.visibility, promise=form.promise, number=form.number,
-    guard=d.guard, no_repeat=d.no_repeat, attention="xla" if kind == "auto" else kind, length=d.length,
-    invariant=d.invariant,
-  )  # fmt: skip
-  return Interpreter(model, vocabulary, limits, specialise(features, sampling_of(d)), mesh)
+  d = config.decode.resolved({})
+  limits = limits_of(d, (branches,), (config.compile.pool,), "tpu")
+  features = specialise(features_of(d, form), sampling_of(d))
+  return Interpreter(model, vocabulary, limits, features, mesh)
 
 
 def _on(mesh: Mesh, tree: Any, where: Any = None) -> Any:
@@ -174,7 +165,7 @@ def _prefill(config, model, vocabulary, form: Forms, mesh: Mesh) -> CompiledDeco
   it = _interpreter(config, model, vocabulary, form, mesh, 8)
   params, prompt = _weights(it, mesh), _prompt(mesh, padded_length(config.compile.prompt))
   capacity = max(it.limits.capacities[-1], prompt[0].shape[0])
-  lower = lambda: it.trace_prefill(params, *prompt, capacity=capacity)
+  lower = lambda: it.trace("prefill", params, *prompt, capacity=capacity)
   return _figures(config, f"prefill {prompt[0].shape[0]}", mesh, lower, params)
 
 
@@ -187,7 +178,7 @@ def _decode(
       f"compile.requests={requests} cannot be divided over mesh.data={mesh.shape['data']}: choose a multiple"
     )
   params, counts = _weights(it, mesh), _on(mesh, jax.ShapeDtypeStruct((), jnp.int32))
-  state = it.trace_prefill(params, *_prompt(mesh, 128), capacity=config.compile.pool).out_info
+  state = it.trace("prefill", params, *_prompt(mesh, 128), capacity=config.compile.pool).out_info
   sampling = jax.eval_shape(lambda: as_arrays(SamplingConfig()))
   batch = requests > 1
   if batch:
@@ -196,8 +187,8 @@ def _decode(
   state = _on(mesh, state, specs(state, mesh.shape, batch=batch))
   sampling = _on(mesh, sampling, specs(sampling, mesh.shape, batch=batch))
   shape = dict(width=branches, features=it.features, look=it.limits.steps_per_look)
-  numbers = (counts, counts) if batch else (counts,)
-  lower = lambda: it.trace_segment(params, state, sampling, *numbers, batch=batch, **shape)
+  program, numbers = ("batch_segment", (counts, counts)) if batch else ("segment", (counts,))
+  lower = lambda: it.trace(program, params, state, sampling, *numbers, **shape)
   name = f"{requests} x {branches}" if batch else f"{branches} branch{'es' * (branches > 1)}"
   return _figures(config, name, mesh, lower, params, state.pool, it.limits.steps_per_look)
 

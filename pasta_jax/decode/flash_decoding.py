@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 from jax.sharding import PartitionSpec
 
 from pasta_jax.model.attention import MASK_VALUE, layer_mask
-from pasta_jax.model.sharding import fitting
+from pasta_jax.model.sharding import fitting, head_axes
 from pasta_jax.model.tiles import dot
 from pasta_jax.model.transformer import Attend, soft_cap
 
@@ -84,9 +84,8 @@ def _on_mesh(kernel: Callable, keys, values, mask, q, k, v) -> jax.Array:
   sizes = jax.sharding.get_abstract_mesh()
   if sizes.size <= 1:
     return kernel(keys, values, mask, q, k, v)
-  split = q.shape[2] % sizes.shape["tensor"] == 0
-  axes = ("tensor", None) if split else (None, "tensor")  # of key-value heads and of their query heads
-  rows, heads, groups = fitting(("data", *axes), (q.shape[0], *q.shape[2:4]), sizes.shape)
+  [rows] = fitting(("data",), q.shape[:1], sizes.shape)
+  heads, groups = head_axes(*q.shape[2:4])
   pool, token = PartitionSpec(rows, heads), PartitionSpec(rows, None, heads)
   queries = PartitionSpec(rows, None, heads, groups)
   specs = (pool, pool, PartitionSpec(rows), queries, token, token)

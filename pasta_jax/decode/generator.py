@@ -22,12 +22,11 @@ from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import EVERY, Scheduler, decode
 from pasta_jax.decode.settings import (
   DecodeError,
-  Limits,
   SamplingConfig,
-  StepFeatures,
+  features_of,
+  limits_of,
   narrowest,
   sampling_of,
-  steps_per_look,
 )
 from pasta_jax.decode.trace import Trace
 from pasta_jax.decode.views.timeline import write_timeline
@@ -184,27 +183,9 @@ class Model:
     buckets = tuple(b for b in (256, 512, 1024, 2048, 4096, 8192, 16384) if b < d.kv_capacity) + (
       d.kv_capacity,
     )
-    self.limits = Limits(
-      max_new_tokens=d.max_new_tokens,
-      max_threads=d.max_threads,
-      max_depth=d.max_depth,
-      max_topic=d.max_topic,
-      tail=d.max_topic + 8,
-      branch_widths=widths,
-      kv_buckets=buckets,
-      steps_per_look=steps_per_look(d, jax.default_backend()),
-    )
+    self.limits = limits_of(d, widths, buckets, jax.default_backend())
     self.sampling = sampling_of(d)
-    self._features = StepFeatures(
-      rule=self.forms.positions,
-      promise=self.forms.promise,
-      number=self.forms.number,
-      guard=d.guard,
-      no_repeat=d.no_repeat,
-      length=d.length,
-      attention=d.attention,
-      invariant=d.invariant,
-    )
+    self._features = features_of(d, self.forms)
     self._batch_size, self._branch_width = d.batch_size, min(d.max_branches, 4)
     self._interpreters: dict[tuple[bool, int], Interpreter] = {}
 

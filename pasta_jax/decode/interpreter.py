@@ -76,20 +76,20 @@ class Interpreter:
     self.tables = TokenTables.build(self.vocabulary, rows)
     self.graph, self.params = nnx.split(self.model)
     shape = ("width", "features", "look")
-    self._programs: list[Any] = []
-    self._prefill = self._program(self._prefill_pure, static_argnames="capacity")
-    self._segment = self._program(self._segment_pure, static_argnames=shape, donate_argnums=1)
-    self._batch_segment = self._program(self._batch_segment_pure, static_argnames=shape, donate_argnums=1)
-    self._grow = self._program(self._grow_pure, static_argnames="capacity")
     insert = lambda batch, one, row: jax.tree.map(lambda b, x: b.at[row].set(x), batch, one)
-    self._insert = self._program(lambda *a: constrain_batch(insert(*a)), donate_argnums=0)
-    self._take = self._program(lambda batch, rows: constrain_batch(jax.tree.map(lambda x: x[rows], batch)))
-    self.reseed = self._program(lambda state, seed: constrain_one(reseed(state, seed)))
-
-  def _program(self, function: Callable, **options) -> Callable:
-    """`jax.jit` on the mesh."""
-    self._programs.append(jax.jit(function, **options))
-    return on_mesh(self.mesh, self._programs[-1])
+    take = lambda batch, rows: jax.tree.map(lambda x: x[rows], batch)
+    self._programs = {
+      "prefill": jax.jit(self._prefill_pure, static_argnames="capacity"),
+      "segment": jax.jit(self._segment_pure, static_argnames=shape, donate_argnums=1),
+      "batch_segment": jax.jit(self._batch_segment_pure, static_argnames=shape, donate_argnums=1),
+      "grow": jax.jit(self._grow_pure, static_argnames="capacity"),
+      "insert": jax.jit(lambda *a: constrain_batch(insert(*a)), donate_argnums=0),
+      "take": jax.jit(lambda *a: constrain_batch(take(*a))),
+      "reseed": jax.jit(lambda *a: constrain_one(reseed(*a))),
+    }
+    run = {name: on_mesh(self.mesh, program) for name, program in self._programs.items()}
+    self._prefill, self._segment, self._batch_segment = run["prefill"], run["segment"], run["batch_segment"]
+    self._grow, self._insert, self._take, self.reseed = run["grow"], run["insert"], run["take"], run["reseed"]
 
   @property
   def replicas(self) -> int:
@@ -194,17 +194,13 @@ class Interpreter:
     """The batch of these rows; a row may be taken more than once."""
     return self._take(batch, np.asarray(rows, np.int32))
 
-  def trace_prefill(self, *args, **shape) -> Any:
-    """`jax.stages.Traced` of the prefill for shapes in place of arrays (`decode.ahead`)."""
-    return on_mesh(self.mesh, self._programs[0].trace)(*args, **shape)
-
-  def trace_segment(self, *args, batch: bool, **shape) -> Any:
-    """The same of a segment, or of a batch's."""
-    return on_mesh(self.mesh, self._programs[2 if batch else 1].trace)(*args, **shape)
+  def trace(self, program: str, *args, **shape) -> Any:
+    """`jax.stages.Traced` of a program, by its name, for shapes in place of arrays (`decode.ahead`)."""
+    return on_mesh(self.mesh, self._programs[program].trace)(*args, **shape)
 
   def compiled(self) -> int:
     """The number of programs compiled so far."""
-    return sum(f._cache_size() for f in self._programs)
+    return sum(f._cache_size() for f in self._programs.values())
 
 
 def _repeat(function: Callable[[Any], Any], times: int) -> Callable[[Any], Any]:

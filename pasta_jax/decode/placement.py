@@ -14,7 +14,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from pasta_jax.decode.state import KVPool, State
-from pasta_jax.model.sharding import constrain_axes, fitting
+from pasta_jax.model.sharding import constrain_axes, fitting, head_axes
 from pasta_jax.model.transformer import Attend
 
 
@@ -54,14 +54,12 @@ def on_heads(attend: Attend) -> Attend:
   where these cannot be divided, the queries over their heads and the pool everywhere."""
 
   def placed(cache, q, k, v, local):
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1:
+    if jax.sharding.get_abstract_mesh().size <= 1:
       return attend(cache, q, k, v, local)
-    split = q.shape[-3] % mesh.shape["tensor"] == 0
-    queries = ("tensor", None, None) if split else (None, "tensor", None)
-    keys = ("tensor", None) if split else (None, None)
-    put = lambda x, axes: constrain_axes(x, *[None] * (x.ndim - len(axes)), *axes)
-    context, collected = attend(cache, put(q, queries), put(k, keys), put(v, keys), local)
-    return put(context, queries), collected
+    heads, groups = head_axes(*q.shape[-3:-1])
+    put = lambda x, *axes: constrain_axes(x, *[None] * (x.ndim - len(axes)), *axes)
+    k, v = (put(x, heads, None) for x in (k, v))
+    context, collected = attend(cache, put(q, heads, groups, None), k, v, local)
+    return put(context, heads, groups, None), collected
 
   return placed

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pasta_jax.config.fields import check_rules
 from pasta_jax.config.sections import Decode
 from pasta_jax.lang.automaton import AUTOMATA, Automaton
+from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.positions import PositionRule
 
 PROMPT_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -132,6 +133,23 @@ def sampling_of(d: Any) -> SamplingConfig:
   )  # fmt: skip
 
 
+def limits_of(d: Any, branch_widths: tuple[int, ...], kv_buckets: tuple[int, ...], backend: str) -> Limits:
+  """The bounds in a `config.decode` that is resolved."""
+  return Limits(
+    max_new_tokens=d.max_new_tokens, max_threads=d.max_threads, max_depth=d.max_depth, max_topic=d.max_topic,
+    tail=d.max_topic + 8, branch_widths=branch_widths, kv_buckets=kv_buckets,
+    steps_per_look=d.steps_per_look or (1 if backend == "cpu" else 8),  # a look costs nothing on CPU
+  )  # fmt: skip
+
+
+def features_of(d: Any, form: Forms) -> StepFeatures:
+  """The parts of a step with promises of this form, by a `config.decode` that is resolved."""
+  return StepFeatures(
+    rule=form.positions, visibility=form.visibility, promise=form.promise, number=form.number, guard=d.guard,
+    no_repeat=d.no_repeat, length=d.length, attention=d.attention, invariant=d.invariant,
+  )  # fmt: skip
+
+
 def narrowest(dtype: Any, backend: str) -> int:
   """Branches of the narrowest step. XLA's CPU backend multiplies one bfloat16 row more slowly than two. On
   accelerators one program of eight rows serves up to eight branches: a tile's height on TPU, and products of fewer rows
@@ -139,11 +157,6 @@ def narrowest(dtype: Any, backend: str) -> int:
   if backend == "cpu":
     return 2 if jnp.dtype(dtype) == jnp.bfloat16 else 1
   return 8
-
-
-def steps_per_look(d: Decode, backend: str) -> int:
-  """`decode.steps_per_look`, or its default: a look costs nothing on CPU."""
-  return d.steps_per_look or (1 if backend == "cpu" else 8)
 
 
 def specialise(features: StepFeatures, sampling: SamplingConfig) -> StepFeatures:

@@ -15,7 +15,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,10 @@ from flax import nnx
 from rich.table import Table
 
 from pasta_jax.config.sections import formats
-from pasta_jax.decode.ahead import architecture, untied
+from pasta_jax.decode.ahead import architecture, in_decoding
 from pasta_jax.decode.interpreter import Interpreter
-from pasta_jax.decode.sampling import as_arrays
-from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures, narrowest, specialise
-from pasta_jax.evaluate.benchmark import bandwidth_timer, busy_state
+from pasta_jax.decode.settings import Limits, StepFeatures, narrowest
+from pasta_jax.evaluate.benchmark import bandwidth_timer, segment_timer
 from pasta_jax.lang.automaton import ORDINARY
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.utils.environment import offer_loops_to_command_buffers
@@ -40,7 +38,6 @@ from pasta_jax.utils.files import write_atomic
 from pasta_jax.weights import build
 
 FLAGS = flags.FLAGS
-SAMPLING = SamplingConfig(repetition_penalty=1.1)
 WIDTH = 130  # columns of the table in a file
 ROWS = narrowest("bfloat16", "gpu")  # of a step on accelerators, whatever is alive
 
@@ -107,7 +104,7 @@ def step_timer(case: Case, source: str) -> tuple[Callable[[], float], int]:
   """(a function that measures seconds per step, bytes of the weights that a step multiplies by and of its pool)."""
   dtype, weights = formats(case.dtype)
   config, vocabulary = architecture(source)
-  model = build.abstract(untied(config), jnp.dtype(dtype), fused=True, weights=weights)
+  model = build.abstract(in_decoding(config), jnp.dtype(dtype), fused=True, weights=weights)
   params = _parameters(case.dtype, model, vocabulary)
   sequential = case.branches == 0
   limits = Limits(
@@ -119,28 +116,16 @@ def step_timer(case: Case, source: str) -> tuple[Callable[[], float], int]:
   )
   it = Interpreter(model, vocabulary, limits, features)
   it.params = params
-  features, numbers = specialise(features, SAMPLING), as_arrays(SAMPLING)
-  start = busy_state(it, max(case.branches, 1), case.pool)
   most = (case.pool // 2 - limits.margin) // case.width
   steps = min(FLAGS.steps, most) // case.steps_per_look * case.steps_per_look
   if steps < 1:
     raise ValueError(
       f"a pool of {case.pool} is too small for {case.steps_per_look} steps of {case.width} rows"
     )
-
-  def measure() -> float:
-    state = jax.block_until_ready(jax.tree.map(jnp.copy, start))
-    started = time.perf_counter()
-    after, scalars = it.segment(state, numbers, steps, width=case.width, features=features)
-    jax.device_get(scalars)
-    taken = time.perf_counter() - started
-    done = int(after.steps)
-    assert done == steps, f"{case}: {done} of {steps} steps"
-    return taken / steps
-
-  measure()  # compiles
+  timer = segment_timer(it, max(case.branches, 1), case.pool, steps)
   nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
-  return measure, nbytes(params) - nbytes(params["embed"]) + nbytes(start.pool)
+  pool = 2 * config.n_layers * config.n_kv_heads * config.head_dim * case.pool * jnp.dtype(dtype).itemsize
+  return timer, nbytes(params) - nbytes(params["embed"]) + pool
 
 
 _PARAMETERS: dict[str, Any] = {}

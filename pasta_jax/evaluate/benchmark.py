@@ -103,16 +103,26 @@ def step_timer(
     limits,
     StepFeatures(promises=not sequential, guard=not sequential, no_repeat=NO_REPEAT, **features),
   )
-  compiled, numbers = specialise(it.features, SAMPLING), as_arrays(SAMPLING)
+  return segment_timer(it, branches, capacity, min(FLAGS.steps, capacity // 2 // width - 1))
+
+
+def segment_timer(it: Interpreter, branches: int, capacity: int, steps: int) -> Callable[[], float]:
+  """A function that runs a segment of `steps` steps with `branches` live branches, as wide as the interpreter's widest
+  step, and returns the seconds per step."""
+  width, features, numbers = (
+    it.limits.branch_widths[-1],
+    specialise(it.features, SAMPLING),
+    as_arrays(SAMPLING),
+  )
   start = busy_state(it, branches, capacity)
 
   def measure() -> float:
     state = jax.block_until_ready(jax.tree.map(jnp.copy, start))
-    steps = min(FLAGS.steps, capacity // 2 // width - 1)
     started = time.perf_counter()
-    after, _ = it.segment(state, numbers, steps, width=width, features=compiled)
-    done = int(after.steps)
-    return (time.perf_counter() - started) / max(done, 1)
+    after, scalars = it.segment(state, numbers, steps, width=width, features=features)
+    jax.device_get(scalars)
+    seconds = time.perf_counter() - started
+    return seconds / max(int(after.steps), 1)
 
   measure()  # compiles
   return measure

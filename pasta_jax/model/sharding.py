@@ -189,6 +189,14 @@ def constrain_axes(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*fitting(axes, x.shape, mesh.shape)))
 
 
+def head_axes(kv_heads: int, groups: int) -> tuple[str | None, str | None]:
+  """The axes of key-value heads and of the query heads of each, on the mesh that a traced function runs on: `tensor`
+  splits key-value heads, or, where it cannot divide them, query heads, and keys and values are replicated."""
+  if divides("tensor", kv_heads):
+    return "tensor", None
+  return None, "tensor" if divides("tensor", groups) else None
+
+
 def divides(axis: str, n: int) -> bool:
   """Whether an axis of the mesh that a traced function runs on divides a dimension of size `n`."""
   return n % jax.sharding.get_abstract_mesh().shape[axis] == 0

@@ -19,7 +19,7 @@ from pasta_jax.model import flash, tiles
 from pasta_jax.model.attention import chunked_attention, dense_attention, sliding_window_mask
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.masks import Intervals, Mask, Rounds
-from pasta_jax.model.sharding import ROWS, constrain_rows, divides
+from pasta_jax.model.sharding import ROWS, constrain_rows, head_axes
 from pasta_jax.model.transformer import Attend
 
 DeviceBatch = Mapping[str, jax.Array]  # fields of data.packing.PackedBatch on the devices, leaves [B, …]
@@ -103,9 +103,8 @@ def _by_kernel(kind: str, mask: Mask, positions: jax.Array, config: ModelConfig,
     del cache
     q, k, v, local = q.astype(dtype), k.astype(dtype), v.astype(dtype), jnp.asarray(local)
     if jax.sharding.get_abstract_mesh().size > 1:
-      fits = [divides("tensor", n) for n in q.shape[2:4]]
-      ours = PartitionSpec(ROWS, None, *(("tensor",) if fits[0] else (None, "tensor") if fits[1] else ()))
-      theirs = PartitionSpec(ROWS, None, "tensor" if fits[0] else None)
+      heads, groups = head_axes(*q.shape[2:4])
+      ours, theirs = PartitionSpec(ROWS, None, heads, groups), PartitionSpec(ROWS, None, heads)
       divided = jax.shard_map(
         run,
         in_specs=(ours, theirs, theirs, PartitionSpec(), PartitionSpec(ROWS)),

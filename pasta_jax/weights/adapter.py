@@ -303,6 +303,17 @@ def read_adapter(path: Path, config: ModelConfig) -> Adapter:
   return adapter
 
 
+def merged_config(config: ModelConfig, tags: int, *, untied: bool = False) -> ModelConfig:
+  """The architecture in which `tags` rows of tags, at `config.tag_ids` or after all others, are rows of the vocabulary;
+  with `untied` the head is separate."""
+  ids, size = config.tag_ids, config.vocab_size
+  if tags:
+    ids = ids or tuple(range(size, size + tags))
+    size = max(size, *(i + 1 for i in ids))
+  tied = config.tie_embeddings and not untied
+  return dataclasses.replace(config, vocab_size=size, tag_ids=ids, tie_embeddings=tied)
+
+
 class Merged(Mapping[str, np.ndarray]):
   """Parameters with an adapter merged into them: updates added to kernels, tag rows written to the vocabulary
   at `config.tag_ids`.
@@ -316,13 +327,8 @@ class Merged(Mapping[str, np.ndarray]):
   ):
     self._params, self._adapter, self._rows = params, adapter, config.vocab_size
     self._tied = config.tie_embeddings
-    ids, size = config.tag_ids, config.vocab_size
-    if adapter is not None and adapter.tags is not None:
-      ids = ids or tuple(range(size, size + len(adapter.tags)))
-      size = max(size, *(i + 1 for i in ids))
-    self.config = dataclasses.replace(
-      config, vocab_size=size, tag_ids=ids, tie_embeddings=config.tie_embeddings and not untied
-    )
+    tags = 0 if adapter is None or adapter.tags is None else len(adapter.tags)
+    self.config = merged_config(config, tags, untied=untied)
     self._shapes = param_shapes(self.config)
 
   def __iter__(self) -> Iterator[str]:

@@ -129,7 +129,7 @@ def test_a_step_has_few_kernels_here():
   state, numbers = it.prefill([3, 5, 2]), as_arrays(SamplingConfig())
   shape = dict(width=8, features=it.features, look=2)
   module = Module.parse(
-    it.trace_segment(it.params, state, numbers, 8, batch=False, **shape).lower().compile().as_text()
+    it.trace("segment", it.params, state, numbers, 8, **shape).lower().compile().as_text()
   )
   body = next(module.body(loop) for loop in module.loops(module.body(module.loops()[0])) if loop.trips == 2)
   kernels = sum(module.kernels(body).values())

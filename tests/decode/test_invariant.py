@@ -1,9 +1,6 @@
 """`decode.invariant`: the same bits at every branch width, batch size, pool size and number of devices."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import tiny
+from helpers.devices import on_eight
 
 from pasta_jax.config import Config, with_changes
 from pasta_jax.decode import invariant
@@ -135,14 +133,8 @@ def test_attention_equals_float64(window, softcap):
 
 
 def test_eight_devices():
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-  script = ROOT / "tests" / "helpers" / "decode_on_eight_devices.py"
-  done = subprocess.run(
-    [sys.executable, str(script), "invariant", "1"],
-    env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-  assert done.stdout.count("8 of 8 the same") == 2
+  lines = on_eight("decode_on_eight_devices.py", "invariant", "1")
+  assert sum("8 of 8 the same" in line for line in lines) == 2
 
 
 def test_what_is_refused():

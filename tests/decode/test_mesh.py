@@ -1,14 +1,12 @@
 """Decoding on meshes: eight virtual devices against one, what a process decodes on, and looks at a running loop."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import pytest
 from helpers import tiny
+from helpers.devices import on_eight
 
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.sampling import as_arrays
@@ -25,18 +23,9 @@ LIMITS = Limits(
 
 def test_eight_devices_decode_what_one_decodes():
   """Both forms of visibility, two key-value heads and one, requests by themselves and in batches, on three meshes."""
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-  script = ROOT / "tests" / "helpers" / "decode_on_eight_devices.py"
-  done = subprocess.run(
-    [sys.executable, str(script), "quick", "1"],
-    env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-  assert (
-    "likelihoods agree" in done.stdout
-    and done.stdout.count("the same") == 6
-    and done.stdout.splitlines()[-1] == "done"
-  )
+  lines = on_eight("decode_on_eight_devices.py", "quick", "1")
+  assert "likelihoods agree" in lines and lines[-1] == "done"
+  assert sum("the same" in line for line in lines) == 6
 
 
 def interpreter(steps_per_look: int, visibility: str = "promise") -> Interpreter:

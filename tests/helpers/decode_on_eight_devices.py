@@ -8,13 +8,14 @@ tiny N       N random models with eight random programs each, in both forms of v
 quick N      the same on three of them
 smollm2 N    greedy answers to N prompts on four meshes
 samples N    four samples of each on (1, 8)
+widths N     in bfloat16 under `decode.invariant`: alone at three widths, in batches, over `data`, bit for bit
 invariant N  random programs in bfloat16 under `decode.invariant`, over `data` alone, bit for bit
 """
 
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,22 +146,27 @@ def compare_invariant(n: int) -> None:
       assert same == len(expected)
 
 
-def smollm2(n: int, shape: tuple[int, ...], *, samples: int = 1, tokens: int = 100, **how) -> list:
-  """Answers of SmolLM2 to n prompts in float32, in batches of eight; (1, 1, 1) is one device."""
+def smollm2(n: int, shape: tuple[int, ...], *, samples: int = 1, tokens: int = 100, batch_size: int = 8,
+            branches: int = 2, settings: Mapping[str, Any] = {}, **how) -> list:  # fmt: skip
+  """Answers of SmolLM2 to n prompts in float32, in batches; (1, 1, 1) is one device. Under `decode.invariant`, with the
+  bits of log-probabilities."""
   prompts = [
     f"{ask} {what}."
     for ask in ("Compare", "Give three reasons for and against", "Write a short guide to", "List facts about")
     for what in ("trains and planes", "working at home", "keeping bees")
   ][:n]
   changes = {"decode.dtype": "float32", "decode.promise_bias": 1.5, "decode.max_new_tokens": tokens}
+  changes |= {"decode.max_branches": max(branches, 4)} | settings
   devices = jax.local_devices()
   with mock.patch.object(jax, "local_devices", lambda: devices[: int(np.prod(shape))]):
     sizes = {f"mesh.{axis}": size for axis, size in zip(AXES, shape)}
     model = Model(with_changes(Config(), changes | sizes))
   asked = [model.encode(p) for p in prompts for _ in range(samples)]
   sampling = dataclasses.replace(model.sampling, **how)
-  scheduler = model.scheduler(batch_size=8, branch_width=2)
-  return [*map(lines, scheduler.run(asked, sampling, seeds=range(len(asked))))]
+  scheduler = model.scheduler(batch_size=batch_size, branch_width=branches)
+  traces = scheduler.run(asked, sampling, seeds=range(len(asked)))
+  bits = lambda trace: [t.log_p.tobytes() for t in trace.threads] if "decode.invariant" in settings else None
+  return [(lines(trace), bits(trace)) for trace in traces]
 
 
 def compare_smollm2(n: int, shapes: Sequence[tuple[int, ...]] = SHAPES[:4], **how) -> None:
@@ -177,6 +183,24 @@ def compare_samples(n: int) -> None:
   compare_smollm2(n, [(1, 1, 8)], samples=4, tokens=30, temperature=0.6)
 
 
+def compare_widths(n: int) -> None:
+  """bfloat16 under `decode.invariant`, bit for bit: alone at three widths, in batches, and over the axis data."""
+  settings = {"decode.dtype": "bfloat16", "decode.invariant": True}
+  ways: list[tuple[tuple[int, ...], int, dict]] = [
+    *(((1, 1, 1), 1, {"decode.max_branches": width}) for width in (1, 4, 8)),
+    *(((1, 1, 1), n, {"decode.kv_capacity": 2048, "width": width}) for width in (1, 4)),
+    ((8, 1, 1), 8, {"width": 2}),
+  ]
+  expected = None
+  for shape, batch_size, own in ways:
+    how = dict(tokens=120, batch_size=batch_size, branches=own.pop("width", 2), settings=settings | own)
+    found = smollm2(n, shape, **how)
+    expected = expected or found
+    same = sum(a == b for a, b in zip(found, expected))
+    print(f"{shape}, batches of {batch_size}, {own}: {same} of {n} the same", flush=True)
+    assert same == n
+
+
 if __name__ == "__main__":
   {
     "tiny": compare_tiny,
@@ -184,5 +208,6 @@ if __name__ == "__main__":
     "invariant": compare_invariant,
     "smollm2": compare_smollm2,
     "samples": compare_samples,
+    "widths": compare_widths,
   }[sys.argv[1]](int(sys.argv[2]))
   print("done")

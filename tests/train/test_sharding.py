@@ -1,16 +1,13 @@
 """Sharding: rules, meshes, eight virtual devices against one, and two processes against one."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from helpers.devices import on_eight, start_two
 from helpers.on_two_processes import config_of, train_pairs
 from jax.sharding import PartitionSpec
 from safetensors import safe_open
@@ -28,17 +25,7 @@ def test_eight_devices_give_what_one_gives(tiny):  # noqa: F811
   """Losses and parameters over twenty steps: full training on every shape of mesh; low-rank, with the kernel
   (five steps, both visibilities) and on pairs on meshes that mix axes; a run that moves to another mesh; and
   one with a teacher on two meshes."""
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-  done = subprocess.run(
-    [sys.executable, str(ROOT / "tests" / "helpers" / "on_eight_devices.py"), str(tiny)],
-    env=environment,
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    timeout=900,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  lines = done.stdout.splitlines()
+  lines = on_eight("on_eight_devices.py", str(tiny))
   assert (
     sum("arrays divided" in line for line in lines) == 11
     and {"heads divide", "moved"} <= {*lines}
@@ -49,24 +36,9 @@ def test_eight_devices_give_what_one_gives(tiny):  # noqa: F811
 def test_two_processes_give_what_one_gives(tiny, tmp_path):  # noqa: F811
   """Losses and weights: low-rank, on pairs, and full. If one process receives SIGTERM, both stop; the run
   resumes on two processes or on one."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
   folder = tmp_path / "tiny"
   shutil.copytree(tiny, folder)
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-  script = str(ROOT / "tests" / "helpers" / "on_two_processes.py")
-  both = [
-    subprocess.Popen(
-      [sys.executable, script, str(folder), str(port), str(i)],
-      env=environment,
-      cwd=ROOT,
-      text=True,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-    )
-    for i in (0, 1)
-  ]
+  both = start_two("on_two_processes.py", folder, XLA_FLAGS="--xla_force_host_platform_device_count=2")
   said = [p.communicate(timeout=600) for p in both]
   for process, (out, errors) in zip(both, said):
     assert process.returncode == 0, errors[-3000:]
