@@ -40,8 +40,8 @@ WEIGHTS = ("int8", "fp8")  # formats of matrices in 8 bits, for decoding (weight
 REMAT = ("none", "full", "attention", "products")  # rematerialisation policies (model.transformer)
 ATTENTION = ("auto", "chunked", "tpu", "gpu", "interpret", "dense")  # programs for training (train.attention)
 # of decode steps and prefill (decode.attention)
-DECODE_ATTENTION = ("auto", "xla", "tpu", "gpu", "interpret")
-PRODUCTS = ("xla",)  # matrix products of decoding (model.products)
+DECODE_ATTENTION = ("auto", "xla", "numba", "tpu", "gpu", "interpret")
+KERNELS = ("auto", "numba", "xla")  # of decoding on CPU (model.products)
 LOSSES = ("bonbon", "ipo", "dpo")  # of preference optimisation (train.losses)
 SCORES = ("delivered", "theoretical", "parallelism", "arithmetic", "harmonic", "clock")  # preference.score
 STAGES = ("sample", "judge", "train", "eval")  # of preference optimisation (preference.rounds)
@@ -253,7 +253,8 @@ class Decode(Section):
   # which length a greedy promise gets where each is a token; apart: each competes with text on its own
   length: str = setting("likeliest", one_of(LENGTH_CHOICES), identity=PROMISES, late=True)
   attention: str = setting("auto", one_of(DECODE_ATTENTION), identity=NEVER)  # program of steps and prefill
-  product: str = setting("xla", one_of(PRODUCTS), identity=NEVER)  # program of matrix products
+  # CPU: programs of matrix products and attention; auto: numba's where they work
+  kernels: str = setting("auto", one_of(KERNELS), identity=NEVER)
   # decode steps between two looks at whether to stop; 0: 1 on CPU, where a look costs nothing, 8 elsewhere
   steps_per_look: int = setting(0, between(0, 256), identity=NEVER)
   command_buffers: bool = setting(False, identity=NEVER)  # GPU: offer the loop of steps to CUDA graphs

@@ -139,7 +139,7 @@ def in_decoding(config: ModelConfig) -> ModelConfig:
 def _interpreter(config, model, vocabulary, form: Forms, mesh: Mesh, branches: int) -> Interpreter:
   d = config.decode.resolved({})
   limits = limits_of(d, (branches,), (config.compile.pool,), "tpu")
-  features = specialise(features_of(d, form), sampling_of(d))
+  features = specialise(features_of(d, form, "xla"), sampling_of(d))
   return Interpreter(model, vocabulary, limits, features, mesh)
 
 

@@ -6,8 +6,9 @@ key-value pool; batch decoding adds a `jax.vmap` over requests, each with a pool
 `Attend` (see `model.transformer`), which is called once per layer.
 
 xla        plain JAX
-tpu, gpu   the kernels of `decode.flash_decoding`
-auto       xla on every machine: the kernels' speed is not measured yet
+numba      the kernel of `pasta_jax.cpu`, on CPU for pools in bfloat16; xla for others
+tpu, gpu   the kernels of `decode.flash_decoding`, whose speed is not measured yet
+auto       numba where `decode.kernels` is, otherwise xla
 interpret  the TPU kernel, interpreted in plain JAX: slow, for tests on any machine
 
 To add a kernel for decode steps, write a function as `xla_decode` with the same contract, add it to `DECODE`,
@@ -21,15 +22,19 @@ Letters: P pool entries, K key-value heads, G query heads per key-value head, H 
 padded prompt.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pasta_jax.cpu import calls, programs
 from pasta_jax.decode.flash_decoding import flash_decode
 from pasta_jax.decode.placement import on_heads
+from pasta_jax.decode.pooled import batched, pool_attend
+from pasta_jax.decode.state import KVPool
 from pasta_jax.model.attention import (
   MASK_VALUE,
   causal_mask,
@@ -99,12 +104,57 @@ def xla_prefill(positions: jax.Array, config: ModelConfig, dtype: Any) -> Attend
   )
 
 
+def numba_decode(visible: jax.Array, window_mask: jax.Array | None, softcap: float) -> Attend:
+  """The same by the kernel for CPU, where it is for the pool."""
+  other = xla_decode(visible, window_mask, softcap)
+  kernel = pool_attend(_numba(softcap), visible, window_mask)
+
+  def attend(cache, q, k, v, local):
+    return (kernel if calls.attends(cache[0]) else other)(cache, q, k, v, local)
+
+  return attend
+
+
+@functools.cache
+def _numba(softcap: float) -> Callable:
+  programs.require()
+
+  def kernel(keys, values, mask, q, k, v):
+    q, k, v = q.astype(keys.dtype), k.astype(keys.dtype), v.astype(values.dtype)
+    return calls.attend(keys, values, mask, q, k, v, softcap)
+
+  return batched(kernel)
+
+
 DECODE: dict[str, Callable[[jax.Array, jax.Array | None, float], Attend]] = {
   "xla": xla_decode,
+  "numba": numba_decode,
   "tpu": partial(flash_decode, "tpu"),
   "gpu": partial(flash_decode, "gpu"),
   "interpret": partial(flash_decode, "tpu", interpret=True),
 }
+
+
+def append_entries(
+  kind: str, pool: KVPool, new: Sequence[tuple[jax.Array, jax.Array]], used: jax.Array, after: jax.Array
+) -> KVPool:
+  """The pool with each layer's keys and values `new` [W, K, H] after its `used` entries, in place.
+
+  `after` is [W] int32, not negative: what must have been computed before the pool is written, that is, every read of
+  it; XLA would otherwise copy the pools twice a step.
+  """
+  keys, values = zip(*new)
+  if kind == "numba" and calls.attends(pool.keys[0]):
+    written = calls.append([*pool.keys, *pool.values], [*keys, *values], used, after)
+    return KVPool(written[: len(keys)], written[len(keys) :])
+  write, zero = jax.lax.dynamic_update_slice, jnp.int32(0)
+  late = lambda x: jnp.where((after >= 0)[:, None, None], x, 0)
+  return KVPool(
+    [write(pool, late(k).transpose(1, 2, 0), (zero, zero, used)) for pool, k in zip(pool.keys, keys)],
+    [write(pool, late(v).transpose(1, 0, 2), (zero, used, zero)) for pool, v in zip(pool.values, values)],
+  )
+
+
 PREFILL: dict[str, Callable[[jax.Array, ModelConfig, Any], Attend]] = {"xla": xla_prefill}
 KINDS = ("auto", *DECODE)
 
@@ -112,8 +162,10 @@ KINDS = ("auto", *DECODE)
 def check_kind(kind: str) -> None:
   """Raises ValueError, one line, if this machine cannot run `kind`. A program of it can be compiled anywhere."""
   here = jax.default_backend()
-  if kind in ("tpu", "gpu") and kind != here:
+  if kind in ("tpu", "gpu") and kind != here or kind == "numba" and here != "cpu":
     raise ValueError(f"decode.attention={kind} cannot run on this machine's {here}: leave it at auto")
+  if kind == "numba" and (reason := programs.unusable()):
+    raise ValueError(f"decode.attention=numba cannot be used: {reason}")
 
 
 def _resolve(kind: str) -> str:

@@ -15,14 +15,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
-from jax.sharding import PartitionSpec
 
-from pasta_jax.model.attention import MASK_VALUE, layer_mask
-from pasta_jax.model.sharding import fitting, head_axes
+from pasta_jax.decode.pooled import batched, pool_attend
+from pasta_jax.model.attention import MASK_VALUE
 from pasta_jax.model.tiles import dot
 from pasta_jax.model.transformer import Attend, soft_cap
 
@@ -46,51 +44,12 @@ def flash_decode(
 ) -> Attend:
   """`attend` of one branch, as `decode.attention.xla_decode` documents it, by the kernel for `platform`, "tpu" or
   "gpu". `interpret` runs it in plain JAX on any machine, slowly."""
-  run = _batched(platform, softcap, interpret)
-
-  def attend(cache, q, k, v, local):
-    keys, values = cache
-    mask = layer_mask(visible, window_mask, local)
-    context = run(keys[None], values[None], *(x[None, None] for x in (mask, q, k, v)))
-    return context[0, 0], (k.astype(keys.dtype), v.astype(values.dtype))
-
-  return attend
+  return pool_attend(_kernel(platform, softcap, interpret), visible, window_mask)
 
 
 @functools.cache
-def _batched(platform: str, softcap: float, interpret: bool):
-  """The kernel as a function of keys [B, K, H, P], values [B, K, P, H], mask [B, W, P], q [B, W, K, G, H], k and
-  v [B, W, K, H] that returns [B, W, K, G, H] in the pool's dtype. `jax.vmap` adds branches where pools are shared,
-  otherwise requests."""
-  kernel = functools.partial(_on_tpu if platform == "tpu" else _on_gpu, softcap, interpret)
-  run = custom_vmap(functools.partial(_on_mesh, kernel))
-
-  def rule(size: int, batched, *operands):
-    each = [x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in zip(operands, batched)]
-    if batched[0] or batched[1]:
-      context = run(*(x.reshape(-1, *x.shape[2:]) for x in each))
-      return context.reshape(size, -1, *context.shape[1:]), True
-    rows = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in each[2:])
-    context = run(*operands[:2], *rows)
-    return jnp.moveaxis(context.reshape(context.shape[0], size, -1, *context.shape[2:]), 1, 0), True
-
-  run.def_vmap(rule)
-  return run
-
-
-def _on_mesh(kernel: Callable, keys, values, mask, q, k, v) -> jax.Array:
-  """The partitioner cannot split a kernel: each device runs it on its requests and on its heads, which lie as
-  `decode.placement` says."""
-  sizes = jax.sharding.get_abstract_mesh()
-  if sizes.size <= 1:
-    return kernel(keys, values, mask, q, k, v)
-  [rows] = fitting(("data",), q.shape[:1], sizes.shape)
-  heads, groups = head_axes(*q.shape[2:4])
-  pool, token = PartitionSpec(rows, heads), PartitionSpec(rows, None, heads)
-  queries = PartitionSpec(rows, None, heads, groups)
-  specs = (pool, pool, PartitionSpec(rows), queries, token, token)
-  run = jax.shard_map(kernel, in_specs=specs, out_specs=queries, check_vma=False)
-  return run(keys, values, mask, q, k, v)
+def _kernel(platform: str, softcap: float, interpret: bool) -> Callable:
+  return batched(functools.partial(_on_tpu if platform == "tpu" else _on_gpu, softcap, interpret))
 
 
 def _block(platform: str, branches: int, groups: int) -> int:

@@ -33,6 +33,7 @@ from pasta_jax.decode.views.timeline import write_timeline
 from pasta_jax.lang import forms
 from pasta_jax.lang.forms import Forms
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model.products import resolve_kernels
 from pasta_jax.model.sharding import local_mesh
 from pasta_jax.model.transformer import set_matmul_precision
 from pasta_jax.utils.environment import (
@@ -155,16 +156,17 @@ class Model:
     # The speeds that the adapter was trained for.
     self.speeds: tuple[int, ...] = tuple(json.loads(metadata.get("speeds", "[]")))
     self.mesh = local_mesh(vars(config.mesh))
+    self.kernels = resolve_kernels(d.kernels, self.mesh)  # of products and attention
     if d.invariant and self.mesh is not None:
       check_mesh(self.mesh.shape)  # before the weights are read
     self.model = build.for_decoding(
-      checkpoint.config, checkpoint.params, merge, jnp.dtype(dtype), product=d.product, weights=weights,
+      checkpoint.config, checkpoint.params, merge, jnp.dtype(dtype), product=self.kernels, weights=weights,
       mesh=self.mesh,
     )  # fmt: skip
     self._decode_as(d)
 
   def with_settings(self, decode: Decode) -> "Model":
-    """This model with other settings of decoding: it shares the weights, whose `dtype` and `product` stay."""
+    """This model with other settings of decoding: it shares the weights, whose `dtype` and `kernels` stay."""
     check_kind(decode.attention)
     other = copy.copy(self)
     if decode.visibility:
@@ -177,7 +179,7 @@ class Model:
   def _decode_as(self, d: Any) -> None:
     """Takes the settings of decoding over, with the adapter's own where none is given."""
     d = d.resolved(own_settings(self._metadata))
-    self._narrowest = narrowest(self.model.dtype, jax.default_backend())
+    self._narrowest = narrowest(self.model.dtype, jax.default_backend(), self.kernels)
     widest = max(d.max_branches, self._narrowest)
     widths = tuple(w for w in (1, 2, 4, 8, 16, 32, 64) if self._narrowest <= w < widest) + (widest,)
     buckets = tuple(b for b in (256, 512, 1024, 2048, 4096, 8192, 16384) if b < d.kv_capacity) + (
@@ -185,7 +187,7 @@ class Model:
     )
     self.limits = limits_of(d, widths, buckets, jax.default_backend())
     self.sampling = sampling_of(d)
-    self._features = features_of(d, self.forms)
+    self._features = features_of(d, self.forms, self.kernels)
     self._batch_size, self._branch_width = d.batch_size, min(d.max_branches, 4)
     self._interpreters: dict[tuple[bool, int], Interpreter] = {}
 

@@ -142,20 +142,21 @@ def limits_of(d: Any, branch_widths: tuple[int, ...], kv_buckets: tuple[int, ...
   )  # fmt: skip
 
 
-def features_of(d: Any, form: Forms) -> StepFeatures:
-  """The parts of a step with promises of this form, by a `config.decode` that is resolved."""
+def features_of(d: Any, form: Forms, kernels: str) -> StepFeatures:
+  """The parts of a step with promises of this form, by a `config.decode` that is resolved, and its kernels."""
+  attention = "numba" if kernels == "numba" and d.attention == "auto" else d.attention
   return StepFeatures(
     rule=form.positions, visibility=form.visibility, promise=form.promise, number=form.number, guard=d.guard,
-    no_repeat=d.no_repeat, length=d.length, attention=d.attention, invariant=d.invariant,
+    no_repeat=d.no_repeat, length=d.length, attention=attention, invariant=d.invariant,
   )  # fmt: skip
 
 
-def narrowest(dtype: Any, backend: str) -> int:
+def narrowest(dtype: Any, backend: str, kernels: str) -> int:
   """Branches of the narrowest step. XLA's CPU backend multiplies one bfloat16 row more slowly than two. On
   accelerators one program of eight rows serves up to eight branches: a tile's height on TPU, and products of fewer rows
   are slow on GPU."""
   if backend == "cpu":
-    return 2 if jnp.dtype(dtype) == jnp.bfloat16 else 1
+    return 2 if jnp.dtype(dtype) == jnp.bfloat16 and kernels == "xla" else 1
   return 8
 
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from pasta_jax.decode import invariant, sight
 from pasta_jax.decode import threads as T
-from pasta_jax.decode.attention import make_decode_attend
+from pasta_jax.decode.attention import append_entries, make_decode_attend
 from pasta_jax.decode.guard import View
 from pasta_jax.decode.limits import finish_reason, promise_room
 from pasta_jax.decode.sampling import Branch, Sampling, TokenTables, ngram_hash, pick
 from pasta_jax.decode.settings import Limits, StepFeatures
-from pasta_jax.decode.state import UNFINISHED, KVPool, State, TokenLog, earlier
+from pasta_jax.decode.state import UNFINISHED, State, TokenLog, earlier
 from pasta_jax.decode.threads import FREE, RUNNING, Thread
 from pasta_jax.model.attention import sliding_window_mask
 from pasta_jax.model.transformer import Transformer
@@ -125,25 +125,18 @@ def forward(model: Transformer, state: State, tables: TokenTables, sampling: Sam
 
 
 def append(state: State, lanes: Lanes, branches: Branch, out: Output, features: StepFeatures) -> State:
-  """Writes keys, values and the log of the W lanes next to each other after the used entries.
-
-  What is written is made to depend on the tokens chosen (ids are never negative), that is, on every read of
-  the pool: XLA then updates the pool in place, where it would otherwise copy them twice a step.
-  """
-  t, write, zero = branches.thread, jax.lax.dynamic_update_slice, jnp.int32(0)
-  late = lambda x: jnp.where((out.token >= 0)[:, None, None], x, 0)
-  keys, values = zip(*out.cache)
-  old, used = state.pool, state.used
-  pool = KVPool(
-    [write(pool, late(k).transpose(1, 2, 0), (zero, zero, used)) for pool, k in zip(old.keys, keys)],
-    [write(pool, late(v).transpose(1, 0, 2), (zero, used, zero)) for pool, v in zip(old.values, values)],
-  )
+  """Writes keys, values and the log of the W lanes next to each other after the used entries: after the tokens have
+  been chosen, that is, after every read of the pool."""
+  t, used = branches.thread, state.used
+  pool = append_entries(features.attention, state.pool, out.cache, used, out.token)
   every = lambda x: jnp.full(lanes.rows.shape, x)
   log = TokenLog(
     token=t.token, thread=jnp.where(t.index < 0, -1, lanes.rows), position=t.position, round=every(state.round),
     step=every(state.steps + 1), next_token=out.token, ngram_hash=branches.ngram, log_p=out.log_p,
   )  # fmt: skip
-  logits = write(state.logits, out.logits, (used, zero)) if features.return_logits else state.logits
+  logits = state.logits
+  if features.return_logits:
+    logits = jax.lax.dynamic_update_slice(logits, out.logits, (used, jnp.int32(0)))
   return state.replace(pool=pool, entries=state.entries.write(used, log), logits=logits)
 
 

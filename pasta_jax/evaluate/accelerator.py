@@ -39,7 +39,7 @@ from pasta_jax.weights import build
 
 FLAGS = flags.FLAGS
 WIDTH = 130  # columns of the table in a file
-ROWS = narrowest("bfloat16", "gpu")  # of a step on accelerators, whatever is alive
+ROWS = narrowest("bfloat16", "gpu", "xla")  # of a step on accelerators, whatever is alive
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ import rich.table
 from absl import app, flags
 from flax import nnx
 
-from pasta_jax.config.sections import formats
+from pasta_jax.config.sections import KERNELS, formats
 from pasta_jax.decode import sight
 from pasta_jax.decode.interpreter import UNBOUNDED, Interpreter, capacity_of
 from pasta_jax.decode.sampling import as_arrays
@@ -34,6 +34,7 @@ from pasta_jax.decode.state import State, grow
 from pasta_jax.decode.threads import RUNNING
 from pasta_jax.lang.automaton import ORDINARY
 from pasta_jax.lang.vocabulary import Vocabulary
+from pasta_jax.model.products import resolve_kernels
 from pasta_jax.weights import build
 from pasta_jax.weights.adapter import Adapter
 from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
@@ -89,7 +90,7 @@ def step_timer(
 
   `sequential`: ordinary decoding, with the main thread only and no guard. `features` are further ones of the step.
   """
-  width = max(branches, narrowest(formats(dtype)[0], jax.default_backend()))
+  width = max(branches, narrowest(formats(dtype)[0], jax.default_backend(), resolve_kernels(FLAGS.kernels)))
   limits = Limits(
     max_new_tokens=10**6,
     max_threads=1 if sequential else 24,
@@ -101,7 +102,12 @@ def step_timer(
     _model(checkpoint, dtype),
     vocabulary,
     limits,
-    StepFeatures(promises=not sequential, guard=not sequential, no_repeat=NO_REPEAT, **features),
+    StepFeatures(
+      promises=not sequential,
+      guard=not sequential,
+      no_repeat=NO_REPEAT,
+      **{"attention": _attention(), **features},
+    ),
   )
   return segment_timer(it, branches, capacity, min(FLAGS.steps, capacity // 2 // width - 1))
 
@@ -137,7 +143,9 @@ def batch_timer(
   limits = Limits(
     max_new_tokens=FLAGS.steps, max_threads=1, branch_widths=(width,), kv_buckets=(256, capacity)
   )
-  plain = StepFeatures(promises=False, guard=False, no_repeat=NO_REPEAT, **features)
+  plain = StepFeatures(
+    promises=False, guard=False, no_repeat=NO_REPEAT, **{"attention": _attention(), **features}
+  )
   it = Interpreter(model, vocabulary, limits, plain)
   compiled, numbers = specialise(it.features, SAMPLING), as_arrays(SAMPLING)
   one = busy_state(it, 1, capacity)
@@ -164,9 +172,14 @@ def _model(checkpoint: Checkpoint, dtype: str):
     adapter = Adapter(1.0, {}, tags, None if checkpoint.config.tie_embeddings else tags.T)
     products, weights = formats(dtype)
     _MODELS[dtype] = build.for_decoding(
-      checkpoint.config, checkpoint.params, adapter, jnp.dtype(products), weights=weights
-    )
+      checkpoint.config, checkpoint.params, adapter, jnp.dtype(products), weights=weights,
+      product=resolve_kernels(FLAGS.kernels),
+    )  # fmt: skip
   return _MODELS[dtype]
+
+
+def _attention() -> str:
+  return "numba" if resolve_kernels(FLAGS.kernels) == "numba" else "auto"
 
 
 def bandwidth_timer(megabytes: int = 512) -> Callable[[], float]:
@@ -372,6 +385,7 @@ def show(
 def define_flags() -> None:
   flags.DEFINE_string("model", "smollm2-135m-instruct", "name, GGUF file or Hugging Face folder")
   flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "precisions, as of decode.dtype")
+  flags.DEFINE_enum("kernels", "auto", list(KERNELS), "as decode.kernels")
   flags.DEFINE_list("branches", ["1", "2", "4", "8", "16"], "branches in a step")
   flags.DEFINE_list("pools", ["256", "512", "1024", "2048", "4096"], "pool entries")
   flags.DEFINE_list("requests", ["8", "24"], "requests in a batch")

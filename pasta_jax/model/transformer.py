@@ -267,7 +267,9 @@ class Embedder(nnx.Module):
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """[...] -> [..., D] float32."""
-    table = self.embedding[...]
+    # Made to depend on the tokens: XLA's CPU backend gathers in float32, and would convert the whole table for it
+    # before a loop over steps.
+    table, tokens = jax.lax.optimization_barrier((self.embedding[...], tokens))
     rows = table[tokens]
     if self.tags is not None:
       own = tokens[..., None] == np.asarray(self.tag_ids or len(table) + np.arange(len(self.tags[...])))

@@ -1,0 +1,115 @@
+"""The compiled handlers of this package, known to XLA, and whether they work on this machine."""
+
+import functools
+import hashlib
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+
+
+@functools.cache
+def unusable() -> str:
+  """Why the kernels cannot be used here, in one line; "" if they can. The first call compiles them, or loads them from
+  numba's cache, and compares their results with NumPy's."""
+  try:
+    import numba  # noqa: F401
+  except ImportError:
+    return "numba is not installed (pip install numba)"
+  from pasta_jax.cpu import handler
+
+  if reason := handler.mismatch():
+    return reason
+  try:
+    _register()
+    return _check()
+  except Exception as error:  # LLVM and XLA say no in many ways
+    return (
+      f"numba cannot compile them here: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    )
+
+
+def require() -> None:
+  """Makes the kernels known to XLA. Raises RuntimeError, one line, if they cannot be used."""
+  if reason := unusable():
+    raise RuntimeError(f"the kernels for CPU cannot be used: {reason}")
+
+
+def _sources() -> str:
+  """A name for the text that is compiled. numba's cache would not notice a change in another file."""
+  here = Path(__file__).parent
+  return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(here.glob("*.py")))).hexdigest()
+
+
+def _register() -> None:
+  from llvmlite import binding
+  from numba import cfunc, types
+
+  from pasta_jax.cpu import attention, pool, products
+
+  sources = _sources()
+
+  # What a function closes over is a part of its name in the cache.
+  @cfunc(types.void(types.int64), cache=True)
+  def product_task(job):
+    products.task(job) if sources else None
+
+  @cfunc(types.void(types.int64), cache=True)
+  def attention_task(job):
+    attention.task(job) if sources else None
+
+  # Before the handlers, which name them, are compiled or loaded.
+  binding.add_symbol(products.TASK, product_task.address)
+  binding.add_symbol(attention.TASK, attention_task.address)
+
+  @cfunc(types.int64(types.int64), cache=True)
+  def product(frame):
+    return products.product(frame) if sources else 0
+
+  @cfunc(types.int64(types.int64), cache=True)
+  def attend(frame):
+    return attention.attention(frame) if sources else 0
+
+  @cfunc(types.int64(types.int64), cache=True)
+  def append(frame):
+    return pool.append(frame) if sources else 0
+
+  _kept.extend((product_task, attention_task, product, attend, append))
+  for name, handler in ((products.NAME, product), (attention.NAME, attend), (pool.NAME, append)):
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
+
+
+_kept: list = []  # compiled code lives as long as its objects
+
+
+def _check() -> str:
+  """Compares one call of each kernel and format with NumPy."""
+  from pasta_jax.cpu.calls import attend, multiply
+
+  rng, where = np.random.default_rng(0), jax.devices("cpu")[0]
+  normal = lambda *shape: rng.normal(size=shape).astype(ml_dtypes.bfloat16)
+  wide = lambda x: np.asarray(x, np.float64)
+  close = lambda a, b: np.abs(wide(a) - b).max() <= 1e-2 * np.abs(b).max()
+  none = np.zeros(0, np.float32)
+  with jax.default_device(where), jax.ensure_compile_time_eval():  # at once, also while a program is traced
+    x, matrix = normal(11, 48), normal(48, 200)
+    if not close(multiply(x, matrix, none), wide(x) @ wide(matrix)):
+      return "their product in bfloat16 is not NumPy's"
+    matrix, scale = (
+      rng.integers(-127, 128, (48, 200)).astype(np.int8),
+      rng.uniform(0.5, 1, 200).astype(np.float32),
+    )
+    if not close(multiply(x, matrix, scale), wide(x) @ wide(matrix) * scale):
+      return "their product in int8 is not NumPy's"
+    keys, values, q = normal(1, 1, 64, 320), normal(1, 1, 320, 64), normal(1, 1, 1, 2, 64)
+    k, v, mask = normal(1, 1, 1, 64), normal(1, 1, 1, 64), rng.random((1, 1, 320)) < 0.5
+    scores = wide(q)[0, 0, 0] @ np.concatenate([wide(keys)[0, 0], wide(k)[0, 0].T], axis=1) / 8
+    weights = np.exp(scores - scores.max()) * np.append(mask[0, 0], True)
+    context = (
+      weights @ np.concatenate([wide(values)[0, 0], wide(v)[0, 0]]) / weights.sum(axis=1, keepdims=True)
+    )
+    eighth = (q * ml_dtypes.bfloat16(0.125))
+    if not close(attend(keys, values, mask, eighth, k, v, 0.0)[0, 0, 0], context):
+      return "their attention is not NumPy's"
+  return ""
