@@ -16,24 +16,39 @@ from pasta_jax.cpu import handler as H
 from pasta_jax.cpu.memory import (
   add_atomic,
   allocate,
+  fill,
   free,
   load,
   load_bfloat,
   load_float,
   load_int16,
+  prefetch,
   store,
   store_float,
   store_int16,
   symbol,
   text,
 )
-from pasta_jax.cpu.products import add_rows
-from pasta_jax.cpu.vectors import BFLOAT16, LOWEST, PAIRS, PANEL, highest, put, weigh
+from pasta_jax.cpu.products import add_bfloat16
+from pasta_jax.cpu.vectors import (
+  BFLOAT16,
+  LOWEST,
+  PAIRS,
+  PANEL,
+  begin,
+  dot,
+  highest,
+  mix,
+  put,
+  round_to,
+  weigh,
+)
 
 NAME = "pasta_jax_cpu_attention"
 TASK = "pasta_jax_cpu_attention_task"
 CHUNK = 128  # entries
 _BLOCK = 16  # rows of keys that are read together
+_LINE = 64  # bytes
 _X = 2 if PAIRS else 4  # bytes of a number of x in `vectors.multiply`
 _KEYS, _VALUES, _MASK, _QUERIES, _KEY, _VALUE, _OUT, _CAP, _PARTS, _LEFT = (H.JOB + 8 * i for i in range(10))
 _WIDTH, _HEADS, _GROUPS, _SIZE, _ENTRIES = (H.JOB + 80 + 8 * i for i in range(5))
@@ -90,14 +105,12 @@ def _chunk(job, place, chunk, space):
       else:
         store_float(x + 4 * (r * size + i), load_bfloat(query + 2 * i))
   keys = load(job + _KEYS) + 2 * (place * size * entries + first)
-  for i in range(panels * rows * PANEL):
-    store_float(sums + 4 * i, 0.0)
+  fill(sums, 4 * panels * rows * PANEL)
   for i in range(0, size, _BLOCK):
     for p in range(panels):
       where = keys + 2 * (i * entries + p * PANEL)
-      add_rows(
+      add_bfloat16(
         rows,
-        BFLOAT16,
         x + _X * i,
         _X * size,
         where,
@@ -119,16 +132,15 @@ def _chunk(job, place, chunk, space):
     store_float(part + 4 * r * (size + 2) + 4, weigh(row, see, count, peak, weights + _X * r * CHUNK))
   values = load(job + _VALUES) + 2 * (place * entries + first) * size
   for column in range(0, size, PANEL):
-    for i in range(rows * PANEL):
-      store_float(sums + 4 * i, 0.0)
-    add_rows(rows, BFLOAT16, weights, _X * CHUNK, values + 2 * column, 2 * size, sums, count)
+    fill(sums, 4 * rows * PANEL)
+    add_bfloat16(rows, weights, _X * CHUNK, values + 2 * column, 2 * size, sums, count)
     for r in range(rows):
       put(BFLOAT16, sums + 4 * r * PANEL, 0, part + 4 * (r * (size + 2) + 2 + column))
 
 
 @njit
-def _combine(job, place):
-  """The context of every row of a key-value head: its chunks and its own token."""
+def _combine(job, place, context):
+  """The context of every row of a key-value head: its chunks and its own token. `context` has room for one, float32."""
   heads, groups, size = load(job + _HEADS), load(job + _GROUPS), load(job + _SIZE)
   width, entries = load(job + _WIDTH), load(job + _ENTRIES)
   request, head, rows = place // heads, place % heads, width * groups
@@ -139,27 +151,39 @@ def _combine(job, place):
     token = (request * width + r // groups) * heads + head
     row = token * groups + r % groups
     query, key = load(job + _QUERIES) + 2 * row * size, load(job + _KEY) + 2 * token * size
-    value, out = load(job + _VALUE) + 2 * token * size, load(job + _OUT) + 4 * row * size
-    own = 0.0
-    for i in range(size):
-      own += load_bfloat(query + 2 * i) * load_bfloat(key + 2 * i)
-    own = _capped(own, cap)
+    value, out = load(job + _VALUE) + 2 * token * size, load(job + _OUT) + 2 * row * size
+    own = _capped(dot(query, key, size), cap)
     peak = own
     for c in range(chunks):
       peak = max(peak, load_float(parts + 4 * (c * rows + r) * (size + 2)))
     total = math.exp(own - peak)
-    for i in range(size):
-      store_float(out + 4 * i, total * load_bfloat(value + 2 * i))
+    begin(context, value, size, total)
     for c in range(chunks):
       part = parts + 4 * (c * rows + r) * (size + 2)
       weight = load_float(part + 4)
       if weight > 0:
         shrink = math.exp(load_float(part) - peak)
         total += shrink * weight
-        for i in range(size):
-          store_float(out + 4 * i, load_float(out + 4 * i) + shrink * load_float(part + 8 + 4 * i))
-    for i in range(size):
-      store_float(out + 4 * i, load_float(out + 4 * i) / total)
+        mix(context, part + 8, size, shrink)
+    round_to(context, out, size, 1.0 / total)
+
+
+@njit
+def _fetch(job, tile):
+  """Starts to read what a tile needs: rows of keys lie far from each other, where no core looks ahead by itself."""
+  heads, size, entries = load(job + _HEADS), load(job + _SIZE), load(job + _ENTRIES)
+  chunks = -(-entries // CHUNK)
+  place, first = tile // chunks, tile % chunks * CHUNK
+  width = load(job + _WIDTH)
+  mask = load(job + _MASK) + place // heads * width * entries
+  count = _seen(mask, entries, width, first, min(CHUNK, entries - first))
+  keys, values = load(job + _KEYS) + 2 * (place * size * entries + first), load(job + _VALUES)
+  for i in range(size):
+    for at in range(0, 2 * count, _LINE):
+      prefetch(keys + 2 * i * entries + at)
+  values += 2 * (place * entries + first) * size
+  for at in range(0, 2 * count * size, _LINE):
+    prefetch(values + at)
 
 
 @njit
@@ -171,13 +195,17 @@ def run_tiles(job):
   rows, size = load(job + _WIDTH) * load(job + _GROUPS), load(job + _SIZE)
   chunks = -(-load(job + _ENTRIES) // CHUNK)
   space = allocate(rows * (_X * (size + CHUNK) + 8 * CHUNK))
+  _fetch(job, tile)
   while tile >= 0:
+    following = H.next_tile(job)
+    if following >= 0:
+      _fetch(job, following)
     place = tile // chunks
     _chunk(job, place, tile % chunks, space)
     if add_atomic(load(job + _LEFT) + 8 * place, -1) == 1:
-      _combine(job, place)
+      _combine(job, place, space)
     H.tile_done(job)
-    tile = H.next_tile(job)
+    tile = following
   free(space)
 
 
@@ -191,7 +219,7 @@ def task(job):
 @njit
 def attention(frame):
   """The handler: keys [B, K, H, P], values [B, K, P, H], mask [B, W, P], queries [B, W, K, G, H], key and value of the
-  token itself [B, W, K, H] and the soft cap [1], to [B, W, K, G, H]."""
+  token itself [B, W, K, H] and the soft cap [1], to [B, W, K, G, H] bfloat16."""
   if H.introduces(frame):
     return 0
   keys, values, mask, queries = (
@@ -204,7 +232,7 @@ def attention(frame):
   for buffer in (keys, values, queries, key, value):
     if H.dtype(buffer) != H.BF16:
       return H.error(frame, text("attention on CPU has operands of other dtypes"))
-  if H.dtype(mask) != H.PRED or H.dtype(cap) != H.F32 or H.dtype(out) != H.F32:
+  if H.dtype(mask) != H.PRED or H.dtype(cap) != H.F32 or H.dtype(out) != H.BF16:
     return H.error(frame, text("attention on CPU has operands of other dtypes"))
   requests, heads, size, entries = H.dim(keys, 0), H.dim(keys, 1), H.dim(keys, 2), H.dim(keys, 3)
   width, groups = H.dim(queries, 1), H.dim(queries, 3)

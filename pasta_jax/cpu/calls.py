@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
 PANEL = 64  # `vectors.PANEL`: columns of the narrowest matrix, and what entries and head sizes must be a multiple of
+LANES = 16  # what rows of a normalisation must be a multiple of: the longest vector's numbers
 _FORMATS = (jnp.bfloat16, jnp.int8)
 
 
@@ -35,15 +36,50 @@ def _(size: int, batched, x, kernel, scale):
   return multiply(x, kernel, scale), True
 
 
+ACTIVATIONS = {"silu": 0, "gelu": 1}  # `vectors.SILU`, `vectors.GELU`
+
+
+@custom_vmap
+def gated(x: jax.Array, kernel: jax.Array, scale: jax.Array, activation: jax.Array) -> jax.Array:
+  """x [..., in] by kernel [in, 2, F], as `multiply`: the activation, int32 [1], of the first part times the second ->
+  [..., F] bfloat16."""
+  rows = x.reshape(-1, x.shape[-1])
+  out = jax.ShapeDtypeStruct((rows.shape[0], kernel.shape[2]), jnp.bfloat16)
+  y = jax.ffi.ffi_call("pasta_jax_cpu_gated_product", out)(rows, kernel, scale, activation)
+  return y.reshape(*x.shape[:-1], kernel.shape[2])
+
+
+@gated.def_vmap
+def _(size: int, batched, x, kernel, scale, activation):
+  if batched[1] or batched[2] or batched[3]:
+    raise NotImplementedError("a gated product has one kernel for all rows")
+  return gated(x, kernel, scale, activation), True
+
+
+@custom_vmap
+def normalise(x: jax.Array, scale: jax.Array, epsilon: jax.Array) -> jax.Array:
+  """Root-mean-square normalisation of x [..., D] by `scale` [D], and epsilon [1], all float32 -> [..., D] bfloat16."""
+  rows = x.reshape(-1, x.shape[-1])
+  out = jax.ShapeDtypeStruct(rows.shape, jnp.bfloat16)
+  return jax.ffi.ffi_call("pasta_jax_cpu_norm", out)(rows, scale, epsilon).reshape(x.shape)
+
+
+@normalise.def_vmap
+def _(size: int, batched, x, scale, epsilon):
+  if batched[1] or batched[2]:
+    raise NotImplementedError("a normalisation has one scale for all rows")
+  return normalise(x, scale, epsilon), True
+
+
 def attends(keys: jax.Array) -> bool:
   """Whether `attend` is for a pool of this dtype and shape, [..., H, P]."""
   return keys.dtype == jnp.bfloat16 and keys.shape[-1] % PANEL == 0 and keys.shape[-2] % PANEL == 0
 
 
 def attend(keys: Any, values: Any, mask: Any, q: Any, k: Any, v: Any, softcap: float) -> jax.Array:
-  """keys [B, K, H, P], values [B, K, P, H], mask [B, W, P], q [B, W, K, G, H], k and v [B, W, K, H], in the dtype of the
-  pool -> [B, W, K, G, H] float32."""
-  out = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+  """keys [B, K, H, P], values [B, K, P, H], mask [B, W, P], q [B, W, K, G, H], k and v [B, W, K, H], in the dtype of
+  the pool -> [B, W, K, G, H] in that dtype."""
+  out = jax.ShapeDtypeStruct(q.shape, keys.dtype)
   run = jax.ffi.ffi_call("pasta_jax_cpu_attention", out)
   return run(keys, values, mask, q, k, v, jnp.full(1, softcap, jnp.float32))
 

@@ -40,8 +40,8 @@ _FIELDS = {
   "XLA_FFI_Api_Version": ("struct_size", "extension_start", "major_version", "minor_version"),
 }
 _FUNCTIONS = (
-  "Error_Create Error_GetMessage Error_Destroy Handler_Register Stream_Get Type_Register ExecutionContext_Get State_Set "
-  "State_Get DeviceMemory_Allocate DeviceMemory_Free ThreadPool_Schedule ThreadPool_NumThreads"
+  "Error_Create Error_GetMessage Error_Destroy Handler_Register Stream_Get Type_Register ExecutionContext_Get "
+  "State_Set State_Get DeviceMemory_Allocate DeviceMemory_Free ThreadPool_Schedule ThreadPool_NumThreads"
 ).split()
 F32, BF16, INT8, INT32, PRED = 11, 16, 2, 4, 1  # dtypes of buffers
 _INVALID = 3  # the error's code: an argument is invalid

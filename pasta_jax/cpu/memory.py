@@ -90,6 +90,35 @@ def pause(context):
 
 
 @intrinsic
+def fill(context, address, size):
+  """Puts zeros into `size` bytes from an address on."""
+
+  def code(target, builder, signature, values):
+    one = ir.IntType(8)
+    kind = ir.FunctionType(ir.VoidType(), [POINTER, one, INT64, ir.IntType(1)])
+    zeros = [builder.inttoptr(values[0], POINTER), one(0), values[1], ir.IntType(1)(0)]
+    builder.call(function(builder, "llvm.memset.p0.i64", kind), zeros)
+    return target.get_dummy_value()
+
+  return types.void(types.int64, types.int64), code
+
+
+@intrinsic
+def prefetch(context, address):
+  """Starts to read the line of memory at an address into the core's second cache."""
+
+  def code(target, builder, signature, values):
+    int32 = ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [POINTER, int32, int32, int32])
+    read, second, data = int32(0), int32(2), int32(1)
+    address = builder.inttoptr(values[0], POINTER)
+    builder.call(function(builder, "llvm.prefetch.p0", kind), [address, read, second, data])
+    return target.get_dummy_value()
+
+  return types.void(types.int64), code
+
+
+@intrinsic
 def allocate(context, size):
   """The address of new memory of `size` bytes, from malloc."""
 

@@ -25,9 +25,8 @@ def unusable() -> str:
     _register()
     return _check()
   except Exception as error:  # LLVM and XLA say no in many ways
-    return (
-      f"numba cannot compile them here: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"they cannot be compiled or run here: {next((s for s in lines if 'Error' in s), lines[0])}"
 
 
 def require() -> None:
@@ -42,11 +41,12 @@ def _sources() -> str:
   return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(here.glob("*.py")))).hexdigest()
 
 
+@functools.cache
 def _register() -> None:
   from llvmlite import binding
   from numba import cfunc, types
 
-  from pasta_jax.cpu import attention, pool, products
+  from pasta_jax.cpu import attention, norms, pool, products
 
   sources = _sources()
 
@@ -59,13 +59,22 @@ def _register() -> None:
   def attention_task(job):
     attention.task(job) if sources else None
 
+  @cfunc(types.void(types.int64), cache=True)
+  def append_task(job):
+    pool.task(job) if sources else None
+
   # Before the handlers, which name them, are compiled or loaded.
   binding.add_symbol(products.TASK, product_task.address)
   binding.add_symbol(attention.TASK, attention_task.address)
+  binding.add_symbol(pool.TASK, append_task.address)
 
   @cfunc(types.int64(types.int64), cache=True)
   def product(frame):
     return products.product(frame) if sources else 0
+
+  @cfunc(types.int64(types.int64), cache=True)
+  def gated(frame):
+    return products.gated(frame) if sources else 0
 
   @cfunc(types.int64(types.int64), cache=True)
   def attend(frame):
@@ -75,8 +84,15 @@ def _register() -> None:
   def append(frame):
     return pool.append(frame) if sources else 0
 
-  _kept.extend((product_task, attention_task, product, attend, append))
-  for name, handler in ((products.NAME, product), (attention.NAME, attend), (pool.NAME, append)):
+  @cfunc(types.int64(types.int64), cache=True)
+  def norm(frame):
+    return norms.norm(frame) if sources else 0
+
+  handlers = {
+    products.NAME: product, products.GATED: gated, attention.NAME: attend, pool.NAME: append, norms.NAME: norm,
+  }  # fmt: skip
+  _kept.extend((product_task, attention_task, append_task, *handlers.values()))
+  for name, handler in handlers.items():
     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
 
 
@@ -85,31 +101,38 @@ _kept: list = []  # compiled code lives as long as its objects
 
 def _check() -> str:
   """Compares one call of each kernel and format with NumPy."""
-  from pasta_jax.cpu.calls import attend, multiply
+  from pasta_jax.cpu.calls import ACTIVATIONS, attend, gated, multiply, normalise
 
   rng, where = np.random.default_rng(0), jax.devices("cpu")[0]
   normal = lambda *shape: rng.normal(size=shape).astype(ml_dtypes.bfloat16)
   wide = lambda x: np.asarray(x, np.float64)
-  close = lambda a, b: np.abs(wide(a) - b).max() <= 1e-2 * np.abs(b).max()
-  none = np.zeros(0, np.float32)
+  # float32 sums, or results that are rounded to bfloat16.
+  differ = lambda a, b, bound: not np.abs(wide(a) - b).max() <= bound * np.abs(b).max()
+  x, none = normal(11, 48), np.zeros(0, np.float32)
   with jax.default_device(where), jax.ensure_compile_time_eval():  # at once, also while a program is traced
-    x, matrix = normal(11, 48), normal(48, 200)
-    if not close(multiply(x, matrix, none), wide(x) @ wide(matrix)):
+    matrix = normal(48, 200)
+    if differ(multiply(x, matrix, none), wide(x) @ wide(matrix), 1e-4):
       return "their product in bfloat16 is not NumPy's"
-    matrix, scale = (
-      rng.integers(-127, 128, (48, 200)).astype(np.int8),
-      rng.uniform(0.5, 1, 200).astype(np.float32),
-    )
-    if not close(multiply(x, matrix, scale), wide(x) @ wide(matrix) * scale):
+    matrix = rng.integers(-127, 128, (48, 200)).astype(np.int8)
+    scale = rng.uniform(0.5, 1, 200).astype(np.float32)
+    if differ(multiply(x, matrix, scale), wide(x) @ wide(matrix) * scale, 1e-4):
       return "their product in int8 is not NumPy's"
+    gate, up = np.split(wide(x) @ wide(matrix) * scale / 256, 2, axis=1)
+    halves, silu = scale.reshape(2, 100) / 256, np.full(1, ACTIVATIONS["silu"], np.int32)
+    if differ(gated(x, matrix.reshape(48, 2, 100), halves, silu), gate / (1 + np.exp(-gate)) * up, 1e-2):
+      return "their gated product is not NumPy's"
+    rows, ones = wide(x).astype(np.float32), np.ones(48, np.float32)
+    expected = rows / np.sqrt(np.mean(rows**2, axis=1, keepdims=True) + 0.5)
+    if differ(normalise(rows, ones, np.full(1, 0.5, np.float32)), expected, 1e-2):
+      return "their normalisation is not NumPy's"
     keys, values, q = normal(1, 1, 64, 320), normal(1, 1, 320, 64), normal(1, 1, 1, 2, 64)
     k, v, mask = normal(1, 1, 1, 64), normal(1, 1, 1, 64), rng.random((1, 1, 320)) < 0.5
-    scores = wide(q)[0, 0, 0] @ np.concatenate([wide(keys)[0, 0], wide(k)[0, 0].T], axis=1) / 8
+    q = np.asarray(wide(q) / 8, ml_dtypes.bfloat16)
+    scores = wide(q)[0, 0, 0] @ np.concatenate([wide(keys)[0, 0], wide(k)[0, 0].T], axis=1)
     weights = np.exp(scores - scores.max()) * np.append(mask[0, 0], True)
     context = (
       weights @ np.concatenate([wide(values)[0, 0], wide(v)[0, 0]]) / weights.sum(axis=1, keepdims=True)
     )
-    eighth = (q * ml_dtypes.bfloat16(0.125))
-    if not close(attend(keys, values, mask, eighth, k, v, 0.0)[0, 0, 0], context):
+    if differ(attend(keys, values, mask, q, k, v, 0.0)[0, 0, 0], context, 1e-2):
       return "their attention is not NumPy's"
   return ""

@@ -84,6 +84,12 @@ class _Code:
     bits = self.builder.zext(self.load(base, offset, _vector(_INT16)), _vector(_INT32))
     return self.builder.bitcast(self.builder.shl(bits, _same(_INT32, 16)), _vector(_FLOAT))
 
+  def rounded(self, x: ir.Value) -> ir.Value:
+    """The bits of the nearest bfloat16 of finite numbers, ties to even."""
+    b, bits = self.builder, self.builder.bitcast(x, _vector(_INT32))
+    odd = b.and_(b.lshr(bits, _same(_INT32, 16)), _same(_INT32, 1))
+    return b.trunc(b.lshr(b.add(bits, b.add(odd, _same(_INT32, 0x7FFF))), _same(_INT32, 16)), _vector(_INT16))
+
   def pairs(self, first: ir.Value, second: ir.Value, count: int, form: int) -> list[ir.Value]:
     """`count` vectors of pairs of bfloat16, one number of each of two rows. Those of a bfloat16 matrix come in the
     order of `_ordered`."""
@@ -317,11 +323,8 @@ def weigh(context, scores, mask, count, peak, weights):
       x = c.load(scores, builder.mul(at, INT64(4)), _vector(_FLOAT))
       weight = _exp(c, builder.fsub(x, highest))
       weight = builder.select(_shown(c, mask, at), weight, _numbers(0.0))
-      if PAIRS:  # to the nearest bfloat16, ties to even
-        bits = builder.bitcast(weight, _vector(_INT32))
-        odd = builder.and_(builder.lshr(bits, _same(_INT32, 16)), _same(_INT32, 1))
-        bits = builder.lshr(builder.add(bits, builder.add(odd, _same(_INT32, 0x7FFF))), _same(_INT32, 16))
-        c.store(builder.trunc(bits, _vector(_INT16)), weights, builder.mul(at, INT64(2)))
+      if PAIRS:
+        c.store(c.rounded(weight), weights, builder.mul(at, INT64(2)))
       else:
         c.store(weight, weights, builder.mul(at, INT64(4)))
       return builder.fadd(total, weight)
@@ -330,3 +333,146 @@ def weigh(context, scores, mask, count, peak, weights):
 
   given = [types.int64, types.int64, types.int64, types.float32, types.int64]
   return types.float32(*given), code
+
+
+def _bfloats(c: _Code, base: ir.Value, at: ir.Value) -> ir.Value:
+  """LANES numbers of an array in bfloat16, from the entry `at` on, as float32."""
+  return c.floats(base, c.builder.mul(at, INT64(2)), BFLOAT16)
+
+
+@intrinsic
+def dot(context, a, b, count):
+  """The sum of products of `count` numbers in bfloat16."""
+
+  def code(target, builder, signature, values):
+    a, b = (builder.inttoptr(v, POINTER) for v in values[:2])
+    c = _Code(builder)
+    step = lambda at, total: builder.fadd(total, builder.fmul(_bfloats(c, a, at), _bfloats(c, b, at)))
+    return _reduced(c, _over(c, values[2], _numbers(0.0), step), add=True)
+
+  return types.float32(types.int64, types.int64, types.int64), code
+
+
+@intrinsic
+def begin(context, out, x, count, factor):
+  """out = factor * x, of `count` numbers: `out` float32, x bfloat16."""
+
+  def code(target, builder, signature, values):
+    out, x = (builder.inttoptr(v, POINTER) for v in values[:2])
+    c = _Code(builder)
+    factor = c.everywhere(values[3])
+
+    def step(at, same):
+      c.store(builder.fmul(factor, _bfloats(c, x, at)), out, builder.mul(at, INT64(4)))
+      return same
+
+    _over(c, values[2], _numbers(0.0), step)
+    return target.get_dummy_value()
+
+  return types.void(types.int64, types.int64, types.int64, types.float32), code
+
+
+@intrinsic
+def round_to(context, x, out, count, factor):
+  """Writes factor * x, of `count` numbers in float32, to `out` in bfloat16."""
+
+  def code(target, builder, signature, values):
+    x, out = (builder.inttoptr(v, POINTER) for v in values[:2])
+    c = _Code(builder)
+    factor = c.everywhere(values[3])
+
+    def step(at, same):
+      value = builder.fmul(factor, c.load(x, builder.mul(at, INT64(4)), _vector(_FLOAT)))
+      c.store(c.rounded(value), out, builder.mul(at, INT64(2)))
+      return same
+
+    _over(c, values[2], _numbers(0.0), step)
+    return target.get_dummy_value()
+
+  return types.void(types.int64, types.int64, types.int64, types.float32), code
+
+
+@intrinsic
+def mix(context, out, x, count, factor):
+  """out += factor * x, of `count` numbers in float32."""
+
+  def code(target, builder, signature, values):
+    out, x = (builder.inttoptr(v, POINTER) for v in values[:2])
+    c = _Code(builder)
+    factor = c.everywhere(values[3])
+
+    def step(at, same):
+      where = builder.mul(at, INT64(4))
+      before, more = (c.load(base, where, _vector(_FLOAT)) for base in (out, x))
+      c.store(builder.fadd(before, builder.fmul(factor, more)), out, where)
+      return same
+
+    _over(c, values[2], _numbers(0.0), step)
+    return target.get_dummy_value()
+
+  return types.void(types.int64, types.int64, types.int64, types.float32), code
+
+
+SILU, GELU = 0, 1  # activations; GELU by its approximation with tanh
+
+
+def _activated(c: _Code, x: ir.Value, activation: int) -> ir.Value:
+  """x times the sigmoid of x (SiLU), or of what gives GELU."""
+  b, s = c.builder, x
+  if activation == GELU:  # (1 + tanh(y)) / 2 is the sigmoid of 2 y
+    cubed = b.fmul(b.fmul(x, x), b.fmul(x, _numbers(0.044715)))
+    s = b.fmul(_numbers(2 * 0.7978845608028654), b.fadd(x, cubed))
+  positive = b.fcmp_ordered(">=", s, _numbers(0.0))
+  small = _exp(c, b.select(positive, b.fneg(s), s))
+  return b.fmul(x, b.fdiv(b.select(positive, _numbers(1.0), small), b.fadd(_numbers(1.0), small)))
+
+
+@intrinsic(prefer_literal=True)
+def put_gated(context, form, activation, gate, up, gate_scale, up_scale, out):
+  """Writes the activation of a row of one panel's sums times those of another to `out`, in bfloat16, in the order of
+  the columns; scales as in `put`."""
+  kind, which = form.literal_value, activation.literal_value
+
+  def code(target, builder, signature, values):
+    gate, up, gate_scale, up_scale, out = (builder.inttoptr(v, POINTER) for v in values[2:])
+    c = _Code(builder)
+    both = []
+    for sums, scale in ((gate, gate_scale), (up, up_scale)):
+      held = _ordered(c, [c.load(sums, 4 * at, _vector(_FLOAT)) for at in range(0, PANEL, LANES)], kind)
+      if kind == INT8:
+        held = [builder.fmul(v, c.load(scale, 4 * LANES * i, _vector(_FLOAT))) for i, v in enumerate(held)]
+      both.append(held)
+    for i, (g, u) in enumerate(zip(*both)):
+      c.store(c.rounded(builder.fmul(_activated(c, g, which), u)), out, 2 * LANES * i)
+    return target.get_dummy_value()
+
+  return types.void(form, activation, *[types.int64] * 5), code
+
+
+@intrinsic
+def normalise(context, x, scale, out, count, epsilon):
+  """out = x / sqrt(mean(x²) + epsilon) * scale, of `count` numbers in float32; `out` is bfloat16."""
+
+  def code(target, builder, signature, values):
+    x, scale, out = (builder.inttoptr(v, POINTER) for v in values[:3])
+    c = _Code(builder)
+    place = lambda at: builder.mul(at, INT64(4))
+
+    def squares(at, total):
+      value = c.load(x, place(at), _vector(_FLOAT))
+      return builder.fadd(total, builder.fmul(value, value))
+
+    total = _reduced(c, _over(c, values[3], _numbers(0.0), squares), add=True)
+    mean = builder.fadd(builder.fdiv(total, builder.sitofp(values[3], _FLOAT)), values[4])
+    root = function(builder, "llvm.sqrt.f32", ir.FunctionType(_FLOAT, [_FLOAT]))
+    factor = c.everywhere(builder.fdiv(_FLOAT(1.0), builder.call(root, [mean])))
+
+    def write(at, same):
+      value, by = (c.load(base, place(at), _vector(_FLOAT)) for base in (x, scale))
+      c.store(c.rounded(builder.fmul(builder.fmul(value, factor), by)), out, builder.mul(at, INT64(2)))
+      return same
+
+    _over(c, values[3], _numbers(0.0), write)
+    return target.get_dummy_value()
+
+  return types.void(*[types.int64] * 4, types.float32), code

@@ -26,6 +26,7 @@ tests/model/test_products.py compares every entry of `PRODUCTS` with float64, wi
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -98,6 +99,34 @@ def numba_product(x: jax.Array, kernel: jax.Array, scale: jax.Array | None = Non
   return calls.multiply(x, kernel, jnp.zeros(0, jnp.float32) if scale is None else scale)
 
 
+def gated_product(
+  name: str, x: jax.Array, kernel: jax.Array, scale: jax.Array | None, activation: str
+) -> jax.Array:
+  """[..., in] by [in, 2, F]: the `activation`, a key of `ACTIVATIONS`, of the first half times the second, [..., F], by
+  the product `name`; rounded to bfloat16 if a kernel computes all at once."""
+  few = x.ndim == 1 or x.shape[-2] <= _FEW
+  if name == "numba" and few and calls.multiplies(x, kernel) and kernel.shape[2] >= calls.PANEL:
+    programs.require()
+    which = jnp.full(1, calls.ACTIVATIONS[activation], jnp.int32)
+    return calls.gated(x, kernel, jnp.zeros(0, jnp.float32) if scale is None else scale, which)
+  y = PRODUCTS[name](x, kernel, scale)
+  return ACTIVATIONS[activation](y[..., 0, :]) * y[..., 1, :]
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float, kernel: bool = False) -> jax.Array:
+  """Root-mean-square normalisation over the last axis, [..., D] by [D] float32. With `kernel` the kernel for CPU
+  computes that of few rows, and rounds it to bfloat16, as the product behind it would."""
+  if kernel and (x.ndim == 1 or x.shape[-2] <= _FEW) and x.shape[-1] % calls.LANES == 0:
+    programs.require()
+    return calls.normalise(x, scale, jnp.full(1, epsilon, jnp.float32))
+  mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(mean_square + epsilon) * scale
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "silu": jax.nn.silu,
+  "gelu": partial(jax.nn.gelu, approximate=True),
+}
 PRODUCTS: dict[str, Product] = {"xla": xla_product, "numba": numba_product}
 
 

@@ -18,10 +18,13 @@ import numpy as np
 from flax import nnx
 
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.model.products import PRODUCTS, matmul
+from pasta_jax.model.products import ACTIVATIONS, PRODUCTS, gated_product, matmul, rms_norm
 
 # The linear layers of the fused form, and those that each one computes at once (`split_qkv`, `split_gate_up`).
 FUSED: Mapping[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+
+# The norms whose results products alone take.
+BEFORE_PRODUCTS = ("attn_norm", "mlp_norm", "final_norm")
 
 # Whether a layer is local, that is, limited to the sliding window; a traced boolean where layers are scanned
 # over.
@@ -92,9 +95,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[..., in] -> [..., *out] float32."""
-    kernel = self.kernel[...]
-    x = x.astype(self.operands or kernel.dtype)
-    scale = None if self.kernel_scale is None else self.kernel_scale[...]
+    x, kernel, scale = self._operands(x)
     y = PRODUCTS[self.product](x, kernel, scale)
     if self.bias is not None:
       y = y + self.bias[...].astype(jnp.float32)
@@ -102,6 +103,16 @@ class Linear(nnx.Module):
       low = matmul(x, self.lora_a[...].astype(x.dtype))
       y = y + self.lora_scale * matmul(low.astype(x.dtype), self.lora_b[...].astype(x.dtype))
     return y
+
+  def gated(self, x: jax.Array, activation: str) -> jax.Array:
+    """[..., in] -> [..., F] of a kernel [in, 2, F], for decoding: without bias and update (`gated_product`)."""
+    return gated_product(self.product, *self._operands(x), activation)
+
+  def _operands(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """What a product takes: x, kernel, scale."""
+    kernel = self.kernel[...]
+    scale = None if self.kernel_scale is None else self.kernel_scale[...]
+    return x.astype(self.operands or kernel.dtype), kernel, scale
 
   def in_8_bits(self, dtype: Any) -> None:
     """Makes an abstract module, whose arrays are `jax.ShapeDtypeStruct`, one with a kernel of this dtype and scales,
@@ -112,16 +123,17 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-  """Root-mean-square normalisation in float32."""
+  """Root-mean-square normalisation in float32; with `kernel`, which is static, by the kernel for CPU
+  (`products.rms_norm`), where products of `dtype` bfloat16 are all that is behind it."""
 
   def __init__(self, width: int, c: ModelConfig):
     self.scale = nnx.Param(jnp.full((width,), 1 - c.norm_offset, jnp.float32))
-    self.eps, self.offset = c.norm_eps, c.norm_offset
+    self.eps, self.offset, self.kernel = c.norm_eps, c.norm_offset, False
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[..., D] -> [..., D]."""
-    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(mean_square + self.eps) * (self.scale[...] + self.offset)
+    scale = self.scale[...] + self.offset if self.offset else self.scale[...]
+    return rms_norm(x, scale, self.eps, self.kernel)
 
 
 def rope_angles(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
@@ -213,9 +225,9 @@ class Mlp(nnx.Module):
     self.activation = c.activation
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    activation = jax.nn.silu if self.activation == "silu" else partial(jax.nn.gelu, approximate=True)
-    gate, up = split_gate_up(self.gate_up(x)) if self.fused else (self.gate(x), self.up(x))
-    return self.down(activation(gate) * up)
+    if self.fused:
+      return self.down(self.gate_up.gated(x, self.activation))
+    return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
 
 
 class Layer(nnx.Module):

@@ -16,6 +16,7 @@ from pasta_jax.model.lora import Adapter, adapter_of, merged_kernel
 from pasta_jax.model.products import check_product
 from pasta_jax.model.sharding import shard_put_array
 from pasta_jax.model.transformer import (
+  BEFORE_PRODUCTS,
   FUSED,
   Embedder,
   Linear,
@@ -88,9 +89,11 @@ def from_params(
   check_product(product)
   check_weights(weights)
   model = abstract(config, dtype, stacked=stacked, fused=fused, weights=weights)
-  for _, module in nnx.iter_modules(model):
+  for path, module in nnx.iter_modules(model):
     if isinstance(module, Linear):
       module.product = product
+    elif isinstance(module, RMSNorm) and path[-1] in BEFORE_PRODUCTS:
+      module.kernel = product == "numba" and jnp.dtype(dtype) == jnp.bfloat16
   graph, state = nnx.split(model)
   put = put or (lambda name, x: jax.device_put(x))
   left = set(params)

@@ -171,7 +171,11 @@ GRAPH = _MODELS["digits"][0]
 
 
 def weights(
-  seed: int | tuple[int, ...], kind: str = "habits", promise: str = "topic", number: str = "digits"
+  seed: int | tuple[int, ...],
+  kind: str = "habits",
+  promise: str = "topic",
+  number: str = "digits",
+  config: ModelConfig | None = None,
 ):
   """Random parameters, to be put into `Interpreter.params`.
 
@@ -182,10 +186,12 @@ def weights(
   clockwork  after each group one certain group, drawn at random: the stuff of endless loops
   endless    promises in promises, and nothing else
 
-  `promise` and `number` are the form of the promises that habits write.
+  `promise` and `number` are the form of the promises that habits write; `config` is that of the model, if not the one
+  of `CONFIGS`.
   """
   rng = np.random.default_rng(seed)
-  groups, blank = _groups(number), _MODELS[number][1]
+  groups = _groups(number)
+  blank = _MODELS[number][1] if config is None else nnx.split(model(config))[1]
   n = groups.max() + 1
   draw = lambda x: rng.normal(size=x.shape) * len(x) ** -0.5 if x.ndim > 1 else np.ones(x.shape)
   params = jax.tree.map(draw, nnx.to_pure_dict(blank))
