@@ -35,6 +35,7 @@ __all__ = [
 # Renamed settings, by their old names: command lines, config.json and stored settings may have them.
 ALIASES = {
   "decode.slots": "decode.max_branches",
+  "decode.product": "decode.kernels",
   "decode.capacity": "decode.kv_capacity",
   "decode.requests": "decode.batch_size",
   "eval.requests": "eval.batch_size",

@@ -104,7 +104,7 @@ def _check() -> str:
   from pasta_jax.cpu.calls import ACTIVATIONS, attend, gated, multiply, normalise
 
   rng, where = np.random.default_rng(0), jax.devices("cpu")[0]
-  normal = lambda *shape: rng.normal(size=shape).astype(ml_dtypes.bfloat16)
+  normal = lambda *shape: np.asarray(rng.normal(size=shape), ml_dtypes.bfloat16)
   wide = lambda x: np.asarray(x, np.float64)
   # float32 sums, or results that are rounded to bfloat16.
   differ = lambda a, b, bound: not np.abs(wide(a) - b).max() <= bound * np.abs(b).max()
