@@ -7,7 +7,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pasta_jax"
 # A module imports from its own package and from those before it.
-ORDER = ("config", "utils", "lang", "cpu", "model", "weights", "data", "decode", "train", "evaluate", "preference")
+ORDER = (
+  "config",
+  "utils",
+  "lang",
+  "cpu",
+  "model",
+  "weights",
+  "data",
+  "decode",
+  "train",
+  "evaluate",
+  "preference",
+)
 # What two packages must not know of each other, whatever the order: decoding needs no data sets.
 APART = {("decode", "data")}
 SITTING = 1720  # lines of the language, the step and the loop

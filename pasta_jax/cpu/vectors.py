@@ -10,7 +10,7 @@ formats are converted exactly.
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import types
+from numba import config, types
 from numba.extending import intrinsic
 
 from pasta_jax.cpu.memory import INT64, POINTER, function
@@ -19,7 +19,15 @@ BFLOAT16, INT8 = 0, 1  # formats of matrices
 PANEL = 64  # columns
 ROWS = (8, 4, 2, 1)  # numbers of rows that there are programs for
 
-_FEATURES = binding.get_host_cpu_features()
+
+def _features() -> dict[str, bool]:
+  """Instruction sets that numba compiles for: this machine's, or those of NUMBA_CPU_FEATURES, as "+avx2,+fma"."""
+  if (given := config.CPU_FEATURES) is None:
+    return binding.get_host_cpu_features()
+  return {name[1:]: name[0] == "+" for name in given.split(",") if name}
+
+
+_FEATURES = _features()
 _WIDE = _FEATURES.get("avx512f", False)
 LANES = 16 if _WIDE else 8  # float32 numbers of a vector
 _REGISTERS = 32 if _WIDE or "x86" not in binding.get_default_triple() else 16

@@ -1,7 +1,9 @@
 """Kernels for CPU: each against float64 over random shapes, and the same bits whatever is computed beside a row."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 from pasta_jax.cpu import calls, programs
 
 pytest.importorskip("numba")
+CPU = Path("/proc/cpuinfo")
+FEATURES = CPU.read_text() if CPU.exists() else ""
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels for CPU")
 
 
@@ -206,6 +210,26 @@ def test_a_call_that_cannot_be_computed_is_an_error(words: str):
     jax.block_until_ready(WRONG[words]())
 
 
+NARROW = {
+  "NUMBA_CPU_NAME": "haswell",
+  "NUMBA_CPU_FEATURES": "+avx,+avx2,+fma,+f16c,+bmi,+bmi2,+popcnt,+sse4.2",
+}
+
+
+@pytest.mark.skipif("avx512f" not in FEATURES, reason="its own instructions are what the other tests use")
+def test_machines_without_avx512(tmp_path):
+  """The tests above in a process that compiles for AVX2."""
+  tests = f"{__file__}::"
+  chosen = [tests + n for n in ("test_products_equal_float64", "test_a_row_has_the_same_bits_beside_any_others",
+            "test_gated_products_equal_float64", "test_attention_equals_float64")]  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *chosen],
+    env={**os.environ, **NARROW, "NUMBA_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+  assert "passed" in done.stdout and "skipped" not in done.stdout
+
+
 ONE_CORE = """
 import os, sys
 os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
@@ -219,10 +243,10 @@ np.savez(sys.argv[1], product=calls.multiply(x, kernel, scale),
 """
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "sched_setaffinity"), reason="Linux")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
 def test_the_number_of_threads_changes_no_bit(tmp_path):
   path = tmp_path / "one.npz"
-  subprocess.run([sys.executable, "-c", ONE_CORE, str(path)], check=True, cwd=__file__.rsplit("/", 1)[0])
+  subprocess.run([sys.executable, "-c", ONE_CORE, str(path)], check=True, cwd=Path(__file__).parent)
   rng = np.random.default_rng(9)
   x, (kernel, scale) = bfloat(rng, 9, 256), matrix_of(rng, "int8", 256, 1500)
   alone = np.load(path)
