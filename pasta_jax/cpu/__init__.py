@@ -2,8 +2,10 @@
 
 memory    addresses, atomic additions, C functions
 handler   what is in a call of XLA; jobs that threads share
-vectors   products of a few rows and weights of attention in vector instructions
-products, attention, pool   the kernels
+vectors   vector instructions of this machine
+panels    products of a few rows with 64 columns of a matrix
+rows      weights of attention, sums of rows, norms
+products, attention, norms, pool   the kernels
 programs  compiles them, makes them known to XLA, and checks them
 calls     the kernels as functions of JAX arrays
 

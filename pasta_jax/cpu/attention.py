@@ -29,27 +29,17 @@ from pasta_jax.cpu.memory import (
   symbol,
   text,
 )
+from pasta_jax.cpu.panels import PANEL, put
 from pasta_jax.cpu.products import add_bfloat16
-from pasta_jax.cpu.vectors import (
-  BFLOAT16,
-  LOWEST,
-  PAIRS,
-  PANEL,
-  begin,
-  dot,
-  highest,
-  mix,
-  put,
-  round_to,
-  weigh,
-)
+from pasta_jax.cpu.rows import LOWEST, begin, dot, highest, mix, round_to, weigh
+from pasta_jax.cpu.vectors import BFLOAT16, PAIRS
 
 NAME = "pasta_jax_cpu_attention"
 TASK = "pasta_jax_cpu_attention_task"
 CHUNK = 128  # entries
 _BLOCK = 16  # rows of keys that are read together
 _LINE = 64  # bytes
-_X = 2 if PAIRS else 4  # bytes of a number of x in `vectors.multiply`
+_X = 2 if PAIRS else 4  # bytes of a number of x in `panels.multiply`
 _KEYS, _VALUES, _MASK, _QUERIES, _KEY, _VALUE, _OUT, _CAP, _PARTS, _LEFT = (H.JOB + 8 * i for i in range(10))
 _WIDTH, _HEADS, _GROUPS, _SIZE, _ENTRIES = (H.JOB + 80 + 8 * i for i in range(5))
 _ROOM = 15 * 8

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-PANEL = 64  # `vectors.PANEL`: columns of the narrowest matrix, and what entries and head sizes must be a multiple of
+PANEL = (
+  64  # `panels.PANEL`: columns of the narrowest matrix, and what entries and head sizes must be a multiple of
+)
 LANES = 16  # what rows of a normalisation must be a multiple of: the longest vector's numbers
 _FORMATS = (jnp.bfloat16, jnp.int8)
 
@@ -36,7 +38,7 @@ def _(size: int, batched, x, kernel, scale):
   return multiply(x, kernel, scale), True
 
 
-ACTIVATIONS = {"silu": 0, "gelu": 1}  # `vectors.SILU`, `vectors.GELU`
+ACTIVATIONS = {"silu": 0, "gelu": 1}  # `panels.SILU`, `panels.GELU`
 
 
 @custom_vmap

@@ -4,7 +4,8 @@ from numba import njit
 
 from pasta_jax.cpu import handler as H
 from pasta_jax.cpu.memory import load_float, text
-from pasta_jax.cpu.vectors import LANES, normalise
+from pasta_jax.cpu.rows import normalise
+from pasta_jax.cpu.vectors import LANES
 
 NAME = "pasta_jax_cpu_norm"
 

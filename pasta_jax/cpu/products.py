@@ -22,7 +22,8 @@ from pasta_jax.cpu.memory import (
   symbol,
   text,
 )
-from pasta_jax.cpu.vectors import BFLOAT16, GELU, INT8, PAIRS, PANEL, ROWS, SILU, multiply, put, put_gated
+from pasta_jax.cpu.panels import GELU, PANEL, ROWS, SILU, multiply, put, put_gated
+from pasta_jax.cpu.vectors import BFLOAT16, INT8, PAIRS
 
 NAME, GATED = "pasta_jax_cpu_product", "pasta_jax_cpu_gated_product"
 TASK = "pasta_jax_cpu_product_task"
@@ -35,7 +36,7 @@ _FORM, _X, _MATRIX, _SCALE, _OUT, _ROWS, _IN, _WIDTH, _COLUMNS, _PARTS, _ACTIVAT
 
 
 def _adder(form: int, sizes: Sequence[int]) -> Callable:
-  """`vectors.multiply` for any number of rows, by programs for these numbers of them, the largest first."""
+  """`panels.multiply` for any number of rows, by programs for these numbers of them, the largest first."""
   most, rest = sizes[0], _adder(form, sizes[1:]) if len(sizes) > 1 else None
 
   @njit
