@@ -36,6 +36,7 @@ STRATEGIES = ("pred_10x", "pred_1x", "fixed", *ORACLES, "max", "sum")  # of posi
 ANNOTATION_RULES = ("independent", "full", "paper")  # which parts are chunks (data.annotate.prompts)
 ANNOTATIONS = ("plan", "structure", "none")  # of responses (data.examples)
 DTYPES = ("float32", "bfloat16")
+AUTO = "auto"  # of DTYPES the one that this machine multiplies fastest (decode.precision)
 WEIGHTS = ("int8", "fp8")  # formats of matrices in 8 bits, for decoding (weights.quantise)
 REMAT = ("none", "full", "attention", "products")  # rematerialisation policies (model.transformer)
 ATTENTION = ("auto", "chunked", "tpu", "gpu", "interpret", "dense")  # programs for training (train.attention)
@@ -202,7 +203,7 @@ class Train(Section):
   length_spread: float = setting(0.0, at_least(0), late=True)
   # an adapter without tags, usually Baseline-SFT, whose distribution of each token of text is learned; "": none
   teacher: str = setting("", file=True, late=True)
-  dtype: str = setting("bfloat16", one_of(DTYPES))  # of matrix products
+  dtype: str = setting(AUTO, one_of((AUTO, *DTYPES)))  # of matrix products
   remat: str = setting("full", one_of(REMAT))  # rematerialisation policy of a layer (model.transformer)
   attention: str = setting("auto", one_of(ATTENTION))  # auto: kernels on TPU, blocks of plain JAX elsewhere
   loss_chunk: int = setting(1024, at_least(1))  # tokens whose logits are computed at once
@@ -225,8 +226,9 @@ class Decode(Section):
   """Decoding, in every mode that decodes."""
 
   parallel: bool = setting(True, identity=NEVER)  # False: the same weights without promises
-  # float32: the same tokens at every branch width; int8, fp8: matrices in 8 bits, products in bfloat16
-  dtype: str = setting("bfloat16", one_of((*DTYPES, *WEIGHTS)))
+  # auto: the faster of the first two; float32: the same tokens at every branch width; int8, fp8: matrices in 8 bits,
+  # products in bfloat16
+  dtype: str = setting(AUTO, one_of((AUTO, *DTYPES, *WEIGHTS)))
   # the same bits at every branch width, batch size and pool size, in every dtype (decode.invariant)
   invariant: bool = setting(False, late=True)
   max_new_tokens: int = setting(512, at_least(1))  # of all threads together
@@ -431,7 +433,7 @@ class Preference(Section):
   max_grad_norm: float = 1.0  # gradients are clipped to this global norm
   lora_rank: int = setting(16, at_least(0))  # of new updates, if the start has none; 0: train every parameter
   lora_alpha: float = 32.0
-  dtype: str = setting("bfloat16", one_of(DTYPES))  # of matrix products
+  dtype: str = setting(AUTO, one_of((AUTO, *DTYPES)))  # of matrix products
   remat: str = setting("full", one_of(REMAT))  # as train.remat
   attention: str = setting("auto", one_of(ATTENTION))  # as train.attention
   loss_chunk: int = setting(1024, at_least(1))  # tokens whose logits are computed at once

@@ -22,6 +22,7 @@ from rich.table import Table
 from pasta_jax.config.sections import formats
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.placement import specs
+from pasta_jax.decode.precision import on_accelerators
 from pasta_jax.decode.sampling import as_arrays
 from pasta_jax.decode.settings import (
   SamplingConfig,
@@ -75,6 +76,7 @@ def compile_decoding(config, stages: Sequence[str]) -> list[CompiledDecoding]:
   table. Raises ValueError as `topology` and `compile_for`, or if requests cannot be divided over the mesh."""
   if not stages:
     return []
+  config = on_accelerators(config)
   dtype, weights = formats(config.decode.dtype)
   mesh, kind = mesh_of(config, decoding_sizes(vars(config.mesh))), config.decode.attention
   if kind in ("tpu", "gpu") and kind != ("gpu" if config.compile.topology in GPUS else "tpu"):

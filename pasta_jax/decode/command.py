@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pasta_jax.decode.generator import DecodeError, Model, Response, adapter_digest, decode_settings
+from pasta_jax.decode.precision import resolve
 from pasta_jax.decode.scheduler import precompile
 from pasta_jax.decode.views.live import LiveView, figures_table
 from pasta_jax.utils import distributed
@@ -54,7 +55,8 @@ def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Respon
       sequential = model.generate(prompt, parallel=False, speed=model.speed)
     shown, shown_before = response.record["text_tokens"], sequential.record["text_tokens"]
     speedup = sequential.seconds / max(shown_before, 1) * shown / response.seconds
-  console.print(figures_table(response.trace, response.seconds, speedup))
+  programs = f"{response.dtype}, {response.kernels}"
+  console.print(figures_table(response.trace, response.seconds, speedup, programs))
   if timeline is not None:
     response.timeline(timeline)
     console.print(as_text(f"timeline written to {timeline}"), soft_wrap=True)
@@ -121,6 +123,7 @@ def _decode_file(config, prompts_file: str, output: str | None) -> None:
     return
   partial = target.with_name(target.name + ".partial")
   with distributed.writing_in(target.parent, target.name + ".lock"):
+    config = resolve(config, "decode", settings_beside(partial))
     records = SharedRecords(partial, _settings(config, rows), f"delete {partial} to begin anew")
 
     def work(some: Sequence[int], add: Callable[[dict], None]) -> None:

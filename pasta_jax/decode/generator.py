@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from pasta_jax.config import Config, identity, with_changes
-from pasta_jax.config.sections import Decode, formats
+from pasta_jax.config.sections import AUTO, Decode, formats
 from pasta_jax.decode.attention import check_kind
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.invariant import check_mesh
+from pasta_jax.decode.precision import choose
 from pasta_jax.decode.record import to_record
 from pasta_jax.decode.scheduler import EVERY, Scheduler, decode
 from pasta_jax.decode.settings import (
@@ -63,6 +64,8 @@ class Response:
   trace: Trace
   seconds: float  # wall clock, prefill included; compilation too, unless the programs were compiled before
   vocabulary: Vocabulary = dataclasses.field(repr=False)
+  dtype: str  # of its `Model`, as the next
+  kernels: str
 
   @property
   def text(self) -> str:
@@ -72,7 +75,7 @@ class Response:
   @property
   def record(self) -> dict:
     """Text and figures, ready for JSON (`decode.record.ResponseRecord`)."""
-    return to_record(self.trace, self.vocabulary).to_json()
+    return to_record(self.trace, self.vocabulary, dtype=self.dtype, kernels=self.kernels).to_json()
 
   def timeline(self, path: str | Path) -> None:
     """Draws the response: a page for a path that ends in .html, a picture for .svg. Raises ValueError
@@ -136,6 +139,9 @@ class Model:
   def __init__(self, config, *, adapter: str | None = None, dtype: str = ""):
     d = dataclasses.replace(config.decode, dtype=dtype or config.decode.dtype)
     check_kind(d.attention)
+    if d.dtype == AUTO:
+      d = dataclasses.replace(d, dtype=choose(config, "decode"))
+    self.dtype = d.dtype  # never "auto"
     dtype, weights = formats(d.dtype)
     set_matmul_precision(dtype)
     self.adapter = config.model.adapter if adapter is None else adapter
@@ -156,7 +162,9 @@ class Model:
     # The speeds that the adapter was trained for.
     self.speeds: tuple[int, ...] = tuple(json.loads(metadata.get("speeds", "[]")))
     self.mesh = local_mesh(vars(config.mesh))
-    self.kernels = resolve_kernels(d.kernels, self.mesh)  # of products and attention
+    kernels = resolve_kernels(d.kernels, self.mesh)
+    # Of products and attention; numba has none of float32.
+    self.kernels = "xla" if dtype == "float32" else kernels
     if d.invariant and self.mesh is not None:
       check_mesh(self.mesh.shape)  # before the weights are read
     self.model = build.for_decoding(
@@ -258,7 +266,10 @@ class Model:
     interpreter = self.interpreter(parallel)
     started = time.perf_counter()
     trace = decode(interpreter, tokens, sampling or self.sampling, on_step=on_step, every=every)
-    return Response(trace, time.perf_counter() - started, self.vocabulary)
+    return self._response(trace, started)
+
+  def _response(self, trace: Trace, started: float) -> Response:
+    return Response(trace, time.perf_counter() - started, self.vocabulary, self.dtype, self.kernels)
 
   def generate_batch(
     self,
@@ -281,7 +292,7 @@ class Model:
     started = time.perf_counter()
 
     def finished(i: int, trace: Trace) -> None:
-      responses[i] = Response(trace, time.perf_counter() - started, self.vocabulary)
+      responses[i] = self._response(trace, started)
       if on_finish:
         on_finish(i, responses[i])
 

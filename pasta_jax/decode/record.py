@@ -73,6 +73,10 @@ class ResponseRecord:
   lengths: tuple[tuple[int, int], ...]  # (tokens that the promise declares, tokens) of each finished chunk
   visibility: str = "promise"  # in which it was decoded (lang.forms); a row names it if it is another
   unseparated: int | None = None  # promises whose chunk meets other text without a blank; None in older rows
+  dtype: str = (
+    ""  # `Model.dtype`, and the kernels; "" in older rows, and where settings beside the rows say it
+  )
+  kernels: str = ""
 
   @property
   def theoretical_parallelism(self) -> float:
@@ -87,8 +91,8 @@ class ResponseRecord:
   def to_json(self) -> dict:
     """The record as a JSON object, with its schema."""
     fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-    if self.visibility == "promise":
-      del fields["visibility"]
+    unsaid = {"visibility": "promise", "dtype": "", "kernels": ""}
+    fields = {name: value for name, value in fields.items() if (name, value) not in unsaid.items()}
     return {
       "schema": SCHEMA,
       **fields,
@@ -110,7 +114,7 @@ class ResponseRecord:
     return cls(**fields | {"lengths": tuple((declared, n) for declared, n in row["lengths"])})
 
 
-def to_record(trace: Trace, vocabulary: Vocabulary) -> ResponseRecord:
+def to_record(trace: Trace, vocabulary: Vocabulary, *, dtype: str = "", kernels: str = "") -> ResponseRecord:
   """The record of a decoded response."""
   tokens = text_tokens(trace.text, [trace], vocabulary)
   chunks = trace.threads[1:]
@@ -134,6 +138,8 @@ def to_record(trace: Trace, vocabulary: Vocabulary) -> ResponseRecord:
     lengths=tuple((c.declared, c.length) for c in chunks if c.declared is not None and c.finished),
     visibility=trace.visibility,
     unseparated=unseparated(trace.program),
+    dtype=dtype,
+    kernels=kernels,
   )
 
 

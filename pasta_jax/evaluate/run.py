@@ -23,6 +23,7 @@ import numpy as np
 from pasta_jax.config import with_changes
 from pasta_jax.data.prompts import PromptTurn, conversation, read_prompts
 from pasta_jax.decode.generator import DecodeError, Model
+from pasta_jax.decode.precision import resolve
 from pasta_jax.decode.settings import padded_length
 from pasta_jax.evaluate.errors import EvalError
 from pasta_jax.evaluate.identity import settings_of
@@ -51,6 +52,7 @@ def evaluate(config, workdir: Path) -> dict:
   (`report.summary`). Every process of several calls this; those after the first return {}."""
   with distributed.as_one():
     config, variants = varied(config)
+    config = resolve(config, "decode", workdir / "config.json")
     e = config.eval
     names = list(dict.fromkeys([*e.systems, e.baseline]))
     requests, timed = select_requests(e)

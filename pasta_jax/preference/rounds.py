@@ -31,6 +31,7 @@ from pasta_jax.config.sections import share_of
 from pasta_jax.data.pairs import PreferencePair
 from pasta_jax.data.prompts import PromptTurn, read_prompts
 from pasta_jax.decode.generator import adapter_path, source_of, with_speed
+from pasta_jax.decode.precision import resolve
 from pasta_jax.decode.record import SCHEMA
 from pasta_jax.evaluate.judges.judge import Reader
 from pasta_jax.evaluate.judges.questions import GRADES_PROMPT
@@ -159,6 +160,7 @@ def optimise(config, workdir: Path) -> None:
   """Runs `config.preference` in `workdir`, which it locks. Every process of several calls this. Raises ValueError, one
   line, for what cannot be used."""
   with distributed.as_one():
+    config = resolve(config, "preference", workdir / "config.json")
     job = _Job(config, workdir)
   with distributed.writing_in(workdir, _lock_name(config.preference.share)):
     if distributed.is_first():

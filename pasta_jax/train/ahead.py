@@ -16,6 +16,7 @@ from rich.table import Column, Table
 
 from pasta_jax.config import with_changes
 from pasta_jax.decode.ahead import CompiledDecoding, architecture, compile_decoding, mesh_of
+from pasta_jax.decode.precision import on_accelerators
 from pasta_jax.lang import forms
 from pasta_jax.model.config import ModelConfig
 from pasta_jax.model.sharding import check_rows
@@ -68,6 +69,7 @@ def compile_steps(config, stages: Sequence[str]) -> list[Compiled]:
     raise ValueError(
       f"compile.topology={config.compile.topology} is for stages that decode; train for a TPU slice"
     )
+  config = on_accelerators(config)
   for stage in TASKS:
     kind = getattr(config, stage).attention
     config = with_changes(config, {f"{stage}.attention": "tpu" if kind == "auto" else kind})

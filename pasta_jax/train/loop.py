@@ -21,7 +21,7 @@ from pasta_jax.train.metrics import MetricWriter
 from pasta_jax.train.state import TrainState
 from pasta_jax.utils import distributed
 from pasta_jax.utils.files import write_atomic
-from pasta_jax.utils.json_io import read_json
+from pasta_jax.utils.json_io import flat, read_json
 from pasta_jax.utils.progress import progress_bar
 from pasta_jax.utils.waiting import Stopped
 
@@ -119,10 +119,10 @@ def _write_config(path: Path, config, first: int) -> None:
   """Writes the resolved config; prints which settings differ from those that a resumed run started with."""
   if first and path.exists():
     try:
-      before = current_names(_flat(read_json(path)))
+      before = current_names(flat(read_json(path)))
     except ValueError:
       before = {}
-    now = _flat(config.to_dict())
+    now = flat(config.to_dict())
     default = lambda k: OWN_SETTINGS.get(k.removeprefix("decode."))  # of a setting that is not given
     value = lambda values, k: default(k) if values[k] is None else values[k]
     changed = [k for k in sorted(before.keys() & now.keys()) if value(before, k) != value(now, k)]
@@ -130,11 +130,3 @@ def _write_config(path: Path, config, first: int) -> None:
       changes = ", ".join(f"{k} {before[k]} -> {now[k]}" for k in changed)
       print(f"resuming after step {first} with other settings than before: {changes}")
   write_atomic(path, config.to_json(indent=2))
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-  """A nested dictionary's leaves by dotted path."""
-  leaves: dict[str, object] = {}
-  for key, value in tree.items():
-    leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-  return leaves

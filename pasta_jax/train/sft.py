@@ -16,6 +16,7 @@ from pasta_jax.data.packing import PackedBatches, single_batches
 from pasta_jax.data.pipeline import Batch, fingerprint
 from pasta_jax.data.reading import pack_readings, reading
 from pasta_jax.decode.generator import adapter_digest, adapter_path
+from pasta_jax.decode.precision import resolve
 from pasta_jax.decode.trace import from_json, lay_out
 from pasta_jax.lang import forms
 from pasta_jax.lang.automaton import TokenTable
@@ -157,10 +158,10 @@ def train(config, workdir: str | Path | None) -> dict[str, float]:
   line, if the folder, the data, the model or an earlier run in `workdir` cannot be used; the folder is then
   unchanged.
   """
-  c = config.train
   mesh = training_mesh(config, "train")
-  set_matmul_precision(c.dtype)
   workdir = checked_workdir(workdir)  # before minutes of loading
+  config = resolve(config, "train", workdir / "config.json")
+  set_matmul_precision(config.train.dtype)
   with distributed.writing_in(workdir):
     _train(config, workdir, mesh)
     return last_scalars(workdir) if distributed.is_first() else {}

@@ -10,6 +10,12 @@ from pathlib import Path
 
 import pasta_jax
 
+# Keys of /proc/cpuinfo, on x86 and on ARM, that are the same on each machine of a kind.
+_PROCESSOR = (
+  "vendor_id", "cpu family", "model", "stepping", "cache size", "flags",
+  "CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features",
+)  # fmt: skip
+
 
 def cache_folder() -> Path:
   """$PASTA_CACHE, else pasta-jax in $XDG_CACHE_HOME or ~/.cache: fetched models and compiled programs."""
@@ -55,16 +61,28 @@ def version() -> str:
   return f"{pasta_jax.__version__} ({commit})" if commit else pasta_jax.__version__
 
 
+def processor() -> tuple[str, str]:
+  """(name of the CPU, what it is and can do in the words of /proc/cpuinfo; "" where there is none)."""
+  name = platform.processor() or platform.machine()
+  try:
+    first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")  # its cores are alike
+  except OSError:
+    return name, ""
+  pairs = (line.partition(":") for line in first.splitlines())
+  said = {key.strip(): value.strip() for key, _, value in pairs}
+  return said.get("model name", name), " ".join(said[key] for key in _PROCESSOR if key in said)
+
+
+def cores() -> int:
+  """CPU cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> str:
   """The first device, the number of CPU cores and the version of JAX."""
   import jax
 
-  cpu = platform.processor() or platform.machine()
-  try:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-  except OSError:
-    pass
+  cpu, _ = processor()
   device = jax.local_devices()[0]
   what = (
     f"{os.cpu_count()} cores of {cpu}"

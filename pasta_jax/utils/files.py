@@ -24,9 +24,9 @@ def write_atomic(path: Path, content: str | bytes, *, shared: bool = False) -> N
     temporary.write_bytes(data)
 
 
-def write_json_atomic(path: Path, value: Any) -> None:
-  """Replaces the content of `path` with indented JSON."""
-  write_atomic(path, to_json(value, indent=2) + "\n")
+def write_json_atomic(path: Path, value: Any, *, shared: bool = False) -> None:
+  """Replaces the content of `path` with indented JSON; `shared` as in `write_atomic`."""
+  write_atomic(path, to_json(value, indent=2) + "\n", shared=shared)
 
 
 @contextlib.contextmanager

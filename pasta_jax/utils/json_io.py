@@ -53,6 +53,14 @@ def read_json(path: Path) -> dict[str, Any]:
   return value
 
 
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """The leaves of nested objects by dotted path; of settings that are flat already, the same."""
+  leaves: dict[str, Any] = {}
+  for key, value in tree.items():
+    leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+  return leaves
+
+
 def or_nan(value: float | None) -> float:
   """A figure of a file as it was written: `to_json` makes null of what is not finite."""
   return math.nan if value is None else value
