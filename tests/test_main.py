@@ -58,6 +58,7 @@ def test_decode_one_prompt(trained, capsys, tmp_path):
     "Wall clock",
     "Same-text speedup",
     "Peak",
+    "Precision and kernels",
   ):
     assert figure in out.err
   assert "<svg" in (tmp_path / "run.html").read_text()
@@ -69,6 +70,7 @@ def test_decode_a_file_gives_what_single_prompts_give(trained, tmp_path):
   rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
   assert [r["id"] for r in rows] == ["0", "1", "2"]
   generator = Model(config)
+  assert {(r["dtype"], r["kernels"]) for r in rows} == {("float32", "xla")}
   assert [r["text"] for r in rows] == [generator.generate(r["prompt"]).text for r in rows]
 
 

@@ -55,6 +55,11 @@ def test_a_record_is_read_back_from_its_json():
   assert (row["theoretical_parallelism"], row["tokens_per_round"]) == (2.0, 3.0)
   assert not set(row) & set(RENAMED)
   assert ResponseRecord.from_json(row | {"id": "a", "seconds": 1.0}) == RECORD
+  assert not {"dtype", "kernels", "visibility"} & set(row)  # unknown, and the paper's
+  known = dataclasses.replace(RECORD, dtype="int8", kernels="numba", visibility="live", unseparated=None)
+  row = known.to_json()
+  assert (row["dtype"], row["kernels"], row["unseparated"]) == ("int8", "numba", None)
+  assert ResponseRecord.from_json(row) == known
 
 
 def test_a_row_of_the_old_schema_is_the_same_record():

@@ -60,6 +60,6 @@ def test_a_tiny_model_in_every_format():
 def test_a_format_that_does_not_exist_is_refused():
   config = with_changes(Config(), {"model.source": "tiny", "model.adapter": ""})
   with pytest.raises(
-    ValueError, match="decode.dtype must be one of float32, bfloat16, int8, fp8, not 'int4'"
+    ValueError, match="decode.dtype must be one of auto, float32, bfloat16, int8, fp8, not 'int4'"
   ):
     compare(config, [], ["int4"])

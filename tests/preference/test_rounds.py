@@ -452,7 +452,7 @@ def test_the_step_cost_is_found_again():
   ({"score": "fast"}, "score must be one of delivered, theoretical"),
   ({"score": "clock"}, "needs preference.cost=FILE"),
   ({"prompts": ""}, "name a file"), ({"loss": "hinge"}, "loss must be one of bonbon, ipo, dpo"),
-  ({"alpha": 2.0}, "alpha must be in"), ({"dtype": "float16"}, "dtype must be one of float32, bfloat16")])  # fmt: skip
+  ({"alpha": 2.0}, "alpha must be in"), ({"dtype": "float16"}, "dtype must be one of auto, float32")])  # fmt: skip
 def test_wrong_settings_are_one_line(start, tmp_path, changes, words):
   with pytest.raises(ValueError, match=words) as error:
     optimise(changed(start, **changes), tmp_path / "new")

@@ -100,7 +100,7 @@ def test_what_cannot_be_compiled():
     ("remat", "ful", "train.remat must be one of"),
     ("grad_accum_steps", 0, "must be 1 or more"),
     ("attention", "gpu", "train.attention=gpu is not for TPUs"),
-    ("dtype", "float16", "train.dtype must be one of float32, bfloat16"),
+    ("dtype", "float16", "train.dtype must be one of auto, float32, bfloat16"),
   ):
     with pytest.raises(ValueError, match=message):
       ahead.compile_ahead(with_changes(Config(), {f"train.{field}": value}))

@@ -17,6 +17,7 @@ from configs.paper import gemma_7b
 from configs.paper.recipe import RECIPE
 from pasta_jax.config import from_flags, with_changes
 from pasta_jax.decode.generator import EMBEDDED, adapter_path
+from pasta_jax.decode.precision import on_accelerators
 from pasta_jax.lang import forms
 from pasta_jax.model.sharding import AXES
 from pasta_jax.preference.rounds import policies
@@ -34,7 +35,7 @@ def test_step_lowers_for_tpu_at_full_size(stage: str):
   """With the kernels, and without an array of the size of a mask."""
   flags = gemma_7b.get_config("baseline" if stage == "baseline" else "")
   flags.train.attention = flags.preference.attention = "tpu"
-  config = from_flags(flags)
+  config = on_accelerators(from_flags(flags))
   trainer = ahead.abstract_trainer(
     config, "preference" if stage == "preference" else "train", ahead.architecture(str(ARCHITECTURE))[0], MESH
   )

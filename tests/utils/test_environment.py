@@ -49,6 +49,28 @@ def test_machine_names_device_and_jax():
   assert environment.machine().endswith(f"; jax {jax.__version__}") and "cores" in environment.machine()
 
 
+def test_processor_and_cores(monkeypatch: pytest.MonkeyPatch):
+  """What is the same on machines of a kind; the speed of the moment is not."""
+  said = "processor : {}\nmodel name\t: A chip: fast\ncpu MHz : 25{}0\nflags : avx2{}\n\n"
+  read = lambda *cores: monkeypatch.setattr(Path, "read_text", lambda self: "".join(cores))
+  read(said.format(0, 1, ""), said.format(1, 7, ""))
+  first = environment.processor()
+  assert first == ("A chip: fast", "avx2")
+  read(said.format(0, 9, ""))
+  assert environment.processor() == first
+  read(said.format(0, 1, " amx_bf16"))
+  assert environment.processor() == ("A chip: fast", "avx2 amx_bf16")
+  read("CPU implementer : 0x41\nFeatures : asimd bf16\n")
+  name, features = environment.processor()
+  assert name and features == "0x41 asimd bf16"
+
+  def missing(self):
+    raise FileNotFoundError(self)
+
+  monkeypatch.setattr(Path, "read_text", missing)
+  assert environment.processor() == (name, "") and environment.cores() >= 1
+
+
 def test_download_does_without_jax():
   code = "import sys, pasta_jax.weights.download; sys.exit('jax' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

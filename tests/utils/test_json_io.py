@@ -9,7 +9,7 @@ import uuid
 import numpy as np
 import pytest
 
-from pasta_jax.utils.json_io import MAX_DEPTH, parse_json, to_json
+from pasta_jax.utils.json_io import MAX_DEPTH, flat, parse_json, to_json
 from pasta_jax.utils.text import MESSAGE_LENGTH, one_line, printable
 from pasta_jax.utils.typed import Parsed, checked
 
@@ -75,6 +75,11 @@ def test_whatever_a_row_has_can_be_written():
   }
   with pytest.raises(TypeError, match="object cannot be written"):
     to_json([object()])
+
+
+def test_settings_by_dotted_name():
+  nested = {"train": {"dtype": "auto", "more": {"a": [1]}}, "b": None}
+  assert flat(nested) == flat(flat(nested)) == {"train.dtype": "auto", "train.more.a": [1], "b": None}
 
 
 def test_nothing_that_a_terminal_obeys_is_shown():
