@@ -58,7 +58,7 @@ def test_decode_one_prompt(trained, capsys, tmp_path):
     "Wall clock",
     "Same-text speedup",
     "Peak",
-    "Precision and kernels",
+    "kernels: xla",
   ):
     assert figure in out.err
   assert "<svg" in (tmp_path / "run.html").read_text()

@@ -55,7 +55,7 @@ def decode_prompt(config, prompt: str, *, timeline: str | None = None) -> Respon
       sequential = model.generate(prompt, parallel=False, speed=model.speed)
     shown, shown_before = response.record["text_tokens"], sequential.record["text_tokens"]
     speedup = sequential.seconds / max(shown_before, 1) * shown / response.seconds
-  programs = f"{response.dtype}, {response.kernels}"
+  programs = response.dtype, response.kernels
   console.print(figures_table(response.trace, response.seconds, speedup, programs))
   if timeline is not None:
     response.timeline(timeline)

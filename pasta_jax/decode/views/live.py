@@ -334,12 +334,15 @@ class LiveView:
 
 
 def figures_table(
-  trace: Trace, seconds: float | None = None, speedup: float | None = None, programs: str | None = None
+  trace: Trace,
+  seconds: float | None = None,
+  speedup: float | None = None,
+  programs: tuple[str, str] | None = None,
 ) -> Table:
   """The figures of a finished response, printed after it.
 
   `seconds` is the wall clock of the response; `speedup` the time of the same model one token at a time
-  divided by it; `programs` its precision and kernels. The row of what is None is left out.
+  divided by it; `programs` the precision and the kernels. The row of what is None is left out.
   """
   c = trace.cost
   table = Table(box=box.HORIZONTALS, border_style="dim", show_header=False, padding=(0, 1))
@@ -375,7 +378,7 @@ def figures_table(
       last=True,
     )
   if programs is not None:
-    row("Precision and kernels", programs)
+    row("Precision", programs[0], f"kernels: {programs[1]}")
   row("Finish reason", trace.finish_reason, "", "" if trace.finish_reason == "stop" else "yellow")
   row("Ill-formed tags", f"{trace.ill_formed}", "", "yellow" if trace.ill_formed else "")
   return table
