@@ -11,7 +11,18 @@ import re
 import jax
 from numba import njit
 
-from pasta_jax.cpu.memory import add_atomic, allocate, call, free, load, load_int32, pause, store, store_int32
+from pasta_jax.cpu.memory import (
+  add_atomic,
+  allocate,
+  call,
+  free,
+  give_way,
+  load,
+  load_int32,
+  pause,
+  store,
+  store_int32,
+)
 
 # Offsets in bytes. Every structure begins with its size and a pointer to extensions; every field has eight bytes.
 _EXTENSIONS = 8
@@ -154,6 +165,7 @@ def size(buffer):
 
 # A job: the part of a call that threads share. It lives until the last thread has left it.
 _NEXT, _DONE, _USERS, _TILES = 0, 8, 16, 24
+_TURNS = 2000  # of waiting, some ten microseconds
 _MESSAGE = 32  # room for the arguments of the interface's functions
 JOB = 80  # where what the tiles need begins
 
@@ -222,6 +234,11 @@ def share(frame, job, task, most):
 
 @njit
 def wait(job):
-  """Until every tile is done: those that are not yet are being computed by threads that run."""
+  """Until every tile is done: those that are not yet are being computed by other threads. Where such a thread has lost
+  its core to another program, this one's may be what it needs."""
+  turns = 0
   while add_atomic(job + _DONE, 0) < load(job + _TILES):
+    turns += 1
+    if turns % _TURNS == 0:
+      give_way()
     pause()

@@ -3,6 +3,7 @@
 All are numba intrinsics, for compiled code only. An address is an int64.
 """
 
+import os
 from typing import Any
 
 from llvmlite import binding, ir
@@ -84,6 +85,18 @@ def pause(context):
       int32 = ir.IntType(32)
       kind = ir.FunctionType(ir.VoidType(), [int32] * len(given))
       builder.call(function(builder, name, kind), [int32(n) for n in given])
+    return target.get_dummy_value()
+
+  return types.void(), code
+
+
+@intrinsic
+def give_way(context):
+  """Lets another thread of the system run on this core, where there is POSIX's call for it."""
+
+  def code(target, builder, signature, values):
+    if os.name == "posix":
+      builder.call(function(builder, "sched_yield", ir.FunctionType(ir.IntType(32), [])), [])
     return target.get_dummy_value()
 
   return types.void(), code
