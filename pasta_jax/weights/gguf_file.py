@@ -102,8 +102,21 @@ def load_gguf(path: Path, progress: bool) -> tuple[ModelConfig, StoredParams, To
     return numbers - np.float32(config.norm_offset) if ours.endswith(".scale") else numbers
 
   stored = {name: tensor.shape for name, tensor in tensors.items()}
-  params = collect(config, path, lambda name: rename(name, _NAMES, "blk."), stored, read, progress)
+  params = collect(config, path, gguf_name, stored, read, progress)
   return config, params, tokenizer
+
+
+def gguf_name(name: str) -> str:
+  """The name, in these files, of a parameter of ours."""
+  return rename(name, _NAMES, "blk.")
+
+
+def as_stored(name: str, array: np.ndarray, config: ModelConfig, arch: str) -> np.ndarray:
+  """A parameter of ours as a file of the architecture `arch` stores it: the inverse of what `load_gguf` reads."""
+  stored = array.T if name.endswith(".kernel") else array
+  if arch == "llama" and name.endswith((".attn.q.kernel", ".attn.k.kernel")):
+    stored = _permute(stored, config.n_heads if ".q." in name else config.n_kv_heads)
+  return stored + np.float32(config.norm_offset) if name.endswith(".scale") else stored
 
 
 def _unpermute(weight: np.ndarray, n_heads: int) -> np.ndarray:
@@ -115,6 +128,13 @@ def _unpermute(weight: np.ndarray, n_heads: int) -> np.ndarray:
   out, d_model = weight.shape
   pairs = weight.reshape(n_heads, out // n_heads // 2, 2, d_model)
   return pairs.swapaxes(1, 2).reshape(out, d_model)
+
+
+def _permute(weight: np.ndarray, n_heads: int) -> np.ndarray:
+  """The inverse of `_unpermute`."""
+  out, d_model = weight.shape
+  halves = weight.reshape(n_heads, 2, out // n_heads // 2, d_model)
+  return halves.swapaxes(1, 2).reshape(out, d_model)
 
 
 def _config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> ModelConfig:
