@@ -1,11 +1,12 @@
 """Time of a decode step on this machine: `python -m pasta_jax.evaluate.benchmark`.
 
-Medians of interleaved measurements in one run: the memory bandwidth that a plain sum reaches; a step of
-sequential decoding; a step of parallel decoding with 1, 2, 4, 8, 16 live branches, and with pools of several
-sizes, each under visibility `promise` and next to it under `live` (docs/language.md section 3.1), or, with
-`--against=invariant`, under `decode.invariant`; several requests in one batch, one token each; and, if installed,
-`transformers` and llama.cpp one token at a time on the same weights. The floor of a step is the weights' bytes over
-that bandwidth. The ratio to one branch flatters a slow single-branch step, so absolute times are given too.
+Medians of interleaved measurements in one run: the memory bandwidth that a plain sum reaches; a step of sequential
+decoding; a step of parallel decoding with 1, 2, 4, 8, 16 live branches, and with pools of several sizes; several
+requests in one batch, one token each; the prefill of a prompt; and on the same weights, if installed, `transformers`
+one token at a time, and llama.cpp in several precisions: one sequence, eight that share their beginning, and the
+prefill. With `--against=live` (docs/language.md section 3.1) or `--against=invariant` (`decode.invariant`) each step is
+measured next to one of that kind. The floor of a step is the weights' bytes over that bandwidth. The ratio to one
+branch flatters a slow single-branch step, so absolute times are given too. Tables: `evaluate.step_tables`.
 """
 
 import json
@@ -21,8 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
-import rich.table
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 
 from pasta_jax.config.sections import KERNELS, formats
@@ -32,16 +32,28 @@ from pasta_jax.decode.sampling import as_arrays
 from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures, narrowest, specialise
 from pasta_jax.decode.state import State, grow
 from pasta_jax.decode.threads import RUNNING
+from pasta_jax.evaluate.other_programs import (
+  LlamaCpp,
+  gguf_of,
+  hardware,
+  llama_cpp_prefill_timer,
+  llama_cpp_step_timer,
+  llama_cpp_version,
+  require_llama_cpp,
+  transformers_timer,
+)
+from pasta_jax.evaluate.step_tables import LLAMA_CPP, MAIN_BRANCHES, MAIN_POOL, PROMPT, show
 from pasta_jax.lang.automaton import ORDINARY
 from pasta_jax.lang.vocabulary import Vocabulary
 from pasta_jax.model.products import resolve_kernels
 from pasta_jax.weights import build
 from pasta_jax.weights.adapter import Adapter
 from pasta_jax.weights.checkpoint import Checkpoint, load_checkpoint
-from pasta_jax.weights.hf_folder import save_hf_folder
+from pasta_jax.weights.gguf_copy import KINDS, gguf_file
 
 FLAGS = flags.FLAGS  # defined by `define_flags`, so that importing this module defines none
-MAIN_POOL, MAIN_BRANCHES = 512, 1
+PREFILL_POOL = 1024  # entries
+LLAMA_CPP_KINDS, SEQUENCES = ("BF16", "Q8_0", "Q4_1"), (1, 8)  # of llama.cpp
 # Steps that are measured next to the ordinary ones: what those are called then, and features.
 AGAINST: dict[str, tuple[str, dict[str, Any]]] = {
   "live": ("promise", {"visibility": "live"}),
@@ -196,62 +208,62 @@ def bandwidth_timer(megabytes: int = 512) -> Callable[[], float]:
   return measure
 
 
-def transformers_timer(checkpoint: Checkpoint, dtype: str) -> Callable[[], float] | None:
-  """Seconds per token of `transformers`' eager decoding with its cache; None if it is not installed, or not in that
-  dtype."""
-  if formats(dtype)[1]:
-    return None
-  try:
-    import torch
-    import transformers
-  except ImportError:
-    return None
-  with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder) / "model"
-    save_hf_folder(path, checkpoint.config, checkpoint.params, checkpoint.tokenizer)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
-  prompt = torch.ones((1, MAIN_POOL // 2), dtype=torch.long)
+def prefill_timer(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str) -> Callable[[], float]:
+  """A function that returns the seconds of the prefill of a prompt of PROMPT tokens, in a pool of PREFILL_POOL."""
+  limits = Limits(max_new_tokens=1, max_threads=1, branch_widths=(1,), kv_buckets=(PREFILL_POOL,))
+  plain = StepFeatures(promises=False, guard=False, no_repeat=NO_REPEAT, attention=_attention())
+  it = Interpreter(_model(checkpoint, dtype), vocabulary, limits, plain)
 
-  @torch.inference_mode()
   def measure() -> float:
-    out = model(prompt, use_cache=True)
-    cache, token = out.past_key_values, prompt[:, :1]
     started = time.perf_counter()
-    for _ in range(FLAGS.steps):
-      out = model(token, past_key_values=cache, use_cache=True)
-      cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-    return (time.perf_counter() - started) / FLAGS.steps
+    jax.block_until_ready(it.prefill([1] * PROMPT))
+    return time.perf_counter() - started
 
-  measure()
+  measure()  # compiles
   return measure
 
 
-def llama_cpp_timer() -> Callable[[], float] | None:
-  """Seconds per token of llama.cpp on the GGUF file (Q4_1); None if llama-cpp-python is not installed."""
-  try:
-    import llama_cpp
-  except ImportError:
-    return None
-  from pasta_jax.weights.download import named_weights
+def llama_cpp_timers(source: Path, kind: str) -> dict[tuple, Callable[[], float]]:
+  """By key (`step_tables`): llama.cpp's steps and its prefill, on the weights of a GGUF file in another `kind`."""
+  most = max(SEQUENCES)
+  context = max(PREFILL_POOL, MAIN_POOL // 2 + most * FLAGS.steps)
+  with tempfile.TemporaryDirectory() as folder:  # the file stays open
+    model = LlamaCpp(gguf_file(source, kind, Path(folder)), context=context, sequences=most)
+  timers: dict[tuple, Callable[[], float]] = {
+    (LLAMA_CPP, kind, n): llama_cpp_step_timer(model, n, MAIN_POOL // 2, FLAGS.steps) for n in SEQUENCES
+  }
+  return {**timers, (LLAMA_CPP, kind, "prefill"): llama_cpp_prefill_timer(model, PROMPT)}
 
-  model = llama_cpp.Llama(
-    str(named_weights("smollm2-135m-instruct")), n_ctx=MAIN_POOL, logits_all=False, verbose=False
-  )
 
-  def measure() -> float:
-    model.reset()
-    model.eval([1] * (MAIN_POOL // 2))
-    started = time.perf_counter()
-    for _ in range(FLAGS.steps):
-      model.eval([100])
-    return (time.perf_counter() - started) / FLAGS.steps
+def kinds_of_llama_cpp() -> tuple[Path | None, list[str]]:
+  """(the GGUF file, kinds) to measure llama.cpp with; no kinds where it is not installed, the model is no GGUF file, or
+  --others says no, unless kinds are asked for. Raises ValueError, one line, for kinds that cannot be measured."""
+  if (kinds := FLAGS.llama_cpp) is None and not (FLAGS.others and llama_cpp_version()):
+    return None, []
+  source = gguf_of(FLAGS.model)
+  if kinds is None:
+    return source, list(LLAMA_CPP_KINDS) if source else []
+  if not kinds:
+    return None, []
+  require_llama_cpp()
+  if unknown := [kind for kind in kinds if kind not in KINDS]:
+    raise ValueError(f"--llama_cpp takes {', '.join(KINDS)}, not {unknown[0]!r}")
+  if source is None:
+    raise ValueError(f"--llama_cpp needs a model from a GGUF file, which {FLAGS.model} is not")
+  return source, kinds
 
-  measure()
-  return measure
+
+def floor_of(dtype: str, bandwidth: float) -> float:
+  """Seconds to read the weights of a dtype once."""
+  model = _MODELS[dtype]
+  weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(model)))
+  table_bytes = model.embed.embedding.size * model.dtype.itemsize
+  return (weights - table_bytes) / bandwidth  # the embedding is a lookup, which reads few rows
 
 
 def main(argv: list[str]) -> None:
   del argv
+  logging.set_verbosity(logging.WARNING)  # the writer of GGUF files tells what it does
   if FLAGS.cost and (
     len(set(FLAGS.branches)) < 2 or len(set(FLAGS.pools)) < 2
   ):  # before minutes of measuring
@@ -260,7 +272,11 @@ def main(argv: list[str]) -> None:
   checkpoint = load_checkpoint(FLAGS.model)
   vocabulary = checkpoint.vocabulary
   branches, pools, requests = ([int(n) for n in f] for f in (FLAGS.branches, FLAGS.pools, FLAGS.requests))
-  against, (plain, features) = FLAGS.against, AGAINST[FLAGS.against]
+  against, (plain, features) = FLAGS.against, AGAINST.get(FLAGS.against, ("", {}))
+  try:
+    gguf, kinds = kinds_of_llama_cpp()
+  except ValueError as error:
+    sys.exit(f"error: {error}")
   timers: dict[tuple, Callable[[], float]] = {("bandwidth",): bandwidth_timer()}
   with console.status("compiling …"):
     for dtype in FLAGS.dtypes:
@@ -269,17 +285,20 @@ def main(argv: list[str]) -> None:
         [*((b, MAIN_POOL) for b in branches), *((MAIN_BRANCHES, p) for p in (MAIN_POOL, *pools))]
       ):
         timers[dtype, b, p] = step_timer(checkpoint, vocabulary, dtype, b, p)
-        timers[against, dtype, b, p] = step_timer(checkpoint, vocabulary, dtype, b, p, **features)
+        if against:
+          timers[against, dtype, b, p] = step_timer(checkpoint, vocabulary, dtype, b, p, **features)
       for r in requests:
         timers["requests", dtype, r] = batch_timer(checkpoint, vocabulary, dtype, r, MAIN_POOL)
         if against == "invariant":  # these requests make no promises, whose visibility could differ
           timers[against, "requests", dtype, r] = batch_timer(
             checkpoint, vocabulary, dtype, r, MAIN_POOL, **features
           )
-      if FLAGS.others and (other := transformers_timer(checkpoint, dtype)):
+      timers["prefill", dtype] = prefill_timer(checkpoint, vocabulary, dtype)
+      if FLAGS.others and (other := transformers_timer(checkpoint, dtype, MAIN_POOL // 2, FLAGS.steps)):
         timers["transformers", dtype] = other
-    if FLAGS.others and (other := llama_cpp_timer()):
-      timers["llama.cpp", "Q4_1"] = other
+    for kind in kinds:
+      assert gguf is not None
+      timers |= llama_cpp_timers(gguf, kind)
   taken: dict[tuple, list[float]] = {key: [] for key in timers}
   with console.status("measuring …"):
     for _ in range(FLAGS.rounds):
@@ -297,7 +316,10 @@ def main(argv: list[str]) -> None:
     with open(FLAGS.cost, "w", encoding="utf-8") as file:
       json.dump(cost, file, indent=2)
     console.print("step cost, seconds: " + ", ".join(f"{k} {v:.3g}" for k, v in cost.items()))
-  show(console, median, branches, pools, requests)
+  bandwidth = median["bandwidth",]
+  console.print(f"{hardware()}; bandwidth {bandwidth / 1e9:.1f} GB/s", highlight=False)
+  floors = {dtype: floor_of(dtype, bandwidth) for dtype in FLAGS.dtypes}
+  show(console, median, floors, (against, plain) if against else None)
 
 
 def step_cost(median: dict[tuple, float], dtype: str) -> dict[str, float]:
@@ -311,77 +333,6 @@ def step_cost(median: dict[tuple, float], dtype: str) -> dict[str, float]:
   return {"base": float(base), "row": float(row), "entry": float(entry)}
 
 
-def show(
-  console: rich.console.Console,
-  median: dict[tuple, float],
-  branches: list[int],
-  pools: list[int],
-  requests: list[int],
-) -> None:
-  """Prints the tables."""
-  bandwidth = median["bandwidth",]
-  console.print(f"{jax.devices()[0].device_kind}, bandwidth {bandwidth / 1e9:.1f} GB/s")
-  for dtype in FLAGS.dtypes:
-    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(_MODELS[dtype])))
-    table_bytes = _MODELS[dtype].embed.embedding.size * _MODELS[dtype].dtype.itemsize
-    floor = (weights - table_bytes) / bandwidth  # the embedding is a lookup, which reads few rows
-    one = median[dtype, MAIN_BRANCHES, MAIN_POOL]
-    against, ratio = FLAGS.against, f"{FLAGS.against} to {AGAINST[FLAGS.against][0]}"
-    compared = lambda *key, against=against, ratio=ratio: (
-      (f"{1e3 * median[against, *key]:.1f}", f"{median[ratio, *key]:.2f}") if (ratio, *key) in median else ()
-    )
-    table = rich.table.Table(title=f"{dtype}: floor of a step {1e3 * floor:.1f} ms")
-    for name in (
-      "step",
-      "ms",
-      "share of the floor",
-      "to one branch",
-      "tokens/s",
-      f"{against}, ms",
-      ratio,
-    ):
-      table.add_column(name, justify="left" if name == "step" else "right")
-    for b in branches:
-      t = median[dtype, b, MAIN_POOL]
-      table.add_row(
-        f"{b} branch{'es' if b > 1 else ''}, pool {MAIN_POOL}",
-        f"{1e3 * t:.1f}",
-        f"{100 * floor / t:.0f} %",
-        f"{t / one:.2f}",
-        f"{b / t:.0f}",
-        *compared(dtype, b, MAIN_POOL),
-      )
-    for p in pools:
-      if p == MAIN_POOL and MAIN_BRANCHES in branches:
-        continue
-      t = median[dtype, MAIN_BRANCHES, p]
-      table.add_row(
-        f"{MAIN_BRANCHES} branch, pool {p}",
-        f"{1e3 * t:.1f}",
-        f"{100 * floor / t:.0f} %",
-        f"{t / one:.2f}",
-        f"{1 / t:.0f}",
-        *compared(dtype, MAIN_BRANCHES, p),
-      )
-    for r in requests:
-      t = median["requests", dtype, r]
-      table.add_row(
-        f"{r} requests, pool {MAIN_POOL} each",
-        f"{1e3 * t:.1f}",
-        "",
-        f"{t / one:.2f}",
-        f"{r / t:.0f}",
-        *compared("requests", dtype, r),
-      )
-    for other in (("sequential", dtype), ("transformers", dtype), ("llama.cpp", "Q4_1")):
-      if other in median:
-        t = median[other]
-        table.add_row(
-          " ".join(other), f"{1e3 * t:.1f}", f"{100 * floor / t:.0f} %", f"{t / one:.2f}", f"{1 / t:.0f}"
-        )
-    console.print(table)
-
-
 def define_flags() -> None:
   flags.DEFINE_string("model", "smollm2-135m-instruct", "name, GGUF file or Hugging Face folder")
   flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "precisions, as of decode.dtype")
@@ -389,8 +340,9 @@ def define_flags() -> None:
   flags.DEFINE_list("branches", ["1", "2", "4", "8", "16"], "branches in a step")
   flags.DEFINE_list("pools", ["256", "512", "1024", "2048", "4096"], "pool entries")
   flags.DEFINE_list("requests", ["8", "24"], "requests in a batch")
-  flags.DEFINE_enum("against", "live", list(AGAINST), "what each step is measured against")
+  flags.DEFINE_enum("against", None, list(AGAINST), "measure each step against this one too")
   flags.DEFINE_boolean("others", True, "measure transformers and llama.cpp too, where installed")
+  flags.DEFINE_list("llama_cpp", None, f"precisions of llama.cpp; unless given, {','.join(LLAMA_CPP_KINDS)}")
   flags.DEFINE_integer("steps", 16, "decode steps in a measurement")
   flags.DEFINE_integer("rounds", 5, "measurements; medians are reported")
   flags.DEFINE_string("json", None, "write the figures to this file too")

@@ -3,6 +3,7 @@
 JAX is imported where it is needed: fetching a model (`weights.download`) does without.
 """
 
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -76,6 +77,24 @@ def processor() -> tuple[str, str]:
 def cores() -> int:
   """CPU cores that this process may use."""
   return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# Of x86, that programs for CPU are compiled for.
+_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
+
+def cpu_features() -> tuple[str, ...]:
+  """Those of the CPU that decide how fast matrices are multiplied; () where they are not known."""
+  there = processor()[1].split()
+  return tuple(feature for feature in _FEATURES if feature in there)
+
+
+def installed_version(package: str) -> str:
+  """Of a package; "" if it is not installed."""
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return ""
 
 
 def machine() -> str:

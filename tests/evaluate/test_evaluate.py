@@ -183,6 +183,7 @@ def test_benchmarks_can_be_imported_together():
   modules = (
     "evaluate.benchmark",
     "train.benchmark",
+    "evaluate.against_llama_cpp",
     "evaluate.metrics.length_control",
     "evaluate.judges.agreement",
   )

@@ -71,6 +71,13 @@ def test_processor_and_cores(monkeypatch: pytest.MonkeyPatch):
   assert environment.processor() == (name, "") and environment.cores() >= 1
 
 
+def test_features_and_versions(monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.setattr(Path, "read_text", lambda path: "flags\t\t: fpu avx avx2 avx512f avx512_bf16\n")
+  assert environment.cpu_features() == ("avx2", "avx512f", "avx512_bf16")
+  monkeypatch.undo()
+  assert environment.installed_version("jax") and environment.installed_version("no-such-package") == ""
+
+
 def test_download_does_without_jax():
   code = "import sys, pasta_jax.weights.download; sys.exit('jax' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
