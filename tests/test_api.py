@@ -208,7 +208,7 @@ NOT_FOR_DECODING = [  # optax is missing here: flax.nnx imports it
   "tensorflow",
   "matplotlib",
   "pyarrow",
-  "scipy",
+  "scipy.optimize",  # numba imports scipy itself
   "gguf",
   "sentencepiece",
   "pasta_jax.train",
