@@ -11,12 +11,16 @@ PANEL = (
 )
 LANES = 16  # what rows of a normalisation must be a multiple of: the longest vector's numbers
 _FORMATS = (jnp.bfloat16, jnp.int8)
+PRECISIONS = ("bfloat16", "int8")  # values of `decode.dtype` whose products these are
 
 
 def multiplies(x: jax.Array, kernel: jax.Array) -> bool:
   """Whether `multiply` is for these operands: x [..., in] and kernel [in, *out]."""
   width = kernel.size // max(kernel.shape[0], 1)
-  return x.dtype == jnp.bfloat16 and kernel.dtype in _FORMATS and kernel.shape[0] % 2 == 0 and width >= PANEL
+  least = LANES if kernel.dtype == jnp.int8 else 2
+  return (
+    x.dtype == jnp.bfloat16 and kernel.dtype in _FORMATS and kernel.shape[0] % least == 0 and width >= PANEL
+  )
 
 
 @custom_vmap

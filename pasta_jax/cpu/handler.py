@@ -24,7 +24,7 @@ from pasta_jax.cpu.memory import (
   store_int32,
 )
 
-# Offsets in bytes. Every structure begins with its size and a pointer to extensions; every field has eight bytes.
+# Offsets in bytes. Every structure begins with its size and a pointer to extensions, a field at a multiple of eight.
 _EXTENSIONS = 8
 _API, _CONTEXT, _ARGUMENTS, _RESULTS = (
   16,
@@ -59,16 +59,18 @@ _INVALID = 3  # the error's code: an argument is invalid
 
 
 def _header() -> str:
-  with open(os.path.join(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h"), encoding="utf-8") as f:
-    return re.sub(r"//.*", "", f.read())
+  """The header without its comments; "" where it cannot be read."""
+  try:
+    with open(os.path.join(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h"), encoding="utf-8") as f:
+      return re.sub(r"//.*", "", f.read())
+  except OSError:
+    return ""
 
 
 def mismatch() -> str:
   """Why handlers of this module cannot work with the installed jaxlib, in one line; "" if they can."""
-  try:
-    header = _header()
-  except OSError as error:
-    return f"the header of XLA's foreign functions cannot be read ({error})"
+  if not (header := _header()):
+    return f"the header of XLA's foreign functions is not in {jax.ffi.include_dir()}"
   for name, fields in _FIELDS.items():
     found = re.search(rf"struct {name} {{(.*?)}}", header, re.DOTALL)
     names = tuple(re.findall(r"(\w+)\s*;", found[1])) if found else ()

@@ -13,7 +13,11 @@ from numba.extending import intrinsic
 INT64 = ir.IntType(64)
 POINTER = ir.IntType(8).as_pointer()
 # LLVM's instruction for a core that waits in a loop, by machine, and its argument.
-_PAUSE = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.hint", (1,))}
+_PAUSE = {
+  "x86_64": ("llvm.x86.sse2.pause", ()),
+  "aarch64": ("llvm.aarch64.hint", (1,)),
+  "arm64": ("llvm.aarch64.hint", (1,)),
+}
 
 
 def at(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:

@@ -68,6 +68,8 @@ def append(frame):
       return H.error(frame, text("new entries on CPU have another dtype than bfloat16"))
     if H.size(pool) != requests * heads * size * entries or H.size(rows) != requests * width * heads * size:
       return H.error(frame, text("new entries on CPU have another shape than their pool"))
+  if H.dtype(used) != H.INT32 or H.size(used) != requests:
+    return H.error(frame, text("new entries on CPU need the number of entries in use of every request"))
   for request in range(requests):
     first = load_int32(H.data(used) + 4 * request)
     if first < 0 or first + width > entries:

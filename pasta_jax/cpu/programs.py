@@ -2,9 +2,13 @@
 
 import functools
 import hashlib
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -15,8 +19,10 @@ def unusable() -> str:
   numba's cache, and compares their results with NumPy's."""
   try:
     import numba  # noqa: F401
-  except ImportError:
+  except ModuleNotFoundError:
     return "numba is not installed (pip install numba)"
+  except Exception as error:  # with another NumPy than it knows, for example
+    return f"numba cannot be imported: {str(error).splitlines()[0]}"
   from pasta_jax.cpu import handler
 
   if reason := handler.mismatch():
@@ -35,65 +41,80 @@ def require() -> None:
     raise RuntimeError(f"the kernels for CPU cannot be used: {reason}")
 
 
-def _sources() -> str:
-  """A name for the text that is compiled. numba's cache would not notice a change in another file."""
+def sources() -> str:
+  """A name for what is compiled: the text of this package, jaxlib and numba. numba's cache would not notice a change in
+  another file."""
   here = Path(__file__).parent
-  return hashlib.sha256(b"".join(p.read_bytes() for p in sorted(here.glob("*.py")))).hexdigest()
+  text = b"".join(p.read_bytes() for p in sorted(here.glob("*.py")))
+  return f"{hashlib.sha256(text).hexdigest()}, jaxlib {version('jaxlib')}, numba {version('numba')}"
+
+
+def _compiled(signature: Any) -> Callable:
+  """Makes a function a C function, which numba keeps in its cache unless there is no folder that can be written."""
+  from numba import cfunc
+
+  def compiled(function: Callable) -> Any:
+    try:
+      return cfunc(signature, cache=True)(function)
+    except RuntimeError:
+      return cfunc(signature)(function)
+
+  return compiled
 
 
 @functools.cache
 def _register() -> None:
   from llvmlite import binding
-  from numba import cfunc, types
+  from numba import types
 
   from pasta_jax.cpu import attention, norms, pool, products
 
-  sources = _sources()
+  name = sources()  # what a function closes over is a part of its name in the cache
+  is_task, is_handler = _compiled(types.void(types.int64)), _compiled(types.int64(types.int64))
 
-  # What a function closes over is a part of its name in the cache.
-  @cfunc(types.void(types.int64), cache=True)
+  @is_task
   def product_task(job):
-    products.task(job) if sources else None
+    products.task(job) if name else None
 
-  @cfunc(types.void(types.int64), cache=True)
+  @is_task
   def attention_task(job):
-    attention.task(job) if sources else None
+    attention.task(job) if name else None
 
-  @cfunc(types.void(types.int64), cache=True)
+  @is_task
   def append_task(job):
-    pool.task(job) if sources else None
+    pool.task(job) if name else None
 
   # Before the handlers, which name them, are compiled or loaded.
   binding.add_symbol(products.TASK, product_task.address)
   binding.add_symbol(attention.TASK, attention_task.address)
   binding.add_symbol(pool.TASK, append_task.address)
 
-  @cfunc(types.int64(types.int64), cache=True)
+  @is_handler
   def product(frame):
-    return products.product(frame) if sources else 0
+    return products.product(frame) if name else 0
 
-  @cfunc(types.int64(types.int64), cache=True)
+  @is_handler
   def gated(frame):
-    return products.gated(frame) if sources else 0
+    return products.gated(frame) if name else 0
 
-  @cfunc(types.int64(types.int64), cache=True)
+  @is_handler
   def attend(frame):
-    return attention.attention(frame) if sources else 0
+    return attention.attention(frame) if name else 0
 
-  @cfunc(types.int64(types.int64), cache=True)
+  @is_handler
   def append(frame):
-    return pool.append(frame) if sources else 0
+    return pool.append(frame) if name else 0
 
-  @cfunc(types.int64(types.int64), cache=True)
+  @is_handler
   def norm(frame):
-    return norms.norm(frame) if sources else 0
+    return norms.norm(frame) if name else 0
 
   handlers = {
     products.NAME: product, products.GATED: gated, attention.NAME: attend, pool.NAME: append, norms.NAME: norm,
   }  # fmt: skip
   _kept.extend((product_task, attention_task, append_task, *handlers.values()))
-  for name, handler in handlers.items():
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
+  for target, handler in handlers.items():
+    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(handler.ctypes), platform="cpu")
 
 
 _kept: list = []  # compiled code lives as long as its objects
@@ -101,9 +122,9 @@ _kept: list = []  # compiled code lives as long as its objects
 
 def _check() -> str:
   """Compares one call of each kernel and format with NumPy."""
-  from pasta_jax.cpu.calls import ACTIVATIONS, attend, gated, multiply, normalise
+  from pasta_jax.cpu.calls import ACTIVATIONS, append, attend, gated, multiply, normalise
 
-  rng, where = np.random.default_rng(0), jax.devices("cpu")[0]
+  rng, where = np.random.default_rng(0), jax.local_devices(backend="cpu")[0]
   normal = lambda *shape: np.asarray(rng.normal(size=shape), ml_dtypes.bfloat16)
   wide = lambda x: np.asarray(x, np.float64)
   # float32 sums, or results that are rounded to bfloat16.
@@ -135,4 +156,11 @@ def _check() -> str:
     )
     if differ(attend(keys, values, mask, q, k, v, 0.0)[0, 0, 0], context, 1e-2):
       return "their attention is not NumPy's"
+    new = normal(5, 1, 64)
+    pools = append(
+      [jnp.asarray(keys[0]), jnp.asarray(values[0])], [new, new], np.int32(9), np.zeros(5, np.int32)
+    )
+    keys[0, :, :, 9:14], values[0, :, 9:14] = new.transpose(1, 2, 0), new.transpose(1, 0, 2)
+    if not all(np.array_equal(wide(a), wide(b)) for a, b in zip(pools, (keys[0], values[0]))):
+      return "they write new entries of a pool to other places"
   return ""

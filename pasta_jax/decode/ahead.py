@@ -79,7 +79,7 @@ def compile_decoding(config, stages: Sequence[str]) -> list[CompiledDecoding]:
   config = on_accelerators(config)
   dtype, weights = formats(config.decode.dtype)
   mesh, kind = mesh_of(config, decoding_sizes(vars(config.mesh))), config.decode.attention
-  if kind in ("tpu", "gpu") and kind != ("gpu" if config.compile.topology in GPUS else "tpu"):
+  if kind in ("tpu", "gpu", "numba") and kind != ("gpu" if config.compile.topology in GPUS else "tpu"):
     raise ValueError(f"decode.attention={kind} is not for {config.compile.topology}: leave it at auto")
   set_matmul_precision(dtype, "tpu")
   form = forms.from_config(config)

@@ -159,11 +159,14 @@ PREFILL: dict[str, Callable[[jax.Array, ModelConfig, Any], Attend]] = {"xla": xl
 KINDS = ("auto", *DECODE)
 
 
-def check_kind(kind: str) -> None:
-  """Raises ValueError, one line, if this machine cannot run `kind`. A program of it can be compiled anywhere."""
+def check_kind(kind: str, mesh: Any = None) -> None:
+  """Raises ValueError, one line, if this machine, or a mesh of its devices, cannot run `kind`. A program of the kernels
+  for accelerators can be compiled anywhere."""
   here = jax.default_backend()
   if kind in ("tpu", "gpu") and kind != here or kind == "numba" and here != "cpu":
     raise ValueError(f"decode.attention={kind} cannot run on this machine's {here}: leave it at auto")
+  if kind == "numba" and mesh is not None:
+    raise ValueError("decode.attention=numba is for one CPU, not for a mesh: leave it at auto")
   if kind == "numba" and (reason := programs.unusable()):
     raise ValueError(f"decode.attention=numba cannot be used: {reason}")
 

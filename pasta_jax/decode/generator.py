@@ -138,7 +138,6 @@ class Model:
 
   def __init__(self, config, *, adapter: str | None = None, dtype: str = ""):
     d = dataclasses.replace(config.decode, dtype=dtype or config.decode.dtype)
-    check_kind(d.attention)
     if d.dtype == AUTO:
       d = dataclasses.replace(d, dtype=choose(config, "decode"))
     self.dtype = d.dtype  # never "auto"
@@ -162,9 +161,10 @@ class Model:
     # The speeds that the adapter was trained for.
     self.speeds: tuple[int, ...] = tuple(json.loads(metadata.get("speeds", "[]")))
     self.mesh = local_mesh(vars(config.mesh))
-    kernels = resolve_kernels(d.kernels, self.mesh)
-    # Of products and attention; numba has none of float32.
-    self.kernels = "xla" if dtype == "float32" else kernels
+    check_kind(d.attention, self.mesh)
+    self.kernels = resolve_kernels(
+      d.kernels, d.dtype, self.mesh
+    )  # of products, and of attention if that is auto
     if d.invariant and self.mesh is not None:
       check_mesh(self.mesh.shape)  # before the weights are read
     self.model = build.for_decoding(
@@ -175,7 +175,7 @@ class Model:
 
   def with_settings(self, decode: Decode) -> "Model":
     """This model with other settings of decoding: it shares the weights, whose `dtype` and `kernels` stay."""
-    check_kind(decode.attention)
+    check_kind(decode.attention, self.mesh)
     other = copy.copy(self)
     if decode.visibility:
       other.forms = dataclasses.replace(self.forms, visibility=decode.visibility)

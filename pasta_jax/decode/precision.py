@@ -25,6 +25,7 @@ import numpy as np
 
 from pasta_jax.config import Config, with_changes
 from pasta_jax.config.sections import AUTO, DTYPES
+from pasta_jax.cpu import programs
 from pasta_jax.decode.settings import narrowest
 from pasta_jax.model.products import PRODUCTS, matmul, resolve_kernels
 from pasta_jax.model.sharding import local_mesh
@@ -74,7 +75,8 @@ def choose(config: Config, section: str) -> str:
   """What `auto` in a section stands for on this machine. Raises ValueError as `resolve`."""
   if section != "decode":
     return fastest("train")
-  return fastest("decode", resolve_kernels(config.decode.kernels, local_mesh(vars(config.mesh))))
+  mesh = local_mesh(vars(config.mesh))
+  return fastest("decode", resolve_kernels(config.decode.kernels, ON_ACCELERATORS, mesh))
 
 
 def fastest(task: str, kernels: str = "xla") -> str:
@@ -105,7 +107,8 @@ def _key(task: str, kernels: str) -> str:
   """Names everything that a measurement depends on."""
   name, features = processor()
   optimised = not jax.config.read("jax_disable_most_optimizations")
-  compiled = f"{features}; {os.environ.get('XLA_FLAGS', '')}; {optimised}"
+  ours = programs.sources() if kernels == "numba" else ""
+  compiled = f"{features}; {os.environ.get('XLA_FLAGS', '')}; {optimised}; {ours}"
   digest = hashlib.sha256(compiled.encode()).hexdigest()[:12]
   return f"{task}, {kernels}, {name}, {cores()} cores, jax {jax.__version__}, {digest}"
 

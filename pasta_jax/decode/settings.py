@@ -142,12 +142,16 @@ def limits_of(d: Any, branch_widths: tuple[int, ...], kv_buckets: tuple[int, ...
   )  # fmt: skip
 
 
+def attention_by(kind: str, kernels: str) -> str:
+  """The kind of attention of a step: a value of `decode.attention`, where `auto` follows the kernels of products."""
+  return kernels if kind == "auto" and kernels == "numba" else kind
+
+
 def features_of(d: Any, form: Forms, kernels: str) -> StepFeatures:
   """The parts of a step with promises of this form, by a `config.decode` that is resolved, and its kernels."""
-  attention = "numba" if kernels == "numba" and d.attention == "auto" else d.attention
   return StepFeatures(
     rule=form.positions, visibility=form.visibility, promise=form.promise, number=form.number, guard=d.guard,
-    no_repeat=d.no_repeat, length=d.length, attention=attention, invariant=d.invariant,
+    no_repeat=d.no_repeat, length=d.length, attention=attention_by(d.attention, kernels), invariant=d.invariant,
   )  # fmt: skip
 
 

@@ -190,7 +190,9 @@ def main(argv: list[str]) -> None:
     names = ("dtype", "kernels", "max_new_tokens")
     settings = {f"decode.{name}": values[name].value for name in names}
     config = with_changes(Config(), {"model.adapter": values.adapter, **settings})
-    prompts = [p for p in read_prompts(values.prompts, limit=values.limit) if not p.earlier]
+    prompts = [p for p in read_prompts(values.prompts) if not p.earlier][: values.limit or None]
+    if not prompts:
+      raise ValueError(f"{values.prompts} has no prompt of one turn")
     use_compilation_cache(cache_folder() / "compiled")
     pair = Pair(config, values.baseline, kind)
     console = rich.console.Console(stderr=True)
@@ -206,7 +208,7 @@ def main(argv: list[str]) -> None:
       about = {"machine": machine, "dtype": values.dtype, "kernels": pair.model.kernels, "kind": kind}
       about |= {"adapter": values.adapter, "baseline": values.baseline}
       write_json_atomic(Path(values.json), {**about, "figures": found, "rows": rows})
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, RuntimeError) as error:
     sys.exit(f"error: {one_line(str(error))}")
   print(f"{machine}\n{values.dtype}, kernels {pair.model.kernels}; llama.cpp {kind}")
   show(found, len(rows))

@@ -29,7 +29,14 @@ from pasta_jax.config.sections import KERNELS, formats
 from pasta_jax.decode import sight
 from pasta_jax.decode.interpreter import UNBOUNDED, Interpreter, capacity_of
 from pasta_jax.decode.sampling import as_arrays
-from pasta_jax.decode.settings import Limits, SamplingConfig, StepFeatures, narrowest, specialise
+from pasta_jax.decode.settings import (
+  Limits,
+  SamplingConfig,
+  StepFeatures,
+  attention_by,
+  narrowest,
+  specialise,
+)
 from pasta_jax.decode.state import State, grow
 from pasta_jax.decode.threads import RUNNING
 from pasta_jax.evaluate.other_programs import (
@@ -102,7 +109,9 @@ def step_timer(
 
   `sequential`: ordinary decoding, with the main thread only and no guard. `features` are further ones of the step.
   """
-  width = max(branches, narrowest(formats(dtype)[0], jax.default_backend(), resolve_kernels(FLAGS.kernels)))
+  width = max(
+    branches, narrowest(formats(dtype)[0], jax.default_backend(), resolve_kernels(FLAGS.kernels, dtype))
+  )
   limits = Limits(
     max_new_tokens=10**6,
     max_threads=1 if sequential else 24,
@@ -118,7 +127,7 @@ def step_timer(
       promises=not sequential,
       guard=not sequential,
       no_repeat=NO_REPEAT,
-      **{"attention": _attention(), **features},
+      **{"attention": _attention(dtype), **features},
     ),
   )
   return segment_timer(it, branches, capacity, min(FLAGS.steps, capacity // 2 // width - 1))
@@ -156,7 +165,7 @@ def batch_timer(
     max_new_tokens=FLAGS.steps, max_threads=1, branch_widths=(width,), kv_buckets=(256, capacity)
   )
   plain = StepFeatures(
-    promises=False, guard=False, no_repeat=NO_REPEAT, **{"attention": _attention(), **features}
+    promises=False, guard=False, no_repeat=NO_REPEAT, **{"attention": _attention(dtype), **features}
   )
   it = Interpreter(model, vocabulary, limits, plain)
   compiled, numbers = specialise(it.features, SAMPLING), as_arrays(SAMPLING)
@@ -185,13 +194,13 @@ def _model(checkpoint: Checkpoint, dtype: str):
     products, weights = formats(dtype)
     _MODELS[dtype] = build.for_decoding(
       checkpoint.config, checkpoint.params, adapter, jnp.dtype(products), weights=weights,
-      product=resolve_kernels(FLAGS.kernels),
+      product=resolve_kernels(FLAGS.kernels, dtype),
     )  # fmt: skip
   return _MODELS[dtype]
 
 
-def _attention() -> str:
-  return "numba" if resolve_kernels(FLAGS.kernels) == "numba" else "auto"
+def _attention(dtype: str) -> str:
+  return attention_by("auto", resolve_kernels(FLAGS.kernels, dtype))
 
 
 def bandwidth_timer(megabytes: int = 512) -> Callable[[], float]:
@@ -211,7 +220,7 @@ def bandwidth_timer(megabytes: int = 512) -> Callable[[], float]:
 def prefill_timer(checkpoint: Checkpoint, vocabulary: Vocabulary, dtype: str) -> Callable[[], float]:
   """A function that returns the seconds of the prefill of a prompt of PROMPT tokens, in a pool of PREFILL_POOL."""
   limits = Limits(max_new_tokens=1, max_threads=1, branch_widths=(1,), kv_buckets=(PREFILL_POOL,))
-  plain = StepFeatures(promises=False, guard=False, no_repeat=NO_REPEAT, attention=_attention())
+  plain = StepFeatures(promises=False, guard=False, no_repeat=NO_REPEAT, attention=_attention(dtype))
   it = Interpreter(_model(checkpoint, dtype), vocabulary, limits, plain)
 
   def measure() -> float:
@@ -275,6 +284,8 @@ def main(argv: list[str]) -> None:
   against, (plain, features) = FLAGS.against, AGAINST.get(FLAGS.against, ("", {}))
   try:
     gguf, kinds = kinds_of_llama_cpp()
+    for dtype in FLAGS.dtypes:
+      resolve_kernels(FLAGS.kernels, dtype)
   except ValueError as error:
     sys.exit(f"error: {error}")
   timers: dict[tuple, Callable[[], float]] = {("bandwidth",): bandwidth_timer()}

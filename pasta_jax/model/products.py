@@ -25,12 +25,14 @@ every linear layer and of the head. To add a kernel:
 tests/model/test_products.py compares every entry of `PRODUCTS` with float64, with and without `jax.vmap`.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from pasta_jax.cpu import calls, programs
 
@@ -130,22 +132,28 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 PRODUCTS: dict[str, Product] = {"xla": xla_product, "numba": numba_product}
 
 
-def resolve_kernels(name: str, mesh: Any = None) -> str:
-  """The programs of decoding on this machine, "xla" or "numba", that a value of `decode.kernels` stands for. Raises
-  ValueError, one line, if numba's are asked for and cannot be used."""
-  if name == "xla" or name == "auto" and (mesh is not None or jax.default_backend() != "cpu"):
+def resolve_kernels(name: str, dtype: str, mesh: Any = None) -> str:
+  """The programs of decoding on this machine, "xla" or "numba", that a value of `decode.kernels` stands for in a
+  precision of `decode.dtype`. Those of precisions that numba has no kernels for are XLA's. Raises ValueError, one line,
+  if numba's are asked for and cannot be used."""
+  if name == "xla" or dtype not in calls.PRECISIONS:
+    return "xla"
+  here = jax.default_backend()
+  if name == "auto" and (mesh is not None or here != "cpu"):
     return "xla"
   if mesh is not None:
     raise ValueError("decode.kernels=numba is for one CPU, not for a mesh: leave it at auto")
-  if jax.default_backend() != "cpu":
-    raise ValueError(
-      f"decode.kernels=numba cannot run on this machine's {jax.default_backend()}: leave it at auto"
-    )
+  if here != "cpu":
+    raise ValueError(f"decode.kernels=numba cannot run on this machine's {here}: leave it at auto")
   if not (reason := programs.unusable()):
     return "numba"
   if name == "numba":
     raise ValueError(f"decode.kernels=numba cannot be used: {reason}")
+  _say_once(f"decoding by XLA, which is slower on CPU: the kernels cannot be used ({reason})")
   return "xla"
+
+
+_say_once = functools.cache(logging.warning)
 
 
 def check_product(name: str) -> None:

@@ -325,7 +325,8 @@ class Transformer(nnx.Module):
     caches: Sequence[Any] | Any = None,
     remat: str = "none",
   ) -> tuple[jax.Array, Any]:
-    """Hidden states after the final norm, [..., D] float32, and what `attend` collected in each layer.
+    """Hidden states after the final norm, [..., D] float32, or bfloat16 from a kernel (`RMSNorm`), and what `attend`
+    collected in each layer.
 
     `tokens` and `positions` are integers [...]. `caches` has one entry per layer, or is None: a list for a
     list of layers, a pytree with a leading layer axis for stacked layers. What is collected is returned in

@@ -135,6 +135,22 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
   return memory[start : start + size].view(dtype).reshape(shape)
 
 
+class Arena:
+  """Arrays as those of `aligned_empty`, next to each other in large blocks: NumPy asks for large pages for these, and
+  weights that lie on large pages are read faster."""
+
+  def __init__(self, block: int = 1 << 26):
+    self._block, self._free = block, np.empty(0, np.uint8)
+
+  def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    if len(self._free) < size:
+      self._free = aligned_empty((max(size, self._block),), np.uint8)
+    memory, self._free = self._free[:size], self._free[-(-size // 64) * 64 :]
+    return memory.view(dtype).reshape(shape)
+
+
 def collect(
   config: ModelConfig,
   where: Path,

@@ -28,7 +28,7 @@ from pasta_jax.model.transformer import (
   unstack,
 )
 from pasta_jax.weights.adapter import Merged
-from pasta_jax.weights.arrays import aligned_empty, read_into, reading
+from pasta_jax.weights.arrays import Arena, aligned_empty, read_into, reading
 from pasta_jax.weights.quantise import FORMATS, check_weights, quantise
 
 
@@ -96,7 +96,7 @@ def from_params(
       module.kernel = product == "numba" and jnp.dtype(dtype) == jnp.bfloat16
   graph, state = nnx.split(model)
   put = put or (lambda name, x: jax.device_put(x))
-  left = set(params)
+  left, arena = set(params), Arena()
   scales: dict[str, np.ndarray] = {}  # of kernels that have been stored, by the name of their array
 
   def read(name: str, out: np.ndarray) -> None:
@@ -133,7 +133,7 @@ def from_params(
     name = ".".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path if str(p) != ".value")
     if name in scales:  # leaves are visited in the order of their names: a kernel comes before its scales
       return put(name, scales.pop(name))
-    out = aligned_empty(leaf.shape, leaf.dtype)
+    out = arena.empty(leaf.shape, leaf.dtype)
     if weights and name.endswith(".kernel"):
       store_in_8_bits(name, out)
     elif stacked and name.startswith("layers."):

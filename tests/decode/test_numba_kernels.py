@@ -1,8 +1,10 @@
 """Decoding with the kernels for CPU: whole answers, in models wide enough for them."""
 
 import dataclasses
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ from flax import nnx
 from helpers import tiny
 
 from pasta_jax.config import Config, with_changes
-from pasta_jax.cpu import handler, programs
+from pasta_jax.cpu import calls, handler, panels, programs, vectors
+from pasta_jax.decode.attention import check_kind
 from pasta_jax.decode.generator import Model
 from pasta_jax.decode.interpreter import Interpreter
 from pasta_jax.decode.scheduler import Scheduler, decode
@@ -128,12 +131,22 @@ def test_a_model_that_is_too_narrow_is_computed_by_xla():
 
 
 def test_auto_says_what_it_is(monkeypatch):
-  assert products.resolve_kernels("auto") == "numba" and products.resolve_kernels("xla") == "xla"
+  resolve = products.resolve_kernels
+  assert resolve("auto", "bfloat16") == resolve("numba", "int8") == "numba"
+  assert resolve("xla", "int8") == resolve("auto", "float32") == resolve("numba", "fp8") == "xla"
+  with pytest.raises(
+    ValueError, match="^decode.kernels=numba is for one CPU, not for a mesh: leave it at auto$"
+  ):
+    resolve("numba", "bfloat16", object())
+  with pytest.raises(ValueError, match="^decode.attention=numba is for one CPU"):
+    check_kind("numba", object())
   monkeypatch.setattr(programs, "unusable", lambda: "numba is not installed")
-  assert products.resolve_kernels("auto") == "xla"
+  assert resolve("auto", "bfloat16") == "xla"
   with pytest.raises(ValueError, match="^decode.kernels=numba cannot be used: numba is not installed$"):
-    products.resolve_kernels("numba")
-  config = with_changes(Config(), {"model.source": "tiny", "model.adapter": "", "decode.kernels": "numba"})
+    resolve("numba", "bfloat16")
+  config = with_changes(
+    Config(), {"model.source": "tiny", "model.adapter": "", "decode.kernels": "numba", "decode.dtype": "int8"}
+  )
   with pytest.raises(ValueError, match="numba is not installed"):
     Model(config)
 
@@ -160,25 +173,43 @@ def test_another_interface_of_xla(monkeypatch, fresh):
 
 
 def test_wrong_numbers_are_found(monkeypatch, fresh):
-  from pasta_jax.cpu import calls
-
   right = calls.multiply
   monkeypatch.setattr(calls, "multiply", lambda *operands: right(*operands) * 1.01)
   assert programs.unusable() == "their product in bfloat16 is not NumPy's"
 
 
+def test_jaxlib_without_its_header(monkeypatch, fresh):
+  monkeypatch.setattr(handler, "_header", lambda: "")
+  assert programs.unusable().startswith("the header of XLA's foreign functions is not in ")
+
+
+def test_calls_name_what_kernels_take():
+  assert (calls.PANEL, calls.ACTIVATIONS) == (panels.PANEL, {"silu": panels.SILU, "gelu": panels.GELU})
+  assert calls.LANES % vectors.LANES == 0
+
+
+NO_FOLDER = """
+from numba.core import caching
+caching.CacheImpl._locator_classes = []
+"""
 CACHED = """
 from pasta_jax.cpu import programs
 programs.require()
-print(sum(sum(p.cache_hits for p in [k]) for k in programs._kept), len(programs._kept))
+print(sum(kernel.cache_hits for kernel in programs._kept), len(programs._kept))
 """
 
 
 def test_compiled_kernels_are_kept(tmp_path):
-  """A second process compiles nothing."""
-  run = lambda: subprocess.run(
-    [sys.executable, "-c", CACHED], check=True, capture_output=True, text=True,
-    env={**__import__("os").environ, "NUMBA_CACHE_DIR": str(tmp_path)},
-  ).stdout.split()  # fmt: skip
-  first, second = run(), run()
+  """A second process compiles nothing. Where nothing can be kept, each one does."""
+
+  def run(folder: Path) -> list[str]:
+    script = CACHED if folder.is_dir() else NO_FOLDER + CACHED
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(folder)}
+    done = subprocess.run(
+      [sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment
+    )
+    return done.stdout.split()
+
+  first, second = run(tmp_path), run(tmp_path)
   assert first[0] == "0" and second == [second[1], second[1]]
+  assert run(tmp_path / "missing")[0] == "0"
