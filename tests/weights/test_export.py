@@ -1,6 +1,7 @@
 """Models for other engines: transformers and PEFT compute the same logits, and we decode the same answers;
 and the vocabulary rows of the tags."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -294,7 +295,7 @@ def test_merged_weights_give_the_same_answers(place: str, made):
 
 def test_training_continues_from_the_tags_of_merged_weights(made):
   _, _, merged = made("new rows, untied head")
-  checkpoint, config = load_checkpoint(merged), Config().train
+  checkpoint, config = load_checkpoint(merged), dataclasses.replace(Config().train, dtype="bfloat16")
   graph, trainable, frozen = make_model(checkpoint, checkpoint.vocabulary, config)
   model = nnx.merge(graph, trainable, frozen)
   ids = list(checkpoint.config.tag_ids)
