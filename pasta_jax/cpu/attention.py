@@ -110,7 +110,7 @@ def _chunk(job, place, chunk, space):
       )
   for p in range(panels):
     for r in range(rows):
-      put(BFLOAT16, sums + 4 * (p * rows + r) * PANEL, 0, 0, scores + 4 * (r * CHUNK + p * PANEL))
+      put(BFLOAT16, sums + 4 * (p * rows + r) * PANEL, 0, scores + 4 * (r * CHUNK + p * PANEL))
   cap = load_float(load(job + _CAP))
   for r in range(rows):
     row, see = scores + 4 * r * CHUNK, mask + (r // groups) * entries + first
@@ -125,7 +125,7 @@ def _chunk(job, place, chunk, space):
     fill(sums, 4 * rows * PANEL)
     add_bfloat16(rows, weights, _X * CHUNK, values + 2 * column, 2 * size, sums, count)
     for r in range(rows):
-      put(BFLOAT16, sums + 4 * r * PANEL, 0, 0, part + 4 * (r * (size + 2) + 2 + column))
+      put(BFLOAT16, sums + 4 * r * PANEL, 0, part + 4 * (r * (size + 2) + 2 + column))
 
 
 @njit

@@ -17,10 +17,7 @@ PRECISIONS = ("bfloat16", "int8")  # values of `decode.dtype` whose products the
 def multiplies(x: jax.Array, kernel: jax.Array) -> bool:
   """Whether `multiply` is for these operands: x [..., in] and kernel [in, *out]."""
   width = kernel.size // max(kernel.shape[0], 1)
-  least = LANES if kernel.dtype == jnp.int8 else 2
-  return (
-    x.dtype == jnp.bfloat16 and kernel.dtype in _FORMATS and kernel.shape[0] % least == 0 and width >= PANEL
-  )
+  return x.dtype == jnp.bfloat16 and kernel.dtype in _FORMATS and kernel.shape[0] % 2 == 0 and width >= PANEL
 
 
 @custom_vmap

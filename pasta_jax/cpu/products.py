@@ -23,17 +23,15 @@ from pasta_jax.cpu.memory import (
   text,
 )
 from pasta_jax.cpu.panels import GELU, PANEL, ROWS, SILU, multiply, put, put_gated
-from pasta_jax.cpu.rows import split
-from pasta_jax.cpu.vectors import BFLOAT16, BYTES, INT8, PAIRS
+from pasta_jax.cpu.vectors import BFLOAT16, INT8, PAIRS
 
 NAME, GATED = "pasta_jax_cpu_product", "pasta_jax_cpu_gated_product"
 TASK = "pasta_jax_cpu_product_task"
-LEAST = 16  # what the rows of a matrix must be a multiple of: the longest vector's numbers
 _BLOCK = 16  # rows of the matrix that are read together
 _GROUP = 32  # rows of x whose sums are in the cache together
 _TILE = 12 * PANEL  # columns at most
-_FORM, _X, _MATRIX, _SCALE, _OUT, _ROWS, _IN, _WIDTH, _COLUMNS, _PARTS, _ACTIVATION, _SPLIT = (
-  H.JOB + 8 * i for i in range(12)
+_FORM, _X, _MATRIX, _SCALE, _OUT, _ROWS, _IN, _WIDTH, _COLUMNS, _PARTS, _ACTIVATION = (
+  H.JOB + 8 * i for i in range(11)
 )
 
 
@@ -59,72 +57,60 @@ add_bfloat16, add_int8 = (_adder(form, ROWS) for form in (BFLOAT16, INT8))
 def _put(job, form, parts, sums, apart, row, column):
   """Writes one row of a panel; the sums of a second part are `apart` bytes behind the first."""
   width, out, scale = load(job + _WIDTH), load(job + _OUT), load(job + _SCALE) + 4 * column
-  split = load(job + _SPLIT) + 12 * row
   if parts == 1:
     where = out + 4 * (row * width + column)
     if form == INT8:
-      put(INT8, sums, scale, split, where)
+      put(INT8, sums, scale, where)
     else:
-      put(BFLOAT16, sums, scale, split, where)
+      put(BFLOAT16, sums, scale, where)
     return
   where, up = out + 2 * (row * width + column), scale + 4 * width
   if form == INT8:
     if load(job + _ACTIVATION) == GELU:
-      put_gated(INT8, GELU, sums, sums + apart, scale, up, split, where)
+      put_gated(INT8, GELU, sums, sums + apart, scale, up, where)
     else:
-      put_gated(INT8, SILU, sums, sums + apart, scale, up, split, where)
+      put_gated(INT8, SILU, sums, sums + apart, scale, up, where)
   elif load(job + _ACTIVATION) == GELU:
-    put_gated(BFLOAT16, GELU, sums, sums + apart, scale, up, split, where)
+    put_gated(BFLOAT16, GELU, sums, sums + apart, scale, up, where)
   else:
-    put_gated(BFLOAT16, SILU, sums, sums + apart, scale, up, split, where)
-
-
-@njit
-def _operands(job, start, group, whole):
-  """(address, bytes of a row, bytes of a number) of x for `panels.multiply`: of a group of rows."""
-  n = load(job + _IN)
-  if load(job + _FORM) == INT8 and BYTES:
-    return load(job + _X) + 2 * start * n, n, 1
-  x = load(job + _X) + 2 * start * n
-  if PAIRS:
-    return x, 2 * n, 2
-  for i in range(group * n):
-    store_float(whole + 4 * i, load_bfloat(x + 2 * i))
-  return whole, 4 * n, 4
+    put_gated(BFLOAT16, SILU, sums, sums + apart, scale, up, where)
 
 
 @njit
 def _tile(job, tile, sums, whole):
-  """Computes the columns of one tile. There is room for the sums of a group of rows and, where they are multiplied in
-  float32, for the rows."""
+  """Computes the columns of one tile. There is room for the sums of a group of rows and, unless `PAIRS`, for the rows
+  in float32."""
   form, rows, n, width = load(job + _FORM), load(job + _ROWS), load(job + _IN), load(job + _WIDTH)
   columns, parts = load(job + _COLUMNS), load(job + _PARTS)
   first, last = tile * columns, min((tile + 1) * columns, width)
   size = 1 if form == INT8 else 2
-  each = 2 if form == INT8 and BYTES else 1  # rows of sums of a row
   stride = size * width * parts
   panels = -(-(last - first) // PANEL)
   for start in range(0, rows, _GROUP):
     group = min(_GROUP, rows - start)
-    high = group * each
-    apart = 4 * panels * high * PANEL
+    apart = 4 * panels * group * PANEL
     fill(sums, parts * apart)
-    x, x_stride, x_size = _operands(job, start, group, whole)
+    x, x_stride = load(job + _X) + 2 * start * n, 2 * n
+    if not PAIRS:
+      for i in range(group * n):
+        store_float(whole + 4 * i, load_bfloat(x + 2 * i))
+      x, x_stride = whole, 4 * n
     for row in range(0, n, _BLOCK):
       count = min(_BLOCK, n - row)
+      at = x + row * (2 if PAIRS else 4)
       for part in range(parts):
         for p in range(panels):
           # The last panel of the matrix may overlap the one before it: both give the same numbers there.
           column = min(first + p * PANEL, width - PANEL) + part * width
           where = load(job + _MATRIX) + row * stride + column * size
-          place = sums + part * apart + 4 * p * high * PANEL
+          place = sums + part * apart + 4 * p * group * PANEL
           if form == INT8:
-            add_int8(high, x + row * x_size, x_stride, where, stride, place, count)
+            add_int8(group, at, x_stride, where, stride, place, count)
           else:
-            add_bfloat16(high, x + row * x_size, x_stride, where, stride, place, count)
+            add_bfloat16(group, at, x_stride, where, stride, place, count)
     for p in range(panels):
       for r in range(group):
-        place = sums + 4 * (p * group + r) * each * PANEL
+        place = sums + 4 * (p * group + r) * PANEL
         _put(job, form, parts, place, apart, start + r, min(first + p * PANEL, width - PANEL))
 
 
@@ -135,7 +121,7 @@ def run_tiles(job):
   if tile < 0:
     return
   group = min(load(job + _ROWS), _GROUP)
-  room = 4 * group * load(job + _PARTS) * (load(job + _COLUMNS) + PANEL) * (2 if BYTES else 1)
+  room = 4 * group * load(job + _PARTS) * (load(job + _COLUMNS) + PANEL)
   sums = allocate(room + (0 if PAIRS else 4 * group * load(job + _IN)))
   while tile >= 0:
     _tile(job, tile, sums, sums + room)
@@ -152,19 +138,6 @@ def task(job):
 
 
 @njit
-def _in_bytes(job, rows, n):
-  """Splits the rows of x into bytes, two rows of them for each, and puts them in its place; the address of their
-  memory."""
-  x, memory = load(job + _X), allocate(rows * (2 * n + 12))
-  about = memory + 2 * rows * n
-  for r in range(rows):
-    split(x + 2 * r * n, memory + 2 * r * n, memory + (2 * r + 1) * n, about + 12 * r, n)
-  store(job + _X, memory)
-  store(job + _SPLIT, about)
-  return memory
-
-
-@njit
 def _run(frame, parts):
   """x [rows, in] times matrix [in, …], which has `parts` parts."""
   x, matrix, scale, out = H.argument(frame, 0), H.argument(frame, 1), H.argument(frame, 2), H.result(frame, 0)
@@ -176,12 +149,7 @@ def _run(frame, parts):
     return H.error(frame, text("a product on CPU has operands of other dtypes"))
   if H.dtype(out) != (H.F32 if parts == 1 else H.BF16):
     return H.error(frame, text("a product on CPU has a result of another dtype"))
-  if (
-    H.dim(matrix, 0) != n
-    or n % (LEAST if form == INT8 else 2) != 0
-    or width < PANEL
-    or H.size(out) != rows * width
-  ):
+  if H.dim(matrix, 0) != n or n % 2 != 0 or width < PANEL or H.size(out) != rows * width:
     return H.error(frame, text("a product on CPU has operands of other shapes"))
   if parts == 2 and (H.dtype(H.argument(frame, 3)) != H.INT32 or H.size(H.argument(frame, 3)) != 1):
     return H.error(frame, text("a gated product on CPU needs the number of its activation"))
@@ -192,7 +160,7 @@ def _run(frame, parts):
   tiles = threads * (-(-width * parts // (threads * _TILE)))
   columns = PANEL * (-(-width // (tiles * PANEL)))
   tiles = -(-width // columns)
-  job = H.new_job(tiles, 12 * 8)
+  job = H.new_job(tiles, 11 * 8)
   store(job + _FORM, form)
   store(job + _X, H.data(x))
   store(job + _MATRIX, H.data(matrix))
@@ -204,13 +172,10 @@ def _run(frame, parts):
   store(job + _COLUMNS, columns)
   store(job + _PARTS, parts)
   store(job + _ACTIVATION, load_int32(H.data(H.argument(frame, 3))) if parts == 2 else SILU)
-  memory = _in_bytes(job, rows, n) if form == INT8 and BYTES else 0
   H.share(frame, job, symbol("pasta_jax_cpu_product_task"), min(threads, tiles) - 1)
   run_tiles(job)
   H.wait(job)
   H.leave(job)
-  if memory != 0:
-    free(memory)
   return 0
 
 

@@ -1,24 +1,11 @@
-"""Rows of numbers: weights of attention, sums of rows, norms, rows in bytes."""
+"""Rows of numbers: weights of attention, sums of rows, norms."""
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from pasta_jax.cpu.memory import INT64, POINTER, function
-from pasta_jax.cpu.vectors import (
-  BFLOAT16,
-  FLOAT,
-  INT32,
-  LANES,
-  PAIRS,
-  Code,
-  exp,
-  numbers,
-  over,
-  reduced,
-  same,
-  vector,
-)
+from pasta_jax.cpu.vectors import BFLOAT16, FLOAT, PAIRS, Code, exp, numbers, over, reduced, same, vector
 
 LOWEST = -3.0e38  # the peak where nothing is visible
 
@@ -177,42 +164,3 @@ def normalise(context, x, scale, out, count, epsilon):
     return target.get_dummy_value()
 
   return types.void(*[types.int64] * 4, types.float32), code
-
-
-@intrinsic
-def split(context, x, high, low, about, count):
-  """Takes `count` numbers in bfloat16 as integers of 16 bits times a unit, the largest of them over 32,639: 256 times
-  a byte in `high` plus one in `low`, both signed. Writes to `about` the unit, float32, and 128 times the sum of each
-  byte, int32. What is not finite makes the unit NaN."""
-
-  def code(target, b, signature, values):
-    x, high, low, about = (b.inttoptr(v, POINTER) for v in values[:4])
-    c, count = Code(b), values[4]
-    size = function(b, f"llvm.fabs.v{LANES}f32", ir.FunctionType(vector(FLOAT), [vector(FLOAT)]))
-    nearest = function(b, f"llvm.rint.v{LANES}f32", ir.FunctionType(vector(FLOAT), [vector(FLOAT)]))
-
-    def largest(at, held):
-      value = b.call(size, [_bfloats(c, x, at)])
-      return [b.select(b.fcmp_ordered(">", value, held[0]), value, held[0]), b.fadd(held[1], value)]
-
-    peak, total = over(c, count, [numbers(1e-30), numbers(0.0)], largest)
-    unit = b.fdiv(reduced(c, peak, add=False), FLOAT(32639.0))
-    unit = b.fadd(unit, b.fmul(reduced(c, total, add=True), FLOAT(0.0)))
-    per = c.everywhere(b.fdiv(FLOAT(1.0), unit))
-
-    def bytes(at, held):
-      whole = b.fptosi(b.call(nearest, [b.fmul(per, _bfloats(c, x, at))]), vector(INT32))
-      lower = b.sub(b.and_(b.add(whole, same(INT32, 128)), same(INT32, 255)), same(INT32, 128))
-      upper = b.ashr(b.sub(whole, lower), same(INT32, 8))
-      for part, base in ((upper, high), (lower, low)):
-        c.store(b.trunc(part, vector(ir.IntType(8))), base, at)
-      return [b.add(held[0], upper), b.add(held[1], lower)]
-
-    none = same(INT32, 0)
-    sums = over(c, count, [none, none], bytes)
-    c.store(unit, about, 0)
-    for i, value in enumerate(sums):
-      c.store(b.shl(reduced(c, value, add=True), INT32(7)), about, 4 + 4 * i)
-    return target.get_dummy_value()
-
-  return types.void(*[types.int64] * 5), code

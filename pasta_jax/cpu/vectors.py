@@ -25,10 +25,8 @@ LANES = 16 if _WIDE else 8 if _X86 else 4  # float32 numbers of a vector
 REGISTERS = 16 if _X86 and not _WIDE else 32
 # Dot products of pairs of bfloat16 (AVX-512 BF16); otherwise products of float32.
 PAIRS = _WIDE and "avx512bf16" in _FEATURES
-# Dot products of four bytes (AVX-512 VNNI), of an int8 matrix with rows that are split into bytes (`rows.split`).
-BYTES = _WIDE and "avx512vnni" in _FEATURES
 
-FLOAT, INT32, INT16, _BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
+FLOAT, INT32, INT16 = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 
 _LOG2_E = 1.44269504088896341
 _LN2 = 0.693359375, -2.12194440e-4  # in two parts: products with the first one are exact
@@ -124,32 +122,6 @@ class Code:
         out.append(self.shuffle(a, b, order))
     return out
 
-  def quads(self, lines: list[ir.Value], start: int, count: int) -> list[ir.Value]:
-    """Of four rows of an int8 matrix, 64 columns: `count` vectors from the one of this number on, whose lanes have a
-    byte of each row, 128 added to it. Vector v has four columns of every sixteen, from the 4 v-th on."""
-    whole = [self.load(line, 0, vector(_BYTE, 4 * LANES)) for line in lines]
-    both = lambda a, b, size, half: self.shuffle(
-      a, b, [n for at in range(0, 4 * LANES // size, 16 // size) for i in range(8 // size)
-             for n in (at + half * (8 // size) + i, 4 * LANES // size + at + half * (8 // size) + i)],
-    )  # fmt: skip
-    out = []
-    for half in range(start // 2, (start + count) // 2):
-      words = [
-        self.builder.bitcast(both(a, b, 1, half), vector(INT16, 2 * LANES)) for a, b in (whole[:2], whole[2:])
-      ]
-      for part in range(2):
-        quad = self.builder.bitcast(both(words[0], words[1], 2, part), vector(INT32))
-        out.append(self.builder.xor(quad, same(INT32, -0x7F7F7F80)))
-    return out
-
-  def dot_bytes(self, sums: ir.Value, bytes: ir.Value, quads: ir.Value) -> ir.Value:
-    """Sums, int32, plus the dot products of four bytes: signed ones by those of `quads`."""
-    old = binding.llvm_version_info[0] < 22  # which had vectors of int32 here
-    kind = vector(INT32) if old else vector(_BYTE, 4 * LANES)
-    program = ir.FunctionType(vector(INT32), [vector(INT32), kind, kind])
-    dot = function(self.builder, "llvm.x86.avx512.vpdpbusd.512", program)
-    return self.builder.call(dot, [sums, *(self.builder.bitcast(v, kind) for v in (quads, bytes))])
-
   def dot(self, sums: ir.Value, x: ir.Value, pairs: ir.Value) -> ir.Value:
     """Sums plus the dot products of pairs."""
     kind = vector(_BFloat(), 2 * LANES)
@@ -175,11 +147,10 @@ def exp(c: Code, x: ir.Value) -> ir.Value:
 def reduced(c: Code, x: ir.Value, add: bool) -> ir.Value:
   """The sum of a vector's numbers, or the largest one."""
   b, lanes = c.builder, LANES
-  plus = b.add if x.type.element == INT32 else b.fadd
   while lanes > 1:
     lanes //= 2
     other = c.shuffle(x, x, [(i + lanes) % LANES for i in range(LANES)])
-    x = plus(x, other) if add else b.select(b.fcmp_ordered(">", x, other), x, other)
+    x = b.fadd(x, other) if add else b.select(b.fcmp_ordered(">", x, other), x, other)
   return b.extract_element(x, INT32(0))
 
 

@@ -56,34 +56,11 @@ FORMS = ("bfloat16", "int8")
 def test_products_equal_float64(rows: int, n: int, out: int, form: str, seed: int):
   """Any number of rows and columns: whole panels or not, more rows than one group, one tile or several."""
   rng = np.random.default_rng(seed)
-  n *= 2 if form == "bfloat16" else 16
-  x, (kernel, scale) = bfloat(rng, rows, n), matrix_of(rng, form, n, out)
+  x, (kernel, scale) = bfloat(rng, rows, 2 * n), matrix_of(rng, form, 2 * n, out)
   expected = wide(x) @ dense(kernel, scale)
   actual = wide(calls.multiply(x, kernel, scale))
   bound = np.abs(wide(x)) @ np.abs(dense(kernel, scale))  # rounding grows with the terms, not with their sum
-  if form == "int8":  # where x is split into bytes: half a unit of every number
-    unit = np.abs(wide(x)).max(axis=1, keepdims=True) / 32639
-    bound += 1e6 * 0.51 * unit * np.abs(dense(kernel, scale)).sum(axis=0)
   assert np.all(np.abs(actual - expected) <= 1e-6 * bound + 1e-30)
-
-
-@pytest.mark.parametrize("large", [1.0, 1e-20, 3e30])
-def test_int8_products_keep_small_numbers_beside_large_ones(large: float):
-  """A row's own scale: what is far below its largest number counts up to a unit; no number at all gives zeros."""
-  rng = np.random.default_rng(4)
-  x, (kernel, scale) = bfloat(rng, 3, 64) * np.float32(1e-3 * large), matrix_of(rng, "int8", 64, 130)
-  x = x.astype(jnp.bfloat16)
-  x[0, 5], x[2] = large, 0
-  expected = wide(x) @ dense(kernel, scale)
-  actual = wide(calls.multiply(x, kernel, scale))
-  unit = np.abs(wide(x)).max(axis=1, keepdims=True) / 32639
-  assert np.all(
-    np.abs(actual - expected)
-    <= 0.51 * unit * np.abs(dense(kernel, scale)).sum(axis=0) + 1e-6 * np.abs(expected)
-  )
-  x[1, 7] = np.nan
-  broken = wide(calls.multiply(x, kernel, scale))
-  assert np.isnan(broken[1]).all() and np.array_equal(broken[[0, 2]], actual[[0, 2]])
 
 
 @pytest.mark.parametrize("form", FORMS)
