@@ -147,14 +147,14 @@ def _combine(job, place, context):
     for c in range(chunks):
       peak = max(peak, load_float(parts + 4 * (c * rows + r) * (size + 2)))
     total = math.exp(own - peak)
-    begin(context, value, size, total)
+    begin(value, context, size, total)
     for c in range(chunks):
       part = parts + 4 * (c * rows + r) * (size + 2)
       weight = load_float(part + 4)
       if weight > 0:
         shrink = math.exp(load_float(part) - peak)
         total += shrink * weight
-        mix(context, part + 8, size, shrink)
+        mix(part + 8, context, size, shrink)
     round_to(context, out, size, 1.0 / total)
 
 
@@ -254,7 +254,7 @@ def attention(frame):
   store(job + _GROUPS, groups)
   store(job + _SIZE, size)
   store(job + _ENTRIES, entries)
-  H.share(frame, job, symbol("pasta_jax_cpu_attention_task"), min(H.threads(frame), places * chunks) - 1)
+  H.share(frame, job, symbol(TASK), min(H.threads(frame), places * chunks) - 1)
   run_tiles(job)
   H.wait(job)
   H.leave(job)

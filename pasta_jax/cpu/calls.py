@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-PANEL = (
-  64  # `panels.PANEL`: columns of the narrowest matrix, and what entries and head sizes must be a multiple of
-)
+# `panels.PANEL`: columns of the narrowest matrix, and what entries and head sizes must be a multiple of.
+PANEL = 64
 LANES = 16  # what rows of a normalisation must be a multiple of: the longest vector's numbers
 _FORMATS = (jnp.bfloat16, jnp.int8)
 PRECISIONS = ("bfloat16", "int8")  # values of `decode.dtype` whose products these are

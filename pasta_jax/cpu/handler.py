@@ -26,17 +26,11 @@ from pasta_jax.cpu.memory import (
 
 # Offsets in bytes. Every structure begins with its size and a pointer to extensions, a field at a multiple of eight.
 _EXTENSIONS = 8
-_API, _CONTEXT, _ARGUMENTS, _RESULTS = (
-  16,
-  24,
-  72,
-  112,
-)  # of a frame; the last two: arrays of pointers to buffers
-_N_ARGUMENTS, _N_RESULTS = 56, 96
+_API, _CONTEXT, _ARGUMENTS, _N_RESULTS, _RESULTS = 16, 24, 72, 96, 112  # of a frame
 _DTYPE, _DATA, _RANK, _DIMS = 16, 24, 32, 40  # of a buffer
 _ERROR_CREATE, _SCHEDULE, _THREADS = 48, 136, 144  # of the interface: pointers to functions
-_METADATA = 24  # of an extension: what a handler says of itself
-_VERSION = 24  # of metadata: major and minor, int32 each
+_KIND, _METADATA = 8, 24  # of an extension; the second: what a handler says of itself
+_MAJOR, _MINOR = 24, 28  # of metadata
 
 # Those parts of the header that the offsets follow from.
 _FIELDS = {
@@ -55,6 +49,7 @@ _FUNCTIONS = (
   "State_Set State_Get DeviceMemory_Allocate DeviceMemory_Free ThreadPool_Schedule ThreadPool_NumThreads"
 ).split()
 F32, BF16, INT8, INT32, PRED = 11, 16, 2, 4, 1  # dtypes of buffers
+_ASKS = 1  # the kind of an extension that asks for metadata
 _INVALID = 3  # the error's code: an argument is invalid
 
 
@@ -94,11 +89,11 @@ MAJOR, MINOR = _version("MAJOR"), _version("MINOR")  # what a handler says that 
 def introduces(frame):
   """Whether XLA only asks what this handler is, and has been answered."""
   extension = load(frame + _EXTENSIONS)
-  if extension == 0 or load_int32(extension + 8) != 1:
+  if extension == 0 or load_int32(extension + _KIND) != _ASKS:
     return False
-  version = load(extension + _METADATA) + 8
-  store_int32(version + 16, MAJOR)
-  store_int32(version + 20, MINOR)
+  metadata = load(extension + _METADATA)
+  store_int32(metadata + _MAJOR, MAJOR)
+  store_int32(metadata + _MINOR, MINOR)
   return True
 
 

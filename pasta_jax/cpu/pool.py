@@ -86,7 +86,7 @@ def append(frame):
   store(numbers + 8 * _HEADS, heads)
   store(numbers + 8 * _SIZE, size)
   store(numbers + 8 * _ENTRIES, entries)
-  H.share(frame, job, symbol("pasta_jax_cpu_append_task"), H.threads(frame) - 1)
+  H.share(frame, job, symbol(TASK), H.threads(frame) - 1)
   run_tiles(job)
   H.wait(job)
   H.leave(job)

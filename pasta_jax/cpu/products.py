@@ -172,7 +172,7 @@ def _run(frame, parts):
   store(job + _COLUMNS, columns)
   store(job + _PARTS, parts)
   store(job + _ACTIVATION, load_int32(H.data(H.argument(frame, 3))) if parts == 2 else SILU)
-  H.share(frame, job, symbol("pasta_jax_cpu_product_task"), min(threads, tiles) - 1)
+  H.share(frame, job, symbol(TASK), min(threads, tiles) - 1)
   run_tiles(job)
   H.wait(job)
   H.leave(job)

@@ -69,7 +69,9 @@ def _register() -> None:
 
   from pasta_jax.cpu import attention, norms, pool, products
 
-  name = sources()  # what a function closes over is a part of its name in the cache
+  # What a function closes over is a part of its name in the cache, and must be the same in the next process: text is,
+  # another compiled function is not, so that these are written out.
+  name = sources()
   is_task, is_handler = _compiled(types.void(types.int64)), _compiled(types.int64(types.int64))
 
   @is_task

@@ -1,5 +1,8 @@
 """Rows of numbers: weights of attention, sums of rows, norms."""
 
+from collections.abc import Callable
+from typing import Any
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -14,8 +17,13 @@ def _shown(c: Code, mask: ir.Value, at: ir.Value) -> ir.Value:
   return c.builder.icmp_unsigned("!=", c.load(mask, at, vector(ir.IntType(8))), same(ir.IntType(8), 0))
 
 
+def _floats(c: Code, base: ir.Value, at: ir.Value) -> ir.Value:
+  """LANES numbers of an array in float32, from the entry `at` on."""
+  return c.load(base, c.builder.mul(at, INT64(4)), vector(FLOAT))
+
+
 def _bfloats(c: Code, base: ir.Value, at: ir.Value) -> ir.Value:
-  """LANES numbers of an array in bfloat16, from the entry `at` on, as float32."""
+  """The same of an array in bfloat16."""
   return c.floats(base, c.builder.mul(at, INT64(2)), BFLOAT16)
 
 
@@ -28,7 +36,7 @@ def highest(context, scores, mask, count):
     c = Code(builder)
 
     def step(at, peaks):
-      x = c.load(scores, builder.mul(at, INT64(4)), vector(FLOAT))
+      x = _floats(c, scores, at)
       more = builder.and_(_shown(c, mask, at), builder.fcmp_ordered(">", x, peaks[0]))
       return [builder.select(more, x, peaks[0])]
 
@@ -48,13 +56,13 @@ def weigh(context, scores, mask, count, peak, weights):
     highest = c.everywhere(values[3])
 
     def step(at, totals):
-      x = c.load(scores, builder.mul(at, INT64(4)), vector(FLOAT))
+      x = _floats(c, scores, at)
       weight = exp(c, builder.fsub(x, highest))
       weight = builder.select(_shown(c, mask, at), weight, numbers(0.0))
       if PAIRS:
-        c.store(c.rounded(weight), weights, builder.mul(at, INT64(2)))
+        _put_bfloats(c, weight, weights, at)
       else:
-        c.store(weight, weights, builder.mul(at, INT64(4)))
+        _put_floats(c, weight, weights, at)
       return [builder.fadd(totals[0], weight)]
 
     return reduced(c, *over(c, values[2], [numbers(0.0)], step), add=True)
@@ -77,28 +85,9 @@ def dot(context, a, b, count):
   return types.float32(types.int64, types.int64, types.int64), code
 
 
-@intrinsic
-def begin(context, out, x, count, factor):
-  """out = factor * x, of `count` numbers: `out` float32, x bfloat16."""
-
-  def code(target, builder, signature, values):
-    out, x = (builder.inttoptr(v, POINTER) for v in values[:2])
-    c = Code(builder)
-    factor = c.everywhere(values[3])
-
-    def step(at, none):
-      c.store(builder.fmul(factor, _bfloats(c, x, at)), out, builder.mul(at, INT64(4)))
-      return none
-
-    over(c, values[2], [], step)
-    return target.get_dummy_value()
-
-  return types.void(types.int64, types.int64, types.int64, types.float32), code
-
-
-@intrinsic
-def round_to(context, x, out, count, factor):
-  """Writes factor * x, of `count` numbers in float32, to `out` in bfloat16."""
+def _scaled(read: Callable, write: Callable) -> Any:
+  """An intrinsic (x, out, count, factor) that writes factor * x, of `count` numbers: `read` and `write` know how they
+  are stored."""
 
   def code(target, builder, signature, values):
     x, out = (builder.inttoptr(v, POINTER) for v in values[:2])
@@ -106,35 +95,31 @@ def round_to(context, x, out, count, factor):
     factor = c.everywhere(values[3])
 
     def step(at, none):
-      value = builder.fmul(factor, c.load(x, builder.mul(at, INT64(4)), vector(FLOAT)))
-      c.store(c.rounded(value), out, builder.mul(at, INT64(2)))
+      write(c, builder.fmul(factor, read(c, x, at)), out, at)
       return none
 
     over(c, values[2], [], step)
     return target.get_dummy_value()
 
-  return types.void(types.int64, types.int64, types.int64, types.float32), code
+  given = types.int64, types.int64, types.int64, types.float32
+  return intrinsic(lambda context, x, out, count, factor: (types.void(*given), code))
 
 
-@intrinsic
-def mix(context, out, x, count, factor):
-  """out += factor * x, of `count` numbers in float32."""
+def _put_floats(c: Code, value: ir.Value, out: ir.Value, at: ir.Value) -> None:
+  c.store(value, out, c.builder.mul(at, INT64(4)))
 
-  def code(target, builder, signature, values):
-    out, x = (builder.inttoptr(v, POINTER) for v in values[:2])
-    c = Code(builder)
-    factor = c.everywhere(values[3])
 
-    def step(at, none):
-      where = builder.mul(at, INT64(4))
-      before, more = (c.load(base, where, vector(FLOAT)) for base in (out, x))
-      c.store(builder.fadd(before, builder.fmul(factor, more)), out, where)
-      return none
+def _put_bfloats(c: Code, value: ir.Value, out: ir.Value, at: ir.Value) -> None:
+  c.store(c.rounded(value), out, c.builder.mul(at, INT64(2)))
 
-    over(c, values[2], [], step)
-    return target.get_dummy_value()
 
-  return types.void(types.int64, types.int64, types.int64, types.float32), code
+def _add_floats(c: Code, value: ir.Value, out: ir.Value, at: ir.Value) -> None:
+  _put_floats(c, c.builder.fadd(_floats(c, out, at), value), out, at)
+
+
+begin = _scaled(_bfloats, _put_floats)  # from bfloat16 to float32
+mix = _scaled(_floats, _add_floats)  # in float32, added to what is there
+round_to = _scaled(_floats, _put_bfloats)  # from float32 to bfloat16
 
 
 @intrinsic
@@ -144,10 +129,9 @@ def normalise(context, x, scale, out, count, epsilon):
   def code(target, builder, signature, values):
     x, scale, out = (builder.inttoptr(v, POINTER) for v in values[:3])
     c = Code(builder)
-    place = lambda at: builder.mul(at, INT64(4))
 
     def squares(at, totals):
-      value = c.load(x, place(at), vector(FLOAT))
+      value = _floats(c, x, at)
       return [builder.fadd(totals[0], builder.fmul(value, value))]
 
     total = reduced(c, *over(c, values[3], [numbers(0.0)], squares), add=True)
@@ -156,8 +140,8 @@ def normalise(context, x, scale, out, count, epsilon):
     factor = c.everywhere(builder.fdiv(FLOAT(1.0), builder.call(root, [mean])))
 
     def write(at, none):
-      value, by = (c.load(base, place(at), vector(FLOAT)) for base in (x, scale))
-      c.store(c.rounded(builder.fmul(builder.fmul(value, factor), by)), out, builder.mul(at, INT64(2)))
+      value = builder.fmul(_floats(c, x, at), factor)
+      _put_bfloats(c, builder.fmul(value, _floats(c, scale, at)), out, at)
       return none
 
     over(c, values[3], [], write)

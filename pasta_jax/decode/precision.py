@@ -76,7 +76,7 @@ def choose(config: Config, section: str) -> str:
   if section != "decode":
     return fastest("train")
   mesh = local_mesh(vars(config.mesh))
-  return fastest("decode", resolve_kernels(config.decode.kernels, ON_ACCELERATORS, mesh))
+  return fastest("decode", resolve_kernels(config.decode.kernels, "bfloat16", mesh))
 
 
 def fastest(task: str, kernels: str = "xla") -> str:

@@ -136,17 +136,19 @@ def aligned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 class Arena:
-  """Arrays as those of `aligned_empty`, next to each other in large blocks: NumPy asks for large pages for these, and
-  weights that lie on large pages are read faster."""
+  """Arrays as those of `aligned_empty`, next to each other in large blocks: for these NumPy asks the system for large
+  pages, where a core finds memory with fewer lookups."""
 
-  def __init__(self, block: int = 1 << 26):
-    self._block, self._free = block, np.empty(0, np.uint8)
+  BLOCK = 1 << 24  # bytes: several large pages, and little to waste
+
+  def __init__(self):
+    self._free = np.empty(0, np.uint8)
 
   def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     if len(self._free) < size:
-      self._free = aligned_empty((max(size, self._block),), np.uint8)
+      self._free = aligned_empty((max(size, self.BLOCK),), np.uint8)
     memory, self._free = self._free[:size], self._free[-(-size // 64) * 64 :]
     return memory.view(dtype).reshape(shape)
 

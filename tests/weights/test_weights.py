@@ -11,7 +11,7 @@ from helpers.folders import BYTE_TOKENS, write_gguf
 from safetensors.numpy import load_file, save_file
 
 from pasta_jax.model.config import ModelConfig
-from pasta_jax.weights.arrays import WeightsError, param_shapes
+from pasta_jax.weights.arrays import Arena, WeightsError, param_shapes
 from pasta_jax.weights.checkpoint import load_checkpoint
 
 # All widths differ, so that a transposed or swapped tensor cannot pass.
@@ -199,3 +199,15 @@ def test_a_model_is_in_memory_once_while_it_is_loaded(smollm2_checkpoint, form: 
   )
   assert done.returncode == 0, done.stderr[-2000:]
   assert 0.5 < float(done.stdout.split("at most ")[1].split()[0]) < 1.3, done.stdout
+
+
+def test_arrays_of_an_arena_share_blocks_and_no_bytes(monkeypatch):
+  """Odd sizes, one larger than a block, and more than one block; each where XLA takes it without a copy."""
+  monkeypatch.setattr(Arena, "BLOCK", 4096)
+  arena, shapes = Arena(), [(3, 5), (700,), (1,), (5000,), (40, 11), (0,), (999,)]
+  arrays = [arena.empty(shape, dtype) for shape in shapes for dtype in (np.float32, np.int8)]
+  for i, array in enumerate(arrays):
+    array[...] = i
+  for i, array in enumerate(arrays):
+    assert array.ctypes.data % 64 == 0 and np.all(array == i)
+  assert [a.shape for a in arrays[::2]] == shapes and arrays[0].base is arrays[1].base
